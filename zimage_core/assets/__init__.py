@@ -1,0 +1,1 @@
+"""The embedded nano model, as data files."""

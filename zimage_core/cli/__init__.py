@@ -1,0 +1,1 @@
+"""One file a verb; each a thin caller of a public function."""

@@ -1,0 +1,66 @@
+"""Every error that the library raises on purpose.
+
+A message is one sentence with four parts: where, what was found, what was wanted, what to do.
+"""
+
+from __future__ import annotations
+
+from os import PathLike, fspath
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """Text from a file or a user, safe to show: control and bidi characters escaped, length capped."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+class ZImageError(Exception):
+    """Base of all errors of this library."""
+
+
+class BadFile(ZImageError):
+    """A file is damaged, truncated, or not what its header says.
+
+    Args:
+        path: The file.
+        fault: What was found and what was wanted, without the file's name.
+        hint: What the user can do about it.
+    """
+
+    def __init__(self, path: str | PathLike[str], fault: str, hint: str = "") -> None:
+        self.path = fspath(path)
+        self.fault = fault
+        self.hint = hint
+        super().__init__(f"{printable(self.path)}: {fault}{'; ' + hint if hint else ''}")
+
+
+class WrongModel(BadFile):
+    """A sound file that holds another model than the one asked for."""
+
+
+class BadWeights(ZImageError):
+    """Tensors are missing, unexpected or misshapen, or hold values that cannot be used."""
+
+
+class UnknownFormat(ZImageError):
+    """A tensor type that this library does not describe."""
+
+
+class BadShape(ZImageError, ValueError):
+    """A tensor's shape does not fit the operation."""
+
+
+class BadArgument(ZImageError, ValueError):
+    """An argument is outside its range; the message names it and the range."""
+
+
+class Unsupported(ZImageError):
+    """A combination that could exist and is not implemented; the message names the way round."""
+
+
+class NonFinite(ZImageError):
+    """NaN or infinity in the computation; the message names the place where it first appeared."""
+
+
+class Busy(ZImageError):
+    """The pipeline is running in another thread, or was called again from its own callback."""

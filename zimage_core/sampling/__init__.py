@@ -1,0 +1,1 @@
+"""Schedule and loop; knows no model, only a callable."""

@@ -1,0 +1,1 @@
+"""Model files: readers, identification, tensor names, loading."""
