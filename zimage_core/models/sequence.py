@@ -1,0 +1,79 @@
+"""How pictures and captions become token sequences: patches, pad counts, positions. No parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zimage_core.config import TransformerConfig
+from zimage_core.errors import BadArgument
+
+PAD_MULTIPLE = 32
+"""Every stream is filled up to a multiple of this with learned pad tokens (SEQ_MULTI_OF)."""
+
+
+def pad_count(tokens: int) -> int:
+    """Pad tokens that fill `tokens` up to a multiple of 32."""
+    return -tokens % PAD_MULTIPLE
+
+
+def patchify(latent: Tensor, patch: int) -> Tensor:
+    """Latent [..., C, H, W] -> tokens [..., (H / patch) * (W / patch), patch^2 * C].
+
+    Tokens are row-major; inside a token the order is (row, column, channel), channel innermost,
+    unlike Flux and SD3.
+    """
+    *lead, c, h, w = latent.shape
+    cells = latent.reshape(*lead, c, h // patch, patch, w // patch, patch)
+    n = len(lead)
+    order = (*range(n), n + 1, n + 3, n + 2, n + 4, n)
+    return cells.permute(order).reshape(*lead, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """Inverse of patchify: tokens [..., N, patch^2 * C] -> latent [..., C, height, width], in latents."""
+    *lead, _, length = tokens.shape
+    c, rows, cols = length // (patch * patch), height // patch, width // patch
+    n = len(lead)
+    cells = tokens.reshape(*lead, rows, cols, patch, patch, c)
+    order = (*range(n), n + 4, n, n + 2, n + 1, n + 3)
+    return cells.permute(order).reshape(*lead, c, height, width)
+
+
+def caption_positions(padded: int) -> Tensor:
+    """(t, h, w) of each caption token, pads included: row i is (1 + i, 0, 0). -> int64 [padded, 3]."""
+    ids = torch.zeros(padded, 3, dtype=torch.int64)
+    ids[:, 0] = torch.arange(1, padded + 1)
+    return ids
+
+
+def image_positions(rows: int, cols: int, padded_caption: int) -> Tensor:
+    """(t, h, w) of each image token, then of its pads.
+
+    The picture's t is one past the *padded* caption; pads sit at (0, 0, 0), where no real token is.
+    -> int64 [rows * cols + pads, 3].
+    """
+    count = rows * cols
+    ids = torch.zeros(count + pad_count(count), 3, dtype=torch.int64)
+    ids[:count, 0] = padded_caption + 1
+    ids[:count, 1] = torch.arange(rows).repeat_interleave(cols)
+    ids[:count, 2] = torch.arange(cols).repeat(rows)
+    return ids
+
+
+def check_lengths(config: TransformerConfig, rows: int, cols: int, caption: int) -> None:
+    """Refuse sequences beyond the positions that the model knows.
+
+    Raises:
+        BadArgument: A caption or a side of the picture is too long (or empty).
+    """
+    t_max, h_max, w_max = config.axes_lens
+    longest = (t_max - 2) // PAD_MULTIPLE * PAD_MULTIPLE
+    if not 1 <= caption <= longest:
+        raise BadArgument(f"caption of {caption} tokens: this transformer takes 1 to {longest}; shorten the prompt")
+    if not (1 <= rows <= h_max and 1 <= cols <= w_max):
+        side = config.patch_size * 8
+        raise BadArgument(
+            f"picture of {cols * side} x {rows * side} px: this transformer takes {side} to "
+            f"{w_max * side} x {h_max * side} px; choose another size"
+        )

@@ -1,0 +1,136 @@
+"""Qwen3 up to the hidden state that the transformer reads; also serves qwen2 and llama checkpoints.
+
+The caption is transformers' `hidden_states[-2]`: the residual stream after the last layer but one,
+without the final norm. The last layer and that norm are therefore never built, read or run.
+Parameter names are those of transformers, without the prefix `model.`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zimage_core.config import TextEncoderConfig
+from zimage_core.errors import BadShape
+from zimage_core.nn.attention import attention
+from zimage_core.nn.linear import Embedding, Linear
+from zimage_core.nn.norm import RMSNorm
+from zimage_core.nn.rope import Rotation, rotate_half, rotation
+
+FP16_SCALE = 2.0**-7
+"""Taken out in front of o_proj and down_proj in float16 and put back in float32.
+
+The stream of a language model carries single channels of 1e4 and more; float16 computes with a
+float32 residual, so that a branch of 1e6 is added without overflow.
+"""
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped key and value heads."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        d, hidden = config.head_dim, config.hidden_size
+        bias = config.attention_bias
+        self.head_dim = d
+        self.q_proj = Linear(hidden, config.num_heads * d, bias=bias)
+        self.k_proj = Linear(hidden, config.num_kv_heads * d, bias=bias)
+        self.v_proj = Linear(hidden, config.num_kv_heads * d, bias=bias)
+        self.o_proj = Linear(config.num_heads * d, hidden)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, turn: Rotation, scale: float) -> Tensor:
+        """x [..., L, hidden] -> [..., L, hidden], multiplied by `scale`."""
+        per_head = (-1, self.head_dim)
+        q, k = self.q_proj(x).unflatten(-1, per_head), self.k_proj(x).unflatten(-1, per_head)
+        v = self.v_proj(x).unflatten(-1, per_head)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        mixed = attention(rotate_half(q, turn), rotate_half(k, turn), v, causal=True)
+        out: Tensor = self.o_proj(mixed if scale == 1.0 else mixed * scale)
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x); Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        """x [..., L, hidden] -> [..., L, hidden], multiplied by `scale`."""
+        up = self.up_proj(x if scale == 1.0 else x * scale)
+        out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * up)
+        return out
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP on a residual stream."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, turn: Rotation, dtype: torch.dtype) -> Tensor:
+        """x [..., L, hidden] -> the same; the branches compute in `dtype`, the stream keeps its own."""
+        scale = FP16_SCALE if dtype == torch.float16 else 1.0
+        branch = self.self_attn(self.input_layernorm(x).to(dtype), turn, scale)
+        x = x + _unscaled(branch, x.dtype, scale)
+        branch = self.mlp(self.post_attention_layernorm(x).to(dtype), scale)
+        return x + _unscaled(branch, x.dtype, scale)
+
+
+def _unscaled(branch: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    branch = branch.to(dtype)
+    return branch if scale == 1.0 else branch / scale
+
+
+class TextEncoder(nn.Module):
+    """Token ids to caption features."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers - 1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the computation; packed weights have none."""
+        weight: Tensor = self.layers[0].input_layernorm.weight  # type: ignore[union-attr,assignment]
+        return weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the computation."""
+        weight: Tensor = self.layers[0].input_layernorm.weight  # type: ignore[union-attr,assignment]
+        return weight.device
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [L] -> hidden states [L, hidden_size]; float32 when the model is float16.
+
+        Raises:
+            BadShape: ids is not one row of at least one token.
+            BadArgument: An id is outside the vocabulary.
+        """
+        if ids.ndim != 1 or len(ids) == 0:
+            raise BadShape(f"text encoder: got ids of shape {tuple(ids.shape)}, wanted [L] with L >= 1")
+        stream = torch.float32 if self.dtype == torch.float16 else self.dtype
+        x = self.embed_tokens(ids.to(self.device)).to(stream)
+        turn = self.rotation(len(ids))
+        for layer in self.layers:
+            x = layer(x, turn, self.dtype)
+        return x
+
+    def rotation(self, length: int) -> Rotation:
+        """Angles of positions 0 .. length - 1."""
+        positions = torch.arange(length).unsqueeze(1)
+        cos, sin = rotation(positions, (self.config.head_dim,), self.config.rope_theta)
+        return cos.to(self.device), sin.to(self.device)

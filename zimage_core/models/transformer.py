@@ -1,0 +1,261 @@
+"""S3-DiT, the scalable single-stream diffusion transformer of Z-Image (arXiv 2511.22699).
+
+Module names are those of diffusers' ZImageTransformer2DModel. One picture at a time runs without
+any mask: its pad tokens are learned and attended to, so nothing is ever hidden from anything, and a
+batch gives bit for bit what its members give alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from zimage_core.config import TransformerConfig
+from zimage_core.errors import BadShape
+from zimage_core.models import sequence
+from zimage_core.nn.attention import attention
+from zimage_core.nn.linear import Linear
+from zimage_core.nn.norm import RMSNorm
+from zimage_core.nn.rope import Rotation, rotate_interleaved, rotation
+
+FREQUENCIES = 256
+"""Length of the sinusoid that encodes the timestep."""
+MAX_PERIOD = 10000.0
+"""Longest period of that sinusoid, in units of t * t_scale."""
+QK_NORM_EPS = 1e-5
+"""Of the norms on q and k, whatever norm_eps says."""
+FINAL_NORM_EPS = 1e-6
+"""Of the LayerNorm before the last projection."""
+
+FP16_ATTENTION_SCALE = 2.0**-5
+FP16_FFN_SCALE = 2.0**-7
+"""float16 ends at 65504, while v, attention output and w2 output reach 1e6 in trained models.
+
+Both branches end in an RMSNorm, so a power of two taken out in front of v and w3 and told to that
+norm cancels exactly; only float16 uses it.
+"""
+
+
+def timestep_sinusoid(t: Tensor) -> Tensor:
+    """Scaled time [B] -> [B, 256] float32: cosines first, then sines, of t * 10000^(-i / 128)."""
+    half = FREQUENCIES // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps / half)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid, then Linear, SiLU, Linear."""
+
+    def __init__(self, out: int, hidden: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(FREQUENCIES, hidden, bias=True), nn.SiLU(), Linear(hidden, out, bias=True))
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Scaled time [B] float32 -> [B, out] in `dtype`."""
+        out: Tensor = self.mlp(timestep_sinusoid(t).to(dtype))
+        return out
+
+
+class Attention(nn.Module):
+    """Bidirectional attention with RMS-normed, rotated q and k; no biases."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = config.n_heads
+        self.to_q = Linear(dim, dim)
+        self.to_k = Linear(dim, dim)
+        self.to_v = Linear(dim, dim)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
+        self.norm_q = RMSNorm(config.head_dim, QK_NORM_EPS)
+        self.norm_k = RMSNorm(config.head_dim, QK_NORM_EPS)
+
+    def forward(self, x: Tensor, turn: Rotation, scale: float) -> Tensor:
+        """x [..., L, dim] -> [..., L, dim], multiplied by `scale`."""
+        per_head = (self.heads, -1)
+        q = rotate_interleaved(self.norm_q(self.to_q(x).unflatten(-1, per_head)), turn)
+        k = rotate_interleaved(self.norm_k(self.to_k(x).unflatten(-1, per_head)), turn)
+        v = self.to_v(x if scale == 1.0 else x * scale).unflatten(-1, per_head)
+        out: Tensor = self.to_out[0](attention(q, k, v))
+        return out
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x); Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.dim, config.hidden_dim)
+        self.w2 = Linear(config.hidden_dim, config.dim)
+        self.w3 = Linear(config.dim, config.hidden_dim)
+
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        """x [..., L, dim] -> [..., L, dim], multiplied by `scale`."""
+        up = self.w3(x if scale == 1.0 else x * scale)
+        out: Tensor = self.w2(nn.functional.silu(self.w1(x)) * up)
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """Attention and SwiGLU, each between two RMSNorms, each behind a gate.
+
+    A modulated block scales the branch inputs by 1 + s and gates the branch outputs by tanh(g),
+    with (s, g) of both branches from one Linear on the timestep embedding (no SiLU in front, no
+    shift). An unmodulated block, of the context refiner, has s = 0 and an open gate.
+    """
+
+    def __init__(self, config: TransformerConfig, modulated: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm1 = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm2 = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm1 = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm2 = RMSNorm(config.dim, config.norm_eps)
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(Linear(config.adaln_dim, 4 * config.dim, bias=True))
+        self.modulated = modulated
+
+    def forward(self, x: Tensor, turn: Rotation, temb: Tensor | None = None) -> Tensor:
+        """x [..., L, dim] -> [..., L, dim]; temb [..., adaln_dim] in a modulated block, else None."""
+        half = x.dtype == torch.float16
+        attn_scale, ffn_scale = (FP16_ATTENTION_SCALE, FP16_FFN_SCALE) if half else (1.0, 1.0)
+        if not self.modulated:
+            a = self.attention(self.attention_norm1(x), turn, attn_scale)
+            x = x + self.attention_norm2(a, attn_scale)
+            f = self.feed_forward(self.ffn_norm1(x), ffn_scale)
+            return x + self.ffn_norm2(f, ffn_scale)
+        scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(temb).unsqueeze(-2).chunk(4, dim=-1)
+        a = self.attention(self.attention_norm1(x) * (1 + scale_msa), turn, attn_scale)
+        x = x + gate_msa.tanh() * self.attention_norm2(a, attn_scale)
+        f = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp), ffn_scale)
+        return x + gate_mlp.tanh() * self.ffn_norm2(f, ffn_scale)
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm without weights, scaled by 1 + Linear(silu(temb)), then a projection to patches."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.linear = Linear(config.dim, config.patch_dim, bias=True)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.adaln_dim, config.dim, bias=True))
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """x [..., L, dim], temb [..., adaln_dim] -> [..., L, patch_dim]."""
+        normed = nn.functional.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS)
+        out: Tensor = self.linear(normed * (1 + self.adaLN_modulation(temb).unsqueeze(-2)))
+        return out
+
+
+class ZImageTransformer(nn.Module):
+    """S3-DiT: estimates (clean - noise) from a noisy latent, a time and a caption."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        key, refiners = config.patch_key, range(config.n_refiner_layers)
+        self.all_x_embedder = nn.ModuleDict({key: Linear(config.patch_dim, config.dim, bias=True)})
+        self.all_final_layer = nn.ModuleDict({key: FinalLayer(config)})
+        self.noise_refiner = nn.ModuleList(TransformerBlock(config, modulated=True) for _ in refiners)
+        self.context_refiner = nn.ModuleList(TransformerBlock(config, modulated=False) for _ in refiners)
+        self.t_embedder = TimestepEmbedder(config.adaln_dim, config.t_mid_dim)
+        self.cap_embedder = nn.Sequential(
+            RMSNorm(config.cap_feat_dim, config.norm_eps), Linear(config.cap_feat_dim, config.dim, bias=True)
+        )
+        self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
+        self.layers = nn.ModuleList(TransformerBlock(config, modulated=True) for _ in range(config.n_layers))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the computation; packed weights have none."""
+        return self.x_pad_token.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the computation."""
+        return self.x_pad_token.device
+
+    def forward(self, x: Sequence[Tensor], t: Tensor, cap_feats: Sequence[Tensor]) -> list[Tensor]:
+        """Run each picture alone, in order.
+
+        Time and sign are those of diffusers: t is 0 for noise and 1 for a clean picture, and the
+        result estimates (clean - noise).
+
+        Args:
+            x: Latents, each [in_channels, 1, h, w] with even h and w; sizes may differ.
+            t: Times in [0, 1], float32 [len(x)].
+            cap_feats: Hidden states of the text encoder, each [L, cap_feat_dim], without padding.
+
+        Returns:
+            One [in_channels, 1, h, w] per picture, in the model's dtype.
+
+        Raises:
+            BadShape: Lengths or shapes do not fit this transformer.
+            BadArgument: A caption or a picture is longer than the positions the model knows.
+        """
+        if not len(x) == len(cap_feats) == t.numel():
+            raise BadShape(f"transformer: got {len(x)} latents, {t.numel()} times and {len(cap_feats)} captions")
+        return [
+            self.denoise(latent, time, caption)
+            for latent, time, caption in zip(x, t.flatten(), cap_feats, strict=True)
+        ]
+
+    def denoise(self, latent: Tensor, t: Tensor, caption: Tensor) -> Tensor:
+        """One picture of `forward`; t is a scalar tensor."""
+        config = self.config
+        self._check(latent, caption)
+        patch = config.patch_size
+        height, width = latent.shape[-2:]
+        rows, cols = height // patch, width // patch
+        image_pads, caption_pads = sequence.pad_count(rows * cols), sequence.pad_count(len(caption))
+        sequence.check_lengths(config, rows, cols, len(caption))
+
+        caption_ids = sequence.caption_positions(len(caption) + caption_pads)
+        image_ids = sequence.image_positions(rows, cols, len(caption_ids))
+        # the picture comes first in the joint sequence
+        joint_turn = self.rotation(torch.cat((image_ids, caption_ids)))
+        split = len(image_ids)
+        image_turn = (joint_turn[0][:split], joint_turn[1][:split])
+        caption_turn = (joint_turn[0][split:], joint_turn[1][split:])
+
+        temb = self.t_embedder(t.reshape(1).float() * config.t_scale, self.dtype)[0]
+        image = self.all_x_embedder[config.patch_key](sequence.patchify(latent[:, 0], patch).to(self.dtype))
+        image = torch.cat((image, self.x_pad_token.expand(image_pads, -1)))
+        for block in self.noise_refiner:
+            image = block(image, image_turn, temb)
+        text = self.cap_embedder(caption.to(self.dtype))
+        text = torch.cat((text, self.cap_pad_token.expand(caption_pads, -1)))
+        for block in self.context_refiner:
+            text = block(text, caption_turn)
+        joint = torch.cat((image, text))
+        for block in self.layers:
+            joint = block(joint, joint_turn, temb)
+        tokens = self.all_final_layer[config.patch_key](joint[: rows * cols], temb)
+        return sequence.unpatchify(tokens, height, width, patch).unsqueeze(1)
+
+    def rotation(self, positions: Tensor) -> Rotation:
+        """(t, h, w) of each token, int64 [L, 3] -> rotation on the model's device."""
+        cos, sin = rotation(positions, self.config.axes_dims, self.config.rope_theta)
+        return cos.to(self.device), sin.to(self.device)
+
+    def _check(self, latent: Tensor, caption: Tensor) -> None:
+        config = self.config
+        if (
+            latent.ndim != 4
+            or latent.shape[:2] != (config.in_channels, 1)
+            or any(side == 0 or side % config.patch_size for side in latent.shape[2:])
+        ):
+            raise BadShape(
+                f"transformer: got a latent of shape {tuple(latent.shape)}, wanted [{config.in_channels}, 1, h, w] "
+                f"with h and w multiples of {config.patch_size}"
+            )
+        if caption.ndim != 2 or caption.shape[1] != config.cap_feat_dim:
+            raise BadShape(
+                f"transformer: got a caption of shape {tuple(caption.shape)}, wanted [L, {config.cap_feat_dim}]; "
+                f"use the text encoder that belongs to this transformer"
+            )

@@ -1,0 +1,45 @@
+"""Root-mean-square norm, with its rounding order written down."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zimage_core.errors import BadShape
+
+
+class RMSNorm(nn.Module):
+    """Scale a vector to unit root mean square, then by a learned weight.
+
+    Mean, reciprocal root and the product with it are taken in float32 whatever the input dtype; the
+    result is rounded to the input dtype before the product with the weight, as transformers does.
+
+    Args:
+        size: Length of the last axis.
+        eps: Added to the mean square, in the square of the input's unit.
+
+    Shape:
+        x [..., size] -> [..., size], dtype of x.
+
+    Raises:
+        BadShape: The last axis of x is not `size`.
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """Norm of x / scale, given x: a scale applied upstream cancels here to the last bit.
+
+        With `scale` a power of two, eps times its square makes the quotient the same as if the
+        input had never been scaled.
+        """
+        if x.shape[-1] != self.weight.shape[0]:
+            raise BadShape(f"RMSNorm: got rows of {x.shape[-1]}, the weight has {self.weight.shape[0]}")
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps * scale * scale)
+        return (wide * inverse).to(x.dtype) * self.weight.to(x.dtype)
