@@ -189,7 +189,7 @@ def by_ggml_type(ggml_type: int) -> BlockFormat:
     raise UnknownFormat(f"GGUF tensor type {printable(ggml_type)} {fault}")
 
 
-def by_name(name: str) -> BlockFormat:
+def by_name(name: object) -> BlockFormat:
     """The format of that name ("Q4_K"); UnknownFormat lists the names there are."""
     fmt = FORMATS.get(name) if isinstance(name, str) else None
     if fmt is None:
