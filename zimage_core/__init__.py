@@ -1,3 +1,82 @@
-"""Z-Image inference from GGUF files, written from scratch."""
+"""Z-Image inference from GGUF files, written from scratch.
+
+The public names are resolved at first use (PEP 562): importing the package loads neither torch nor any
+network, so `zimage inspect` starts at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zimage_core.errors import (
+        BadArgument,
+        BadFile,
+        BadShape,
+        BadWeights,
+        Busy,
+        NonFinite,
+        UnknownFormat,
+        Unsupported,
+        WrongModel,
+        ZImageError,
+    )
+    from zimage_core.formats import FORMATS
+    from zimage_core.inspection import inspect_file
+    from zimage_core.ops import dequantize
+    from zimage_core.pipeline import ZImagePipeline
+    from zimage_core.quant_tensor import QuantTensor
+    from zimage_core.weights.files import open_weights
+    from zimage_core.weights.identify import identify
+    from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FORMATS",
+    "BadArgument",
+    "BadFile",
+    "BadShape",
+    "BadWeights",
+    "Busy",
+    "NonFinite",
+    "QuantTensor",
+    "UnknownFormat",
+    "Unsupported",
+    "WrongModel",
+    "ZImageError",
+    "ZImagePipeline",
+    "dequantize",
+    "identify",
+    "inspect_file",
+    "load_text_encoder",
+    "load_transformer",
+    "load_vae",
+    "open_weights",
+]
+
+_HOME = {  # public name -> module; whatever is not here is an error class
+    "FORMATS": "formats",
+    "QuantTensor": "quant_tensor",
+    "ZImagePipeline": "pipeline",
+    "dequantize": "ops",
+    "identify": "weights.identify",
+    "inspect_file": "inspection",
+    "load_text_encoder": "weights.load",
+    "load_transformer": "weights.load",
+    "load_vae": "weights.load",
+    "open_weights": "weights.files",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

