@@ -1,0 +1,346 @@
+"""Configs from tensor shapes and metadata, for files that carry no config of their own.
+
+Shapes decide; metadata, a config.json beside the file, or the defaults of the released models add only
+what shapes cannot tell (rotary axes, epsilons, head counts without head norms). Where two sources
+disagree the file is refused. Every number is checked against a limit before anything is built from it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from zimage_core.config import HEAD_AXES, AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.errors import BadArgument, BadWeights, printable
+from zimage_core.weights.names import TIME_CHANNELS
+
+MAX_LAYERS = 512
+MAX_WIDTH = 1 << 17
+MAX_VOCABULARY = 1 << 22
+
+Shape = tuple[int, ...]
+Config = TransformerConfig | TextEncoderConfig | AutoencoderConfig
+ConfigT = TypeVar("ConfigT", TransformerConfig, TextEncoderConfig, AutoencoderConfig)
+
+
+def count_layers(names: Iterable[str], stack: str) -> int:
+    """Highest layer number + 1 among names `{stack}.{number}.{rest}`; 0 without any.
+
+    Raises:
+        BadWeights: A number is beyond what any real model has; nothing is built from it.
+    """
+    pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
+    highest = -1
+    for match in filter(None, map(pattern.match, names)):
+        if len(match[1]) > 4 or int(match[1]) >= MAX_LAYERS:
+            shown = printable(match[0].rstrip("."), 60)
+            raise BadWeights(f"the file names a layer {shown!r}; no model has more than {MAX_LAYERS} layers")
+        highest = max(highest, int(match[1]))
+    return highest + 1
+
+
+def squeezed(shape: Shape) -> Shape:
+    """The shape without axes of length 1: (1, D) = (D,), (C, C, 1, 1) = (C, C)."""
+    return tuple(n for n in shape if n != 1)
+
+
+def _axes(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
+    shape = shapes.get(name)
+    if shape is None:
+        raise BadWeights(f"the tensor {name!r} is missing, so the size of the model cannot be told")
+    while len(shape) > rank and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != rank or not all(0 < n <= MAX_VOCABULARY for n in shape):
+        raise BadWeights(f"the tensor {name!r} has shape {shape}, wanted {rank} axes of sane length")
+    return shape
+
+
+def _number(metadata: Mapping[str, Any], key: str, low: float, high: float) -> float | None:
+    """A finite number of the metadata between the limits, or None where the key is absent."""
+    if key not in metadata:
+        return None
+    value = metadata[key]
+    if isinstance(value, str) and len(value) <= 40:  # safetensors metadata holds nothing but text
+        try:
+            value = float(value)
+        except ValueError:
+            value = None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BadWeights(f"metadata {key!r} is {printable(metadata[key], 60)!r}, wanted a number")
+    if not low <= value <= high:
+        raise BadWeights(f"metadata {key!r} is {value:g}, wanted {low:g} to {high:g}")
+    return float(value)
+
+
+def _whole(metadata: Mapping[str, Any], key: str, high: int) -> int | None:
+    value = _number(metadata, key, 1, high)
+    if value is not None and value != int(value):
+        raise BadWeights(f"metadata {key!r} is {value}, wanted a whole number")
+    return None if value is None else int(value)
+
+
+def parse_config(parse: Callable[[Mapping[str, Any]], ConfigT], data: Mapping[str, Any]) -> ConfigT:
+    """A config from JSON of unknown origin; whatever is wrong with it becomes one BadWeights."""
+    try:
+        return parse(data)
+    except BadArgument as error:
+        raise BadWeights(f"config.json does not fit: {error}") from error
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise BadWeights(f"config.json holds a value of the wrong kind ({printable(error, 80)})") from error
+
+
+def _agree(inferred: ConfigT, stated: ConfigT | None, names: tuple[str, ...]) -> None:
+    """Refuse a stated config that disagrees with the tensors in a field that shapes decide."""
+    if stated is None:
+        return
+    mine, theirs = asdict(inferred), asdict(stated)
+    for name in names:
+        if mine[name] != theirs[name]:
+            raise BadWeights(
+                f"config.json says {name} = {theirs[name]}, the tensors say {mine[name]}; "
+                "the config belongs to another checkpoint"
+            )
+
+
+def _built(make: Callable[..., ConfigT], **fields: Any) -> ConfigT:
+    try:
+        return make(**fields)
+    except BadArgument as error:
+        raise BadWeights(f"the tensor shapes do not belong together: {error}") from error
+
+
+# --- S3-DiT ---------------------------------------------------------------------------------------------------
+
+
+def transformer_config(
+    shapes: Mapping[str, Shape], metadata: Mapping[str, Any], layout: str, stated: TransformerConfig | None = None
+) -> tuple[TransformerConfig, list[str]]:
+    """S3-DiT config from the shapes of unprefixed tensors, and notes on what had to be assumed.
+
+    Metadata that counts: `zimage.axes_dims`, `zimage.axes_lens` (arrays of 3), `zimage.rope_theta`,
+    `zimage.norm_eps`, `zimage.t_scale`.
+
+    Raises:
+        BadWeights: A tensor that decides the size is missing, or sizes contradict each other.
+    """
+    notes: list[str] = []
+    patch, embedder = 2, "x_embedder.weight"
+    if layout == "split":
+        found = [m for m in (re.fullmatch(r"all_x_embedder\.([1-9])-1\.weight", name) for name in shapes) if m]
+        if len(found) != 1:
+            raise BadWeights(f"{len(found)} tensors 'all_x_embedder.P-1.weight' found, wanted exactly one patch size")
+        patch, embedder = int(found[0][1]), found[0][0]
+    dim, patch_dim = _axes(shapes, embedder, 2)
+    if patch_dim % patch**2:
+        raise BadWeights(f"{embedder!r} reads {patch_dim} numbers a patch, wanted a multiple of {patch**2}")
+    (cap_width,) = _axes(shapes, "cap_embedder.0.weight", 1)
+    t_mid, t_in = _axes(shapes, "t_embedder.mlp.0.weight", 2)
+    if t_in != TIME_CHANNELS:
+        raise BadWeights(f"'t_embedder.mlp.0.weight' reads {t_in} channels, every S3-DiT has {TIME_CHANNELS}")
+    (hidden, _) = _axes(shapes, "layers.0.feed_forward.w1.weight", 2)
+    norm = "layers.0.attention.q_norm.weight" if layout == "fused" else "layers.0.attention.norm_q.weight"
+    (head_dim,) = _axes(shapes, norm, 1)
+    if head_dim > dim or dim % head_dim:
+        raise BadWeights(f"heads of {head_dim} channels do not divide the width {dim}")
+    siglip = _axes(shapes, "siglip_embedder.0.weight", 1)[0] if "siglip_embedder.0.weight" in shapes else None
+    config = _built(
+        TransformerConfig,
+        dim=dim,
+        n_layers=count_layers(shapes, "layers"),
+        n_refiner_layers=count_layers(shapes, "noise_refiner"),
+        n_heads=dim // head_dim,
+        cap_feat_dim=cap_width,
+        hidden_dim=hidden,
+        in_channels=patch_dim // patch**2,
+        patch_size=patch,
+        axes_dims=_rotary_axes(head_dim, metadata, stated, notes),
+        axes_lens=stated.axes_lens if stated else _triple(metadata, "zimage.axes_lens") or (1536, 512, 512),
+        t_mid_dim=t_mid,
+        siglip_feat_dim=siglip,
+        norm_eps=stated.norm_eps if stated else _number(metadata, "zimage.norm_eps", 0, 0.1) or 1e-5,
+        rope_theta=stated.rope_theta if stated else _number(metadata, "zimage.rope_theta", 1, 1e9) or 256.0,
+        t_scale=stated.t_scale if stated else _number(metadata, "zimage.t_scale", 1e-3, 1e6) or 1000.0,
+    )
+    same = ("dim", "n_layers", "n_refiner_layers", "n_heads", "cap_feat_dim", "in_channels", "patch_size")
+    _agree(config, stated, same)
+    return config, notes
+
+
+def _triple(metadata: Mapping[str, Any], key: str) -> tuple[int, int, int] | None:
+    if key not in metadata:
+        return None
+    value = metadata[key]
+    if not isinstance(value, (str, bytes)) and hasattr(value, "__len__") and len(value) == 3:
+        items = [value[i] for i in range(3)]
+        if all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= MAX_WIDTH for n in items):
+            return items[0], items[1], items[2]
+    raise BadWeights(f"metadata {key!r} is not an array of three whole numbers")
+
+
+def _rotary_axes(
+    head_dim: int, metadata: Mapping[str, Any], stated: TransformerConfig | None, notes: list[str]
+) -> tuple[int, int, int]:
+    """Rotary channels for (t, h, w): stated, or those of Z-Image, or its proportions 2:3:3."""
+    axes = stated.axes_dims if stated else _triple(metadata, "zimage.axes_dims")
+    if axes is not None:
+        if sum(axes) != head_dim:
+            raise BadWeights(f"the rotary axes {axes} add up to {sum(axes)}, heads have {head_dim} channels")
+        return axes
+    if head_dim == sum(HEAD_AXES):
+        return HEAD_AXES
+    if head_dim % 16:
+        raise BadWeights(f"heads have {head_dim} channels and the file does not say how they divide into rotary axes")
+    notes.append(f"rotary axes of the {head_dim}-channel heads assumed in Z-Image's proportions")
+    return head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8
+
+
+# --- text encoder ---------------------------------------------------------------------------------------------
+
+
+def text_encoder_config(
+    shapes: Mapping[str, Shape], metadata: Mapping[str, Any], layout: str, stated: TextEncoderConfig | None = None
+) -> tuple[TextEncoderConfig, list[str]]:
+    """Text encoder config from unprefixed tensors, GGUF metadata or config.json; and notes.
+
+    Raises:
+        BadWeights: As in transformer_config; also where llama weights come without metadata.
+    """
+    notes: list[str] = []
+    gguf = layout == "gguf"
+    stack, q, k, norm, up = (
+        ("blk", "attn_q", "attn_k", "attn_q_norm", "ffn_up")
+        if gguf
+        else ("layers", "self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm", "mlp.up_proj")
+    )
+    vocabulary, hidden = _axes(shapes, "token_embd.weight" if gguf else "embed_tokens.weight", 2)
+    (q_rows, _), (k_rows, _) = _axes(shapes, f"{stack}.0.{q}.weight", 2), _axes(shapes, f"{stack}.0.{k}.weight", 2)
+    (inner, _) = _axes(shapes, f"{stack}.0.{up}.weight", 2)
+    qk_norm, bias = f"{stack}.0.{norm}.weight" in shapes, f"{stack}.0.{q}.bias" in shapes
+    arch = metadata.get("general.architecture") if gguf else None
+    if arch not in ("qwen3", "qwen2", "llama"):
+        arch = stated.arch if stated else "qwen3" if qk_norm else "qwen2" if bias else "llama"
+    if (arch == "qwen3") != qk_norm:
+        raise BadWeights(f"architecture {arch!r} {'has no' if qk_norm else 'needs'} norms on q and k, the tensors differ")
+    _refuse_rope_scaling(shapes, metadata, str(arch))
+    heads = stated.num_heads if stated else _whole(metadata, f"{arch}.attention.head_count", 4096)
+    if qk_norm:
+        (head_dim,) = _axes(shapes, f"{stack}.0.{norm}.weight", 1)
+    elif stated:
+        head_dim = stated.head_dim
+    elif heads:
+        head_dim = _whole(metadata, f"{arch}.attention.key_length", MAX_WIDTH) or hidden // heads
+    elif arch == "qwen2":
+        head_dim = 64 if hidden < 1536 else 128
+        notes.append(f"no metadata: heads of {head_dim} channels assumed, as in Qwen2.5")
+    else:
+        raise BadWeights("llama weights do not tell their head count; a GGUF with metadata or a config.json is needed")
+    if head_dim < 2 or q_rows % head_dim or k_rows % head_dim:
+        raise BadWeights(f"heads of {head_dim} channels do not divide {q_rows} query and {k_rows} key rows")
+    if heads and heads != q_rows // head_dim:
+        raise BadWeights(f"the metadata says {heads} heads, the tensors hold {q_rows // head_dim} of {head_dim} channels")
+    default_eps, default_theta = (1e-5, 1e4) if arch == "llama" else (1e-6, 1e6)
+    theta = stated.rope_theta if stated else _number(metadata, f"{arch}.rope.freq_base", 1, 1e12)
+    eps = stated.rms_norm_eps if stated else _number(metadata, f"{arch}.attention.layer_norm_rms_epsilon", 0, 0.1)
+    config = _built(
+        TextEncoderConfig,
+        arch=arch,
+        hidden_size=hidden,
+        num_layers=_text_layers(shapes, stack, hidden, stated, _whole(metadata, f"{arch}.block_count", MAX_LAYERS)),
+        num_heads=q_rows // head_dim,
+        num_kv_heads=k_rows // head_dim,
+        head_dim=head_dim,
+        intermediate_size=inner,
+        vocab_size=vocabulary,
+        rope_theta=theta or default_theta,
+        rms_norm_eps=default_eps if eps is None else eps,
+        qk_norm=qk_norm,
+        attention_bias=bias,
+    )
+    same = ("hidden_size", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size", "attention_bias")
+    _agree(config, stated, same)
+    if (config.arch, hidden) == ("qwen3", 2560):
+        if config.rope_theta == 5e6:
+            notes.append("rotary base 5e6: a Qwen3-4B-2507, not the original Qwen3-4B that Z-Image was trained with")
+        if vocabulary != 151936:
+            notes.append(f"{vocabulary} embedding rows where Qwen3-4B has 151936: a derivative of it")
+    return config, notes
+
+
+def _text_layers(
+    shapes: Mapping[str, Shape], stack: str, hidden: int, stated: TextEncoderConfig | None, block_count: int | None
+) -> int:
+    """Layers of the checkpoint; its last one may be absent from the file, as it is never run."""
+    present = count_layers(shapes, stack)
+    total = stated.num_layers if stated else block_count
+    if total is None:
+        # The one width whose true depth is known: files that were cut after layer 34 exist.
+        total = 36 if hidden == 2560 and present == 35 else present
+    if present not in (total, total - 1):
+        raise BadWeights(f"the metadata says {total} layers, the tensors hold {present}")
+    return total
+
+
+def _refuse_rope_scaling(shapes: Mapping[str, Shape], metadata: Mapping[str, Any], arch: str) -> None:
+    scaling = metadata.get(f"{arch}.rope.scaling.type", "none")
+    if "rope_freqs.weight" in shapes or scaling not in ("none", ""):
+        raise BadWeights("the encoder scales its rotary frequencies, which no encoder of Z-Image does; get Qwen3-4B")
+
+
+# --- VAE ------------------------------------------------------------------------------------------------------
+
+
+def autoencoder_config(
+    shapes: Mapping[str, Shape], metadata: Mapping[str, Any], layout: str, stated: AutoencoderConfig | None = None
+) -> tuple[AutoencoderConfig, list[str]]:
+    """VAE config from unprefixed tensors; and notes.
+
+    Metadata that counts: `zimage.norm_num_groups`, `zimage.scaling_factor`, `zimage.shift_factor`.
+
+    Raises:
+        BadWeights: As in transformer_config.
+    """
+    notes: list[str] = []
+    stack, resnet = ("encoder.down", "block") if layout == "bfl" else ("encoder.down_blocks", "resnets")
+    levels = count_layers(shapes, stack)
+    if not 0 < levels <= 8:
+        raise BadWeights(f"the encoder has {levels} resolutions, wanted 1 to 8")
+    widths = tuple(_axes(shapes, f"{stack}.{i}.{resnet}.0.conv1.weight", 4)[0] for i in range(levels))
+    image_out, _, _, _ = _conv_axes(shapes, "decoder.conv_out.weight")
+    _, image_in, _, _ = _conv_axes(shapes, "encoder.conv_in.weight")
+    _, latent, _, _ = _conv_axes(shapes, "decoder.conv_in.weight")
+    groups = stated.norm_num_groups if stated else _whole(metadata, "zimage.norm_num_groups", MAX_WIDTH)
+    if groups is None:
+        groups = math.gcd(32, *widths)
+        if groups != 32:
+            notes.append(f"{groups} norm groups assumed from the widths {widths}")
+    scaling = stated.scaling_factor if stated else _number(metadata, "zimage.scaling_factor", 1e-4, 1e4)
+    shift = stated.shift_factor if stated else _number(metadata, "zimage.shift_factor", -100, 100)
+    config = _built(
+        AutoencoderConfig,
+        block_out_channels=widths,
+        layers_per_block=count_layers(shapes, f"{stack}.0.{resnet}"),
+        latent_channels=latent,
+        norm_num_groups=groups,
+        scaling_factor=0.3611 if scaling is None else scaling,
+        shift_factor=0.1159 if shift is None else shift,
+        in_channels=image_in,
+        out_channels=image_out,
+    )
+    _agree(config, stated, ("block_out_channels", "layers_per_block", "latent_channels", "in_channels", "out_channels"))
+    if stated and widths == (128, 256, 512, 512) and (config.scaling_factor, config.shift_factor) != (0.3611, 0.1159):
+        notes.append(
+            f"scaling {config.scaling_factor} and shift {config.shift_factor} are not Flux's 0.3611 and 0.1159: "
+            "the VAE of another model with the same shapes, such as Stable Diffusion 3"
+        )
+    return config, notes
+
+
+def _conv_axes(shapes: Mapping[str, Shape], name: str) -> Shape:
+    """The four axes of a convolution; a kernel of side 1 keeps its axes."""
+    shape = shapes.get(name)
+    if shape is None or len(shape) != 4 or not all(0 < n <= MAX_WIDTH for n in shape):
+        raise BadWeights(f"the tensor {name!r} has shape {shape}, wanted the four axes of a convolution")
+    return shape
