@@ -70,7 +70,9 @@ class TransformerConfig:
         """Refuse sizes that cannot belong together."""
         me = "S3-DiT config"
         _positive(me, dim=self.dim, n_layers=self.n_layers, n_heads=self.n_heads, hidden_dim=self.hidden_dim)
-        _positive(me, cap_feat_dim=self.cap_feat_dim, in_channels=self.in_channels, patch_size=self.patch_size)
+        _positive(
+            me, cap_feat_dim=self.cap_feat_dim, in_channels=self.in_channels, patch_size=self.patch_size
+        )
         if self.dim != self.n_heads * self.head_dim or self.head_dim != sum(self.axes_dims):
             raise BadArgument(
                 f"{me}: dim {self.dim} over {self.n_heads} heads is not the {sum(self.axes_dims)} rotary channels "
@@ -171,11 +173,17 @@ class TextEncoderConfig:
         if self.arch not in ("qwen3", "qwen2", "llama"):
             raise BadArgument(f"{me}: architecture {self.arch!r} is not one of qwen3, qwen2, llama")
         _positive(me, hidden_size=self.hidden_size, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
-        _positive(me, head_dim=self.head_dim, intermediate_size=self.intermediate_size, vocab_size=self.vocab_size)
+        _positive(
+            me, head_dim=self.head_dim, intermediate_size=self.intermediate_size, vocab_size=self.vocab_size
+        )
         if self.num_layers < 2:
-            raise BadArgument(f"{me}: {self.num_layers} layers; the second-to-last hidden state needs at least 2")
+            raise BadArgument(
+                f"{me}: {self.num_layers} layers; the second-to-last hidden state needs at least 2"
+            )
         if self.num_heads % self.num_kv_heads:
-            raise BadArgument(f"{me}: {self.num_heads} heads do not divide into {self.num_kv_heads} key/value heads")
+            raise BadArgument(
+                f"{me}: {self.num_heads} heads do not divide into {self.num_kv_heads} key/value heads"
+            )
         if self.head_dim % 2:
             raise BadArgument(f"{me}: head_dim {self.head_dim} is odd, channels rotate in pairs")
 
@@ -186,9 +194,16 @@ class TextEncoderConfig:
         arch = str(_field(me, data, "model_type"))
         hidden, heads = int(_field(me, data, "hidden_size")), int(_field(me, data, "num_attention_heads"))
         scaling = data.get("rope_scaling") or data.get("rope_parameters") or {}
-        if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type", "default")) != "default":
-            raise BadArgument(f"{me}: rope scaling {scaling!r} is not supported; the encoders of Z-Image use none")
-        theta = data.get("rope_theta") or (scaling.get("rope_theta") if isinstance(scaling, Mapping) else None)
+        if (
+            isinstance(scaling, Mapping)
+            and scaling.get("rope_type", scaling.get("type", "default")) != "default"
+        ):
+            raise BadArgument(
+                f"{me}: rope scaling {scaling!r} is not supported; the encoders of Z-Image use none"
+            )
+        theta = data.get("rope_theta") or (
+            scaling.get("rope_theta") if isinstance(scaling, Mapping) else None
+        )
         return cls(
             arch=arch,
             hidden_size=hidden,
@@ -236,7 +251,9 @@ class AutoencoderConfig:
         _positive(me, norm_num_groups=self.norm_num_groups, blocks=len(self.block_out_channels))
         for width in self.block_out_channels:
             if width <= 0 or width % self.norm_num_groups:
-                raise BadArgument(f"{me}: width {width} does not divide into {self.norm_num_groups} norm groups")
+                raise BadArgument(
+                    f"{me}: width {width} does not divide into {self.norm_num_groups} norm groups"
+                )
 
     @property
     def spatial_factor(self) -> int:
@@ -248,7 +265,9 @@ class AutoencoderConfig:
         """From diffusers' vae/config.json."""
         me = "VAE config"
         if _field(me, data, "use_quant_conv", False) or _field(me, data, "use_post_quant_conv", False):
-            raise BadArgument(f"{me}: it has quant_conv layers, so it is not a Flux-style VAE; get Flux's ae.safetensors")
+            raise BadArgument(
+                f"{me}: it has quant_conv layers, so it is not a Flux-style VAE; get Flux's ae.safetensors"
+            )
         return cls(
             block_out_channels=tuple(int(c) for c in _field(me, data, "block_out_channels")),
             layers_per_block=int(_field(me, data, "layers_per_block", 2)),

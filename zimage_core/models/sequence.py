@@ -70,7 +70,9 @@ def check_lengths(config: TransformerConfig, rows: int, cols: int, caption: int)
     t_max, h_max, w_max = config.axes_lens
     longest = (t_max - 2) // PAD_MULTIPLE * PAD_MULTIPLE
     if not 1 <= caption <= longest:
-        raise BadArgument(f"caption of {caption} tokens: this transformer takes 1 to {longest}; shorten the prompt")
+        raise BadArgument(
+            f"caption of {caption} tokens: this transformer takes 1 to {longest}; shorten the prompt"
+        )
     if not (1 <= rows <= h_max and 1 <= cols <= w_max):
         side = config.patch_size * 8
         raise BadArgument(

@@ -52,7 +52,9 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, out: int, hidden: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(Linear(FREQUENCIES, hidden, bias=True), nn.SiLU(), Linear(hidden, out, bias=True))
+        self.mlp = nn.Sequential(
+            Linear(FREQUENCIES, hidden, bias=True), nn.SiLU(), Linear(hidden, out, bias=True)
+        )
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Scaled time [B] float32 -> [B, out] in `dtype`."""
@@ -199,7 +201,9 @@ class ZImageTransformer(nn.Module):
             BadArgument: A caption or a picture is longer than the positions the model knows.
         """
         if not len(x) == len(cap_feats) == t.numel():
-            raise BadShape(f"transformer: got {len(x)} latents, {t.numel()} times and {len(cap_feats)} captions")
+            raise BadShape(
+                f"transformer: got {len(x)} latents, {t.numel()} times and {len(cap_feats)} captions"
+            )
         return [
             self.denoise(latent, time, caption)
             for latent, time, caption in zip(x, t.flatten(), cap_feats, strict=True)

@@ -18,4 +18,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     grouped = q.shape[-3] != k.shape[-3]
     out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
     return out.transpose(-3, -2).flatten(-2)
-
