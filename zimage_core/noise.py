@@ -1,0 +1,48 @@
+"""Starting noise, drawn on the CPU: one seed is one image on every device and in every batch position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from zimage_core.errors import BadArgument
+
+MAX_SEED = 2**64 - 1
+
+
+def fresh_seed() -> int:
+    """A seed for a run that named none.
+
+    From torch's global generator, so that `torch.manual_seed` still decides. 32 bits: short enough to copy
+    from a picture's settings by hand.
+    """
+    return int(torch.randint(0, 2**32, ()).item())
+
+
+def from_seeds(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+    """Noise [B, ...] float32; each image is drawn alone, from a generator of its own seed."""
+    members = [torch.randn(tuple(shape[1:]), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(members)
+
+
+def from_generator(
+    shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator]
+) -> torch.Tensor:
+    """Noise [B, ...] float32 on the CPU, drawn exactly as diffusers' `randn_tensor` draws it.
+
+    One generator (or a list of one) draws the whole batch at once; a list of B draws each image by itself. A
+    generator of another device draws there, because its stream differs from the CPU's.
+
+    Raises:
+        BadArgument: Not a generator, or a list whose length is neither 1 nor B.
+    """
+    chosen = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    if not all(isinstance(g, torch.Generator) for g in chosen):
+        raise BadArgument("generator: a torch.Generator or a list of them is needed")
+    if len(chosen) == 1:
+        return torch.randn(tuple(shape), generator=chosen[0], device=chosen[0].device).cpu()
+    if len(chosen) != shape[0]:
+        raise BadArgument(f"generator: got {len(chosen)} for {shape[0]} images; give one, or one an image")
+    one = (1, *shape[1:])
+    return torch.cat([torch.randn(one, generator=g, device=g.device).cpu() for g in chosen])

@@ -1,0 +1,258 @@
+"""Settings inside PNG files: written beside the pixels, read back without decoding them.
+
+Two text chunks: `parameters`, the line that most galleries and web interfaces show, and `zimage`, the same as
+JSON. Reading uses the standard library alone and never trusts a length; the pixels are encoded by Pillow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from zimage_core.errors import BadFile, printable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+AGAIN = "copy or download it again"
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+JSON_KEYWORD = "zimage"
+A1111_KEYWORD = "parameters"
+MAX_TEXT = 16 * 1024
+"""Bytes of all our text chunks together; a longer prompt is cut here, not in the making of the picture."""
+READ_LIMIT = 1 << 20
+"""Bytes of text that are read from a picture of unknown origin, unpacked."""
+WHOLE_FILE = 64 << 20
+"""Files up to this size are hashed whole; that takes about 0.1 s."""
+SAMPLE = 1 << 20
+
+
+@dataclass(frozen=True)
+class PngText:
+    """What a PNG says about itself.
+
+    Args:
+        width: Pixels.
+        height: Pixels.
+        text: Keyword -> text, of all text chunks in the file (the first of a keyword counts).
+    """
+
+    width: int
+    height: int
+    text: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> str | None:
+        """The `parameters` text of A1111 and its successors."""
+        return self.text.get(A1111_KEYWORD)
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """The `zimage` chunk as a dict; None when there is none or it is not a JSON object."""
+        try:
+            value = json.loads(self.text.get(JSON_KEYWORD, "null"))
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
+
+
+def read_metadata(path: str | os.PathLike[str]) -> PngText:
+    """Size and text chunks of a PNG, without decoding it and without Pillow.
+
+    Raises:
+        BadFile: Not a PNG, or a chunk is cut, damaged or unreasonably large.
+    """
+    try:
+        if not Path(path).is_file():
+            raise BadFile(path, "is not a file", "give the name of a PNG")
+        with Path(path).open("rb") as file:
+            return _read(path, file)
+    except OSError as error:
+        raise BadFile(path, f"cannot be read ({error.strerror or error})") from None
+
+
+def _read(path: str | os.PathLike[str], file: BinaryIO) -> PngText:
+    size = os.fstat(file.fileno()).st_size
+    if file.read(8) != SIGNATURE:
+        raise BadFile(path, "is not a PNG", "only PNG files carry settings here")
+    text: dict[str, str] = {}
+    width = height = spent = 0
+    while True:
+        head = file.read(8)
+        if len(head) < 8:
+            raise BadFile(path, "ends in the middle of a PNG", AGAIN)
+        length, kind = struct.unpack(">I4s", head)
+        if length + 4 > size - file.tell():
+            raise BadFile(path, f"chunk {printable(kind)} is longer than the file", AGAIN)
+        if not width:
+            if kind != b"IHDR" or length != 13:
+                raise BadFile(path, "does not begin with a PNG header chunk", AGAIN)
+            width, height = struct.unpack(">II", _chunk(path, file, kind, length)[:8])
+            if not (0 < width < 1 << 31 and 0 < height < 1 << 31):
+                raise BadFile(path, f"claims a size of {width} x {height}", AGAIN)
+        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
+            spent += length
+            if spent > READ_LIMIT:
+                raise BadFile(
+                    path, f"holds more than {READ_LIMIT} bytes of text", "this program did not write it"
+                )
+            entry = _entry(kind, _chunk(path, file, kind, length), READ_LIMIT)
+            if entry is not None:
+                spent += len(entry[1])
+                text.setdefault(*entry)
+        elif kind == b"IEND":
+            return PngText(width, height, text)
+        else:
+            file.seek(length + 4, os.SEEK_CUR)
+
+
+def _chunk(path: str | os.PathLike[str], file: BinaryIO, kind: bytes, length: int) -> bytes:
+    data = file.read(length)
+    if file.read(4) != struct.pack(">I", zlib.crc32(kind + data)):
+        raise BadFile(path, f"chunk {printable(kind)} fails its checksum", AGAIN)
+    return data
+
+
+def _entry(kind: bytes, data: bytes, limit: int) -> tuple[str, str] | None:
+    """One text chunk -> (keyword, text); None when it breaks section 11.3.3 of the PNG specification."""
+    keyword, nul, rest = data.partition(b"\0")
+    if not nul or not 1 <= len(keyword) <= 79:
+        return None
+    name = keyword.decode("latin-1")
+    if kind == b"tEXt":
+        return name, rest.decode("latin-1")
+    if kind == b"zTXt":
+        unpacked = _unpack(rest[1:], limit) if rest[:1] == b"\0" else None
+        return None if unpacked is None else (name, unpacked.decode("latin-1"))
+    parts = rest[2:].split(b"\0", 2)
+    if len(rest) < 2 or len(parts) != 3 or rest[0] > 1:
+        return None
+    body = _unpack(parts[2], limit) if rest[0] == 1 else parts[2]
+    return None if body is None else (name, body.decode("utf-8", "replace"))
+
+
+def _unpack(data: bytes, limit: int) -> bytes | None:
+    unzip = zlib.decompressobj()
+    try:
+        out = unzip.decompress(data, limit)
+    except zlib.error:
+        return None
+    return out if unzip.eof else None
+
+
+def encode(image: Image, settings: Mapping[str, Any] | None = None) -> bytes:
+    """A picture and its settings as the bytes of a PNG; the same input gives the same bytes.
+
+    Args:
+        image: RGB picture.
+        settings: What made it; see `text_chunks`. None writes no text at all.
+    """
+    from io import BytesIO
+
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    png = buffer.getvalue()
+    if settings is None:
+        return png
+    header = len(SIGNATURE) + 8 + 13 + 4
+    chunks = b"".join(_itxt(name, text) for name, text in text_chunks(settings).items())
+    return png[:header] + chunks + png[header:]
+
+
+def _itxt(keyword: str, text: str) -> bytes:
+    body = b"iTXt" + keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode("utf-8", "replace")
+    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def text_chunks(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings -> keyword -> text, at most `MAX_TEXT` bytes in all; prompts are cut until they fit.
+
+    Args:
+        settings: `prompt`, `negative_prompt`, `steps`, `guidance_scale`, `seed`, `width`, `height`, `shift`,
+            `version`, `files` (component -> {"name", "size", "sha256" or "fingerprint"}) and whatever else
+            JSON holds.
+    """
+    limit = MAX_TEXT
+    while True:
+        cut = {k: _cut(v, limit) if k in ("prompt", "negative_prompt") else v for k, v in settings.items()}
+        chunks = {
+            A1111_KEYWORD: _a1111(cut),
+            JSON_KEYWORD: json.dumps(cut, ensure_ascii=False, allow_nan=False, separators=(",", ":")),
+        }
+        if sum(len(_itxt(k, v)) for k, v in chunks.items()) <= MAX_TEXT:
+            return chunks
+        if limit < 2:
+            return {}  # file names alone fill the room: nothing is better than half a JSON
+        limit //= 2
+
+
+def _cut(text: Any, limit: int) -> Any:
+    if not isinstance(text, str) or len(text) <= limit:
+        return text
+    return text[: limit - 1] + "…"
+
+
+def _a1111(settings: Mapping[str, Any]) -> str:
+    """The text that A1111 writes: prompt, negative prompt, then one line of `Name: value` pairs."""
+    lines = [str(settings.get("prompt") or "")]
+    if settings.get("negative_prompt"):
+        lines.append(f"Negative prompt: {settings['negative_prompt']}")
+    model = settings.get("files", {}).get("transformer", {})
+    guidance = settings.get("guidance_scale")
+    pairs = {
+        "Steps": settings.get("steps"),
+        "Sampler": "Euler",
+        "Schedule type": "Simple",
+        # that program's scale counts from 1
+        "CFG scale": None if guidance is None else f"{guidance + 1:g}",
+        "Shift": None if settings.get("shift") is None else f"{settings['shift']:g}",
+        "Seed": settings.get("seed"),
+        "Size": f"{settings['width']}x{settings['height']}" if "width" in settings else None,
+        "Model hash": (model.get("sha256") or model.get("fingerprint") or "")[:10] or None,
+        "Model": json.dumps(model["name"], ensure_ascii=False) if "name" in model else None,
+        "Version": settings.get("version"),
+    }
+    lines.append(", ".join(f"{k}: {v}" for k, v in pairs.items() if v is not None))
+    return "\n".join(lines)
+
+
+def file_identity(path: str | os.PathLike[str], full: bool = False) -> dict[str, Any]:
+    """Name (never the folder), size and hash of a model file, for a picture's settings.
+
+    Files up to 64 MiB, and any file with `full`, get `sha256` of the whole. Reading 7 GB for each picture
+    would take longer than some pictures, so larger files get `fingerprint` instead: SHA-256 over the size as
+    decimal text, the first MiB and the last MiB. That tells models apart (the header lists every tensor, the
+    tail holds weights) but does not prove that nobody changed a byte in the middle. Results are cached by
+    path, size and modification time.
+    """
+    status = Path(path).stat()
+    whole = full or status.st_size <= WHOLE_FILE
+    digest = _digest(os.path.abspath(os.fspath(path)), status.st_size, status.st_mtime_ns, whole)  # noqa: PTH100
+    return {
+        "name": printable(Path(path).name),
+        "size": status.st_size,
+        "sha256" if whole else "fingerprint": digest,
+    }
+
+
+@lru_cache(maxsize=64)
+def _digest(path: str, size: int, mtime_ns: int, whole: bool) -> str:
+    hasher = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        if whole:
+            while block := file.read(SAMPLE):
+                hasher.update(block)
+        else:
+            hasher.update(str(size).encode())
+            hasher.update(file.read(SAMPLE))
+            file.seek(-SAMPLE, os.SEEK_END)
+            hasher.update(file.read(SAMPLE))
+    return hasher.hexdigest()

@@ -1,0 +1,65 @@
+"""Euler's method from noise to image, for any callable that estimates the clean image's direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from zimage_core.errors import NonFinite
+
+Denoiser = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""(latents [B, C, h, w] float32, time [] float32, step) -> estimate of clean - noise [B, C, h, w] float32."""
+
+StepEnd = Callable[[int, torch.Tensor, torch.Tensor], "torch.Tensor | None"]
+"""(step, timestep [] float32 in 0..1000, latents) -> the latents to go on with, or None to stop here."""
+
+
+def timestep(sigma: float) -> torch.Tensor:
+    """Noise level as the timestep that schedulers and callbacks speak of: 1000 sigma, float32 scalar."""
+    return torch.tensor(sigma, dtype=torch.float32) * 1000
+
+
+def velocity(denoise: Denoiser, latents: torch.Tensor, sigma: float, step: int) -> torch.Tensor:
+    """d(latents)/d(sigma) at noise level sigma: the one place that knows the network's two conventions.
+
+    The network was trained the other way round from the sampler, twice. Its time runs from 0 at pure noise to
+    1 at the clean image, so it is fed 1 - sigma. Its output points from noise to image, clean - noise, while
+    the path x = (1 - sigma) clean + sigma noise has the derivative noise - clean, so the output is negated.
+
+    The time is computed as (1000 - 1000 sigma) / 1000 in float32 because diffusers does so; 1 - sigma can
+    differ in the last bit, which the network multiplies by 1000 before it takes sines.
+    """
+    return -denoise(latents, (1000 - timestep(sigma)) / 1000, step)
+
+
+def sample(
+    denoise: Denoiser, latents: torch.Tensor, sigmas: Sequence[float], on_step_end: StepEnd | None = None
+) -> torch.Tensor:
+    """Follow the velocity from the first noise level to the last.
+
+    Args:
+        denoise: Estimates clean - noise; see `Denoiser`.
+        latents: Starting point at noise level sigmas[0]; not modified.
+        sigmas: Falling noise levels, one more than there are steps.
+        on_step_end: Called after each step; may replace the latents, or end the run by returning None.
+
+    Shape:
+        latents [B, C, h, w] float32 -> the same. float32 throughout, whatever the network computes in: eight
+        small steps added in half precision would lose what the network gained.
+
+    Raises:
+        NonFinite: A velocity holds NaN or infinity (one reduction per step); the message names the step.
+    """
+    steps = len(sigmas) - 1
+    for step in range(steps):
+        v = velocity(denoise, latents, sigmas[step], step)
+        if not bool(torch.isfinite(v).all()):
+            raise NonFinite(f"step {step + 1} of {steps}: the network's prediction holds NaN or infinity")
+        latents = latents + (sigmas[step + 1] - sigmas[step]) * v
+        if on_step_end is not None:
+            chosen = on_step_end(step, timestep(sigmas[step]), latents)
+            if chosen is None:
+                break
+            latents = chosen
+    return latents
