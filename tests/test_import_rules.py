@@ -1,0 +1,105 @@
+"""The rooms of the house and the doors between them; docs/architecture.md has the drawing."""
+
+from __future__ import annotations
+
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tree import ROOT, imports, module_name, sources
+
+# room -> rooms it may import, besides itself and errors. Read upwards only: the table has no cycle.
+DOORS: dict[str, set[str]] = {
+    "errors": set(),
+    "atomic": set(),
+    "formats": set(),
+    "codebooks": set(),
+    "config": set(),
+    "png": set(),
+    "noise": set(),
+    "reference": {"formats", "codebooks"},
+    "kernels": {"formats", "codebooks"},
+    "cpu": {"formats", "codebooks"},
+    "quant_tensor": {"formats", "cpu"},
+    "ops": {"formats", "quant_tensor", "cpu", "kernels"},
+    "nn": {"formats", "ops", "quant_tensor"},
+    "models": {"nn", "config"},
+    "weights": {"formats", "quant_tensor", "nn", "models", "config"},
+    "text": {"config"},
+    "sampling": {"config"},
+    "inspection": {"weights", "text", "png", "config", "formats"},
+    "pipeline": {
+        "weights", "models", "text", "sampling", "config", "noise", "png", "atomic", "quant_tensor", "formats",
+    },
+    "assets": set(),
+}  # fmt: skip
+EVERYTHING = {"cli", "zimage_core"}  # the two ends of the house; zimage_core itself is __init__.py
+DATA_ONLY = {"errors", "atomic", "formats", "codebooks", "config", "png", "inspection", "cli"}
+"""Rooms that load the standard library alone; a third party's package waits inside a function."""
+WITH_TENSORS = {"load", "scan"}
+"""The files of weights/ that compute; the others read headers, and `zimage inspect` loads them."""
+NEVER = {
+    "reference": {"torch", "triton"},
+    "kernels": {"numpy"},
+    "sampling": {"numpy", "transformers", "diffusers"},
+}
+TEST_ONLY = {"diffusers", "transformers", "accelerate", "tiktoken", "pytest", "hypothesis", "jinja2"}
+
+files = pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def room_of(path: Path) -> str:
+    parts = module_name(path).split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def test_the_table_has_no_cycle():
+    order = list(TopologicalSorter(DOORS).static_order())
+    assert set(order) == set(DOORS), "a door leads to a room that is not in the table"
+
+
+@files
+def test_a_file_imports_only_through_doors(path):
+    room = room_of(path)
+    assert room in DOORS or room in EVERYTHING, f"{room} is a new room: give it a line in DOORS"
+    for item in imports(path):
+        where = f"{path.relative_to(ROOT)}:{item.line}"
+        assert not item.module.startswith("."), f"{where}: write the absolute import"
+        top, *rest = item.module.split(".")
+        assert top not in {"kernels", "reference", "tests", "benchmarks"}, f"{where}: imports {top}"
+        assert top not in TEST_ONLY, f"{where}: {top} is for tests"
+        assert top not in NEVER.get(room, ()), f"{where}: {room} may not use {top}"
+        if top == "zimage_core" and rest and rest[0] not in (room, "errors") and room in DOORS:
+            assert rest[0] in DOORS[room], f"{where}: {room} has no door to {rest[0]}"
+        if top in {"triton"} or item.module.startswith("zimage_core.kernels"):
+            allowed = room == "kernels" or (room == "ops" and (item.lazy or item.typing))
+            assert allowed, f"{where}: only ops reaches kernels, and inside a function"
+
+
+@files
+def test_headers_are_read_without_third_parties(path):
+    room = room_of(path)
+    if room not in DATA_ONLY and not (room == "weights" and path.stem not in WITH_TENSORS):
+        return
+    for item in imports(path):
+        top = item.module.partition(".")[0]
+        fine = item.lazy or item.typing or top == "zimage_core" or top in sys.stdlib_module_names
+        assert fine, f"{path.relative_to(ROOT)}:{item.line}: move the import of {top} into the function that uses it"
+
+
+def test_the_checks_above_can_fail(tmp_path):
+    """Planted imports of each kind are seen, with their place."""
+    file = tmp_path / "planted.py"
+    file.write_text(
+        "import torch\nfrom zimage_core import pipeline\nfrom typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    import numpy\ndef f():\n    from triton import language\n"
+        "if True:\n    from . import x\n"
+    )
+    seen = {(i.module, i.line, i.lazy, i.typing) for i in imports(file)}
+    assert ("torch", 1, False, False) in seen
+    assert ("zimage_core.pipeline", 2, False, False) in seen
+    assert ("numpy", 5, False, True) in seen
+    assert ("triton", 7, True, False) in seen
+    assert (".", 9, False, False) in seen
