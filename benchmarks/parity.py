@@ -1,4 +1,6 @@
-"""Write the parity table of docs/numerics.md: python -m benchmarks.parity
+"""Write the parity table of docs/numerics.md.
+
+    python -m benchmarks.parity
 
 Compares every network, in float32 on tiny random weights, with diffusers and transformers.
 """

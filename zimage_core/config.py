@@ -12,7 +12,7 @@ HEAD_AXES = (32, 48, 48)
 """Rotary channels for (t, h, w) in every released Z-Image; they sum to head_dim 128."""
 
 
-def _positive(owner: str, **values: int) -> None:
+def _positive(owner: str, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise BadArgument(f"{owner}: {name} is {value!r}, wanted a positive whole number")
@@ -75,7 +75,7 @@ class TransformerConfig:
         )
         if self.dim != self.n_heads * self.head_dim or self.head_dim != sum(self.axes_dims):
             raise BadArgument(
-                f"{me}: dim {self.dim} over {self.n_heads} heads is not the {sum(self.axes_dims)} rotary channels "
+                f"{me}: dim {self.dim} over {self.n_heads} heads is not the {sum(self.axes_dims)} channels "
                 f"of axes_dims {self.axes_dims}; wanted dim = n_heads * sum(axes_dims)"
             )
         if any(d % 2 for d in self.axes_dims):

@@ -10,7 +10,9 @@ from os import PathLike, fspath
 
 def printable(text: object, limit: int = 200) -> str:
     """Text from a file or a user, safe to show: control and bidi characters escaped, length capped."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text)
+    )
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 

@@ -22,8 +22,9 @@ SIDES = {"15 tokens, 17 pads": (6, 10), "32 tokens, no pads": (8, 16), "48 token
 """Latent sides (h, w); two latents a token."""
 
 TRANSFORMER: dict[str, Any] = {
-    "in_channels": 16, "dim": 48, "n_layers": 3, "n_refiner_layers": 2, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 20,
-    "axes_dims": [4, 6, 6], "axes_lens": [256, 64, 64], "rope_theta": 256.0, "t_scale": 1000.0,
+    "in_channels": 16, "dim": 48, "n_layers": 3, "n_refiner_layers": 2, "n_heads": 3, "n_kv_heads": 3,
+    "cap_feat_dim": 20, "axes_dims": [4, 6, 6],
+    "axes_lens": [256, 64, 64], "rope_theta": 256.0, "t_scale": 1000.0,
 }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def randomise(module: nn.Module, std: float, seed: int = 0) -> None:
             p.copy_(torch.randn(p.shape, generator=generator) * std + (1.0 if "norm" in name else 0.0))
 
 
-def transformer_pair(std: float = 0.08) -> tuple[Any, ZImageTransformer]:
+def transformer_pair(std: float = 0.06) -> tuple[Any, ZImageTransformer]:
     """diffusers' transformer and ours with the same weights."""
     from diffusers import ZImageTransformer2DModel
 

@@ -10,8 +10,8 @@ from zimage_core.nn.rope import rotate_half, rotate_interleaved, rotation
 
 def test_rotation_has_the_golden_values_of_position_33_5_7():
     cos, sin = rotation(torch.tensor([[33, 5, 7]]), (32, 48, 48), 256.0)
-    golden = {0: (-0.01328, 0.99991), 1: (-0.22547, -0.97425), 16: (0.28366, -0.95892), 40: (0.75390, 0.65699),
-              63: (0.99941, 0.03444)}  # fmt: skip
+    golden = {0: (-0.01328, 0.99991), 1: (-0.22547, -0.97425), 16: (0.28366, -0.95892),
+              40: (0.75390, 0.65699), 63: (0.99941, 0.03444)}  # fmt: skip
     for pair, (c, s) in golden.items():
         assert cos[0, pair].item() == pytest.approx(c, abs=1e-5)  # goldens have five digits
         assert sin[0, pair].item() == pytest.approx(s, abs=1e-5)

@@ -112,7 +112,8 @@ def _half_split_rotation(monkeypatch):
 
 
 MISTAKES = [
-    _caption_pads_at_zero, _image_time_from_unpadded_caption, _channel_outermost_patch, _image_pads_numbered_on,
+    _caption_pads_at_zero, _image_time_from_unpadded_caption, _channel_outermost_patch,
+    _image_pads_numbered_on,
     _silu_before_block_modulation, _no_silu_before_final_modulation, _no_tanh_on_gates, _time_not_scaled,
     _sin_before_cos, _pads_dropped, _half_split_rotation,
 ]  # fmt: skip

@@ -42,7 +42,9 @@ class ResnetBlock(nn.Module):
         """See the class."""
         h = self.conv1(nn.functional.silu(self.norm1(x)))
         h = self.conv2(nn.functional.silu(self.norm2(h)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return x + h
 
 
 class AttentionBlock(nn.Module):
@@ -217,7 +219,7 @@ class Autoencoder(nn.Module):
         factor = self.config.spatial_factor
         if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % factor or x.shape[3] % factor:
             raise BadShape(
-                f"VAE encode: got a picture of shape {tuple(x.shape)}, wanted [B, {self.config.in_channels}, H, W] "
+                f"VAE encode: got a picture of {tuple(x.shape)}, wanted [B, {self.config.in_channels}, H, W] "
                 f"with H and W multiples of {factor}"
             )
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
@@ -236,10 +238,10 @@ class Autoencoder(nn.Module):
         return mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
 
     def decode(self, z: Tensor) -> Tensor:
-        """z [B, latent_channels, h, w], not scaled -> picture [B, 3, 8 h, 8 w], about [-1, 1], not clamped."""
+        """z [B, latent_channels, h, w], not scaled -> picture [B, 3, 8 h, 8 w] about [-1, 1], not clamped."""
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
             raise BadShape(
-                f"VAE decode: got latents of shape {tuple(z.shape)}, wanted [B, {self.config.latent_channels}, h, w]"
+                f"VAE decode: got {tuple(z.shape)}, wanted latents [B, {self.config.latent_channels}, h, w]"
             )
         out: Tensor = self.decoder(z.to(self.dtype).contiguous(memory_format=torch.channels_last))
         return out

@@ -123,7 +123,7 @@ class TextEncoder(nn.Module):
         if ids.ndim != 1 or len(ids) == 0:
             raise BadShape(f"text encoder: got ids of shape {tuple(ids.shape)}, wanted [L] with L >= 1")
         stream = torch.float32 if self.dtype == torch.float16 else self.dtype
-        x = self.embed_tokens(ids.to(self.device)).to(stream)
+        x: Tensor = self.embed_tokens(ids.to(self.device)).to(stream)
         turn = self.rotation(len(ids))
         for layer in self.layers:
             x = layer(x, turn, self.dtype)

@@ -130,12 +130,14 @@ class TransformerBlock(nn.Module):
             a = self.attention(self.attention_norm1(x), turn, attn_scale)
             x = x + self.attention_norm2(a, attn_scale)
             f = self.feed_forward(self.ffn_norm1(x), ffn_scale)
-            return x + self.ffn_norm2(f, ffn_scale)
+            added: Tensor = self.ffn_norm2(f, ffn_scale)
+            return x + added
         scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(temb).unsqueeze(-2).chunk(4, dim=-1)
         a = self.attention(self.attention_norm1(x) * (1 + scale_msa), turn, attn_scale)
         x = x + gate_msa.tanh() * self.attention_norm2(a, attn_scale)
         f = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp), ffn_scale)
-        return x + gate_mlp.tanh() * self.ffn_norm2(f, ffn_scale)
+        gated: Tensor = gate_mlp.tanh() * self.ffn_norm2(f, ffn_scale)
+        return x + gated
 
 
 class FinalLayer(nn.Module):
@@ -255,11 +257,11 @@ class ZImageTransformer(nn.Module):
             or any(side == 0 or side % config.patch_size for side in latent.shape[2:])
         ):
             raise BadShape(
-                f"transformer: got a latent of shape {tuple(latent.shape)}, wanted [{config.in_channels}, 1, h, w] "
+                f"transformer: got a latent of {tuple(latent.shape)}, wanted [{config.in_channels}, 1, h, w] "
                 f"with h and w multiples of {config.patch_size}"
             )
         if caption.ndim != 2 or caption.shape[1] != config.cap_feat_dim:
             raise BadShape(
-                f"transformer: got a caption of shape {tuple(caption.shape)}, wanted [L, {config.cap_feat_dim}]; "
+                f"transformer: got a caption of {tuple(caption.shape)}, wanted [L, {config.cap_feat_dim}]; "
                 f"use the text encoder that belongs to this transformer"
             )

@@ -42,7 +42,7 @@ def rotate_interleaved(x: Tensor, turn: Rotation) -> Tensor:
         x [..., L, H, D], turn of [L, D / 2] -> [..., L, H, D].
     """
     cos, sin = (t.unsqueeze(-2) for t in turn)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    a, b = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
