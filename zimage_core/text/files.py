@@ -1,0 +1,122 @@
+"""Reading the small text files of a tokenizer without trusting them.
+
+A path may be a FIFO, a device, 100 GB of zeros or JSON nested a million deep: every one of these is a
+`BadFile` with one sentence, within the file's own size in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from os import PathLike, fspath
+from typing import Any, NoReturn
+
+from zimage_core.errors import BadFile, printable
+
+MAX_BYTES = 100_000_000  # the real files have 3 to 33 MB
+MAX_DEPTH = 64
+MAX_DIGITS = 20  # 2^64 has 20
+
+
+def read_bytes(path: str | PathLike[str]) -> bytes:
+    """The bytes of a regular file of at most `MAX_BYTES`.
+
+    Raises:
+        BadFile: Missing, unreadable, not a regular file, empty or too large.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise BadFile(path, f"the file cannot be opened: {reason}") from None
+    except ValueError:
+        raise BadFile(path, "the path holds a NUL character") from None
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            kind = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO"}.get(
+                stat.S_IFMT(status.st_mode), "a device"
+            )
+            raise BadFile(path, f"the path is {kind}, not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise BadFile(path, f"the file is larger than {MAX_BYTES} bytes, no tokenizer needs that")
+        with os.fdopen(os.dup(handle), "rb") as file:
+            data = file.read(status.st_size)
+    finally:
+        os.close(handle)
+    if not data:
+        raise BadFile(path, "the file is empty, a tokenizer file in JSON or text was expected")
+    return data
+
+
+def read_text(path: str | PathLike[str]) -> str:
+    """A UTF-8 text file; a byte order mark is dropped.
+
+    Raises:
+        BadFile: See `read_bytes`; also bytes that are not UTF-8.
+    """
+    data = read_bytes(path)
+    if data.startswith(b"version https://git-lfs"):
+        raise BadFile(path, "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadFile(path, f"not JSON or text in UTF-8: byte {error.start} is invalid") from None
+
+
+def read_json(path: str | PathLike[str]) -> dict[str, Any]:
+    """A JSON object: no duplicate keys, no NaN, no long numbers, nested at most `MAX_DEPTH` deep.
+
+    Raises:
+        BadFile: See `read_text`; also everything in the line above.
+    """
+
+    def fail(fault: str) -> NoReturn:
+        raise BadFile(path, fault)
+
+    def integer(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            fail(f"JSON number of {len(digits)} digits is out of range")
+        return int(digits)
+
+    def constant(name: str) -> NoReturn:
+        fail(f"invalid JSON number {name}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    fail(f"duplicate JSON key {printable(key, 60)!r}")
+                seen.add(key)
+        return table
+
+    text = read_text(path)
+    try:
+        value = json.loads(text, parse_int=integer, parse_constant=constant, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise BadFile(path, f"not valid JSON: {error.msg} at line {error.lineno}") from None
+    except RecursionError:
+        raise BadFile(path, f"JSON nested more than {MAX_DEPTH} deep") from None
+    if not isinstance(value, dict):
+        raise BadFile(path, f"a JSON object was expected, found {type(value).__name__}")
+    _check_depth(value, path)
+    return value
+
+
+def _check_depth(value: dict[str, Any], path: str | PathLike[str]) -> None:
+    """Level by level, so that depth costs no Python stack."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for item in level
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise BadFile(fspath(path), f"JSON nested more than {MAX_DEPTH} deep")

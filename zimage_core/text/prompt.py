@@ -1,0 +1,125 @@
+"""The prompt string of Z-Image's text encoder and its token ids.
+
+The string is Qwen3's chat template with one user turn and the opening of the answer, written out: no
+template language is evaluated, also not the one that a file may carry.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from zimage_core.errors import BadArgument, Unsupported, printable
+from zimage_core.text.tokenizer import Tokenizer, check_text
+
+TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+NO_THINKING = "<think>\n\n</think>\n\n"
+TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+MAX_PROMPT_BYTES = 16 * 1024
+DEFAULT_LENGTH = 512
+# Caption positions start at 1 and are padded to a multiple of 32, the image follows at the next one, and
+# the transformer's time axis has 1536 positions: 47 * 32 is the last multiple that leaves room.
+MAX_LENGTH = 1504
+
+
+def render(prompt: str, enable_thinking: bool = True, template: str | None = None) -> str:
+    """The string that is tokenised.
+
+    The prompt is put in as it is: not stripped; `<think>...</think>` and control tokens in it pass through.
+
+    Args:
+        prompt: The user's text; may be empty.
+        enable_thinking: True as the model was trained; False appends an empty `<think>` block.
+        template: None for Qwen3's; else a text in which `{prompt}` stands exactly once, used as it is
+            (`enable_thinking` is then without effect). "{prompt}" gives the bare prompt.
+
+    Raises:
+        BadArgument: The template does not hold `{prompt}` exactly once.
+    """
+    if template is None:
+        template = TEMPLATE if enable_thinking else TEMPLATE + NO_THINKING
+    check_text(template, "template")
+    if template.count("{prompt}") != 1:
+        raise BadArgument(f"template holds {{prompt}} {template.count('{prompt}')} times, once was expected")
+    return template.replace("{prompt}", prompt)
+
+
+def check_prompt(prompt: str, max_bytes: int = MAX_PROMPT_BYTES) -> None:
+    """Refuse a prompt that no one can mean, before any work is done with it.
+
+    Raises:
+        BadArgument: Not a string, over `max_bytes` in UTF-8, a NUL character, a lone surrogate.
+    """
+    check_text(prompt, "prompt")
+    size = len(prompt.encode())
+    if size > max_bytes:
+        raise BadArgument(f"the prompt has {size} bytes in UTF-8, the limit is {max_bytes}; shorten it")
+    if "\0" in prompt:
+        raise BadArgument(f"the prompt holds a NUL character at {prompt.index(chr(0))}; remove it")
+
+
+def prompt_ids(
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_sequence_length: int = DEFAULT_LENGTH,
+    enable_thinking: bool = True,
+    template: str | None = None,
+    max_prompt_bytes: int = MAX_PROMPT_BYTES,
+) -> list[int]:
+    """Token ids of a prompt in its template, tokenised as one string, cut on the right.
+
+    The cut is the one of diffusers: over the limit the end of the template is lost together with the end of
+    the prompt, because that is how the ids are then. A UserWarning shows the text that is lost.
+
+    Args:
+        tokenizer: The text encoder's.
+        prompt: The user's text; at most `max_prompt_bytes` in UTF-8.
+        max_sequence_length: Most ids that are returned, template included; 1 to 1504.
+        enable_thinking: See `render`.
+        template: See `render`.
+        max_prompt_bytes: Guards against a prompt given by mistake.
+
+    Returns:
+        Between 1 and max_sequence_length ids (none only for an empty prompt in a bare template).
+
+    Raises:
+        BadArgument: A prompt, template or limit out of range.
+        Unsupported: The tokenizer lacks the tokens of Qwen3's template.
+    """
+    if type(max_sequence_length) is not int or not 1 <= max_sequence_length <= MAX_LENGTH:
+        raise BadArgument(
+            f"max_sequence_length is {printable(max_sequence_length, 40)}, a whole number in 1..{MAX_LENGTH}"
+            " was expected"
+        )
+    check_prompt(prompt, max_prompt_bytes)
+    if template is None:
+        for token in TEMPLATE_TOKENS:
+            if token not in tokenizer.added_tokens:
+                raise Unsupported(
+                    f"the tokenizer has no token {token}, which Z-Image's prompt template needs; use the"
+                    " tokenizer of the Qwen3 text encoder, or give template="
+                )
+    text = render(prompt, enable_thinking, template)
+    ids = tokenizer.encode(text)
+    if len(ids) > max_sequence_length:
+        tail = render("", enable_thinking, template)[len(_head(template)) :]
+        lost = tokenizer.decode(ids[max_sequence_length:])
+        _warn_of_loss(lost, tail, len(ids), max_sequence_length)
+    return ids[:max_sequence_length]
+
+
+def _head(template: str | None) -> str:
+    return (TEMPLATE if template is None else template).partition("{prompt}")[0]
+
+
+def _warn_of_loss(lost: str, tail: str, found: int, limit: int) -> None:
+    if len(lost) > len(tail):
+        what = f"this text of it is lost: '{printable(lost.removesuffix(tail), MAX_PROMPT_BYTES)}'"
+    else:
+        what = "the end of the template is lost"
+    warnings.warn(
+        f"the prompt has {found} tokens with its template, the limit is {limit}, and {what}; shorten the"
+        f" prompt or raise max_sequence_length (up to {MAX_LENGTH})",
+        UserWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,274 @@
+"""Reading tokenizer.json, vocab.json + merges.txt and tokenizer_config.json.
+
+Only the vocabulary, the merges and the added tokens are taken. The rest of a tokenizer.json is compared
+with what this library does anyway; a file that asks for something else is refused by the name of that
+thing, because ignoring it would give other ids than the model was trained with. Padding and truncation
+are settings of a past session, not of the model: they are checked for sense and ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, NoReturn
+
+from zimage_core.errors import BadFile, Unsupported, printable
+from zimage_core.text.files import read_json, read_text
+from zimage_core.text.pretokenizers import DIGIT, GPT2, KNOWN_PATTERNS, PRE_TOKENIZERS, PreTokenizer
+from zimage_core.text.vocabulary import Vocabulary, split_merges
+
+# Every field that a file may have; any other is refused.
+TOP = {
+    *("version", "truncation", "padding", "added_tokens", "normalizer"),
+    *("pre_tokenizer", "post_processor", "decoder", "model"),
+}
+MODEL = {
+    *("type", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("fuse_unk", "byte_fallback", "ignore_merges", "vocab", "merges"),
+}
+ADDED = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
+BYTE_LEVEL = {"type", "add_prefix_space", "trim_offsets", "use_regex"}
+MAX_ADDED = 100_000
+MAX_LENGTH = 1 << 24
+
+
+def read_tokenizer_json(path: str | PathLike[str]) -> Vocabulary:
+    """The vocabulary in a tokenizer.json of Hugging Face's `tokenizers`.
+
+    Raises:
+        BadFile: Damaged or contradictory.
+        Unsupported: It asks for a model, normalizer, pre-tokenizer, post-processor or decoder that a
+            byte-level BPE like Qwen's does not have; the message names it.
+    """
+    return _Reader(fspath(path)).read()
+
+
+class _Reader:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def read(self) -> Vocabulary:
+        data = read_json(self.path)
+        self._only(data, TOP, "the file")
+        model = self._model(data.get("model"))
+        self._ranges("truncation", data.get("truncation"), ("max_length", "stride"))
+        self._ranges("padding", data.get("padding"), ("pad_to_multiple_of", "pad_id"))
+        for name in ("post_processor", "decoder"):
+            part = data.get(name)
+            if part is not None and not self._byte_level(part):
+                self._refuse(name, part)
+        return Vocabulary(
+            path=self.path,
+            tokens=self._vocab(model),
+            merges=split_merges(self._list(model.get("merges", []), "model.merges"), self.path),
+            added=self._added(self._list(data.get("added_tokens") or [], "added_tokens")),
+            pre=replace(
+                self._pre(data.get("normalizer"), data.get("pre_tokenizer")),
+                ignore_merges=model.get("ignore_merges", False),
+            ),
+            unknown=model.get("unk_token"),
+        )
+
+    def _model(self, model: Any) -> dict[str, Any]:
+        if model is None:
+            self._fail("the model is missing")
+        if not isinstance(model, dict):
+            self._fail(f"a JSON object was expected as model, found {type(model).__name__}")
+        kind = model.get("type", "BPE" if "merges" in model else None)
+        if kind != "BPE":
+            raise Unsupported(
+                f"{printable(self.path)}: model type '{printable(kind, 60)}' is unknown here, its vocabulary"
+                " is not used; expected model type 'BPE', as Qwen's tokenizer has"
+            )
+        self._only(model, MODEL, "model")
+        if model.get("dropout"):
+            self._refuse("model.dropout", model["dropout"])
+        for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(name) not in (None, ""):
+                self._refuse(f"model.{name}", model[name])
+        for name in ("byte_fallback", "fuse_unk"):
+            if model.get(name) not in (None, False):
+                self._refuse(f"model.{name}", model[name])
+        if type(model.get("ignore_merges", False)) is not bool:
+            self._refuse("model.ignore_merges", model["ignore_merges"])
+        if not isinstance(model.get("unk_token"), (str, type(None))):
+            self._fail("model.unk_token is not a string of the vocabulary")
+        return model
+
+    def _vocab(self, model: dict[str, Any]) -> dict[str, int]:
+        vocab = model.get("vocab")
+        if not isinstance(vocab, dict):
+            self._fail("model.vocab is missing or invalid: a map of token to id was expected")
+        return vocab
+
+    def _added(self, items: list[Any]) -> dict[str, int]:
+        if len(items) > MAX_ADDED:
+            self._fail(f"added_tokens: {len(items)} tokens, the limit is a count of {MAX_ADDED}")
+        return added_tokens(
+            ((item.get("id") if isinstance(item, dict) else None, item) for item in items), self.path
+        )
+
+    def _ranges(self, name: str, value: Any, fields: tuple[str, ...]) -> None:
+        """Padding and truncation are ignored, but a length that no one can mean is a damaged file."""
+        if value is None:
+            return
+        if not isinstance(value, dict):
+            self._refuse(name, value)
+        strategy = value.get("strategy")
+        numbers = {field: value.get(field) for field in fields}
+        if isinstance(strategy, dict):
+            numbers |= {f"strategy.{printable(key, 20)}": item for key, item in strategy.items()}
+        for field, number in numbers.items():
+            low = 0 if field in ("stride", "pad_id") else 1
+            if number is not None and (type(number) is not int or not low <= number <= MAX_LENGTH):
+                self._fail(f"{name}: {field} is {printable(number, 40)}, not in {low}..{MAX_LENGTH}")
+        if (numbers.get("stride") or 0) >= (numbers.get("max_length") or MAX_LENGTH + 1):
+            self._fail(f"{name}: stride {numbers['stride']} is not below max_length {numbers['max_length']}")
+
+    def _pre(self, normalizer: Any, pre_tokenizer: Any) -> PreTokenizer:
+        if normalizer not in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
+            self._refuse("normalizer", normalizer)
+        if pre_tokenizer is None:
+            return PRE_TOKENIZERS["qwen2"]  # the file says nothing: Qwen's own way
+        is_sequence = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence"
+        steps = pre_tokenizer.get("pretokenizers") if is_sequence else [pre_tokenizer]
+        if not isinstance(steps, list) or not steps:
+            self._refuse("pre_tokenizer", pre_tokenizer)
+        *splits, last = steps
+        if not self._byte_level(last):
+            self._pattern(last)  # names it if it is strange in itself
+            self._refuse("without a final ByteLevel, pre_tokenizer", pre_tokenizer)
+        patterns = tuple(self._pattern(step) for step in splits)
+        if last.get("add_prefix_space", True):
+            self._refuse("pre_tokenizer", "ByteLevel with add_prefix_space")
+        if last.get("use_regex", True):
+            patterns += (GPT2,)
+        if patterns not in KNOWN_PATTERNS:
+            self._refuse("pre_tokenizer with the regex patterns", patterns)
+        return PreTokenizer(patterns, nfc=normalizer == {"type": "NFC"})
+
+    def _pattern(self, step: Any) -> str:
+        """The regular expression of one step, if it is one of ours."""
+        if step == {"type": "Digits", "individual_digits": True}:
+            return DIGIT
+        if not isinstance(step, dict) or step.get("type") != "Split":
+            self._refuse("pre_tokenizer", step)
+        regex = step["pattern"].get("Regex") if isinstance(step.get("pattern"), dict) else None
+        if not any(regex in patterns for patterns in KNOWN_PATTERNS):
+            self._refuse("pre_tokenizer Split with the regex pattern", regex)
+        rest = {key: value for key, value in step.items() if key not in ("type", "pattern")}
+        if rest != {"behavior": "Isolated", "invert": False}:
+            self._refuse("pre_tokenizer Split with", rest)
+        return str(regex)
+
+    def _byte_level(self, part: Any) -> bool:
+        return (
+            isinstance(part, dict)
+            and part.get("type") == "ByteLevel"
+            and part.keys() <= BYTE_LEVEL
+            and all(type(value) is bool for key, value in part.items() if key != "type")
+        )
+
+    def _list(self, value: Any, name: str) -> list[Any]:
+        if not isinstance(value, list):
+            self._fail(f"{name} is invalid: a list was expected")
+        return value
+
+    def _only(self, value: dict[str, Any], known: set[str], where: str) -> None:
+        for key in value:
+            if key not in known:
+                self._refuse(f"in {where}, the unexpected field '{printable(key, 60)}'", value[key])
+
+    def _refuse(self, name: str, value: Any) -> NoReturn:
+        kind = value.get("type", value) if isinstance(value, dict) else value
+        raise Unsupported(
+            f"{printable(self.path)}: {name} '{printable(kind, 120)}' does not match a byte-level BPE like"
+            " Qwen's and is not supported; use the tokenizer that came with the text encoder"
+        )
+
+    def _fail(self, fault: str) -> NoReturn:
+        raise BadFile(self.path, fault)
+
+
+def added_tokens(items: Any, path: str) -> dict[str, int]:
+    """Content -> id from (id, description) pairs.
+
+    Raises:
+        BadFile: A description that is not one, or one content or id twice.
+        Unsupported: A token that is not matched literally (strips spaces, whole words only).
+    """
+    added: dict[str, int] = {}
+    for number, item in items:
+        content = item.get("content") if isinstance(item, dict) else None
+        if not isinstance(content, str) or not item.keys() <= ADDED | {"__type"}:
+            raise BadFile(
+                path, f"added_tokens: '{printable(item, 80)}' is not an added token with content and id"
+            )
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if item.get(flag):
+                raise Unsupported(
+                    f"{printable(path)}: the added token '{printable(content, 60)}' asks for {flag}; added"
+                    " tokens are matched literally here"
+                )
+        if content in added:
+            raise BadFile(path, f"duplicate added token '{printable(content, 60)}'")
+        added[content] = number
+    return added
+
+
+def read_vocab_merges(
+    vocab: str | PathLike[str],
+    merges: str | PathLike[str],
+    config: str | PathLike[str] | None = None,
+    pre: str = "qwen2",
+) -> Vocabulary:
+    """The older pair of files, with the added tokens of tokenizer_config.json when it is there.
+
+    Nothing else is read from that config: no class names, no templates.
+
+    Raises:
+        BadFile: Damaged or contradictory.
+    """
+    lines = [line for line in read_text(merges).split("\n") if line.strip("\r")]
+    if lines and lines[0].startswith("#version"):
+        del lines[0]
+    added: dict[str, int] = {}
+    if config is not None:
+        table = read_json(config).get("added_tokens_decoder", {})
+        if not isinstance(table, Mapping):
+            raise BadFile(config, "added_tokens_decoder is not a map of id to token")
+        added = added_tokens(((_number(key, config), item) for key, item in table.items()), fspath(config))
+    return Vocabulary(
+        path=fspath(vocab),
+        tokens=read_json(vocab),
+        merges=split_merges((line.rstrip("\r") for line in lines), fspath(merges)),
+        added=added,
+        pre=PRE_TOKENIZERS[pre],
+    )
+
+
+def _number(key: str, path: str | PathLike[str]) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) <= 8):
+        raise BadFile(path, f"added_tokens_decoder: '{printable(key, 40)}' is not an id")
+    return int(key)
+
+
+def read_folder(folder: str | PathLike[str]) -> Vocabulary:
+    """A tokenizer folder, or a model folder that holds one as `tokenizer/`.
+
+    tokenizer.json is preferred; else vocab.json + merges.txt.
+
+    Raises:
+        BadFile: Neither is there, or what is there is damaged.
+    """
+    for place in (Path(folder), Path(folder) / "tokenizer"):
+        if (place / "tokenizer.json").exists():
+            return read_tokenizer_json(place / "tokenizer.json")
+        vocab, merges, config = (place / n for n in ("vocab.json", "merges.txt", "tokenizer_config.json"))
+        if vocab.exists() and merges.exists():
+            return read_vocab_merges(vocab, merges, config if config.exists() else None)
+    raise BadFile(
+        folder, "no tokenizer in this folder: tokenizer.json, or vocab.json with merges.txt, was expected"
+    )
