@@ -1,0 +1,421 @@
+"""Reader of safetensors files, alone or in shards with an index.
+
+Layout: the header's length (u64), the header (JSON), the data. The header is read by a parser of our
+own that knows this one structure and nothing else, so there is no depth to overflow, no number to
+blow up and no key that two readers could understand differently. The tensors must fill the data
+exactly: no hole, no overlap, no rest.
+
+Source: https://github.com/huggingface/safetensors (README, "Format").
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, NoReturn
+
+from zimage_core.errors import BadFile, printable
+from zimage_core.formats import FORMATS, BlockFormat, Field
+from zimage_core.weights.source import AGAIN, Source, TensorInfo, WeightFile, check_text
+
+MAX_HEADER = 100_000_000
+MAX_TENSORS = 100_000
+MAX_NAME = 1024
+MAX_DIMENSIONS = 8
+MAX_DIGITS = 20
+MAX_SHARDS = 1000
+MAX_INDEX = 32 << 20
+
+
+def _plain(name: str, code: str) -> BlockFormat:
+    """A type that GGUF does not have and no weight is stored in: counters, masks."""
+    field = Field("w", code)
+    return BlockFormat(name, None, 1, field.nbytes, (field,))
+
+
+_SHARED = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8")
+_OTHERS = {"U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "u1"}
+DTYPES: dict[str, BlockFormat] = {name: FORMATS[name] for name in _SHARED}
+DTYPES |= {name: _plain(name, code) for name, code in _OTHERS.items()}
+
+_BLANKS = (b" ", b"\t", b"\r", b"\n")
+_SPACE = re.compile(rb"[ \t\r\n]*")
+_NUMBER = re.compile(rb"-?[0-9.eE+-]+")
+_INTEGER = re.compile(rb"0|[1-9][0-9]{0,%d}" % (MAX_DIGITS - 1))
+_CONTROL = re.compile(rb"[\x00-\x1f]")
+_SHARD = re.compile(r"-(\d{3,6})-of-(\d{3,6})\.safetensors$")
+
+
+class _Header:
+    """Parser of the header's JSON: an object of tensors, and of one map from text to text."""
+
+    def __init__(self, path: str, data: bytearray) -> None:
+        self.path = path
+        self.data = data
+        self.position = 0
+
+    def fail(self, fault: str) -> NoReturn:
+        raise BadFile(self.path, f"damaged header: {fault}", AGAIN)
+
+    def skip(self) -> None:
+        """Pass over white space."""
+        if self.data[self.position : self.position + 1] in _BLANKS:
+            found = _SPACE.match(self.data, self.position)
+            self.position = found.end() if found else self.position
+
+    def take(self, character: bytes) -> bool:
+        """Pass over this character if it comes next."""
+        if not self.data.startswith(character, self.position):
+            self.skip()
+            if not self.data.startswith(character, self.position):
+                return False
+        self.position += 1
+        return True
+
+    def expect(self, character: bytes, where: str) -> None:
+        if not self.take(character):
+            found = printable(bytes(self.data[self.position : self.position + 8])) or "the end"
+            self.fail(f"JSON expected {character.decode()} {where} at byte {self.position}, found {found}")
+
+    def text(self, where: str) -> str:
+        """A JSON string; escapes are resolved, control characters and lone surrogates refused."""
+        self.expect(b'"', where)
+        start = end = self.position
+        while True:
+            end = self.data.find(b'"', end)
+            if end < 0:
+                self.fail(f"JSON string without an end {where}, at byte {start}")
+            slashes = end
+            while slashes > start and self.data[slashes - 1] == 0x5C:
+                slashes -= 1
+            if (end - slashes) % 2 == 0:
+                break
+            end += 1
+        self.position = end + 1
+        raw = bytes(self.data[start:end])
+        try:
+            text = raw.decode("utf-8")
+            if b"\\" in raw:
+                import json
+
+                text = json.loads(f'"{text}"')
+                text.encode("utf-8")  # a lone surrogate cannot be
+            elif _CONTROL.search(raw):
+                self.fail(f"JSON string with a control character {where}")
+        except UnicodeError:
+            self.fail(f"JSON string {where} is not UTF-8 text")
+        except ValueError:
+            self.fail(f"JSON string {where} has an invalid escape")
+        return text
+
+    def number(self, what: str) -> int:
+        """A non-negative integer of at most 20 digits."""
+        self.skip()
+        found = _NUMBER.match(self.data, self.position)
+        digits = found.group() if found else bytes(self.data[self.position : self.position + 8])
+        if not found or not _INTEGER.fullmatch(digits):
+            shown = printable(digits.decode("latin-1"), 30)
+            self.fail(
+                f"{what} holds {shown}, a non-negative integer of {MAX_DIGITS} digits at most is wanted"
+            )
+        self.position = found.end()
+        return int(digits)
+
+    def numbers(self, what: str, limit: int) -> list[int]:
+        """An array of such integers."""
+        self.expect(b"[", f"to open {what}")
+        items: list[int] = []
+        if self.take(b"]"):
+            return items
+        while True:
+            items.append(self.number(what))
+            if len(items) > limit:
+                self.fail(f"{what} has more than {limit} dimensions or numbers")
+            if self.take(b"]"):
+                return items
+            self.expect(b",", f"in {what}")
+
+    def metadata(self) -> dict[str, str]:
+        self.expect(b"{", "to open __metadata__")
+        result: dict[str, str] = {}
+        if self.take(b"}"):
+            return result
+        while True:
+            key = self.text("as a key of __metadata__")
+            if key in result:
+                self.fail(f"duplicate key {printable(key, 60)} in __metadata__")
+            self.expect(b":", "in __metadata__")
+            result[key] = self.text("(values of __metadata__ are strings)")
+            if self.take(b"}"):
+                return result
+            self.expect(b",", "in __metadata__")
+
+    def entry(self, name: str) -> tuple[str, list[int], list[int]]:
+        """dtype, shape and data_offsets of one tensor, in any order, each once."""
+        shown = f"tensor {printable(name, 80)}"
+        self.expect(b"{", f"to open {shown}")
+        dtype, shape, offsets, seen = "", [0], [0], set()
+        more = not self.take(b"}")
+        while more:
+            field = self.text(f"as a field of {shown}")
+            if field in seen:
+                self.fail(f"duplicate field {printable(field, 40)} in {shown}")
+            seen.add(field)
+            self.expect(b":", f"in {shown}")
+            if field == "dtype":
+                dtype = self.text(f"as the dtype of {shown}")
+            elif field == "shape":
+                shape = self.numbers(f"the shape of {shown}", MAX_DIMENSIONS)
+            elif field == "data_offsets":
+                offsets = self.numbers(f"data_offsets of {shown}", 2)
+            else:
+                self.fail(f"unknown field {printable(field, 40)} in {shown}")
+            more = not self.take(b"}")
+            if more:
+                self.expect(b",", f"in {shown}")
+        missing = [field for field in ("dtype", "shape", "data_offsets") if field not in seen]
+        if missing:
+            self.fail(f"{shown} is missing {' and '.join(missing)}")
+        if len(offsets) != 2:
+            self.fail(f"data_offsets of {shown} has length {len(offsets)}, 2 is wanted")
+        return dtype, shape, offsets
+
+    def parse(self) -> tuple[dict[str, str], dict[str, tuple[str, list[int], list[int]]]]:
+        """The metadata, and name to (dtype, shape, data_offsets)."""
+        metadata: dict[str, str] | None = None
+        tensors: dict[str, tuple[str, list[int], list[int]]] = {}
+        if self.data.count(b'"data_offsets"') > MAX_TENSORS:
+            self.fail(f"the tensor count exceeds {MAX_TENSORS}")
+        if not self.data.startswith(b"{"):
+            self.fail(f"JSON must begin with {{, found {printable(bytes(self.data[:8]))}")
+        self.expect(b"{", "to open the header")
+        more = not self.take(b"}")
+        while more:
+            name = self.text("as a tensor name")
+            self.expect(b":", "after a tensor name")
+            if name == "__metadata__":
+                if metadata is not None:
+                    self.fail("duplicate __metadata__")
+                metadata = self.metadata()
+            elif name in tensors:
+                self.fail(f"duplicate tensor name {printable(name, 80)}")
+            elif len(tensors) >= MAX_TENSORS:
+                self.fail(f"the tensor count exceeds {MAX_TENSORS}")
+            else:
+                check_text(self.path, "tensor name", name, MAX_NAME)
+                tensors[name] = self.entry(name)
+            more = not self.take(b"}")
+            if more:
+                self.expect(b",", "between tensors")
+        self.skip()
+        if self.position != len(self.data):
+            self.fail(f"{len(self.data) - self.position} extra bytes are trailing after the JSON")
+        return metadata or {}, tensors
+
+
+class SafetensorsFile(WeightFile):
+    """One safetensors file; the header is read and checked, the data is not touched.
+
+    Args:
+        path: The file.
+        mmap: Hand out tensors as views of a private map; False reads each into its own memory.
+        alone: False where the file is opened as one of several shards.
+
+    Raises:
+        BadFile: Not safetensors, damaged, cut, or one shard of several.
+    """
+
+    kind = "safetensors"
+
+    def __init__(self, path: str | PathLike[str], mmap: bool = True, alone: bool = True) -> None:
+        super().__init__(Source(path, mmap))
+        try:
+            self._read_header()
+            if alone:
+                self._refuse_shard()
+        except BaseException:
+            self.close()
+            raise
+
+    def _fail(self, fault: str) -> NoReturn:
+        raise BadFile(self.path, fault, AGAIN)
+
+    def _read_header(self) -> None:
+        if self.size < 8:
+            self._fail(f"truncated: {self.size} bytes, the header of a safetensors file has at least 10")
+        length = int.from_bytes(self.source.read_at(0, 8), "little")
+        if length > self.size - 8:
+            self._fail(f"truncated or damaged: header of length {length}, {self.size - 8} bytes remain")
+        if not 2 <= length <= MAX_HEADER:
+            self._fail(f"header of length {length}, from 2 to {MAX_HEADER} bytes are allowed")
+        metadata, entries = _Header(self.path, self.source.read_at(8, length)).parse()
+        self.metadata = metadata
+        self.data_start = 8 + length
+        end = 0
+        for name, (dtype, shape, (first, last)) in entries.items():
+            info = self._info(name, dtype, shape, first, last)
+            self.tensors[name] = info
+            end = max(end, last)
+        available = self.size - self.data_start
+        if end > available:
+            needed = self.data_start + end
+            self._fail(
+                f"truncated: the tensors need {needed} bytes by their offsets, the file has {self.size}"
+            )
+        expected = self.data_start
+        for info in sorted(self.tensors.values(), key=lambda info: (info.offset, info.nbytes)):
+            if info.offset != expected:
+                what = "overlaps the one before it" if info.offset < expected else "leaves a hole before it"
+                self._fail(f"invalid offset: tensor {printable(info.name, 80)} {what}")
+            expected = info.offset + info.nbytes
+        if expected != self.size:
+            self._fail(f"{self.size - expected} bytes after the last tensor, beyond what offsets describe")
+
+    def _info(self, name: str, dtype: str, shape: list[int], first: int, last: int) -> TensorInfo:
+        shown = printable(name, 80)
+        fmt = DTYPES.get(dtype)
+        if fmt is None:
+            fault = f"tensor {shown} has the unknown dtype {printable(dtype, 40)}"
+            raise BadFile(self.path, fault, f"get the model in one of {', '.join(DTYPES)}")
+        # sizes that no array can have, even where another dimension of zero makes the product vanish
+        if math.prod(size for size in shape if size) >= 1 << 60:
+            self._fail(f"tensor {shown} has a shape whose size exceeds any file")
+        nbytes = math.prod(shape) * fmt.nbytes
+        if first > last:
+            self._fail(f"tensor {shown} has invalid offsets: it ends at {last}, before its start at {first}")
+        if nbytes != last - first:
+            self._fail(
+                f"tensor {shown} of shape {printable(shape, 60)} and dtype {dtype} needs {nbytes} bytes, "
+                f"its offsets give {last - first}"
+            )
+        return TensorInfo(name, tuple(shape), fmt, self.data_start + first, nbytes)
+
+    def _refuse_shard(self) -> None:
+        """A shard that is opened alone, under its own name or renamed, holds some of the tensors."""
+        hint = "open the folder or its index with all shards beside it"
+        numbers = _SHARD.search(self.path)
+        if numbers and int(numbers[2]) > 1:
+            fault = f"shard {int(numbers[1])} of {int(numbers[2])}, incomplete without the others"
+            raise BadFile(self.path, fault, hint)
+        for index in sorted(Path(self.path).parent.glob("*.safetensors.index.json"))[:MAX_SHARDS]:
+            try:
+                shards = read_index(index)
+            except BadFile:
+                continue  # that file is not the one to judge
+            if len(shards) > 1 and any(set(names) == set(self.tensors) for names in shards.values()):
+                fault = f"incomplete: exactly one of the {len(shards)} shards of {printable(index.name)}"
+                raise BadFile(self.path, fault, hint)
+
+
+class ShardedSafetensors(WeightFile):
+    """Several safetensors files under one index; all are opened, every tensor of the index is present.
+
+    Args:
+        path: The index, `*.safetensors.index.json`.
+        mmap: As for SafetensorsFile.
+
+    Raises:
+        BadFile: A shard is missing or damaged, the index and the shards disagree on a tensor, or an
+            entry of the index is a path instead of the name of a file in the same folder.
+    """
+
+    kind = "safetensors"
+
+    def __init__(self, path: str | PathLike[str], mmap: bool = True) -> None:
+        super().__init__(Source(path, mmap))
+        self.shards: dict[str, SafetensorsFile] = {}
+        self._shard_of: dict[str, str] = {}
+        try:
+            for shard, names in read_index(self.path).items():
+                self._add(shard, names, mmap)
+        except BaseException:
+            self.close()
+            raise
+        self.size = sum(shard.size for shard in self.shards.values())
+
+    def _add(self, shard: str, names: list[str], mmap: bool) -> None:
+        place = os.path.join(os.path.dirname(self.path), shard)  # noqa: PTH118, PTH120 - bytes-exact
+        if not os.path.lexists(place):
+            fault = f"the shard {printable(shard, 80)} is missing, which holds {len(names)} tensors"
+            raise BadFile(self.path, fault, "download it to the same folder")
+        file = SafetensorsFile(place, mmap, alone=False)
+        self.shards[shard] = file
+        missing = [name for name in names if name not in file.tensors]
+        if missing:
+            fault = f"tensor {printable(missing[0], 80)} and {len(missing) - 1} more of the index are missing"
+            raise BadFile(place, fault, "download index and shards again, from one revision")
+        if len(names) != len(file.tensors):
+            extra = next(name for name in file.tensors if name not in set(names))
+            fault = f"holds tensor {printable(extra, 80)}, which the index does not place in it"
+            raise BadFile(place, fault, "download index and shards again, from one revision")
+        self.tensors |= file.tensors
+        self._shard_of |= dict.fromkeys(names, shard)
+        self.metadata = {**file.metadata, **self.metadata}
+
+    def source_of(self, name: str) -> Source:
+        """The shard that holds the tensor's bytes."""
+        return self.shards[self._shard_of[name]].source
+
+    def check_unchanged(self) -> None:
+        """BadFile where a shard was written to or cut since it was opened."""
+        for shard in self.shards.values():
+            shard.check_unchanged()
+
+    def close(self) -> None:
+        """Let all files go. Tensors that were handed out stay valid."""
+        super().close()
+        for shard in self.shards.values():
+            shard.close()
+
+
+def read_index(path: str | PathLike[str]) -> dict[str, list[str]]:
+    """Shard name to the names of its tensors, from an index of shards.
+
+    Raises:
+        BadFile: Not such an index, or an entry that is not a plain file name.
+    """
+    import json
+
+    path = fspath(path)
+    source = Source(path)
+    try:
+        if source.size > MAX_INDEX:
+            raise BadFile(path, f"an index of {source.size} bytes, at most {MAX_INDEX} are allowed", AGAIN)
+        document = json.loads(
+            source.read_at(0, source.size).decode("utf-8"),
+            object_pairs_hook=lambda pairs: _unique(path, pairs),
+            parse_int=lambda digits: int(digits[: MAX_DIGITS + 1]),
+            parse_float=str,
+            parse_constant=str,
+        )
+    except (ValueError, RecursionError) as error:
+        fault = "is not valid JSON" if isinstance(error, ValueError) else "is JSON nested too deep"
+        raise BadFile(path, f"the index {fault}", AGAIN) from None
+    finally:
+        source.close()
+    places = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise BadFile(path, "not an index of shards: no weight_map", "name a model file or its folder")
+    if len(places) > MAX_TENSORS:
+        raise BadFile(path, f"the index lists {len(places)} tensors, {MAX_TENSORS} are allowed", AGAIN)
+    shards: dict[str, list[str]] = {}
+    for name, shard in places.items():
+        check_text(path, "tensor name", name, MAX_NAME)
+        plain = isinstance(shard, str) and shard.isprintable() and shard.endswith(".safetensors")
+        if not plain or shard.startswith(".") or not {"/", "\\", ":"}.isdisjoint(shard) or len(shard) > 255:
+            fault = f"the index places a tensor in {printable(shard, 80)}, a name in its own folder is wanted"
+            raise BadFile(path, fault, AGAIN)
+        shards.setdefault(shard, []).append(name)
+    if len(shards) > MAX_SHARDS:
+        raise BadFile(path, f"the index lists {len(shards)} shards, {MAX_SHARDS} are allowed", AGAIN)
+    return shards
+
+
+def _unique(path: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise BadFile(path, "the index has a duplicate key", AGAIN)
+    return result

@@ -1,0 +1,292 @@
+"""A model file on disk, opened without trusting it, and what all kinds of model file have in common.
+
+Headers and scans are read with `pread`: a file that is cut meanwhile gives a short read, and that an
+error. Tensors are handed out as views of one private map of the file by default, so that loading
+copies nothing; then the file must not change while they are in use (a cut file kills the process
+with SIGBUS, and no handler can prevent it). `mmap=False` reads every tensor into memory of its own.
+
+Neither torch nor NumPy is imported before the first tensor is asked for.
+"""
+
+from __future__ import annotations
+
+import mmap as mmap_module
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from zimage_core.errors import BadArgument, BadFile, ZImageError, printable
+from zimage_core.formats import BlockFormat
+
+if TYPE_CHECKING:
+    import torch
+
+    from zimage_core.quant_tensor import QuantTensor
+
+AGAIN = "download it again"
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO (named pipe)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+# Without it Linux counts every byte of a private writable map against the memory it may promise, and
+# refuses a 12 GB file on an 8 GB machine although no page of it is ever copied.
+_NO_RESERVE = getattr(mmap_module, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
+_MOST_AT_ONCE = 1 << 30  # one read call moves less than 2 GiB
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies in its file and what its bytes mean; nothing is read for it.
+
+    Args:
+        name: As in the file.
+        shape: PyTorch's order; the last axis is the one that blocks run along.
+        format: Its type.
+        offset: First byte, from the start of the file.
+        nbytes: Bytes of data, without padding.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: BlockFormat
+    offset: int
+    nbytes: int
+
+
+def check_text(path: str, what: str, text: str, limit: int) -> str:
+    """A key or tensor name from a file: not empty, not too long, nothing that acts on a terminal.
+
+    Raises:
+        BadFile: It is empty, longer than `limit` bytes or characters, or holds control characters.
+    """
+    if not text:
+        raise BadFile(path, f"a {what} is empty", AGAIN)
+    if len(text) > limit:
+        raise BadFile(path, f"a {what} has {len(text)} characters, at most {limit} are allowed", AGAIN)
+    # printable() leaves alone what can be shown as it is; it is slow, so plain text skips it
+    if not text.isprintable():
+        raise BadFile(path, f"the {what} {printable(text, 60)} holds control characters", AGAIN)
+    return text
+
+
+class Source:
+    """A regular file, open for reading at any offset.
+
+    Args:
+        path: The file; FIFOs, sockets, devices and directories are refused before they are opened.
+        mmap: Hand out tensors as views of a private map instead of reading them.
+
+    Raises:
+        BadFile: The path is not a regular file that can be read, or the file is empty.
+    """
+
+    def __init__(self, path: str | PathLike[str], mmap: bool = True) -> None:
+        self.path = fspath(path)
+        self.mapped = mmap
+        self._map: mmap_module.mmap | None = None
+        self._handle = -1
+        try:
+            self._refuse_special(Path(self.path).stat().st_mode)
+            # O_NONBLOCK: should the path have become a FIFO since, opening it must not wait
+            self._handle = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            status = os.fstat(self._handle)
+            self._refuse_special(status.st_mode)
+        except OSError as error:
+            self.close()
+            raise BadFile(self.path, _why_not_opened(error), _what_to_do(error)) from None
+        except ValueError:
+            raise BadFile(self.path, "the path holds a NUL character") from None
+        except ZImageError:
+            self.close()
+            raise
+        self.size = status.st_size
+        self._state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if self.size == 0:
+            self.close()
+            raise BadFile(self.path, "the file is empty (0 bytes)", AGAIN)
+
+    def _refuse_special(self, mode: int) -> None:
+        if not stat.S_ISREG(mode):
+            kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+            raise BadFile(self.path, f"{kind}, not a regular file", "name a model file")
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` with the bytes from `offset`.
+
+        Raises:
+            BadFile: The file ends before, or cannot be read there.
+            BadArgument: The file was closed.
+        """
+        if self._handle < 0:
+            raise BadArgument(f"{printable(self.path)}: the file was closed and can no longer be read")
+        done, wanted = 0, len(target)
+        while done < wanted:
+            try:
+                part = target[done : min(wanted, done + _MOST_AT_ONCE)]
+                count = os.preadv(self._handle, [part], offset + done)
+            except OSError as error:
+                reason = error.strerror or type(error).__name__
+                raise BadFile(self.path, f"cannot be read at byte {offset + done}: {reason}") from None
+            if count == 0:
+                fault = f"truncated while it was read: {wanted} bytes wanted at byte {offset}, {done} found"
+                raise BadFile(self.path, fault, "let no other program change it, and load it again")
+            done += count
+
+    def read_at(self, offset: int, count: int) -> bytearray:
+        """`count` bytes from `offset`. The caller has checked that the file has them."""
+        data = bytearray(count)
+        self.read_into(offset, memoryview(data))
+        return data
+
+    def tensor(self, offset: int, count: int, alignment: int) -> torch.Tensor:
+        """uint8 [count]: a view of the map, or a copy (mmap=False, or not on a multiple of `alignment`)."""
+        import torch
+
+        if count == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        if not self.mapped or offset % alignment:
+            return torch.frombuffer(self.read_at(offset, count), dtype=torch.uint8)
+        if self._map is None:
+            self._map = self._make_map()
+        return torch.frombuffer(self._map, dtype=torch.uint8, offset=offset, count=count)
+
+    def _make_map(self) -> mmap_module.mmap:
+        """The whole file, copy on write: nothing that writes to a weight can reach the disk."""
+        if self._handle < 0:
+            raise BadArgument(f"{printable(self.path)}: the file was closed and can no longer be read")
+        self.check_unchanged()
+        try:
+            if _NO_RESERVE:
+                private = mmap_module.MAP_PRIVATE | _NO_RESERVE
+                access = mmap_module.PROT_READ | mmap_module.PROT_WRITE
+                return mmap_module.mmap(self._handle, self.size, flags=private, prot=access)
+            return mmap_module.mmap(self._handle, self.size, access=mmap_module.ACCESS_COPY)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise BadFile(self.path, f"cannot be mapped into memory: {reason}", "try mmap=False") from None
+
+    def check_unchanged(self) -> None:
+        """Compare size and time of change with those at opening.
+
+        A file that was replaced or deleted is fine: what was opened lives on until it is let go.
+
+        Raises:
+            BadFile: The file was written to or cut since.
+        """
+        try:
+            status = os.fstat(self._handle) if self._handle >= 0 else Path(self.path).stat()
+        except OSError:
+            return
+        device, inode, size, changed = self._state
+        if (status.st_dev, status.st_ino) != (device, inode):
+            return
+        if status.st_size != size:
+            fault = f"changed while in use: it had {size} bytes and now has {status.st_size}"
+            raise BadFile(self.path, fault, "load it again")
+        if status.st_mtime_ns != changed:
+            raise BadFile(self.path, "changed while in use: it was written to meanwhile", "load it again")
+
+    def close(self) -> None:
+        """Let the file go. Tensors that were handed out stay valid."""
+        self._map = None
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", -1) >= 0:
+            self.close()
+
+
+class WeightFile:
+    """What every kind of model file offers; a context manager that closes it.
+
+    Attributes:
+        path: As given.
+        size: Bytes on disk.
+        metadata: The file's own key-values.
+        tensors: Name to TensorInfo, in the file's order.
+    """
+
+    kind = ""
+    swapped = False  # numbers are stored in the other byte order than this machine's
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.path = source.path
+        self.size = source.size
+        self.metadata: Mapping[str, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+
+    def source_of(self, name: str) -> Source:
+        """The file on disk that holds the tensor's bytes."""
+        return self.source
+
+    def tensor(self, name: str) -> QuantTensor:
+        """The tensor's bytes under its format and shape; a view of the file where mmap is on.
+
+        Raises:
+            BadFile: The file has no such tensor, or can no longer be read.
+        """
+        from zimage_core.quant_tensor import QuantTensor
+
+        info = self.tensors.get(name)
+        if info is None:
+            fault = f"no tensor {printable(name)} among its {len(self.tensors)}"
+            raise BadFile(self.path, fault, "`zimage inspect --tensors` lists them")
+        largest = max(int(field.code[1:]) for field in info.format.fields)
+        data = self.source_of(name).tensor(info.offset, info.nbytes, largest)
+        if self.swapped:
+            data = data.view(-1, largest).flip(1).contiguous()
+        *rows, k = info.shape or (1,)
+        return QuantTensor(data.view(*rows, info.format.row_bytes(k)), info.format, info.shape)
+
+    def check_unchanged(self) -> None:
+        """BadFile where a file was written to or cut since it was opened; cheap, for the start of a run."""
+        self.source.check_unchanged()
+
+    def close(self) -> None:
+        """Let the file go. Tensors that were handed out stay valid."""
+        self.source.close()
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        name = printable(Path(self.path).name)
+        return f"{type(self).__name__}({name!r}, {len(self.tensors)} tensors, {self.size} bytes)"
+
+
+def _why_not_opened(error: OSError) -> str:
+    import errno
+
+    known = {
+        errno.ENOENT: "no such file",
+        errno.EACCES: "no permission to read it",
+        errno.EPERM: "no permission to read it",
+        errno.ELOOP: "a loop of symbolic links",
+        errno.ENAMETOOLONG: "the name is too long",
+        errno.ENOTDIR: "no such file (part of the path is not a directory)",
+        errno.EMFILE: "too many files are open",
+    }
+    return known.get(error.errno or 0, f"cannot be opened: {error.strerror or type(error).__name__}")
+
+
+def _what_to_do(error: OSError) -> str:
+    if isinstance(error, PermissionError):
+        return "allow it with `chmod u+r` or ask its owner"
+    return "check the path" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else ""
