@@ -1,0 +1,328 @@
+"""The drawing procedure: scenes, the pictures they give, and the prompts that describe them.
+
+A scene is a handful of attributes; `draw` turns it into an 80x80 picture with a little jitter and
+`describe` turns it into an English or Chinese sentence. Masks are drawn once, supersampled, and
+pasted at whole pixels, so that a picture costs well under a millisecond.
+
+    python -m benchmarks.nano.draw grid.png     # a sheet of samples with their prompts on stdout
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SIZE = 80
+"""Side of every picture, in pixels."""
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 165, 70),
+    "blue": (40, 80, 220),
+    "yellow": (245, 220, 60),
+    "black": (20, 20, 20),
+    "white": (245, 245, 245),
+    "purple": (140, 60, 180),
+    "orange": (245, 140, 40),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+POSITIONS = {"center": (0, 0), "left": (-17, 0), "right": (17, 0), "top": (0, -17), "bottom": (0, 17)}
+RADII = {"small": (10, 11), "medium": (15, 16), "big": (20, 21)}
+"""Radii in pixels; a prompt without a size means medium."""
+
+HAN = "人大小中山水火木土日月天王田心手口上下文东西龙福"
+GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "0123456789" + HAN
+GLYPH_HEIGHT = 52
+LATIN_FONT = "/usr/share/fonts/truetype/dejavu/DejaVuSans-Bold.ttf"
+HAN_FONT = "/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc"
+
+ZH = {
+    "red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色",
+    "black": "黑色", "white": "白色", "purple": "紫色", "orange": "橙色",
+    "circle": "圆形", "square": "方形", "triangle": "三角形", "star": "星形", "cross": "十字形", "ring": "圆环",
+    "center": "中间", "left": "左边", "right": "右边", "top": "上方", "bottom": "下方",
+    "small": "小", "big": "大", 2: "两个", 3: "三个",
+}  # fmt: skip
+WORDS = {2: "two", 3: "three"}
+PLACES = {
+    "center": ("in the center", "in the middle"),
+    "left": ("on the left",),
+    "right": ("on the right",),
+    "top": ("at the top",),
+    "bottom": ("at the bottom",),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows; `glyph` replaces shape, size and position, `count` size and position."""
+
+    colour: str
+    background: str
+    shape: str = ""
+    position: str = "center"
+    size: str = "medium"
+    count: int = 1
+    glyph: str = ""
+
+    @property
+    def held_out(self) -> bool:
+        """One combination of attributes in ten is kept out of training, by hash."""
+        key = f"{self.colour}/{self.background}/{self.shape}/{self.position}/{self.size}/{self.count}/{self.glyph}"
+        return hashlib.sha256(key.encode()).digest()[0] % 10 == 0
+
+
+def _shape_polygon(shape: str, r: float) -> list[tuple[float, float]]:
+    """Corners about the origin, y downwards."""
+    if shape == "square":
+        s = 0.86 * r
+        return [(-s, -s), (s, -s), (s, s), (-s, s)]
+    if shape == "triangle":
+        return [(0, -r), (r, 0.8 * r), (-r, 0.8 * r)]
+    if shape == "star":
+        points = []
+        for k in range(10):
+            radius = 1.1 * r if k % 2 == 0 else 0.44 * r
+            angle = math.pi * k / 5
+            points.append((radius * math.sin(angle), -radius * math.cos(angle)))
+        return points
+    a, b = 0.34 * r, r  # cross
+    return [
+        (-a, -b),
+        (a, -b),
+        (a, -a),
+        (b, -a),
+        (b, a),
+        (a, a),
+        (a, b),
+        (-a, b),
+        (-a, a),
+        (-b, a),
+        (-b, -a),
+        (-a, -a),
+    ]
+
+
+@functools.cache
+def shape_mask(shape: str, radius: float) -> np.ndarray:
+    """Coverage [2 * SIZE, 2 * SIZE] in [0, 1], the shape's origin in the middle; 8x supersampled."""
+    scale, side = 8, 2 * SIZE
+    image = Image.new("L", (side * scale, side * scale))
+    pen, mid, r = ImageDraw.Draw(image), side * scale / 2, radius * scale
+    if shape in ("circle", "ring"):
+        pen.ellipse([mid - r, mid - r, mid + r, mid + r], fill=255)
+        if shape == "ring":
+            inner = 0.58 * r
+            pen.ellipse([mid - inner, mid - inner, mid + inner, mid + inner], fill=0)
+    else:
+        pen.polygon([(mid + x, mid + y) for x, y in _shape_polygon(shape, r)], fill=255)
+    return np.asarray(image.reduce(scale), dtype=np.float32) / 255
+
+
+@functools.cache
+def glyph_mask(glyph: str) -> np.ndarray:
+    """Coverage [2 * SIZE, 2 * SIZE], the glyph's bounding box centred and scaled to GLYPH_HEIGHT."""
+    scale, side = 4, 2 * SIZE
+    han = glyph in HAN
+    font = ImageFont.truetype(HAN_FONT if han else LATIN_FONT, 80 * scale)
+    canvas = Image.new("L", (200 * scale, 200 * scale))
+    ImageDraw.Draw(canvas).text(
+        (100 * scale, 100 * scale),
+        glyph,
+        fill=255,
+        font=font,
+        anchor="mm",
+        stroke_width=2 * scale if han else 0,
+    )
+    box = canvas.getbbox()
+    if box is None:
+        raise ValueError(f"the font draws nothing for {glyph!r}")
+    cut = canvas.crop(box)
+    zoom = GLYPH_HEIGHT * scale / max(cut.height, cut.width)
+    cut = cut.resize((round(cut.width * zoom), round(cut.height * zoom)), Image.Resampling.LANCZOS)
+    image = Image.new("L", (side * scale, side * scale))
+    image.paste(cut, ((side * scale - cut.width) // 2, (side * scale - cut.height) // 2))
+    return np.asarray(image.reduce(scale), dtype=np.float32) / 255
+
+
+def shifted(mask: np.ndarray, dx: int, dy: int) -> np.ndarray:
+    """The SIZE x SIZE window of a mask whose origin lands on (SIZE / 2 + dx, SIZE / 2 + dy)."""
+    top, left = SIZE // 2 - dy, SIZE // 2 - dx
+    return mask[top : top + SIZE, left : left + SIZE]
+
+
+def centres(count: int) -> list[tuple[int, int]]:
+    """Where the objects of a counted scene stand, as offsets from the middle."""
+    return {1: [(0, 0)], 2: [(-17, 0), (17, 0)], 3: [(-26, 0), (0, 0), (26, 0)]}[count]
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """The picture [SIZE, SIZE, 3] uint8, with jitter of place, radius and colour from `rng`."""
+    if scene.glyph:
+        dx, dy = rng.integers(-1, 2, 2)
+        mask = shifted(glyph_mask(scene.glyph), int(dx), int(dy))
+    elif scene.count > 1:
+        jx, jy = rng.integers(-1, 2, 2)
+        small = shape_mask(scene.shape, int(rng.choice(RADII["small"])))
+        mask = np.zeros((SIZE, SIZE), np.float32)
+        for x, y in centres(scene.count):
+            mask = np.maximum(mask, shifted(small, x + int(jx), y + int(jy)))
+    else:
+        jx, jy = rng.integers(-2, 3, 2)
+        x, y = POSITIONS[scene.position]
+        mask = shifted(shape_mask(scene.shape, int(rng.choice(RADII[scene.size]))), x + int(jx), y + int(jy))
+    ink, paper = (np.array(COLOURS[c]) + rng.uniform(-6, 6, 3) for c in (scene.colour, scene.background))
+    picture = paper + mask[:, :, None] * (ink - paper)
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def random_scene(
+    rng: np.random.Generator, held_out: bool, glyphs: float = 0.25, counts: float = 0.1
+) -> Scene:
+    """A scene of the training set, or with `held_out` one of those kept out of it."""
+    names = list(COLOURS)
+    while True:
+        colour, background = rng.choice(names, 2, replace=False)
+        kind = rng.random()
+        if kind < glyphs:
+            scene = Scene(str(colour), str(background), glyph=str(rng.choice(list(GLYPHS))))
+        elif kind < glyphs + counts:
+            shape = str(rng.choice(SHAPES))
+            scene = Scene(str(colour), str(background), shape, size="small", count=int(rng.integers(2, 4)))
+        else:
+            scene = Scene(
+                str(colour),
+                str(background),
+                str(rng.choice(SHAPES)),
+                str(rng.choice(list(POSITIONS))),
+                str(rng.choice(list(RADII))),
+            )
+        if scene.held_out == held_out:
+            return scene
+
+
+def _article(phrase: str) -> str:
+    return ("an " if phrase[0] in "aeio" else "a ") + phrase
+
+
+def _english(scene: Scene, pick: np.random.Generator, background: bool, colour: bool) -> str:
+    ink = scene.colour if colour else ""
+    paper = f"{scene.background} background" if background else ""
+    if scene.glyph:
+        kind = "digit" if scene.glyph.isdigit() else "letter" if scene.glyph.isascii() else "character"
+        noun = str(pick.choice([f"the {kind} {scene.glyph}", f"the {kind} {scene.glyph}", scene.glyph]))
+        thing = (
+            f"{noun} in {ink}"
+            if ink and pick.random() < 0.5
+            else f"{ink} {noun.removeprefix('the ')}".strip()
+        )
+        if thing.startswith(kind):
+            thing = "the " + thing
+        elif ink and thing.startswith(ink):
+            thing = _article(thing)
+        return pick.choice([f"{thing} on {_article(paper)}", f"{paper}, {thing}"]) if paper else thing
+    if scene.count > 1:
+        thing = " ".join(
+            w for w in (WORDS[scene.count], ink, scene.shape.replace("cross", "crosse") + "s") if w
+        )
+        return (
+            pick.choice(
+                [f"{thing} on {_article(paper)}", f"{_article(paper)} with {thing}", f"{paper}, {thing}"]
+            )
+            if paper
+            else thing
+        )
+    size = "" if scene.size == "medium" else scene.size
+    if size == "big" and pick.random() < 0.2:
+        size = "large"
+    words = [w for w in (size, ink, scene.shape) if w]
+    thing = _article(" ".join(words))
+    place = (
+        "" if scene.position == "center" and pick.random() < 0.5 else str(pick.choice(PLACES[scene.position]))
+    )
+    if not paper:
+        return f"{thing} {place}".strip()
+    if not place:
+        forms = [f"{thing} on {_article(paper)}", f"{_article(paper)} with {thing}", f"{paper}, {thing}"]
+    else:
+        forms = [
+            f"{thing} {place} of {_article(paper)}",
+            f"{thing} {place} of {_article(paper)}",
+            f"{_article(paper)} with {thing} {place}",
+            f"on {_article(paper)}, {thing} {place}",
+            f"{thing} {place}, {paper}",
+            f"{paper}, {thing} {place}",
+        ]
+    return str(pick.choice(forms))
+
+
+def _chinese(scene: Scene, pick: np.random.Generator, background: bool, colour: bool) -> str:
+    ink = ZH[scene.colour] if colour else ""
+    paper = ZH[scene.background] + "背景" if background else ""
+    comma = str(pick.choice([",", "，"]))
+    if scene.glyph:
+        kind = "数字" if scene.glyph.isdigit() else "字母" if scene.glyph.isascii() else "汉字"
+        of = "的" if ink and pick.random() < 0.5 else ""
+        thing = f"{ink}{of}{kind}{scene.glyph}"
+        forms = (
+            [f"{paper}上的{thing}", f"{paper}{comma}{thing}", f"{thing}{comma}{paper}"] if paper else [thing]
+        )
+        return str(pick.choice(forms))
+    if scene.count > 1:
+        thing = f"{ZH[scene.count]}{ink}{ZH[scene.shape]}"
+        forms = (
+            [f"{paper}上有{thing}", f"{paper}{comma}{thing}", f"{thing}{comma}{paper}"] if paper else [thing]
+        )
+        return str(pick.choice(forms))
+    size = "" if scene.size == "medium" else ZH[scene.size]
+    order = [f"{size}{ink}{ZH[scene.shape]}", f"{size}{ink}{ZH[scene.shape]}"]
+    if size and ink:
+        order.append(f"{ink}的{size}{ZH[scene.shape]}")
+    thing = str(pick.choice(order))
+    place = "" if scene.position == "center" and pick.random() < 0.5 else ZH[scene.position]
+    if not paper:
+        return (
+            str(pick.choice([f"{place}有一个{thing}", f"一个{thing}在{place}"])) if place else f"一个{thing}"
+        )
+    if not place:
+        forms = [f"{paper}上有一个{thing}", f"{paper}{comma}一个{thing}", f"一个{thing}{comma}{paper}"]
+    else:
+        forms = [
+            f"{paper}{place}有一个{thing}",
+            f"{paper}{place}有一个{thing}",
+            f"{paper}{place}一个{thing}",
+            f"一个{thing}在{paper}的{place}",
+            f"{paper}的{place}有一个{thing}",
+            f"{paper}{comma}{place}有一个{thing}",
+            f"{place}有一个{thing}{comma}{paper}",
+        ]
+    return str(pick.choice(forms))
+
+
+def describe(scene: Scene, rng: np.random.Generator, chinese: bool, omit: float = 0.0) -> str:
+    """A sentence for the scene; each of the two colours is left out with probability `omit`."""
+    background, colour = rng.random() >= omit, rng.random() >= omit
+    text = (_chinese if chinese else _english)(scene, rng, background, colour)
+    if not chinese and not scene.glyph and rng.random() < 0.1:
+        text = text[0].upper() + text[1:]
+    return text
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    sheet = Image.new("RGB", (10 * (SIZE + 4), 6 * (SIZE + 4)), "gray")
+    for k in range(60):
+        scene = random_scene(rng, held_out=False)
+        sheet.paste(Image.fromarray(draw(scene, rng)), (k % 10 * (SIZE + 4), k // 10 * (SIZE + 4)))
+        print(describe(scene, rng, chinese=bool(k % 2), omit=0.1))
+    sheet.save(sys.argv[1] if len(sys.argv) > 1 else "grid.png")
+
+
+if __name__ == "__main__":
+    main()
