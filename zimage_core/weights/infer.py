@@ -116,7 +116,10 @@ def _built(make: Callable[..., ConfigT], **fields: Any) -> ConfigT:
 
 
 def transformer_config(
-    shapes: Mapping[str, Shape], metadata: Mapping[str, Any], layout: str, stated: TransformerConfig | None = None
+    shapes: Mapping[str, Shape],
+    metadata: Mapping[str, Any],
+    layout: str,
+    stated: TransformerConfig | None = None,
 ) -> tuple[TransformerConfig, list[str]]:
     """S3-DiT config from the shapes of unprefixed tensors, and notes on what had to be assumed.
 
@@ -129,9 +132,13 @@ def transformer_config(
     notes: list[str] = []
     patch, embedder = 2, "x_embedder.weight"
     if layout == "split":
-        found = [m for m in (re.fullmatch(r"all_x_embedder\.([1-9])-1\.weight", name) for name in shapes) if m]
+        found = [
+            m for m in (re.fullmatch(r"all_x_embedder\.([1-9])-1\.weight", name) for name in shapes) if m
+        ]
         if len(found) != 1:
-            raise BadWeights(f"{len(found)} tensors 'all_x_embedder.P-1.weight' found, wanted exactly one patch size")
+            raise BadWeights(
+                f"{len(found)} tensors 'all_x_embedder.P-1.weight' found, wanted exactly one patch size"
+            )
         patch, embedder = int(found[0][1]), found[0][0]
     dim, patch_dim = _axes(shapes, embedder, 2)
     if patch_dim % patch**2:
@@ -192,7 +199,9 @@ def _rotary_axes(
     if head_dim == sum(HEAD_AXES):
         return HEAD_AXES
     if head_dim % 16:
-        raise BadWeights(f"heads have {head_dim} channels and the file does not say how they divide into rotary axes")
+        raise BadWeights(
+            f"heads have {head_dim} channels and the file does not say how they divide into rotary axes"
+        )
     notes.append(f"rotary axes of the {head_dim}-channel heads assumed in Z-Image's proportions")
     return head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8
 
@@ -201,7 +210,10 @@ def _rotary_axes(
 
 
 def text_encoder_config(
-    shapes: Mapping[str, Shape], metadata: Mapping[str, Any], layout: str, stated: TextEncoderConfig | None = None
+    shapes: Mapping[str, Shape],
+    metadata: Mapping[str, Any],
+    layout: str,
+    stated: TextEncoderConfig | None = None,
 ) -> tuple[TextEncoderConfig, list[str]]:
     """Text encoder config from unprefixed tensors, GGUF metadata or config.json; and notes.
 
@@ -216,14 +228,19 @@ def text_encoder_config(
         else ("layers", "self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm", "mlp.up_proj")
     )
     vocabulary, hidden = _axes(shapes, "token_embd.weight" if gguf else "embed_tokens.weight", 2)
-    (q_rows, _), (k_rows, _) = _axes(shapes, f"{stack}.0.{q}.weight", 2), _axes(shapes, f"{stack}.0.{k}.weight", 2)
+    (q_rows, _), (k_rows, _) = (
+        _axes(shapes, f"{stack}.0.{q}.weight", 2),
+        _axes(shapes, f"{stack}.0.{k}.weight", 2),
+    )
     (inner, _) = _axes(shapes, f"{stack}.0.{up}.weight", 2)
     qk_norm, bias = f"{stack}.0.{norm}.weight" in shapes, f"{stack}.0.{q}.bias" in shapes
     arch = metadata.get("general.architecture") if gguf else None
     if arch not in ("qwen3", "qwen2", "llama"):
         arch = stated.arch if stated else "qwen3" if qk_norm else "qwen2" if bias else "llama"
     if (arch == "qwen3") != qk_norm:
-        raise BadWeights(f"architecture {arch!r} {'has no' if qk_norm else 'needs'} norms on q and k, the tensors differ")
+        raise BadWeights(
+            f"architecture {arch!r} {'has no' if qk_norm else 'needs'} norms on q and k, the tensors differ"
+        )
     _refuse_rope_scaling(shapes, metadata, str(arch))
     heads = stated.num_heads if stated else _whole(metadata, f"{arch}.attention.head_count", 4096)
     if qk_norm:
@@ -236,19 +253,29 @@ def text_encoder_config(
         head_dim = 64 if hidden < 1536 else 128
         notes.append(f"no metadata: heads of {head_dim} channels assumed, as in Qwen2.5")
     else:
-        raise BadWeights("llama weights do not tell their head count; a GGUF with metadata or a config.json is needed")
+        raise BadWeights(
+            "llama weights do not tell their head count; a GGUF with metadata or a config.json is needed"
+        )
     if head_dim < 2 or q_rows % head_dim or k_rows % head_dim:
         raise BadWeights(f"heads of {head_dim} channels do not divide {q_rows} query and {k_rows} key rows")
     if heads and heads != q_rows // head_dim:
-        raise BadWeights(f"the metadata says {heads} heads, the tensors hold {q_rows // head_dim} of {head_dim} channels")
+        raise BadWeights(
+            f"the metadata says {heads} heads, the tensors hold {q_rows // head_dim} of {head_dim} channels"
+        )
     default_eps, default_theta = (1e-5, 1e4) if arch == "llama" else (1e-6, 1e6)
     theta = stated.rope_theta if stated else _number(metadata, f"{arch}.rope.freq_base", 1, 1e12)
-    eps = stated.rms_norm_eps if stated else _number(metadata, f"{arch}.attention.layer_norm_rms_epsilon", 0, 0.1)
+    eps = (
+        stated.rms_norm_eps
+        if stated
+        else _number(metadata, f"{arch}.attention.layer_norm_rms_epsilon", 0, 0.1)
+    )
     config = _built(
         TextEncoderConfig,
         arch=arch,
         hidden_size=hidden,
-        num_layers=_text_layers(shapes, stack, hidden, stated, _whole(metadata, f"{arch}.block_count", MAX_LAYERS)),
+        num_layers=_text_layers(
+            shapes, stack, hidden, stated, _whole(metadata, f"{arch}.block_count", MAX_LAYERS)
+        ),
         num_heads=q_rows // head_dim,
         num_kv_heads=k_rows // head_dim,
         head_dim=head_dim,
@@ -263,14 +290,20 @@ def text_encoder_config(
     _agree(config, stated, same)
     if (config.arch, hidden) == ("qwen3", 2560):
         if config.rope_theta == 5e6:
-            notes.append("rotary base 5e6: a Qwen3-4B-2507, not the original Qwen3-4B that Z-Image was trained with")
+            notes.append(
+                "rotary base 5e6: a Qwen3-4B-2507, not the original Qwen3-4B that Z-Image was trained with"
+            )
         if vocabulary != 151936:
             notes.append(f"{vocabulary} embedding rows where Qwen3-4B has 151936: a derivative of it")
     return config, notes
 
 
 def _text_layers(
-    shapes: Mapping[str, Shape], stack: str, hidden: int, stated: TextEncoderConfig | None, block_count: int | None
+    shapes: Mapping[str, Shape],
+    stack: str,
+    hidden: int,
+    stated: TextEncoderConfig | None,
+    block_count: int | None,
 ) -> int:
     """Layers of the checkpoint; its last one may be absent from the file, as it is never run."""
     present = count_layers(shapes, stack)
@@ -286,14 +319,19 @@ def _text_layers(
 def _refuse_rope_scaling(shapes: Mapping[str, Shape], metadata: Mapping[str, Any], arch: str) -> None:
     scaling = metadata.get(f"{arch}.rope.scaling.type", "none")
     if "rope_freqs.weight" in shapes or scaling not in ("none", ""):
-        raise BadWeights("the encoder scales its rotary frequencies, which no encoder of Z-Image does; get Qwen3-4B")
+        raise BadWeights(
+            "the encoder scales its rotary frequencies, which no encoder of Z-Image does; get Qwen3-4B"
+        )
 
 
 # --- VAE ------------------------------------------------------------------------------------------------------
 
 
 def autoencoder_config(
-    shapes: Mapping[str, Shape], metadata: Mapping[str, Any], layout: str, stated: AutoencoderConfig | None = None
+    shapes: Mapping[str, Shape],
+    metadata: Mapping[str, Any],
+    layout: str,
+    stated: AutoencoderConfig | None = None,
 ) -> tuple[AutoencoderConfig, list[str]]:
     """VAE config from unprefixed tensors; and notes.
 
@@ -329,8 +367,16 @@ def autoencoder_config(
         in_channels=image_in,
         out_channels=image_out,
     )
-    _agree(config, stated, ("block_out_channels", "layers_per_block", "latent_channels", "in_channels", "out_channels"))
-    if stated and widths == (128, 256, 512, 512) and (config.scaling_factor, config.shift_factor) != (0.3611, 0.1159):
+    _agree(
+        config,
+        stated,
+        ("block_out_channels", "layers_per_block", "latent_channels", "in_channels", "out_channels"),
+    )
+    if (
+        stated
+        and widths == (128, 256, 512, 512)
+        and (config.scaling_factor, config.shift_factor) != (0.3611, 0.1159)
+    ):
         notes.append(
             f"scaling {config.scaling_factor} and shift {config.shift_factor} are not Flux's 0.3611 and 0.1159: "
             "the VAE of another model with the same shapes, such as Stable Diffusion 3"

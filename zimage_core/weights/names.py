@@ -114,7 +114,9 @@ def _block(c: TransformerConfig, block: str, fused: bool, modulated: bool) -> It
     for i, part in enumerate("qkv"):
         whole = Entry(f"{attn}.to_{part}.weight", f"{attn}.to_{part}.weight", (d, d))
         if fused:
-            whole = replace(whole, checkpoint=f"{attn}.qkv.weight", rows=(i * d, (i + 1) * d), total_rows=3 * d)
+            whole = replace(
+                whole, checkpoint=f"{attn}.qkv.weight", rows=(i * d, (i + 1) * d), total_rows=3 * d
+            )
         yield whole
     yield Entry(f"{attn}.to_out.0.weight", f"{attn}.{'out' if fused else 'to_out.0'}.weight", (d, d))
     for part in "qk":
@@ -269,7 +271,9 @@ def _bfl_name(module: str, last: int) -> str:
     side, part, rest = module.split(".", 2)
     if part == "mid_block":
         key = next(k for k in BFL_MID_NAMES if rest.startswith(k + "."))
-        return f"{side}.mid.{BFL_MID_NAMES[key]}{rest[len(key) :]}".replace(".conv_shortcut.", ".nin_shortcut.")
+        return f"{side}.mid.{BFL_MID_NAMES[key]}{rest[len(key) :]}".replace(
+            ".conv_shortcut.", ".nin_shortcut."
+        )
     if part in ("down_blocks", "up_blocks"):
         level, kind, index, leaf = rest.split(".", 3)
         # LDM counts the decoder's resolutions from the finest one up.

@@ -1,0 +1,321 @@
+"""Identify a model file by its tensors and metadata, never by its name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.errors import BadWeights, printable
+from zimage_core.weights import adapters, infer, names, storage
+from zimage_core.weights.card import ModelCard, check_compatible, require, text_encoder_name
+from zimage_core.weights.lookalikes import recognise
+
+if TYPE_CHECKING:
+    from zimage_core.weights.source import WeightFile
+
+__all__ = ["ModelCard", "check_compatible", "identify", "require"]
+
+Shapes = Mapping[str, infer.Shape]
+
+TRANSFORMER_ANCHORS = (
+    "x_pad_token",
+    "cap_pad_token",
+    "cap_embedder.0.weight",
+    "cap_embedder.1.weight",
+    "t_embedder.mlp.0.weight",
+    "t_embedder.mlp.2.weight",
+    "layers.0.adaLN_modulation.0.weight",
+    "layers.0.attention_norm1.weight",
+    "layers.0.feed_forward.w1.weight",
+    "noise_refiner.0.adaLN_modulation.0.weight",
+    "context_refiner.0.attention_norm1.weight",
+)
+TEXT_ANCHORS = {
+    "hf": (
+        "embed_tokens.weight",
+        "layers.0.self_attn.q_proj.weight",
+        "layers.0.mlp.gate_proj.weight",
+        "layers.0.input_layernorm.weight",
+        "layers.0.post_attention_layernorm.weight",
+    ),
+    "gguf": (
+        "token_embd.weight",
+        "blk.0.attn_q.weight",
+        "blk.0.ffn_gate.weight",
+        "blk.0.attn_norm.weight",
+        "blk.0.ffn_norm.weight",
+    ),
+}
+VAE_ANCHORS = {
+    "bfl": (
+        "encoder.down.0.block.0.conv1.weight",
+        "encoder.mid.block_1.conv1.weight",
+        "decoder.mid.attn_1.q.weight",
+    ),
+    "diffusers": (
+        "encoder.down_blocks.0.resnets.0.conv1.weight",
+        "encoder.mid_block.resnets.0.conv1.weight",
+        "decoder.mid_block.attentions.0.to_q.weight",
+    ),
+}
+ENOUGH_ANCHORS = {"transformer": 5, "text_encoder": 3, "vae": 2}
+"""So many of a network's anchors make a file that network, perhaps a damaged one."""
+
+DROPPED = {
+    "transformer": ("norm_final.weight",),
+    "text_encoder": ("norm.weight", "output_norm.weight", "lm_head.weight", "output.weight"),
+    "vae": (),
+}
+"""Tensors that the networks have in files and never use."""
+
+FOREIGN_PREFIXES = (
+    "model_ema.",
+    "logvar",
+    "model_sampling.",
+    "denoiser.",
+    "text_encoders.",
+    "first_stage_model.",
+)
+"""Parts of all-in-one checkpoints beside the one being read."""
+
+
+def find_prefix(all_names: Iterable[str], anchors: tuple[str, ...]) -> tuple[str, int]:
+    """The prefix under which most anchors stand (the shortest among equals), and how many stand there."""
+    hits: Counter[str] = Counter()
+    for name in all_names:
+        if name.endswith(anchors):
+            for anchor in anchors:
+                head = name.removesuffix(anchor)
+                if head != name and (not head or head.endswith(".")):
+                    hits[head] += 1
+    if not hits:
+        return "", 0
+    return min(hits.items(), key=lambda item: (-item[1], len(item[0]), item[0]))
+
+
+def identify(file: WeightFile, wanted: str = "", stated: Mapping[str, Any] | None = None) -> ModelCard:
+    """What the file is; never raises for a file that could be opened.
+
+    Args:
+        file: An open GGUF or safetensors file; no tensor data is read.
+        wanted: Component to look for first, in a file that holds several.
+        stated: Parsed config.json that lies beside the file and must agree with it.
+    """
+    try:
+        return _identify(file, wanted, stated)
+    except BadWeights as error:
+        return ModelCard("unknown", "", f"a file of {len(file.tensors)} tensors", problem=str(error))
+
+
+def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -> ModelCard:
+    metadata: Mapping[str, Any] = file.metadata
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    joined = "\n" + "\n".join(shapes) + "\n"
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        architecture = None
+
+    found = adapters.identify_lora(shapes) or adapters.identify_controlnet(shapes)
+    if found is None:
+        cards = {
+            kind: card
+            for kind, detect in _DETECTORS.items()
+            if (card := detect(shapes, metadata, stated if wanted == kind else None)) is not None
+        }
+        complete = "cap_pad_token" in joined and "layers.0.adaLN_modulation.0.weight" in joined
+        other = None if complete else recognise(joined, architecture)
+        if other is not None and not (
+            other.role in ("other", "text_encoder") and wanted in ("vae", "transformer") and cards
+        ):
+            title = other.title + _width_remark(other.family, shapes)
+            return ModelCard("other", other.family, title, problem=f"Z-Image does not use {other.title}")
+        if cards:
+            found = cards.get(wanted) or next(iter(cards.values()))
+            found = replace(found, also=tuple(kind for kind in cards if kind != found.kind))
+            found = replace(found, needs=tuple(k for k in _DETECTORS if k != found.kind and k not in cards))
+    if found is None:
+        found = _part_or_unknown(shapes, metadata, architecture)
+    problem = found.problem or storage.storage_problem(file.tensors)
+    return replace(found, problem=problem, notes=found.notes + storage.storage_notes(file.tensors))
+
+
+def _width_remark(family: str, shapes: Shapes) -> str:
+    if family != "lumina2":
+        return ""
+    widths = [shape[0] for name, shape in shapes.items() if name.endswith("cap_embedder.0.weight") and shape]
+    return f" (caption width {widths[0]}; it shares the GGUF tag 'lumina2' with Z-Image)" if widths else ""
+
+
+def _under(shapes: Shapes, prefix: str) -> dict[str, infer.Shape]:
+    return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def _compare(card: ModelCard, table: names.Table, shapes: Shapes, extra: Callable[[str], bool]) -> ModelCard:
+    """The card with the tensors that do not fit the table; `extra` tells names that are known and unused."""
+    wanted = names.checkpoint_shapes(table)
+    inside = _under(shapes, card.prefix)
+    misshapen = tuple(
+        f"{name} is {inside[name]}, wanted {shape}"
+        for name, shape in wanted.items()
+        if name in inside and infer.squeezed(inside[name]) != infer.squeezed(shape)
+    )
+    strangers = [
+        n for n in inside if n not in wanted and not extra(n) and not storage.is_companion(n, inside)
+    ]
+    if card.prefix:
+        strangers += [
+            n for n in shapes if not n.startswith(card.prefix) and not _belongs_elsewhere(n, card, shapes)
+        ]
+    else:
+        strangers = [n for n in strangers if not _belongs_elsewhere(n, card, shapes)]
+    missing = tuple(card.prefix + n for n in wanted if n not in inside)
+    return replace(card, missing=missing, unexpected=tuple(strangers), misshapen=misshapen)
+
+
+def _belongs_elsewhere(name: str, card: ModelCard, shapes: Shapes) -> bool:
+    """True for a tensor of another component in an all-in-one checkpoint."""
+    if name.startswith(FOREIGN_PREFIXES) or name in ("scaled_fp8", "spiece_model", "tekken_model"):
+        return True
+    for kind, anchors in _ANCHORS.items():
+        if kind != card.kind:
+            for group in anchors:
+                prefix, hits = find_prefix(shapes, group)
+                if prefix and hits >= ENOUGH_ANCHORS[kind] and name.startswith(prefix):
+                    return True
+    return False
+
+
+# --- the three networks ---------------------------------------------------------------------------------------
+
+
+def _transformer(
+    shapes: Shapes, metadata: Mapping[str, Any], stated: Mapping[str, Any] | None
+) -> ModelCard | None:
+    prefix, hits = find_prefix(shapes, TRANSFORMER_ANCHORS)
+    inside = _under(shapes, prefix)
+    if hits < ENOUGH_ANCHORS["transformer"] or "layers.0.adaLN_modulation.1.weight" in inside:
+        return None
+    layout = (
+        "split"
+        if any(n.startswith("all_x_embedder.") or n.endswith(".to_q.weight") for n in inside)
+        else "fused"
+    )
+    card = ModelCard("transformer", "z-image", "a Z-Image transformer", layout=layout, prefix=prefix)
+    if any(name.startswith("dec_net.") for name in inside):
+        return replace(
+            card,
+            family="z-image-pixel",
+            title="a pixel-space Z-Image relative",
+            problem="it paints pixels, not latents",
+        )
+    try:
+        json_config = infer.parse_config(TransformerConfig.from_json, stated) if stated else None
+        config, notes = infer.transformer_config(inside, metadata, layout, json_config)
+    except BadWeights as error:
+        return replace(card, problem=str(error))
+    label = " ".join(
+        str(metadata.get(key, "")) for key in ("general.name", "general.basename", "general.finetune")
+    )
+    variant = "omni" if config.siglip_feat_dim else "turbo" if "turbo" in label[:1000].lower() else ""
+    if config.siglip_feat_dim:
+        notes.append("an Omni checkpoint: its vision branch is not used, text to image only")
+    title = f"a Z-Image transformer (width {config.dim}, {config.n_layers} layers)"
+    card = replace(card, title=title, variant=variant, config=config, notes=tuple(notes))
+    return _compare(
+        card, names.transformer_table(config, layout), shapes, DROPPED["transformer"].__contains__
+    )
+
+
+def _text_encoder(
+    shapes: Shapes, metadata: Mapping[str, Any], stated: Mapping[str, Any] | None
+) -> ModelCard | None:
+    layout, prefix = _best("text_encoder", shapes)
+    if not layout:
+        return None
+    inside = _under(shapes, prefix)
+    architecture = metadata.get("general.architecture")
+    family = architecture if isinstance(architecture, str) else "qwen3"
+    card = ModelCard("text_encoder", family, "a text encoder", layout=layout, prefix=prefix)
+    if layout == "gguf" and isinstance(architecture, str) and architecture not in ("qwen3", "qwen2", "llama"):
+        title = f"a language model of architecture {printable(architecture, 40)!r}"
+        return ModelCard("other", family, title, problem="its architecture is not one of qwen3, qwen2, llama")
+    try:
+        json_config = infer.parse_config(TextEncoderConfig.from_json, stated) if stated else None
+        config, notes = infer.text_encoder_config(inside, metadata, layout, json_config)
+    except BadWeights as error:
+        return replace(card, problem=str(error))
+    title = f"a {text_encoder_name(config)} text encoder (width {config.hidden_size})"
+    card = replace(card, family=config.arch, title=title, config=config, notes=tuple(notes))
+    last = f"{'blk' if layout == 'gguf' else 'layers'}.{config.num_layers - 1}."
+
+    def unused(name: str) -> bool:
+        known = name.startswith(last) or name.endswith("rotary_emb.inv_freq")
+        return known or name in DROPPED["text_encoder"]
+
+    # lm_head stands beside "model.", not under it
+    outside = {n: s for n, s in shapes.items() if n not in DROPPED["text_encoder"]}
+    return _compare(card, names.text_encoder_table(config, layout), outside, unused)
+
+
+def _vae(shapes: Shapes, metadata: Mapping[str, Any], stated: Mapping[str, Any] | None) -> ModelCard | None:
+    layout, prefix = _best("vae", shapes)
+    if not layout:
+        return None
+    inside = _under(shapes, prefix)
+    card = ModelCard("vae", "flux-vae", "a VAE", layout=layout, prefix=prefix)
+    latent = inside.get("decoder.conv_in.weight", ())
+    if "post_quant_conv.weight" in inside or "quant_conv.weight" in inside:
+        channels = latent[1] if len(latent) == 4 else 0
+        which = {4: "a Stable Diffusion 1, 2 or XL VAE", 32: "a FLUX.2 VAE"}.get(
+            channels, "another model's VAE"
+        )
+        return ModelCard(
+            "other", "vae", f"{which} ({channels} latent channels)", problem="Z-Image uses FLUX.1's VAE"
+        )
+    if len(latent) == 5:
+        return ModelCard("other", "video-vae", "a video VAE", problem="Z-Image uses FLUX.1's VAE")
+    try:
+        json_config = infer.parse_config(AutoencoderConfig.from_json, stated) if stated else None
+        config, notes = infer.autoencoder_config(inside, metadata, layout, json_config)
+    except BadWeights as error:
+        return replace(card, problem=str(error))
+    title = f"a Flux-style VAE ({config.latent_channels} latent channels)"
+    card = replace(card, title=title, config=config, notes=tuple(notes))
+    return _compare(card, names.autoencoder_table(config, layout), shapes, DROPPED["vae"].__contains__)
+
+
+_ANCHORS = {
+    "transformer": (TRANSFORMER_ANCHORS,),
+    "text_encoder": tuple(TEXT_ANCHORS.values()),
+    "vae": tuple(VAE_ANCHORS.values()),
+}
+_DETECTORS = {"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae}
+
+
+def _best(kind: str, shapes: Shapes) -> tuple[str, str]:
+    """Layout and prefix with most anchors, or two empty strings."""
+    groups = TEXT_ANCHORS if kind == "text_encoder" else VAE_ANCHORS
+    hits = {layout: find_prefix(shapes, anchors) for layout, anchors in groups.items()}
+    layout = max(hits, key=lambda name: hits[name][1])
+    prefix, count = hits[layout]
+    return (layout, prefix) if count >= ENOUGH_ANCHORS[kind] else ("", "")
+
+
+def _part_or_unknown(shapes: Shapes, metadata: Mapping[str, Any], architecture: str | None) -> ModelCard:
+    if any(".attention_norm1." in name and "layers." in name for name in shapes):
+        problem = "most of its tensors are missing: one shard of several; give the folder or the index file"
+        return ModelCard("unknown", "z-image", "a part of a Z-Image transformer", problem=problem)
+    if any(".self_attn.q_proj." in name for name in shapes) or any(n.startswith("blk.") for n in shapes):
+        problem = "the tensors of its first layer are missing: one shard of several, or another architecture"
+        what = f" of architecture {printable(architecture, 40)!r}" if architecture else ""
+        return ModelCard("unknown", architecture or "", f"a part of a language model{what}", problem=problem)
+    if not shapes and "tokenizer.ggml.tokens" in metadata:
+        return ModelCard("tokenizer", "tokenizer", "a vocabulary without weights")
+    first = ", ".join(printable(name, 60) for name in list(shapes)[:3])
+    what = f"an unknown model ({len(shapes)} tensors{': ' + first if first else ''})"
+    if architecture:
+        what = f"a model of architecture {printable(architecture, 40)!r} ({len(shapes)} tensors)"
+    return ModelCard("unknown", architecture or "", what, problem="no network of Z-Image has such tensors")
