@@ -176,7 +176,7 @@ class GGUFFile(WeightFile):
             end = last.offset + last.nbytes
             if end > self.size:
                 shown = printable(last.name, 80)
-                fault = f"truncated: it has {self.size} bytes, tensor {shown} ends at {end}"
+                fault = f"truncated: needs {end} bytes, the file has {self.size} (tensor {shown} is cut)"
                 raise BadFile(self.path, fault, AGAIN)
         for first, second in itertools.pairwise(ordered):
             if first.offset + first.nbytes > second.offset:

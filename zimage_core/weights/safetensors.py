@@ -1,9 +1,7 @@
 """Reader of safetensors files, alone or in shards with an index.
 
-Layout: the header's length (u64), the header (JSON), the data. The header is read by a parser of our
-own that knows this one structure and nothing else, so there is no depth to overflow, no number to
-blow up and no key that two readers could understand differently. The tensors must fill the data
-exactly: no hole, no overlap, no rest.
+Layout: the header's length (u64), the header (JSON), the data. The tensors must fill the data exactly:
+no hole, no overlap, no rest. Tensors are read one by one, never the whole file.
 
 Source: https://github.com/huggingface/safetensors (README, "Format").
 """
@@ -19,13 +17,10 @@ from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, printable
 from zimage_core.formats import FORMATS, BlockFormat, Field
+from zimage_core.weights.safetensors_header import MAX_DIGITS, MAX_NAME, MAX_TENSORS, HeaderParser
 from zimage_core.weights.source import AGAIN, Source, TensorInfo, WeightFile, check_text
 
 MAX_HEADER = 100_000_000
-MAX_TENSORS = 100_000
-MAX_NAME = 1024
-MAX_DIMENSIONS = 8
-MAX_DIGITS = 20
 MAX_SHARDS = 1000
 MAX_INDEX = 32 << 20
 
@@ -41,179 +36,7 @@ _OTHERS = {"U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "u1"}
 DTYPES: dict[str, BlockFormat] = {name: FORMATS[name] for name in _SHARED}
 DTYPES |= {name: _plain(name, code) for name, code in _OTHERS.items()}
 
-_BLANKS = (b" ", b"\t", b"\r", b"\n")
-_SPACE = re.compile(rb"[ \t\r\n]*")
-_NUMBER = re.compile(rb"-?[0-9.eE+-]+")
-_INTEGER = re.compile(rb"0|[1-9][0-9]{0,%d}" % (MAX_DIGITS - 1))
-_CONTROL = re.compile(rb"[\x00-\x1f]")
 _SHARD = re.compile(r"-(\d{3,6})-of-(\d{3,6})\.safetensors$")
-
-
-class _Header:
-    """Parser of the header's JSON: an object of tensors, and of one map from text to text."""
-
-    def __init__(self, path: str, data: bytearray) -> None:
-        self.path = path
-        self.data = data
-        self.position = 0
-
-    def fail(self, fault: str) -> NoReturn:
-        raise BadFile(self.path, f"damaged header: {fault}", AGAIN)
-
-    def skip(self) -> None:
-        """Pass over white space."""
-        if self.data[self.position : self.position + 1] in _BLANKS:
-            found = _SPACE.match(self.data, self.position)
-            self.position = found.end() if found else self.position
-
-    def take(self, character: bytes) -> bool:
-        """Pass over this character if it comes next."""
-        if not self.data.startswith(character, self.position):
-            self.skip()
-            if not self.data.startswith(character, self.position):
-                return False
-        self.position += 1
-        return True
-
-    def expect(self, character: bytes, where: str) -> None:
-        if not self.take(character):
-            found = printable(bytes(self.data[self.position : self.position + 8])) or "the end"
-            self.fail(f"JSON expected {character.decode()} {where} at byte {self.position}, found {found}")
-
-    def text(self, where: str) -> str:
-        """A JSON string; escapes are resolved, control characters and lone surrogates refused."""
-        self.expect(b'"', where)
-        start = end = self.position
-        while True:
-            end = self.data.find(b'"', end)
-            if end < 0:
-                self.fail(f"JSON string without an end {where}, at byte {start}")
-            slashes = end
-            while slashes > start and self.data[slashes - 1] == 0x5C:
-                slashes -= 1
-            if (end - slashes) % 2 == 0:
-                break
-            end += 1
-        self.position = end + 1
-        raw = bytes(self.data[start:end])
-        try:
-            text = raw.decode("utf-8")
-            if b"\\" in raw:
-                import json
-
-                text = json.loads(f'"{text}"')
-                text.encode("utf-8")  # a lone surrogate cannot be
-            elif _CONTROL.search(raw):
-                self.fail(f"JSON string with a control character {where}")
-        except UnicodeError:
-            self.fail(f"JSON string {where} is not UTF-8 text")
-        except ValueError:
-            self.fail(f"JSON string {where} has an invalid escape")
-        return text
-
-    def number(self, what: str) -> int:
-        """A non-negative integer of at most 20 digits."""
-        self.skip()
-        found = _NUMBER.match(self.data, self.position)
-        digits = found.group() if found else bytes(self.data[self.position : self.position + 8])
-        if not found or not _INTEGER.fullmatch(digits):
-            shown = printable(digits.decode("latin-1"), 30)
-            self.fail(
-                f"{what} holds {shown}, a non-negative integer of {MAX_DIGITS} digits at most is wanted"
-            )
-        self.position = found.end()
-        return int(digits)
-
-    def numbers(self, what: str, limit: int) -> list[int]:
-        """An array of such integers."""
-        self.expect(b"[", f"to open {what}")
-        items: list[int] = []
-        if self.take(b"]"):
-            return items
-        while True:
-            items.append(self.number(what))
-            if len(items) > limit:
-                self.fail(f"{what} has more than {limit} dimensions or numbers")
-            if self.take(b"]"):
-                return items
-            self.expect(b",", f"in {what}")
-
-    def metadata(self) -> dict[str, str]:
-        self.expect(b"{", "to open __metadata__")
-        result: dict[str, str] = {}
-        if self.take(b"}"):
-            return result
-        while True:
-            key = self.text("as a key of __metadata__")
-            if key in result:
-                self.fail(f"duplicate key {printable(key, 60)} in __metadata__")
-            self.expect(b":", "in __metadata__")
-            result[key] = self.text("(values of __metadata__ are strings)")
-            if self.take(b"}"):
-                return result
-            self.expect(b",", "in __metadata__")
-
-    def entry(self, name: str) -> tuple[str, list[int], list[int]]:
-        """dtype, shape and data_offsets of one tensor, in any order, each once."""
-        shown = f"tensor {printable(name, 80)}"
-        self.expect(b"{", f"to open {shown}")
-        dtype, shape, offsets, seen = "", [0], [0], set()
-        more = not self.take(b"}")
-        while more:
-            field = self.text(f"as a field of {shown}")
-            if field in seen:
-                self.fail(f"duplicate field {printable(field, 40)} in {shown}")
-            seen.add(field)
-            self.expect(b":", f"in {shown}")
-            if field == "dtype":
-                dtype = self.text(f"as the dtype of {shown}")
-            elif field == "shape":
-                shape = self.numbers(f"the shape of {shown}", MAX_DIMENSIONS)
-            elif field == "data_offsets":
-                offsets = self.numbers(f"data_offsets of {shown}", 2)
-            else:
-                self.fail(f"unknown field {printable(field, 40)} in {shown}")
-            more = not self.take(b"}")
-            if more:
-                self.expect(b",", f"in {shown}")
-        missing = [field for field in ("dtype", "shape", "data_offsets") if field not in seen]
-        if missing:
-            self.fail(f"{shown} is missing {' and '.join(missing)}")
-        if len(offsets) != 2:
-            self.fail(f"data_offsets of {shown} has length {len(offsets)}, 2 is wanted")
-        return dtype, shape, offsets
-
-    def parse(self) -> tuple[dict[str, str], dict[str, tuple[str, list[int], list[int]]]]:
-        """The metadata, and name to (dtype, shape, data_offsets)."""
-        metadata: dict[str, str] | None = None
-        tensors: dict[str, tuple[str, list[int], list[int]]] = {}
-        if self.data.count(b'"data_offsets"') > MAX_TENSORS:
-            self.fail(f"the tensor count exceeds {MAX_TENSORS}")
-        if not self.data.startswith(b"{"):
-            self.fail(f"JSON must begin with {{, found {printable(bytes(self.data[:8]))}")
-        self.expect(b"{", "to open the header")
-        more = not self.take(b"}")
-        while more:
-            name = self.text("as a tensor name")
-            self.expect(b":", "after a tensor name")
-            if name == "__metadata__":
-                if metadata is not None:
-                    self.fail("duplicate __metadata__")
-                metadata = self.metadata()
-            elif name in tensors:
-                self.fail(f"duplicate tensor name {printable(name, 80)}")
-            elif len(tensors) >= MAX_TENSORS:
-                self.fail(f"the tensor count exceeds {MAX_TENSORS}")
-            else:
-                check_text(self.path, "tensor name", name, MAX_NAME)
-                tensors[name] = self.entry(name)
-            more = not self.take(b"}")
-            if more:
-                self.expect(b",", "between tensors")
-        self.skip()
-        if self.position != len(self.data):
-            self.fail(f"{len(self.data) - self.position} extra bytes are trailing after the JSON")
-        return metadata or {}, tensors
 
 
 class SafetensorsFile(WeightFile):
@@ -251,7 +74,7 @@ class SafetensorsFile(WeightFile):
             self._fail(f"truncated or damaged: header of length {length}, {self.size - 8} bytes remain")
         if not 2 <= length <= MAX_HEADER:
             self._fail(f"header of length {length}, from 2 to {MAX_HEADER} bytes are allowed")
-        metadata, entries = _Header(self.path, self.source.read_at(8, length)).parse()
+        metadata, entries = HeaderParser(self.path, self.source.read_at(8, length)).parse()
         self.metadata = metadata
         self.data_start = 8 + length
         end = 0
