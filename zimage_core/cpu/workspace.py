@@ -1,0 +1,62 @@
+"""Scratch memory of one thread, reused from tile to tile.
+
+Allocating megabytes for each of ten operations on each tile costs more than the arithmetic: the
+pages come back cold, or come back from the kernel. A workspace hands out pieces of one buffer.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+_ALIGN = 64
+
+
+class Workspace:
+    """A bump allocator over one byte buffer; what it hands out is valid until the next `reset`.
+
+    The buffer grows to the largest need seen: an older piece keeps its own storage alive, so growing
+    in the middle of a tile is safe.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+        self._used = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._buffer.numel()
+
+    def reset(self) -> None:
+        """Take back everything handed out."""
+        self._used = 0
+
+    def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """An uninitialised contiguous tensor, aligned to 64 bytes."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        start, end = self._used, self._used + nbytes
+        if end > self._buffer.numel():
+            self._buffer = torch.empty(max(2 * end, 1 << 16), dtype=torch.uint8, device=self.device)
+        self._used = -(-end // _ALIGN) * _ALIGN
+        return self._buffer[start:end].view(dtype).view(shape)
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.by_use: dict[tuple[str, torch.device], Workspace] = {}
+
+
+_local = _Local()
+
+
+def workspace(use: str, device: torch.device) -> Workspace:
+    """This thread's workspace for one use ("tile", "slab"), so that two threads never share bytes."""
+    found = _local.by_use.get((use, device))
+    if found is None:
+        found = _local.by_use[(use, device)] = Workspace(device)
+    return found

@@ -1,0 +1,150 @@
+"""Operations on weights that may be packed: the only door from the layers to the dequantisers.
+
+A packed weight is dequantised row slab by row slab into one reused float32 scratch and multiplied
+in float32; nothing of it is kept. So packed weights cost the memory of the file and one slab.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from zimage_core.cpu.dequantize import dequantize as dequantize_rows
+from zimage_core.cpu.dequantize import dequantize_into
+from zimage_core.cpu.numbers import DTYPES
+from zimage_core.cpu.workspace import workspace
+from zimage_core.errors import BadArgument, BadShape, Unsupported, printable
+from zimage_core.formats import FORMATS, by_name
+from zimage_core.quant_tensor import QuantTensor, per_row
+
+SLAB_BYTES = 8 << 20
+"""Of the dequantised rows that wait for the multiplication: 4 to 16 MB run alike, less starves it."""
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FORMAT_OF = {dtype: FORMATS[name] for name, dtype in DTYPES.items()}
+
+
+def dequantize(packed: Tensor, format_name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Packed rows to dense weights, on the device where they are.
+
+    Args:
+        packed: uint8 [..., row bytes], rows of whole blocks.
+        format_name: As in `zimage_core.formats.FORMATS`: "Q4_K", "BF16", "F8_E4M3" ...
+        dtype: Of the result, a float type. Blocks are computed in float32 and rounded once.
+
+    Returns:
+        [..., K] with K = row bytes / block bytes * block weights. Plain numbers of that dtype come
+        back as a view of `packed`.
+
+    Raises:
+        UnknownFormat: No such format; the message lists them.
+        BadShape: packed is not uint8 or its rows are not whole blocks.
+        BadArgument: packed is no tensor or dtype no float type.
+    """
+    fmt = by_name(format_name)
+    if not isinstance(packed, Tensor):
+        raise BadArgument(f"packed must be a uint8 torch.Tensor, not {printable(type(packed).__name__)}")
+    if dtype not in _FLOATS:
+        raise BadArgument(f"dtype must be a torch float type such as torch.float32, not {printable(dtype)}")
+    return dequantize_rows(packed, fmt, dtype)
+
+
+def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias.
+
+    Float32 arithmetic whatever x and weight are stored in, but for a dense weight of x's own dtype on
+    an accelerator or under autograd: that is torch's own linear. The result is rounded once, to x's
+    dtype.
+
+    Args:
+        x: [..., K], a float type, any strides.
+        weight: [N, K], dense or packed.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        BadShape: K of x is not K of the weight, or the weight is no matrix.
+        Unsupported: A gradient is asked for through packed weights.
+    """
+    if len(weight.shape) != 2 or x.shape[-1:] != (weight.shape[-1],):
+        raise BadShape(
+            f"linear: x has shape {tuple(x.shape)} and the weight {tuple(weight.shape)}; "
+            "the last axes of both must agree"
+        )
+    if isinstance(weight, Tensor):
+        if weight.dtype == torch.float32 and x.dtype != torch.float32 and not weight.is_cuda:
+            return functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+        wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        own = weight.dtype == x.dtype and (x.dtype in (torch.float32, torch.float64) or weight.is_cuda)
+        if own or wants_grad or weight.dtype not in _FORMAT_OF:
+            return functional.linear(x, weight, bias)
+        raw = weight.detach().contiguous().view(torch.uint8)
+        weight = QuantTensor(raw, _FORMAT_OF[weight.dtype], tuple(weight.shape))
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise Unsupported(
+            "packed weights give no gradients; run under torch.no_grad() or load the weights dense "
+            "with QuantTensor.dequantize()"
+        )
+    with torch.no_grad():
+        return _packed_linear(x, weight, bias)
+
+
+def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
+    rows, width = weight.shape
+    flat = x.reshape(-1, width).float()
+    out = torch.empty(len(flat), rows, dtype=torch.float32, device=flat.device)
+    if out.numel():
+        # a multiple of 8 rows, so that every slab starts where the first one is aligned
+        height = min(rows, max(8, SLAB_BYTES // (4 * max(width, 1)) // 8 * 8))
+        work = workspace("slab", flat.device)
+        work.reset()
+        slab = work.take(torch.float32, height, width)
+        for start in range(0, rows, height):
+            stop = min(start + height, rows)
+            dense = slab[: stop - start]
+            dequantize_into(dense, weight.packed[start:stop], weight.format)
+            # written in place: columns of a row-major matrix are a BLAS leading dimension away
+            torch.mm(flat, dense.t(), out=out[:, start:stop])
+    if weight.scale is not None:
+        out.mul_(weight.scale.view(-1))
+    if bias is not None:
+        out.add_(bias)
+    return out.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def embedding(ids: Tensor, weight: Tensor | QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of a table by number; of a packed table only those rows are read.
+
+    Args:
+        ids: Integers [...] below the number of rows.
+        weight: [rows, hidden].
+        dtype: Of the result when the table is packed; a dense table keeps its own.
+
+    Returns:
+        [..., hidden].
+
+    Raises:
+        BadArgument: An id is negative or not below the number of rows.
+        BadShape: The weight is no matrix.
+    """
+    if len(weight.shape) != 2:
+        raise BadShape(f"embedding: the table must have two axes, not shape {tuple(weight.shape)}")
+    if ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= weight.shape[0]:
+            raise BadArgument(
+                f"token id {low if low < 0 else high} is outside the table of {weight.shape[0]} rows; "
+                "tokenizer and text encoder do not belong together"
+            )
+    if isinstance(weight, Tensor):
+        return functional.embedding(ids, weight)
+    flat = ids.reshape(-1).to(weight.device)
+    packed = weight.packed.index_select(0, flat)
+    dense = dequantize_rows(packed, weight.format)
+    if weight.scale is not None:
+        scale = weight.scale if weight.scale.numel() == 1 else weight.scale[flat]
+        dense = dense * per_row(scale, 2)
+    return dense.to(dtype).view(*ids.shape, weight.shape[1])

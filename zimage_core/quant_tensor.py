@@ -1,0 +1,94 @@
+"""Packed weights: bytes as a file holds them, with what is needed to read them.
+
+Not a tensor subclass: nothing happens to it implicitly. Everything that a weight file hands out is
+one, float32 included, since a view of the bytes costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zimage_core.errors import BadShape
+from zimage_core.formats import BlockFormat
+
+
+@dataclass(frozen=True, eq=False)
+class QuantTensor:
+    """Rows of packed blocks and their logical shape.
+
+    Args:
+        packed: uint8 [..., row bytes], the leading axes of `shape`; usually a view of a mapped file.
+        format: Of the blocks.
+        shape: Logical, last axis = weights a row. () is one number.
+        scale: float32, one number or one for each index of axis 0; multiplies the dequantised rows
+            (fp8 from safetensors).
+
+    Raises:
+        BadShape: The bytes are not uint8 or do not fit format and shape, or the scale fits neither form.
+    """
+
+    packed: Tensor
+    format: BlockFormat
+    shape: tuple[int, ...]
+    scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = self.shape or (1,)
+        wanted = (*shape[:-1], self.format.row_bytes(shape[-1]))
+        if self.packed.dtype != torch.uint8 or tuple(self.packed.shape) != wanted:
+            raise BadShape(
+                f"{self.format.name} weights of shape {self.shape} are uint8 of shape {wanted} when packed, "
+                f"not {self.packed.dtype} of shape {tuple(self.packed.shape)}"
+            )
+        if self.scale is None:
+            return
+        if self.scale.dtype != torch.float32 or (self.scale.numel() != 1 and self.scale.shape != shape[:1]):
+            raise BadShape(
+                f"the scale of {self.format.name} weights of shape {self.shape} must be float32, one number "
+                f"or one a row, not {self.scale.dtype} of shape {tuple(self.scale.shape)}"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights."""
+        return self.packed.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return self.packed.device
+
+    def rows(self, start: int, stop: int) -> QuantTensor:
+        """Indices start..stop of axis 0 without a copy, a per-row scale with them."""
+        if not self.shape or not 0 <= start <= stop <= self.shape[0]:
+            raise BadShape(f"rows {start} to {stop} do not lie in a tensor of shape {self.shape}")
+        scale = self.scale
+        if scale is not None and scale.numel() != 1:
+            scale = scale[start:stop]
+        return QuantTensor(self.packed[start:stop], self.format, (stop - start, *self.shape[1:]), scale)
+
+    def to(self, device: torch.device | str) -> QuantTensor:
+        """The same bytes on another device."""
+        scale = None if self.scale is None else self.scale.to(device)
+        return QuantTensor(self.packed.to(device), self.format, self.shape, scale)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Dense weights [*shape].
+
+        Plain numbers of that dtype without a scale come back as a view of the same bytes: do not
+        write to the result.
+        """
+        from zimage_core.cpu.dequantize import dequantize  # the arithmetic knows nothing of this class
+
+        dense = dequantize(self.packed, self.format, dtype if self.scale is None else torch.float32)
+        if self.scale is not None:
+            dense = (dense * per_row(self.scale, dense.ndim)).to(dtype)
+        return dense.view(self.shape)
+
+
+def per_row(scale: Tensor, ndim: int) -> Tensor:
+    """A scale shaped to multiply a tensor of `ndim` axes: one number, or one for each index of axis 0."""
+    return scale.view(-1, *[1] * (ndim - 1))
