@@ -36,17 +36,22 @@ class _Weighted(nn.Module):
         self._scale: Tensor | None = None
         nn.init.normal_(self.weight, std=std)
 
-    def assign(self, quant: QuantTensor) -> None:
+    def assign(self, quant: QuantTensor, dtype: torch.dtype | None = None) -> None:
         """Take over a weight from a file, without a copy.
 
-        Plain numbers of this module's dtype become the dense `weight` (without gradient, a view of
-        the file's map); anything else stays packed and `weight` becomes None.
+        Plain numbers of the wanted dtype become the dense `weight` (without gradient, a view of the
+        file's map); anything else stays packed and `weight` becomes None.
+
+        Args:
+            quant: The weight.
+            dtype: Wanted of a dense weight and of an Embedding's result; None keeps the present one.
 
         Raises:
             BadShape: The shape is not this module's.
         """
         if tuple(quant.shape) != self._shape:
             raise BadShape(f"the file holds a matrix of shape {quant.shape}, this layer needs {self._shape}")
+        self.dtype = dtype or self.dtype
         if _DENSE.get(quant.format.name) == self.dtype and quant.scale is None:
             self.weight = nn.Parameter(quant.dequantize(self.dtype), requires_grad=False)
             self.packed, self._format, self._scale = None, None, None
