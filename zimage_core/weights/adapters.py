@@ -99,7 +99,7 @@ def _lora_problem(factors: dict[str, dict[str, Shape]], targets: list[str], know
         if any(len(shape) != 2 for shape in pair.values()):
             return f"a factor of {shown!r} does not have 2 dimensions"
         if pair["down"][0] != pair["up"][1]:
-            return f"{shown!r} has a rank of {pair['down'][0]} in one factor and {pair['up'][1]} in the other: a mismatch"
+            return f"ranks of {shown!r} mismatch: {pair['down'][0]} and {pair['up'][1]}"
         if not 0 < pair["down"][0] <= MAX_LORA_RANK:
             return f"{shown!r} has rank {pair['down'][0]}, wanted 1 to {MAX_LORA_RANK}"
     if len(known) != len(targets):

@@ -157,6 +157,7 @@ def check_compatible(
     if vae is not None and vae.latent_channels != transformer.in_channels:
         raise WrongModel(
             paths.get("vae", "VAE"),
-            f"this VAE has {vae.latent_channels} latent channels; the Z-Image transformer needs {transformer.in_channels}",
+            f"this VAE has {vae.latent_channels} latent channels; "
+            f"the Z-Image transformer needs {transformer.in_channels}",
             WANTED["vae"][1] if transformer.in_channels == 16 else "get the VAE it was trained with",
         )

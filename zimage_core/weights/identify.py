@@ -188,7 +188,7 @@ def _belongs_elsewhere(name: str, card: ModelCard, shapes: Shapes) -> bool:
     return False
 
 
-# --- the three networks ---------------------------------------------------------------------------------------
+# --- the three networks --------------------------------------------------------------
 
 
 def _transformer(

@@ -112,7 +112,7 @@ def _built(make: Callable[..., ConfigT], **fields: Any) -> ConfigT:
         raise BadWeights(f"the tensor shapes do not belong together: {error}") from error
 
 
-# --- S3-DiT ---------------------------------------------------------------------------------------------------
+# --- S3-DiT --------------------------------------------------------------------------
 
 
 def transformer_config(
@@ -206,7 +206,7 @@ def _rotary_axes(
     return head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8
 
 
-# --- text encoder ---------------------------------------------------------------------------------------------
+# --- text encoder --------------------------------------------------------------------
 
 
 def text_encoder_config(
@@ -324,7 +324,7 @@ def _refuse_rope_scaling(shapes: Mapping[str, Shape], metadata: Mapping[str, Any
         )
 
 
-# --- VAE ------------------------------------------------------------------------------------------------------
+# --- VAE -----------------------------------------------------------------------------
 
 
 def autoencoder_config(

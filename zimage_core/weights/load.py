@@ -152,6 +152,7 @@ def _load(
         require(card, component, file.path)
         with torch.device("meta"):
             model, table = build(card)
+        model.to(dtype)  # what a layer's dtype is decides which weights stay packed
         fill(model, file, table, card.prefix, dtype)
     except BaseException:
         file.close()
@@ -176,7 +177,7 @@ def fill(model: nn.Module, file: WeightFile, table: names.Table, prefix: str, dt
             owner, _, leaf = entry.module.rpartition(".")
             module = model.get_submodule(owner)
             if leaf == "weight" and isinstance(module, (Linear, Embedding)):
-                module.assign(part, dtype)
+                module.assign(part)
             else:
                 dense = _dense(part, dtype, f"{printable(file.path)}: {printable(prefix + name, 120)}")
                 setattr(module, leaf, nn.Parameter(dense, requires_grad=False))
@@ -204,10 +205,10 @@ def _unpermuted(tensor: QuantTensor, heads: int) -> QuantTensor:
 
 def _dense(tensor: QuantTensor, dtype: torch.dtype, where: str) -> Tensor:
     """The numbers in `dtype`, checked; small tensors only, the bulk is watched while it runs."""
-    dense = tensor.dequantize(dtype)
+    dense: Tensor = tensor.dequantize(dtype)
     if not bool(torch.isfinite(dense).all()):
         stored = tensor.dequantize(torch.float32)
-        bad = int((~torch.isfinite(stored)).sum())
+        bad = int(torch.isfinite(stored).logical_not().sum())
         if bad:
             raise BadWeights(f"{where} holds {bad} NaN or infinite numbers; download the file again")
         largest = float(stored.abs().max())

@@ -3,7 +3,7 @@
 Module names are diffusers' for the S3-DiT and the VAE and Hugging Face's (without "model.") for the text
 encoder. A table is a tuple of `Entry`, one for each parameter of the module; where a layout fuses tensors
 (qkv) several entries name the same checkpoint tensor and cut it by rows, without gaps or overlaps.
-Sources: diffusers' and ComfyUI's checkpoints, llama.cpp's GGUF names, the LDM names of FLUX.1's ae.safetensors.
+Sources: diffusers' and ComfyUI's checkpoints, llama.cpp's GGUF names, the LDM names of ae.safetensors.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _layout(wanted: str, known: tuple[str, ...]) -> None:
         raise BadArgument(f"layout {wanted!r} is not one of {', '.join(known)}")
 
 
-# --- S3-DiT ---------------------------------------------------------------------------------------------------
+# --- S3-DiT --------------------------------------------------------------------------
 
 
 def transformer_table(config: TransformerConfig, layout: str) -> Table:
@@ -132,7 +132,7 @@ def _block(c: TransformerConfig, block: str, fused: bool, modulated: bool) -> It
         yield from _affine(f"{block}.adaLN_modulation.0", f"{block}.adaLN_modulation.0", 4 * d, c.adaln_dim)
 
 
-# --- text encoder ---------------------------------------------------------------------------------------------
+# --- text encoder --------------------------------------------------------------------
 
 GGUF_LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -165,7 +165,7 @@ def _text_encoder(c: TextEncoderConfig, gguf: bool) -> Iterator[Entry]:
     for i in range(c.num_layers - 1):
         for part, leaf, shape in _layer_parameters(c):
             name = f"blk.{i}.{GGUF_LAYER_NAMES[part]}" if gguf else f"layers.{i}.{part}"
-            # llama.cpp stores q and k of "llama" for a rotation of neighbouring channels; ours rotates halves.
+            # llama.cpp stores q and k of "llama" for a rotation of neighbours; ours rotates halves.
             heads = {"self_attn.q_proj": c.num_heads, "self_attn.k_proj": c.num_kv_heads}.get(part, 0)
             permuted = heads if gguf and c.arch == "llama" else 0
             yield Entry(f"layers.{i}.{part}.{leaf}", f"{name}.{leaf}", shape, heads=permuted)
@@ -188,7 +188,7 @@ def _layer_parameters(c: TextEncoderConfig) -> Iterator[tuple[str, str, tuple[in
     yield "mlp.down_proj", "weight", (hidden, inner)
 
 
-# --- VAE ------------------------------------------------------------------------------------------------------
+# --- VAE -----------------------------------------------------------------------------
 
 
 def autoencoder_table(config: AutoencoderConfig, layout: str) -> Table:

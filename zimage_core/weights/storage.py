@@ -66,7 +66,8 @@ def storage_problem(tensors: Mapping[str, TensorInfo]) -> str:
             return f"its weights are quantised by {style}, which is not supported; {WAY_ROUND}"
     for name, info in tensors.items():
         if info.format.name in WHOLE_NUMBERS and name.endswith(".weight") and len(info.shape) == 2:
-            return f"its weights are quantised to {WHOLE_NUMBERS[info.format.name]}, which is not supported; {WAY_ROUND}"
+            style = WHOLE_NUMBERS[info.format.name]
+            return f"its weights are quantised to {style}, which is not supported; {WAY_ROUND}"
     return ""
 
 
