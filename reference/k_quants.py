@@ -62,7 +62,7 @@ def q4_k(blocks: Blocks) -> Floats:
 
 
 def q5_k(blocks: Blocks) -> Floats:
-    """As Q4_K with a fifth bit of q in qh, in planes of 32 bytes."""
+    """w = d * scale[s] * q - dmin * min[s]; as Q4_K with a fifth bit of q in qh, in planes of 32 bytes."""
     step, floor = _steps_and_floors(blocks, *_six_bit_scales_and_mins(blocks["scales"]))
     q = planes(blocks["qs"], 32, 4) | (planes(blocks["qh"], 32, 1) << 4)
     weights: Floats = spread(step, 32) * q.astype(F32) - spread(floor, 32)

@@ -63,7 +63,7 @@ def q1_0(blocks: Blocks) -> Floats:
 
 
 def q2_0(blocks: Blocks) -> Floats:
-    """w = d * (q - 1); q is 2 bits, four neighbouring weights a byte. Also for blocks of 128."""
+    """w = d * (q - 1); q is 2 bits, four neighbouring weights a byte."""
     return _d(blocks) * (consecutive(blocks["qs"], 2).astype(F32) - 1)
 
 

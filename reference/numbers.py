@@ -10,16 +10,16 @@ F32 = np.float32
 
 
 def number(blocks: Blocks) -> Floats:
-    """w as NumPy converts it to float32: F32, F16, F64 and the integers.
+    """The number itself, converted to float32.
 
-    F64 and I64 round to nearest even; an F64 beyond float32 becomes infinite.
+    F32, F16, F64 and the integers. F64 and I64 round to nearest even; an F64 beyond float32 becomes infinite.
     """
     weights: Floats = blocks["w"].astype(F32)
     return weights
 
 
 def bf16(blocks: Blocks) -> Floats:
-    """w is the upper half of a float32; the lower half is zero."""
+    """The upper half of a float32; its lower half is zero."""
     weights: Floats = (blocks["w"].astype(np.uint32) << 16).view(F32)
     return weights
 
