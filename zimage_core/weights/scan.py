@@ -1,0 +1,234 @@
+"""Read all data of a model file once and name what will not compute: NaN, infinity, beyond float16.
+
+Numbers are judged by their bits: without the sign, a float's bits grow with its magnitude, so one
+integer maximum a chunk tells whether anything is wrong with it. Of packed blocks only the scales are
+looked at; the largest weight that they allow follows from the format.
+
+Streams with `pread` into one buffer of 8 MiB, so a file that is cut meanwhile is an error, and no map
+of it grows. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimage_core.errors import printable
+from zimage_core.formats import BlockFormat
+from zimage_core.weights.source import TensorInfo, WeightFile
+
+FLOAT16_MAX = 65504.0
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is wrong with the values of one tensor.
+
+    Args:
+        tensor: Its name.
+        unit: What was counted: "values" or "blocks".
+        total: Of these in the tensor.
+        nan: How many are NaN; of a format that cannot tell the two apart, NaN or infinite.
+        inf: How many are infinite.
+        range: How many are finite and exceed float16, or are blocks whose scales allow that.
+        largest: Greatest finite magnitude found, or allowed by the scales.
+        strange: How many are no value of the type: a BOOL that is neither 0 nor 1.
+    """
+
+    tensor: str
+    unit: str
+    total: int
+    nan: int = 0
+    inf: int = 0
+    range: int = 0
+    largest: float = 0.0
+    strange: int = 0
+
+    def __str__(self) -> str:
+        """One sentence for the user; the name is escaped."""
+        of = f"of {self.total} {self.unit}"
+        scales = "" if self.unit == "values" else " in their scales"
+        parts = []
+        if self.nan or self.inf:
+            counts = [f"{n} {word}" for n, word in ((self.nan, "NaN"), (self.inf, "Inf")) if n]
+            parts.append(f"{' and '.join(counts)} {of}{scales}")
+        if self.range:
+            verb = "exceed" if self.unit == "values" else "can exceed"
+            parts.append(
+                f"{self.range} {of} {verb} the range of float16 (65504), magnitudes up to {self.largest:.4g}"
+            )
+        if self.strange:
+            parts.append(f"{self.strange} {of} are neither 0 nor 1")
+        return f"tensor {printable(self.tensor, 80)}: {'; '.join(parts)}"
+
+
+def scan(file: WeightFile) -> list[str]:
+    """One sentence for each tensor that holds NaN, infinity or values beyond float16.
+
+    Raises:
+        BadFile: The file ends early, cannot be read, or was changed meanwhile.
+    """
+    return [str(finding) for finding in findings(file)]
+
+
+def findings(file: WeightFile) -> Iterator[Finding]:
+    """The same as objects, in the order of the data."""
+    buffer = bytearray(_CHUNK)
+    for info in sorted(file.tensors.values(), key=lambda info: info.offset):
+        found = _examine(file, info, buffer)
+        if found is not None:
+            yield found
+    file.check_unchanged()
+
+
+# Plain numbers: the bits without the sign, those of infinity, those of the largest float16.
+_PLAIN: dict[str, tuple[int, int, int]] = {
+    "F64": (0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000, 0x40EF_FC00_0000_0000),
+    "F32": (0x7FFF_FFFF, 0x7F80_0000, 0x477F_E000),
+    "F16": (0x7FFF, 0x7C00, 0x7BFF),
+    "BF16": (0x7FFF, 0x7F80, 0x477F),
+    "F8_E4M3": (0x7F, 0x7F, 0x7E),  # no infinity: all ones is NaN
+    "F8_E5M2": (0x7F, 0x7C, 0x7B),
+}
+
+# Packed blocks: the factors by which the greatest |scale| becomes the greatest |weight|, added up.
+# Greatest sub-scale times greatest level, from the formulas in reference/.
+_LARGEST: dict[str, dict[str, float]] = {
+    "Q4_0": {"d": 8},
+    "Q4_1": {"d": 15, "m": 1},
+    "Q5_0": {"d": 16},
+    "Q5_1": {"d": 31, "m": 1},
+    "Q8_0": {"d": 128},
+    "Q2_K": {"d": 15 * 3, "dmin": 15},
+    "Q3_K": {"d": 32 * 4},
+    "Q4_K": {"d": 63 * 15, "dmin": 63},
+    "Q5_K": {"d": 63 * 31, "dmin": 63},
+    "Q6_K": {"d": 128 * 32},
+    "IQ1_S": {"d": 15 * 1.125},
+    "IQ1_M": {"d": 15 * 1.125},
+    "IQ2_XXS": {"d": 15.5 / 4 * 43},
+    "IQ2_XS": {"d": 15.5 / 4 * 43},
+    "IQ2_S": {"d": 15.5 / 4 * 43},
+    "IQ3_XXS": {"d": 15.5 / 2 * 62},
+    "IQ3_S": {"d": 31 * 15},
+    "IQ4_NL": {"d": 127},
+    "IQ4_XS": {"d": 32 * 127},
+    "TQ1_0": {"d": 1},
+    "TQ2_0": {"d": 2},
+    "MXFP4": {"e": 6},
+    "NVFP4": {"d": 6},
+    "Q1_0": {"d": 1},
+    "Q2_0": {"d": 2},
+    "Q2_0_128": {"d": 2},
+}
+
+
+def _examine(file: WeightFile, info: TensorInfo, buffer: bytearray) -> Finding | None:
+    """Read one tensor; None where nothing is wrong with it."""
+    fmt = info.format
+    source = file.source_of(info.name)
+    order = "swapped" if file.swapped else "native"
+    step = _CHUNK // fmt.nbytes * fmt.nbytes
+    counts = np.zeros(4, np.int64)  # nan, inf, range, strange
+    largest = 0.0
+    for start in range(0, info.nbytes, step):
+        part = memoryview(buffer)[: min(step, info.nbytes - start)]
+        source.read_into(info.offset + start, part)
+        if fmt.name in _PLAIN:
+            found, peak = _plain(part, fmt, order)
+        elif fmt.name in _LARGEST:
+            found, peak = _blocks(part, fmt)
+        else:
+            found, peak = _integers(part, fmt)
+        counts += found
+        largest = max(largest, peak)
+    if not counts.any():
+        return None
+    nan, inf, outside, strange = (int(count) for count in counts)
+    unit = "values" if fmt.weights == 1 else "blocks"
+    return Finding(info.name, unit, info.nbytes // fmt.nbytes, nan, inf, outside, largest, strange)
+
+
+def _plain(data: memoryview, fmt: BlockFormat, order: str) -> tuple[NDArray[np.int64], float]:
+    """Counts of (nan, inf, range, strange) and the greatest finite magnitude where range is not 0."""
+    mask, infinity, limit = _PLAIN[fmt.name]
+    bits: NDArray[Any] = np.frombuffer(data, f"<u{fmt.nbytes}")
+    if order == "swapped":
+        bits.byteswap(inplace=True)
+    np.bitwise_and(bits, bits.dtype.type(mask), out=bits)  # in the buffer itself
+    counts = np.zeros(4, np.int64)
+    if not bits.size or int(bits.max()) <= limit:
+        return counts, 0.0
+    finite = bits[bits < infinity]
+    counts[0] = np.count_nonzero(bits > infinity) if fmt.name != "F8_E4M3" else bits.size - finite.size
+    counts[1] = bits.size - finite.size - counts[0]
+    over = finite[finite > limit]
+    counts[2] = over.size
+    return counts, _value(int(over.max()), fmt) if over.size else 0.0
+
+
+def _value(bits: int, fmt: BlockFormat) -> float:
+    """The number that these bits are; only types that reach beyond float16 ask."""
+    if fmt.name == "F64":
+        return float(np.array([bits], np.uint64).view(np.float64)[0])
+    return float(np.array([bits << 16 if fmt.name == "BF16" else bits], np.uint32).view(np.float32)[0])
+
+
+def _blocks(data: memoryview, fmt: BlockFormat) -> tuple[NDArray[np.int64], float]:
+    """The same for packed blocks: a block counts once, as NaN before infinite before out of range."""
+    counts = np.zeros(4, np.int64)
+    bound, nan, inf = np.zeros(()), np.zeros((), bool), np.zeros((), bool)
+    for field, factor in _LARGEST[fmt.name].items():
+        scale, wrong, endless = _scales(data, fmt, field)
+        bound = bound + scale * np.float32(factor)
+        nan, inf = nan | wrong, inf | endless
+    inf &= ~nan
+    bad = nan | inf
+    outside = (bound > FLOAT16_MAX) & ~bad
+    counts[:3] = np.count_nonzero(nan), np.count_nonzero(inf), np.count_nonzero(outside)
+    return counts, float(bound[outside].max()) if counts[2] else 0.0
+
+
+_Checked = tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]
+
+
+def _scales(data: memoryview, fmt: BlockFormat, field: str) -> _Checked:
+    """Greatest magnitude, is-NaN and is-infinite of one scale field, each [blocks]."""
+    if fmt.name == "IQ1_M":  # a quarter of the float16 in the top of each of four words, lowest first
+        words = _field(data, fmt, "scales") >> 12
+        bits = words[:, 0] | words[:, 1] << 4 | words[:, 2] << 8 | words[:, 3] << 12
+        scale = np.abs(bits.view(np.float16).astype(np.float32))
+    elif fmt.name == "MXFP4":  # 2^(e - 127), all ones is NaN
+        exponent = _field(data, fmt, field)[:, 0]
+        scale = np.ldexp(np.float32(1), exponent.astype(np.int32) - 127)
+        return scale, exponent == 255, np.zeros(exponent.shape, bool)
+    elif fmt.name == "NVFP4":  # four E4M3 without sign: 448 at most, all ones is NaN
+        codes = _field(data, fmt, field) & 0x7F
+        return np.full(len(codes), 448, np.float32), (codes == 0x7F).any(axis=1), np.zeros(len(codes), bool)
+    else:
+        bits = _field(data, fmt, field)[:, 0]
+        scale = np.abs(bits.view(np.float16).astype(np.float32))
+    return scale, np.isnan(scale), np.isinf(scale)
+
+
+def _field(data: memoryview, fmt: BlockFormat, name: str) -> NDArray[Any]:
+    """One field of every block as unsigned integers, [blocks, count], contiguous."""
+    field = next(field for field in fmt.fields if field.name == name)
+    item = (f"<u{field.code[1:]}", (field.count,))
+    dtype = np.dtype(
+        {"names": [name], "formats": [item], "offsets": [fmt.offset(name)], "itemsize": fmt.nbytes}
+    )
+    return np.ascontiguousarray(np.frombuffer(data, dtype)[name])
+
+
+def _integers(data: memoryview, fmt: BlockFormat) -> tuple[NDArray[np.int64], float]:
+    """Integers hold nothing wrong; a BOOL is 0 or 1."""
+    counts = np.zeros(4, np.int64)
+    if fmt.name == "BOOL":
+        counts[3] = np.count_nonzero(np.frombuffer(data, np.uint8) > 1)
+    return counts, 0.0
