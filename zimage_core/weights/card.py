@@ -81,6 +81,11 @@ class ModelCard:
         """Plain dicts, lists, strings and numbers."""
         return dataclasses.asdict(self)
 
+    @property
+    def sound(self) -> bool:
+        """True where nothing keeps the file from loading as what it is."""
+        return not (self.problem or self.missing or self.unexpected or self.misshapen)
+
     def faults(self) -> str:
         """The tensors that keep the file from loading, first ten of each sort and a count; "" if none."""
         found = []

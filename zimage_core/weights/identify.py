@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadWeights, printable
-from zimage_core.weights import adapters, infer, names, storage
+from zimage_core.weights import adapters, infer, infer_text, names, storage
 from zimage_core.weights.card import ModelCard, check_compatible, require, text_encoder_name
 from zimage_core.weights.lookalikes import recognise
 
@@ -66,10 +66,10 @@ ENOUGH_ANCHORS = {"transformer": 5, "text_encoder": 3, "vae": 2}
 
 DROPPED = {
     "transformer": ("norm_final.weight",),
-    "text_encoder": ("norm.weight", "output_norm.weight", "lm_head.weight", "output.weight"),
+    "text_encoder": ("norm.", "output_norm.", "lm_head.", "output."),
     "vae": (),
 }
-"""Tensors that the networks have in files and never use."""
+"""Tensors that the networks have in files and never use; beginnings of names for the text encoder."""
 
 FOREIGN_PREFIXES = (
     "model_ema.",
@@ -80,6 +80,9 @@ FOREIGN_PREFIXES = (
     "first_stage_model.",
 )
 """Parts of all-in-one checkpoints beside the one being read."""
+
+GLOBAL_TENSORS = ("scaled_fp8", "spiece_model", "tekken_model", "tokenizer_json")
+"""Marks and tokenisers that ComfyUI's files keep as tensors."""
 
 
 def find_prefix(all_names: Iterable[str], anchors: tuple[str, ...]) -> tuple[str, int]:
@@ -127,19 +130,27 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
         }
         complete = "cap_pad_token" in joined and "layers.0.adaLN_modulation.0.weight" in joined
         other = None if complete else recognise(joined, architecture)
-        if other is not None and not (
-            other.role in ("other", "text_encoder") and wanted in ("vae", "transformer") and cards
-        ):
+        if wanted in cards and cards[wanted].sound:
+            found = _with_companions(cards[wanted], cards)
+        elif other is not None:
             title = other.title + _width_remark(other.family, shapes)
             return ModelCard("other", other.family, title, problem=f"Z-Image does not use {other.title}")
-        if cards:
-            found = cards.get(wanted) or next(iter(cards.values()))
-            found = replace(found, also=tuple(kind for kind in cards if kind != found.kind))
-            found = replace(found, needs=tuple(k for k in _DETECTORS if k != found.kind and k not in cards))
-    if found is None:
-        found = _part_or_unknown(shapes, metadata, architecture)
+        elif cards:
+            found = _with_companions(cards.get(wanted) or next(iter(cards.values())), cards)
+        else:
+            found = _part_or_unknown(shapes, metadata, architecture)
+    if found.kind not in _DETECTORS:
+        return found
     problem = found.problem or storage.storage_problem(file.tensors)
     return replace(found, problem=problem, notes=found.notes + storage.storage_notes(file.tensors))
+
+
+def _with_companions(card: ModelCard, cards: Mapping[str, ModelCard]) -> ModelCard:
+    """The card with what else the file holds, and what must come from other files."""
+    present = {kind for kind, other in cards.items() if other.kind == kind}
+    also = tuple(kind for kind in _DETECTORS if kind in present and kind != card.kind)
+    needs = tuple(kind for kind in _DETECTORS if kind not in present and kind != card.kind)
+    return replace(card, also=also, needs=needs if card.kind in _DETECTORS else ())
 
 
 def _width_remark(family: str, shapes: Shapes) -> str:
@@ -153,39 +164,35 @@ def _under(shapes: Shapes, prefix: str) -> dict[str, infer.Shape]:
     return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
-def _compare(card: ModelCard, table: names.Table, shapes: Shapes, extra: Callable[[str], bool]) -> ModelCard:
-    """The card with the tensors that do not fit the table; `extra` tells names that are known and unused."""
+def _compare(card: ModelCard, table: names.Table, shapes: Shapes, unused: Callable[[str], bool]) -> ModelCard:
+    """The card with the tensors that do not fit the table; `unused` tells known names that are not needed."""
     wanted = names.checkpoint_shapes(table)
     inside = _under(shapes, card.prefix)
+    elsewhere = (*FOREIGN_PREFIXES, *_other_components(card.kind, shapes))
+    strangers = []
+    for full in shapes:
+        name = full.removeprefix(card.prefix)
+        ours = full.startswith(card.prefix) and (name in wanted or storage.is_companion(name, inside))
+        if not ours and not unused(name) and not full.startswith(elsewhere) and full not in GLOBAL_TENSORS:
+            strangers.append(full)
     misshapen = tuple(
-        f"{name} is {inside[name]}, wanted {shape}"
+        f"{card.prefix}{name} is {inside[name]}, wanted {shape}"
         for name, shape in wanted.items()
         if name in inside and infer.squeezed(inside[name]) != infer.squeezed(shape)
     )
-    strangers = [
-        n for n in inside if n not in wanted and not extra(n) and not storage.is_companion(n, inside)
-    ]
-    if card.prefix:
-        strangers += [
-            n for n in shapes if not n.startswith(card.prefix) and not _belongs_elsewhere(n, card, shapes)
-        ]
-    else:
-        strangers = [n for n in strangers if not _belongs_elsewhere(n, card, shapes)]
-    missing = tuple(card.prefix + n for n in wanted if n not in inside)
+    missing = tuple(card.prefix + name for name in wanted if name not in inside)
     return replace(card, missing=missing, unexpected=tuple(strangers), misshapen=misshapen)
 
 
-def _belongs_elsewhere(name: str, card: ModelCard, shapes: Shapes) -> bool:
-    """True for a tensor of another component in an all-in-one checkpoint."""
-    if name.startswith(FOREIGN_PREFIXES) or name in ("scaled_fp8", "spiece_model", "tekken_model"):
-        return True
-    for kind, anchors in _ANCHORS.items():
-        if kind != card.kind:
-            for group in anchors:
-                prefix, hits = find_prefix(shapes, group)
-                if prefix and hits >= ENOUGH_ANCHORS[kind] and name.startswith(prefix):
-                    return True
-    return False
+def _other_components(kind: str, shapes: Shapes) -> list[str]:
+    """Prefixes under which an all-in-one checkpoint keeps the other networks."""
+    found = []
+    for other, groups in _ANCHORS.items():
+        for anchors in groups if other != kind else ():
+            prefix, hits = find_prefix(shapes, anchors)
+            if prefix and hits >= ENOUGH_ANCHORS[other]:
+                found.append(prefix)
+    return found
 
 
 # --- the three networks --------------------------------------------------------------
@@ -244,7 +251,7 @@ def _text_encoder(
         return ModelCard("other", family, title, problem="its architecture is not one of qwen3, qwen2, llama")
     try:
         json_config = infer.parse_config(TextEncoderConfig.from_json, stated) if stated else None
-        config, notes = infer.text_encoder_config(inside, metadata, layout, json_config)
+        config, notes = infer_text.text_encoder_config(inside, metadata, layout, json_config)
     except BadWeights as error:
         return replace(card, problem=str(error))
     title = f"a {text_encoder_name(config)} text encoder (width {config.hidden_size})"
@@ -252,12 +259,9 @@ def _text_encoder(
     last = f"{'blk' if layout == 'gguf' else 'layers'}.{config.num_layers - 1}."
 
     def unused(name: str) -> bool:
-        known = name.startswith(last) or name.endswith("rotary_emb.inv_freq")
-        return known or name in DROPPED["text_encoder"]
+        return name.startswith((last, *DROPPED["text_encoder"])) or name.endswith("rotary_emb.inv_freq")
 
-    # lm_head stands beside "model.", not under it
-    outside = {n: s for n, s in shapes.items() if n not in DROPPED["text_encoder"]}
-    return _compare(card, names.text_encoder_table(config, layout), outside, unused)
+    return _compare(card, names.text_encoder_table(config, layout), shapes, unused)
 
 
 def _vae(shapes: Shapes, metadata: Mapping[str, Any], stated: Mapping[str, Any] | None) -> ModelCard | None:

@@ -47,18 +47,19 @@ def squeezed(shape: Shape) -> Shape:
     return tuple(n for n in shape if n != 1)
 
 
-def _axes(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
+def axes(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
+    """The lengths of a tensor's axes, as many as wanted; axes of length 1 may be added or absent."""
     shape = shapes.get(name)
     if shape is None:
         raise BadWeights(f"the tensor {name!r} is missing, so the size of the model cannot be told")
-    while len(shape) > rank and shape[-1] == 1:
-        shape = shape[:-1]
+    if len(shape) != rank:
+        shape = squeezed(shape)
     if len(shape) != rank or not all(0 < n <= MAX_VOCABULARY for n in shape):
         raise BadWeights(f"the tensor {name!r} has shape {shape}, wanted {rank} axes of sane length")
     return shape
 
 
-def _number(metadata: Mapping[str, Any], key: str, low: float, high: float) -> float | None:
+def number(metadata: Mapping[str, Any], key: str, low: float, high: float) -> float | None:
     """A finite number of the metadata between the limits, or None where the key is absent."""
     if key not in metadata:
         return None
@@ -75,8 +76,9 @@ def _number(metadata: Mapping[str, Any], key: str, low: float, high: float) -> f
     return float(value)
 
 
-def _whole(metadata: Mapping[str, Any], key: str, high: int) -> int | None:
-    value = _number(metadata, key, 1, high)
+def whole(metadata: Mapping[str, Any], key: str, high: int) -> int | None:
+    """A whole number of the metadata from 1 to the limit, or None where the key is absent."""
+    value = number(metadata, key, 1, high)
     if value is not None and value != int(value):
         raise BadWeights(f"metadata {key!r} is {value}, wanted a whole number")
     return None if value is None else int(value)
@@ -92,7 +94,7 @@ def parse_config(parse: Callable[[Mapping[str, Any]], ConfigT], data: Mapping[st
         raise BadWeights(f"config.json holds a value of the wrong kind ({printable(error, 80)})") from error
 
 
-def _agree(inferred: ConfigT, stated: ConfigT | None, names: tuple[str, ...]) -> None:
+def agree(inferred: ConfigT, stated: ConfigT | None, names: tuple[str, ...]) -> None:
     """Refuse a stated config that disagrees with the tensors in a field that shapes decide."""
     if stated is None:
         return
@@ -105,7 +107,8 @@ def _agree(inferred: ConfigT, stated: ConfigT | None, names: tuple[str, ...]) ->
             )
 
 
-def _built(make: Callable[..., ConfigT], **fields: Any) -> ConfigT:
+def built(make: Callable[..., ConfigT], **fields: Any) -> ConfigT:
+    """A config of these fields; BadWeights where they do not belong together."""
     try:
         return make(**fields)
     except BadArgument as error:
@@ -140,20 +143,20 @@ def transformer_config(
                 f"{len(found)} tensors 'all_x_embedder.P-1.weight' found, wanted exactly one patch size"
             )
         patch, embedder = int(found[0][1]), found[0][0]
-    dim, patch_dim = _axes(shapes, embedder, 2)
+    dim, patch_dim = axes(shapes, embedder, 2)
     if patch_dim % patch**2:
         raise BadWeights(f"{embedder!r} reads {patch_dim} numbers a patch, wanted a multiple of {patch**2}")
-    (cap_width,) = _axes(shapes, "cap_embedder.0.weight", 1)
-    t_mid, t_in = _axes(shapes, "t_embedder.mlp.0.weight", 2)
+    (cap_width,) = axes(shapes, "cap_embedder.0.weight", 1)
+    t_mid, t_in = axes(shapes, "t_embedder.mlp.0.weight", 2)
     if t_in != TIME_CHANNELS:
         raise BadWeights(f"'t_embedder.mlp.0.weight' reads {t_in} channels, every S3-DiT has {TIME_CHANNELS}")
-    (hidden, _) = _axes(shapes, "layers.0.feed_forward.w1.weight", 2)
+    (hidden, _) = axes(shapes, "layers.0.feed_forward.w1.weight", 2)
     norm = "layers.0.attention.q_norm.weight" if layout == "fused" else "layers.0.attention.norm_q.weight"
-    (head_dim,) = _axes(shapes, norm, 1)
+    (head_dim,) = axes(shapes, norm, 1)
     if head_dim > dim or dim % head_dim:
         raise BadWeights(f"heads of {head_dim} channels do not divide the width {dim}")
-    siglip = _axes(shapes, "siglip_embedder.0.weight", 1)[0] if "siglip_embedder.0.weight" in shapes else None
-    config = _built(
+    siglip = axes(shapes, "siglip_embedder.0.weight", 1)[0] if "siglip_embedder.0.weight" in shapes else None
+    config = built(
         TransformerConfig,
         dim=dim,
         n_layers=count_layers(shapes, "layers"),
@@ -167,12 +170,12 @@ def transformer_config(
         axes_lens=stated.axes_lens if stated else _triple(metadata, "zimage.axes_lens") or (1536, 512, 512),
         t_mid_dim=t_mid,
         siglip_feat_dim=siglip,
-        norm_eps=stated.norm_eps if stated else _number(metadata, "zimage.norm_eps", 0, 0.1) or 1e-5,
-        rope_theta=stated.rope_theta if stated else _number(metadata, "zimage.rope_theta", 1, 1e9) or 256.0,
-        t_scale=stated.t_scale if stated else _number(metadata, "zimage.t_scale", 1e-3, 1e6) or 1000.0,
+        norm_eps=stated.norm_eps if stated else number(metadata, "zimage.norm_eps", 0, 0.1) or 1e-5,
+        rope_theta=stated.rope_theta if stated else number(metadata, "zimage.rope_theta", 1, 1e9) or 256.0,
+        t_scale=stated.t_scale if stated else number(metadata, "zimage.t_scale", 1e-3, 1e6) or 1000.0,
     )
     same = ("dim", "n_layers", "n_refiner_layers", "n_heads", "cap_feat_dim", "in_channels", "patch_size")
-    _agree(config, stated, same)
+    agree(config, stated, same)
     return config, notes
 
 
@@ -191,11 +194,13 @@ def _rotary_axes(
     head_dim: int, metadata: Mapping[str, Any], stated: TransformerConfig | None, notes: list[str]
 ) -> tuple[int, int, int]:
     """Rotary channels for (t, h, w): stated, or those of Z-Image, or its proportions 2:3:3."""
-    axes = stated.axes_dims if stated else _triple(metadata, "zimage.axes_dims")
-    if axes is not None:
-        if sum(axes) != head_dim:
-            raise BadWeights(f"the rotary axes {axes} add up to {sum(axes)}, heads have {head_dim} channels")
-        return axes
+    found = stated.axes_dims if stated else _triple(metadata, "zimage.axes_dims")
+    if found is not None:
+        if sum(found) != head_dim:
+            raise BadWeights(
+                f"the rotary axes {found} add up to {sum(found)}, heads have {head_dim} channels"
+            )
+        return found
     if head_dim == sum(HEAD_AXES):
         return HEAD_AXES
     if head_dim % 16:
@@ -204,124 +209,6 @@ def _rotary_axes(
         )
     notes.append(f"rotary axes of the {head_dim}-channel heads assumed in Z-Image's proportions")
     return head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8
-
-
-# --- text encoder --------------------------------------------------------------------
-
-
-def text_encoder_config(
-    shapes: Mapping[str, Shape],
-    metadata: Mapping[str, Any],
-    layout: str,
-    stated: TextEncoderConfig | None = None,
-) -> tuple[TextEncoderConfig, list[str]]:
-    """Text encoder config from unprefixed tensors, GGUF metadata or config.json; and notes.
-
-    Raises:
-        BadWeights: As in transformer_config; also where llama weights come without metadata.
-    """
-    notes: list[str] = []
-    gguf = layout == "gguf"
-    stack, q, k, norm, up = (
-        ("blk", "attn_q", "attn_k", "attn_q_norm", "ffn_up")
-        if gguf
-        else ("layers", "self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm", "mlp.up_proj")
-    )
-    vocabulary, hidden = _axes(shapes, "token_embd.weight" if gguf else "embed_tokens.weight", 2)
-    (q_rows, _), (k_rows, _) = (
-        _axes(shapes, f"{stack}.0.{q}.weight", 2),
-        _axes(shapes, f"{stack}.0.{k}.weight", 2),
-    )
-    (inner, _) = _axes(shapes, f"{stack}.0.{up}.weight", 2)
-    qk_norm, bias = f"{stack}.0.{norm}.weight" in shapes, f"{stack}.0.{q}.bias" in shapes
-    arch = metadata.get("general.architecture") if gguf else None
-    if arch not in ("qwen3", "qwen2", "llama"):
-        arch = stated.arch if stated else "qwen3" if qk_norm else "qwen2" if bias else "llama"
-    if (arch == "qwen3") != qk_norm:
-        raise BadWeights(
-            f"architecture {arch!r} {'has no' if qk_norm else 'needs'} norms on q and k, the tensors differ"
-        )
-    _refuse_rope_scaling(shapes, metadata, str(arch))
-    heads = stated.num_heads if stated else _whole(metadata, f"{arch}.attention.head_count", 4096)
-    if qk_norm:
-        (head_dim,) = _axes(shapes, f"{stack}.0.{norm}.weight", 1)
-    elif stated:
-        head_dim = stated.head_dim
-    elif heads:
-        head_dim = _whole(metadata, f"{arch}.attention.key_length", MAX_WIDTH) or hidden // heads
-    elif arch == "qwen2":
-        head_dim = 64 if hidden < 1536 else 128
-        notes.append(f"no metadata: heads of {head_dim} channels assumed, as in Qwen2.5")
-    else:
-        raise BadWeights(
-            "llama weights do not tell their head count; a GGUF with metadata or a config.json is needed"
-        )
-    if head_dim < 2 or q_rows % head_dim or k_rows % head_dim:
-        raise BadWeights(f"heads of {head_dim} channels do not divide {q_rows} query and {k_rows} key rows")
-    if heads and heads != q_rows // head_dim:
-        raise BadWeights(
-            f"the metadata says {heads} heads, the tensors hold {q_rows // head_dim} of {head_dim} channels"
-        )
-    default_eps, default_theta = (1e-5, 1e4) if arch == "llama" else (1e-6, 1e6)
-    theta = stated.rope_theta if stated else _number(metadata, f"{arch}.rope.freq_base", 1, 1e12)
-    eps = (
-        stated.rms_norm_eps
-        if stated
-        else _number(metadata, f"{arch}.attention.layer_norm_rms_epsilon", 0, 0.1)
-    )
-    config = _built(
-        TextEncoderConfig,
-        arch=arch,
-        hidden_size=hidden,
-        num_layers=_text_layers(
-            shapes, stack, hidden, stated, _whole(metadata, f"{arch}.block_count", MAX_LAYERS)
-        ),
-        num_heads=q_rows // head_dim,
-        num_kv_heads=k_rows // head_dim,
-        head_dim=head_dim,
-        intermediate_size=inner,
-        vocab_size=vocabulary,
-        rope_theta=theta or default_theta,
-        rms_norm_eps=default_eps if eps is None else eps,
-        qk_norm=qk_norm,
-        attention_bias=bias,
-    )
-    same = ("hidden_size", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size", "attention_bias")
-    _agree(config, stated, same)
-    if (config.arch, hidden) == ("qwen3", 2560):
-        if config.rope_theta == 5e6:
-            notes.append(
-                "rotary base 5e6: a Qwen3-4B-2507, not the original Qwen3-4B that Z-Image was trained with"
-            )
-        if vocabulary != 151936:
-            notes.append(f"{vocabulary} embedding rows where Qwen3-4B has 151936: a derivative of it")
-    return config, notes
-
-
-def _text_layers(
-    shapes: Mapping[str, Shape],
-    stack: str,
-    hidden: int,
-    stated: TextEncoderConfig | None,
-    block_count: int | None,
-) -> int:
-    """Layers of the checkpoint; its last one may be absent from the file, as it is never run."""
-    present = count_layers(shapes, stack)
-    total = stated.num_layers if stated else block_count
-    if total is None:
-        # The one width whose true depth is known: files that were cut after layer 34 exist.
-        total = 36 if hidden == 2560 and present == 35 else present
-    if present not in (total, total - 1):
-        raise BadWeights(f"the metadata says {total} layers, the tensors hold {present}")
-    return total
-
-
-def _refuse_rope_scaling(shapes: Mapping[str, Shape], metadata: Mapping[str, Any], arch: str) -> None:
-    scaling = metadata.get(f"{arch}.rope.scaling.type", "none")
-    if "rope_freqs.weight" in shapes or scaling not in ("none", ""):
-        raise BadWeights(
-            "the encoder scales its rotary frequencies, which no encoder of Z-Image does; get Qwen3-4B"
-        )
 
 
 # --- VAE -----------------------------------------------------------------------------
@@ -345,18 +232,18 @@ def autoencoder_config(
     levels = count_layers(shapes, stack)
     if not 0 < levels <= 8:
         raise BadWeights(f"the encoder has {levels} resolutions, wanted 1 to 8")
-    widths = tuple(_axes(shapes, f"{stack}.{i}.{resnet}.0.conv1.weight", 4)[0] for i in range(levels))
+    widths = tuple(axes(shapes, f"{stack}.{i}.{resnet}.0.conv1.weight", 4)[0] for i in range(levels))
     image_out, _, _, _ = _conv_axes(shapes, "decoder.conv_out.weight")
     _, image_in, _, _ = _conv_axes(shapes, "encoder.conv_in.weight")
     _, latent, _, _ = _conv_axes(shapes, "decoder.conv_in.weight")
-    groups = stated.norm_num_groups if stated else _whole(metadata, "zimage.norm_num_groups", MAX_WIDTH)
+    groups = stated.norm_num_groups if stated else whole(metadata, "zimage.norm_num_groups", MAX_WIDTH)
     if groups is None:
         groups = math.gcd(32, *widths)
         if groups != 32:
             notes.append(f"{groups} norm groups assumed from the widths {widths}")
-    scaling = stated.scaling_factor if stated else _number(metadata, "zimage.scaling_factor", 1e-4, 1e4)
-    shift = stated.shift_factor if stated else _number(metadata, "zimage.shift_factor", -100, 100)
-    config = _built(
+    scaling = stated.scaling_factor if stated else number(metadata, "zimage.scaling_factor", 1e-4, 1e4)
+    shift = stated.shift_factor if stated else number(metadata, "zimage.shift_factor", -100, 100)
+    config = built(
         AutoencoderConfig,
         block_out_channels=widths,
         layers_per_block=count_layers(shapes, f"{stack}.0.{resnet}"),
@@ -367,7 +254,7 @@ def autoencoder_config(
         in_channels=image_in,
         out_channels=image_out,
     )
-    _agree(
+    agree(
         config,
         stated,
         ("block_out_channels", "layers_per_block", "latent_channels", "in_channels", "out_channels"),
@@ -378,7 +265,7 @@ def autoencoder_config(
         and (config.scaling_factor, config.shift_factor) != (0.3611, 0.1159)
     ):
         notes.append(
-            f"scaling {config.scaling_factor} and shift {config.shift_factor} are not Flux's 0.3611 and 0.1159: "
+            f"scaling {config.scaling_factor} and shift {config.shift_factor} are not those of Flux: "
             "the VAE of another model with the same shapes, such as Stable Diffusion 3"
         )
     return config, notes
