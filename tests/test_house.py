@@ -18,7 +18,17 @@ else:
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".json", ".csv", ".cfg", ".sh", ""}
-FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "jinja2", "joblib"}
+FORBIDDEN_MODULES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "marshal",
+    "shelve",
+    "jinja2",
+    "joblib",
+}
 
 files = pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -62,7 +72,10 @@ def test_versions_agree():
 
 def test_every_dependency_has_a_known_good_version():
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = [*PROJECT["project"]["dependencies"], *(d for name in extras if name != "gpu" for d in extras[name])]
+    wanted = [
+        *PROJECT["project"]["dependencies"],
+        *(d for name in extras if name != "gpu" for d in extras[name]),
+    ]
     pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text("utf-8"), re.M))
     canonical = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
     for line in wanted:
@@ -110,11 +123,17 @@ def test_model_eval_is_not_mistaken():
 @files
 def test_a_file_stays_readable(path):
     lines = path.read_text("utf-8").count("\n")
-    assert lines <= 350 or path.stem == "codebooks", f"{path.relative_to(ROOT)} has {lines} lines, 350 are enough"
+    assert lines <= 350 or path.stem == "codebooks", (
+        f"{path.relative_to(ROOT)} has {lines} lines, 350 are enough"
+    )
 
 
 def texts() -> list[Path]:
-    return [p for p in tracked() if p.suffix in TEXT and p.is_file() and not p.is_symlink() and p.name != "LICENSE"]
+    return [
+        p
+        for p in tracked()
+        if p.suffix in TEXT and p.is_file() and not p.is_symlink() and p.name != "LICENSE"
+    ]
 
 
 def test_no_tracked_file_names_a_machine():

@@ -15,7 +15,7 @@ TOPS = ("zimage_core", "kernels", "reference")
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module: `from zimage_core.nn import rope` gives `zimage_core.nn.rope` where that is a module."""
+    """One imported module; `from zimage_core.nn import rope` gives `zimage_core.nn.rope`, a module."""
 
     module: str
     line: int
@@ -78,10 +78,9 @@ def _walk(node: ast.AST, *, lazy: bool, typing: bool) -> Iterator[Import]:
 
 
 def _target(module: str, name: str) -> str:
-    """`from zimage_core import pipeline` means the module, `from zimage_core.nn import Linear` the name's home."""
-    if module == "zimage_core" or (ROOT / module.replace(".", "/") / f"{name}.py").exists():
-        return f"{module}.{name}"
-    return module
+    """`from zimage_core import run` means the module, `from zimage_core.nn.rope import f` the name's home."""
+    place = ROOT / module.replace(".", "/")
+    return f"{module}.{name}" if (place / f"{name}.py").exists() or (place / name).is_dir() else module
 
 
 def _is_type_checking(test: ast.expr) -> bool:

@@ -1,0 +1,166 @@
+"""`zimage doctor`: versions, devices, and what would run where."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from zimage_core import __version__
+from zimage_core.cli.sizes import in_bytes
+from zimage_core.errors import ZImageError, printable
+
+NEEDED = ("torch", "numpy", "gguf", "safetensors", "tokenizers", "sentencepiece", "pillow")
+OPTIONAL = ("triton", "huggingface_hub")
+
+
+def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "doctor",
+        parents=[common],
+        help="show versions, devices and what would run where",
+        description="Show versions, devices and what would run where. Status 1: something needed is missing.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look at the machine; nothing is changed and nothing is downloaded."""
+    facts = examine()
+    if args.json:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+    else:
+        sys.stdout.write("\n".join(_lines(facts)) + "\n")
+    return 1 if facts["problems"] else 0
+
+
+def examine() -> dict[str, Any]:
+    """The report as plain data."""
+    problems: list[str] = []
+    versions: dict[str, str | None] = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
+    problems += [f"{name} is not installed" for name in NEEDED if versions[name] is None]
+    devices = [_cpu()]
+    if versions["torch"] is not None:
+        try:
+            devices += _gpus(devices[0])
+        except (ImportError, OSError, RuntimeError) as error:
+            problems.append(f"torch cannot be used: {printable(error)}")
+    model, fault = _embedded_model()
+    problems += [fault] if fault else []
+    return {
+        "zimage_core": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": versions,
+        "devices": devices,
+        "embedded_model": model,
+        "runs": _plan(devices),
+        "problems": problems,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        cores = os.cpu_count() or 1
+    device: dict[str, Any] = {
+        "name": "cpu",
+        "title": platform.processor() or platform.machine(),
+        "cores": cores,
+    }
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        table = dict(
+            line.split(":", 1) for line in meminfo.read_text("ascii", "replace").splitlines() if ":" in line
+        )
+        for key, field in (("memory_bytes", "MemTotal"), ("memory_free_bytes", "MemAvailable")):
+            if field in table:
+                device[key] = int(table[field].split()[0]) * 1024
+    return device
+
+
+def _gpus(cpu: dict[str, Any]) -> list[dict[str, Any]]:
+    import torch
+
+    cpu["threads"] = torch.get_num_threads()
+    found: list[dict[str, Any]] = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(
+            {
+                "name": f"cuda:{index}",
+                "title": properties.name,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": total,
+                "memory_free_bytes": free,
+            }
+        )
+    return found
+
+
+def _embedded_model() -> tuple[dict[str, Any] | None, str]:
+    """The model inside the package: its parts, or what is wrong with them."""
+    from zimage_core.inspection import inspect_file
+
+    folder = Path(__file__).parent.parent / "assets" / "nano"
+    try:
+        found = inspect_file(folder)
+    except ZImageError as error:
+        return None, f"the embedded model cannot be used: {error}"
+    if found.needs:
+        return None, f"the embedded model lacks {' and '.join(found.needs)}; install zimage-core again"
+    return {"nbytes": found.nbytes, "parts": {part.kind: part.title for part in found.parts}}, ""
+
+
+def _plan(devices: list[dict[str, Any]]) -> list[str]:
+    """What `zimage generate` does here with its defaults, in sentences."""
+    cpu = devices[0]
+    plan = [
+        f"cpu (default): all three networks in float32 on {cpu.get('threads', cpu['cores'])} threads; "
+        "quantised weights stay packed in memory and are unpacked tile by tile"
+    ]
+    for device in devices[1:]:
+        plan.append(f"{device['name']}: with --device {device['name']}; no kernels of our own for it yet")
+    return plan
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    lines = [f"zimage-core {facts['zimage_core']}, Python {facts['python']}, {facts['platform']}"]
+    lines += [f"  {name:<16} {found or 'not installed'}" for name, found in facts["packages"].items()]
+    lines.append("devices")
+    for device in facts["devices"]:
+        parts = [device["title"]]
+        if "cores" in device:
+            parts.append(f"{device['cores']} cores")
+        if "compute_capability" in device:
+            parts.append(f"compute capability {device['compute_capability']}")
+        if "memory_bytes" in device:
+            free = device.get("memory_free_bytes", 0)
+            parts.append(f"{in_bytes(device['memory_bytes'])}, {in_bytes(free)} free")
+        lines.append(f"  {device['name']:<16} {', '.join(printable(p) for p in parts)}")
+    lines.append("embedded model")
+    model = facts["embedded_model"]
+    for kind, title in (model["parts"] if model else {}).items():
+        lines.append(f"  {kind:<16} {title}")
+    lines.append("what runs where")
+    lines += [f"  {sentence}" for sentence in facts["runs"]]
+    if facts["problems"]:
+        lines.append("problems")
+        lines += [f"  {printable(problem, 1000)}" for problem in facts["problems"]]
+    return lines

@@ -1,0 +1,298 @@
+"""`zimage generate PROMPT`: pictures from a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from zimage_core.atomic import check_destination
+from zimage_core.cli.progress import Progress
+from zimage_core.cli.sizes import in_bytes
+from zimage_core.errors import BadArgument, BadFile, printable
+
+if TYPE_CHECKING:
+    import torch
+
+    from zimage_core.pipeline import ZImagePipeline
+    from zimage_core.result import ZImageResult
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+PARTS = ("transformer", "text_encoder", "vae")
+MAX_PROMPT_FILE = 16 << 20
+_EPILOG = """\
+Without a model the one that comes inside the package is used.
+PROMPT - reads one prompt from standard input; --prompts FILE makes pictures of every line of a file.
+Picture i of a run is made from seed + i, so `--seed` of its settings makes it again alone.
+"""
+
+
+def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "generate",
+        parents=[common],
+        help="make pictures from a prompt",
+        description="Make pictures from a prompt and write them as PNG.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="what to draw; - reads it from standard input"
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="DIR", help="model folder, or a repository org/repo[:Q4_K_M]")
+    model.add_argument("--transformer", metavar="FILE", help="GGUF or safetensors")
+    model.add_argument("--text-encoder", metavar="FILE", help="GGUF or safetensors")
+    model.add_argument("--vae", metavar="FILE", help="safetensors or GGUF")
+    model.add_argument(
+        "--tokenizer", metavar="FILE", help="file or folder, where the text encoder brings none"
+    )
+    model.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="arithmetic of the networks (default: auto)"
+    )
+    model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    picture = parser.add_argument_group("picture")
+    picture.add_argument(
+        "-W", "--width", type=int, metavar="N", help="pixels (default: the model's own size)"
+    )
+    picture.add_argument(
+        "-H", "--height", type=int, metavar="N", help="pixels (default: the model's own size)"
+    )
+    picture.add_argument(
+        "--steps", type=int, metavar="N", help="denoising steps (default: the model's own, Turbo 8)"
+    )
+    scale = picture.add_mutually_exclusive_group()
+    scale.add_argument(
+        "--guidance", type=float, metavar="X", help="guidance scale, 0 is none (default: the model's)"
+    )
+    scale.add_argument(
+        "--cfg", type=float, metavar="X", help="the same counted from 1, as in ComfyUI: guidance + 1"
+    )
+    picture.add_argument("--negative", metavar="TEXT", help="what not to draw; only with guidance")
+    picture.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn, and printed)")
+    picture.add_argument(
+        "-n", "--count", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-o", "--output", metavar="FILE", help="PNG, or a folder (default: zimage-SEED.png here)"
+    )
+    output.add_argument("--force", action="store_true", help="replace files that exist")
+    output.add_argument(
+        "--no-metadata", action="store_true", help="write no prompt and settings into the PNG"
+    )
+    output.add_argument("--json", action="store_true", help="print settings, times and memory as JSON")
+    output.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what can be checked, load, draw, write."""
+    prompts = _prompts(args)
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    _check(args, prompts, seed)
+    names = _names(args, len(prompts) * args.count, seed)
+    for name in names:
+        if args.output is not None or not args.force:
+            check_destination(name, overwrite=args.force)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        records = _make(args, prompts, seed, names)
+    if args.json:
+        sys.stdout.write(json.dumps(records, indent=2) + "\n")
+    return 0
+
+
+def _make(args: argparse.Namespace, prompts: list[str], seed: int, names: list[Path]) -> list[dict[str, Any]]:
+    """Load the model, draw every prompt and write its pictures before the next."""
+    progress = Progress(quiet=args.quiet)
+    pipeline = _load(args)
+    records: list[dict[str, Any]] = []
+    for number, prompt in enumerate(prompts):
+        first = number * args.count
+        progress.start(f"prompt {number + 1}/{len(prompts)}" if len(prompts) > 1 else "drawing")
+        result = _draw(pipeline, args, prompt, seed + first, progress)
+        progress.finish()
+        for index in range(args.count):
+            path = names[first + index]
+            result.save(path, index=index, force=args.force, metadata=not args.no_metadata)
+            records.append(_record(result, index, path))
+            if not args.json:
+                sys.stdout.write(f"{printable(path, 4096)}\n")
+                sys.stdout.flush()
+        if not args.quiet:
+            progress.say(_summary(result))
+    return records
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if (args.prompt is None) == (args.prompts is None):
+        raise BadArgument("give one prompt, or - to read it from standard input, or --prompts FILE")
+    if args.prompt is not None:
+        return [_read("-").rstrip("\r\n") if args.prompt == "-" else args.prompt]
+    lines = [line.strip() for line in _read(args.prompts).splitlines()]
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise BadArgument(f"--prompts {printable(args.prompts)}: no prompt in it; one a line was expected")
+    return prompts
+
+
+def _read(name: str) -> str:
+    """Text of a file or of standard input, in UTF-8."""
+    if name == "-":
+        data = sys.stdin.buffer.read(MAX_PROMPT_FILE + 1)
+        name = "standard input"
+    else:
+        from zimage_core.text.files import read_bytes
+
+        data = read_bytes(name)
+    if len(data) > MAX_PROMPT_FILE:
+        raise BadFile(name, f"holds more than {MAX_PROMPT_FILE >> 20} MiB of prompts")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadFile(name, f"is not text in UTF-8: byte {error.start} is invalid") from None
+
+
+def _check(args: argparse.Namespace, prompts: list[str], seed: int) -> None:
+    """What the pipeline would refuse after the model is loaded is refused here, before."""
+    from zimage_core import checks
+
+    checks.whole("count", args.count, 1, checks.MAX_IMAGES)
+    checks.seed(seed, None)
+    checks.guidance(args.guidance, args.cfg, 0.0)
+    for prompt in prompts:
+        checks.prompts("prompt", prompt)
+    if args.negative is not None:
+        checks.prompts("negative", args.negative)
+    given = [name for name in PARTS if getattr(args, name) is not None]
+    if args.model is None and 0 < len(given) < len(PARTS):
+        missing = [name for name in PARTS if name not in given]
+        raise BadArgument(
+            f"{' and '.join(map(_option, given))} alone cannot draw: "
+            f"give {' and '.join(map(_option, missing))} too, or --model FOLDER"
+        )
+    if args.tokenizer is not None and args.model is None and not given:
+        raise BadArgument("--tokenizer goes with --model or with the files of the three networks")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _names(args: argparse.Namespace, count: int, seed: int) -> list[Path]:
+    """Where the pictures go, in order."""
+    if args.output is None or args.output.endswith("/") or Path(args.output).is_dir():
+        folder = Path(args.output or ".")
+        return [_free(folder, f"zimage-{(seed + i) % 2**64}", args.force) for i in range(count)]
+    target = Path(args.output)
+    if target.suffix.lower() != ".png":
+        raise BadArgument(
+            f"--output {printable(args.output)}: pictures are written as PNG; use a name ending in .png"
+        )
+    if count == 1:
+        return [target]
+    digits = len(str(count))
+    return [target.with_name(f"{target.stem}-{i + 1:0{digits}}{target.suffix}") for i in range(count)]
+
+
+def _free(folder: Path, stem: str, force: bool) -> Path:
+    """A name of our own choice that is not taken yet."""
+    names = _candidates(folder, stem)
+    return next(path for path in names if force or not (path.is_symlink() or path.exists()))
+
+
+def _candidates(folder: Path, stem: str) -> Iterator[Path]:
+    yield folder / f"{stem}.png"
+    for number in range(2, 1_000_000):
+        yield folder / f"{stem}-{number}.png"
+
+
+def _load(args: argparse.Namespace) -> ZImagePipeline:
+    from zimage_core.pipeline import ZImagePipeline
+
+    options: dict[str, Any] = {}
+    if args.dtype != "auto":
+        options["torch_dtype"] = _dtype(args.dtype)
+    if args.device is not None:
+        options["device"] = args.device
+    parts = {name: getattr(args, name) for name in (*PARTS, "tokenizer") if getattr(args, name) is not None}
+    if args.model is not None:
+        return ZImagePipeline.from_pretrained(args.model, **parts, **options)
+    if not parts:
+        return ZImagePipeline.from_default(**options)
+    return ZImagePipeline.from_files(**parts, **options)
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+
+def _draw(
+    pipeline: ZImagePipeline, args: argparse.Namespace, prompt: str, seed: int, progress: Progress
+) -> ZImageResult:
+    def on_step(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        progress.step(step + 1, pipe.num_timesteps)
+        return tensors
+
+    options: dict[str, Any] = {
+        "height": args.height,
+        "width": args.width,
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+        "cfg": args.cfg,
+        "negative_prompt": args.negative,
+    }
+    result = pipeline(
+        prompt=prompt,
+        num_images_per_prompt=args.count,
+        seed=seed,
+        callback_on_step_end=on_step,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    return cast("ZImageResult", result)
+
+
+def _record(result: ZImageResult, index: int, path: Path) -> dict[str, Any]:
+    """One picture for --json."""
+    timings = result.timings
+    return {
+        "path": str(path),
+        "seed": result.seeds[index],
+        "settings": result.metadata(index),
+        "sigmas": list(result.sigmas),
+        "seconds": {
+            "encode": timings.encode,
+            "steps": list(timings.steps),
+            "decode": timings.decode,
+            "total": timings.total,
+        },
+        "peak_memory_bytes": result.peak_memory,
+    }
+
+
+def _summary(result: ZImageResult) -> str:
+    timings = result.timings
+    steps = sum(timings.steps)
+    pace = f", {steps / len(timings.steps):.2f} s a step" if timings.steps else ""
+    seeds = ", ".join(str(seed) for seed in result.seeds[:4]) + (", ..." if len(result.seeds) > 4 else "")
+    return (
+        f"seed {seeds}: text {timings.encode:.2f} s, {len(timings.steps)} steps {steps:.2f} s{pace}, "
+        f"decoding {timings.decode:.2f} s, memory {in_bytes(result.peak_memory)}"
+    )
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **named: object) -> None:
+    """A warning of the library as one line; those of other packages are for developers."""
+    if issubclass(category, UserWarning):
+        sys.stderr.write(f"warning: {printable(message, 1000)}\n")

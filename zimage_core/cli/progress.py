@@ -1,0 +1,63 @@
+"""A progress bar on stderr: one line that is redrawn on a terminal, a few plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+WIDTH = 24
+
+
+class Progress:
+    """Steps of one or more pictures, with the time a step takes.
+
+    Args:
+        quiet: Show nothing.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._out = None if quiet else sys.stderr
+        self._terminal = not quiet and sys.stderr.isatty()
+        self._label = ""
+        self._started = self._first = 0.0
+
+    def say(self, text: str) -> None:
+        """One plain line, such as what is being loaded."""
+        if self._out is not None:
+            self._clear()
+            self._out.write(f"{text}\n")
+            self._out.flush()
+
+    def start(self, label: str) -> None:
+        """A new picture begins."""
+        self._label = label
+        self._started = self._first = time.perf_counter()
+        if self._terminal and self._out is not None:
+            self._out.write(f"\r\x1b[K{label} ...")
+            self._out.flush()
+
+    def step(self, done: int, total: int) -> None:
+        """`done` of `total` steps are finished."""
+        if self._out is None:
+            return
+        now = time.perf_counter()
+        if done == 1:
+            self._first = now  # the first step carries the text encoder and warm-up: not typical
+        pace = (now - self._first) / (done - 1) if done > 1 else now - self._started
+        text = f"{self._label} {done}/{total} steps, {pace:.2f} s a step"
+        if self._terminal:
+            filled = WIDTH * done // max(total, 1)
+            bar = "#" * filled + "." * (WIDTH - filled)
+            self._out.write(f"\r\x1b[K[{bar}] {text}, {pace * (total - done):.0f} s left")
+        elif done == total or done % max(1, total // 4) == 0:
+            self._out.write(f"{text}\n")
+        self._out.flush()
+
+    def finish(self) -> None:
+        """The picture is done; the bar makes room."""
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._terminal and self._out is not None:
+            self._out.write("\r\x1b[K")
+            self._out.flush()

@@ -1,0 +1,298 @@
+"""What a file is, what it holds, and what it lacks to make an image, from headers alone.
+
+Takes model files (GGUF, safetensors, sharded or not), folders of them, tokenizer files and pictures made
+here. Loads neither torch nor NumPy unless the data itself is asked for (`full=True`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zimage_core.errors import BadFile, ZImageError, printable
+
+if TYPE_CHECKING:
+    from zimage_core.weights.files import WeightFile
+
+COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer")
+"""What an image needs; a GGUF text encoder brings its own tokenizer."""
+MAX_FILES = 200  # of one folder
+MODEL_SUFFIXES = (".gguf", ".safetensors", ".safetensors.index.json")
+_HEAD = 1 << 16
+_TOKENIZER = re.compile(rb'"(added_tokens|normalizer|pre_tokenizer|post_processor|decoder|model|merges)"\s*:')
+_MAX_TEXT = 2000
+
+
+@dataclass(frozen=True)
+class TypeCount:
+    """Tensors of one format in a file.
+
+    Args:
+        format: Name, as in `zimage_core.formats`.
+        tensors: How many.
+        weights: Numbers stored, all tensors together.
+        nbytes: Bytes they take.
+    """
+
+    format: str
+    tensors: int
+    weights: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The answer of `inspect_file`.
+
+    Args:
+        path: As given.
+        container: "gguf", "safetensors", "tokenizer", "png" or "folder".
+        nbytes: Size on disk; of a folder, its model files together.
+        kind: "transformer", "text_encoder", "vae", "lora", "tokenizer", "image", "pipeline", "other" ...
+        title: The same for a sentence.
+        usable: Whether this library can use it.
+        problem: Why it cannot, or "".
+        config: Sizes of the network, or other facts.
+        types: Formats of the tensors, largest first.
+        needs: Components that must come from other files before an image can be made.
+        notes: Sentences worth reading.
+        warnings: Values that are not finite or do not fit float16 (only with `full`).
+        metadata: Keys of the file, long values shortened; of a picture, its settings.
+        tensors: name -> (format, shape, bytes).
+        parts: Of a folder: its files.
+    """
+
+    path: str
+    container: str
+    nbytes: int
+    kind: str
+    title: str
+    usable: bool = True
+    problem: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    types: tuple[TypeCount, ...] = ()
+    needs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, tuple[str, tuple[int, ...], int]] = field(default_factory=dict)
+    parts: tuple[Inspection, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+
+def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
+    """Describe a file or folder by what is in it.
+
+    Args:
+        path: Model file, folder, tokenizer.json or PNG.
+        full: Read all data too and warn of NaN, infinity and values outside float16.
+
+    Raises:
+        BadFile: Damaged, truncated, or of no kind known here; the message says which.
+        UnknownFormat: It holds a tensor type that is not described here.
+    """
+    from zimage_core.weights.files import open_weights
+    from zimage_core.weights.source import Source
+
+    place = Path(path)
+    if "\0" not in fspath(path) and place.is_dir():
+        return _folder(place, full)
+    source = Source(path, mmap=False)
+    try:
+        head = bytes(source.read_at(0, min(_HEAD, source.size)))
+    finally:
+        source.close()
+    if head.startswith(b"\x89PNG"):
+        return _picture(place)
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and _TOKENIZER.search(head):
+        return _tokenizer(place)
+    with open_weights(path) as file:
+        return _weights(file, full)
+
+
+def _is_index(path: Path) -> bool:
+    return path.name.endswith(".index.json")
+
+
+def _weights(file: WeightFile, full: bool) -> Inspection:
+    from zimage_core.weights.identify import identify
+
+    card = identify(file)
+    faults = card.faults()
+    needs = list(card.needs)
+    if card.kind in COMPONENTS and not _has_tokenizer(file, card.kind):
+        needs.append("tokenizer")
+    return Inspection(
+        path=file.path,
+        container=file.kind,
+        nbytes=file.size,
+        kind=card.kind,
+        title=card.title,
+        usable=not card.problem and not faults and card.kind != "unknown",
+        problem="; ".join(filter(None, (card.problem, faults))),
+        config={} if card.config is None else asdict(card.config),
+        types=_types(file),
+        needs=tuple(needs),
+        notes=card.notes + tuple(f"holds a {other} too" for other in card.also),
+        warnings=tuple(_warnings(file)) if full else (),
+        metadata={key: _short(value) for key, value in file.metadata.items()},
+        tensors={name: (t.format.name, t.shape, t.nbytes) for name, t in file.tensors.items()},
+    )
+
+
+def _has_tokenizer(file: WeightFile, kind: str) -> bool:
+    """A text encoder in GGUF carries its vocabulary; beside a safetensors file it may lie in the folder."""
+    if kind != "text_encoder":
+        return False
+    if "tokenizer.ggml.tokens" in file.metadata:
+        return True
+    folder = Path(file.path) if Path(file.path).is_dir() else Path(file.path).parent
+    return any((place / "tokenizer.json").exists() for place in (folder, folder.parent / "tokenizer"))
+
+
+def _types(file: WeightFile) -> tuple[TypeCount, ...]:
+    tensors: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    for info in file.tensors.values():
+        count = 1
+        for size in info.shape:
+            count *= size
+        tensors[info.format.name] += 1
+        weights[info.format.name] += count
+        nbytes[info.format.name] += info.nbytes
+    return tuple(TypeCount(name, tensors[name], weights[name], n) for name, n in nbytes.most_common())
+
+
+def _warnings(file: WeightFile) -> Iterator[str]:
+    from zimage_core.weights.scan import scan
+
+    yield from scan(file)
+
+
+def _short(value: object) -> Any:
+    """A metadata value for people: arrays as their length, text cut."""
+    if isinstance(value, (bool, int, float)) or value is None:
+        return value
+    if isinstance(value, str):
+        return value if len(value) <= _MAX_TEXT else value[:_MAX_TEXT] + "..."
+    try:
+        return f"[{len(value)} values]"  # type: ignore[arg-type]
+    except TypeError:
+        return printable(value)
+
+
+def _tokenizer(path: Path) -> Inspection:
+    from zimage_core.text.tokenizer_json import read_tokenizer_json
+
+    vocabulary = read_tokenizer_json(path)
+    tokens = vocabulary.checked()
+    return Inspection(
+        path=fspath(path),
+        container="tokenizer",
+        nbytes=path.stat().st_size,
+        kind="tokenizer",
+        title="a byte-level BPE tokenizer",
+        config={
+            "tokens": len(tokens),
+            "merges": len(vocabulary.merges),
+            "added_tokens": len(vocabulary.added),
+        },
+        needs=("transformer", "text_encoder", "vae"),
+    )
+
+
+def _picture(path: Path) -> Inspection:
+    from zimage_core.png import read_metadata
+
+    found = read_metadata(path)
+    settings = found.settings
+    texts: dict[str, Any] = dict(found.text)
+    if settings is not None:
+        texts["zimage"] = settings
+    return Inspection(
+        path=fspath(path),
+        container="png",
+        nbytes=path.stat().st_size,
+        kind="image",
+        title=f"a PNG of {found.width} x {found.height} pixels",
+        config={"width": found.width, "height": found.height},
+        notes=() if found.text else ("it carries no settings",),
+        metadata=texts,
+    )
+
+
+def _folder(path: Path, full: bool) -> Inspection:
+    """A diffusers folder, a folder with a sharded model, or a folder of single files."""
+    parts: list[Inspection] = []
+    broken: list[str] = []
+    for place in _model_places(path):
+        try:
+            parts.append(inspect_file(place, full) if not place.is_dir() else _weights_of_folder(place, full))
+        except ZImageError as error:
+            broken.append(str(error))
+    if not parts and broken:
+        raise BadFile(path, f"a directory in which nothing can be read: {broken[0]}")
+    if not parts:
+        raise BadFile(path, "a directory without model files", "name a model file or its folder")
+    have = {part.kind for part in parts if part.usable}
+    needs = [name for name in COMPONENTS[:3] if name not in have]
+    encoders = [part for part in parts if part.kind == "text_encoder"]
+    if "tokenizer" not in have and all("tokenizer" in part.needs for part in encoders):
+        needs.append("tokenizer")
+    return Inspection(
+        path=fspath(path),
+        container="folder",
+        nbytes=sum(part.nbytes for part in parts),
+        kind="collection" if needs else "pipeline",
+        title="all parts of a Z-Image pipeline" if not needs else f"a folder with {_listing(parts)}",
+        usable=not broken,
+        problem="; ".join(broken),
+        needs=tuple(needs),
+        warnings=tuple(f"{Path(part.path).name}: {text}" for part in parts for text in part.warnings),
+        parts=tuple(parts),
+    )
+
+
+def _listing(parts: list[Inspection]) -> str:
+    counts = Counter(part.kind.replace("_", " ") for part in parts)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
+
+
+def _model_places(path: Path) -> list[Path]:
+    """Files and sharded folders to describe; shards that an index lists are not listed again."""
+    places: list[Path] = []
+    folders = [path, *sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))]
+    for folder in folders[:MAX_FILES]:
+        files = sorted(p for p in folder.iterdir() if p.name.endswith(MODEL_SUFFIXES) and not p.is_dir())
+        if any(_is_index(p) for p in files):
+            places.append(folder)
+            files = [p for p in files if p.name.endswith(".gguf")]
+        places += files
+        if (folder / "tokenizer.json").is_file():
+            places.append(folder / "tokenizer.json")
+    if len(places) > MAX_FILES:
+        raise BadFile(path, f"a directory with {len(places)} model files, more than {MAX_FILES}")
+    return places
+
+
+def _weights_of_folder(path: Path, full: bool) -> Inspection:
+    from zimage_core.weights.files import open_weights
+
+    with open_weights(path) as file:
+        return _weights(file, full)
+
+
+def dumps(inspections: list[Inspection]) -> str:
+    """JSON: one object for one file, a list for several."""
+    data: Any = [item.to_json() for item in inspections]
+    return json.dumps(data[0] if len(data) == 1 else data, ensure_ascii=True, indent=2, default=str)
