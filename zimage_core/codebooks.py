@@ -98,7 +98,7 @@ def codebook(name: str) -> Codebook:
             values = bytes(value & 0xFF for value in cls.kvalues)
     except (ImportError, AttributeError) as fault:
         raise Unsupported(
-            f"the table {name} could not be read from the gguf package ({fault}); install gguf>=0.17"
+            f"the table {name} could not be read from the gguf package ({fault}); install gguf>=0.18"
         ) from fault
     if hashlib.sha256(values).hexdigest() != source.sha256:
         raise Unsupported(

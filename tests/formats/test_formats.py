@@ -124,7 +124,12 @@ def test_any_number_is_a_format_or_one_sentence(number):
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(9, "Q8_1.* for activations"), (31, "Q4_0_4_4.* dropped"), (43, "not known")]
+    ("number", "words"),
+    [
+        (9, "Q8_1.* for activations"),
+        (31, "Q4_0_4_4.* dropped"),
+        (43, "not known; the last one described here is 42"),
+    ],
 )
 def test_refusal_says_why(number, words):
     with pytest.raises(UnknownFormat, match=words):
