@@ -100,7 +100,7 @@ def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tenso
         # a multiple of 8 rows, so that every slab starts where the first one is aligned
         height = min(rows, max(8, SLAB_BYTES // (4 * max(width, 1)) // 8 * 8))
         work = workspace("slab", flat.device)
-        work.reset()
+        work.release()
         slab = work.take(torch.float32, height, width)
         for start in range(0, rows, height):
             stop = min(start + height, rows)

@@ -10,54 +10,69 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zimage_core.cpu.pieces import f32, floats, gather_bytes, half, i8, levels, nibbles
+from zimage_core.cpu.pieces import floats, gather, half, i8, i32, levels, nibbles
 from zimage_core.cpu.workspace import Workspace
 
 
-def q4_0(blocks: Tensor, out: Tensor, work: Workspace) -> None:
+def scale_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
+    """d at byte 0."""
+    return (half(blocks, 0),)
+
+
+def affine_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
+    """d at byte 0, m at byte 2."""
+    return half(blocks, 0), half(blocks, 2)
+
+
+def q4_0_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor) -> None:
     """d * (nibble - 8)."""
-    d = half(blocks, 0)
     for side, plane in enumerate(nibbles(blocks, work)):
         value = floats(plane.view(i8).sub_(8), work)
         torch.mul(value[:, 2:], d, out=out[:, 16 * side : 16 * side + 16])
 
 
-def q4_1(blocks: Tensor, out: Tensor, work: Workspace) -> None:
+def q4_1_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor, m: Tensor) -> None:
     """d * nibble + m."""
-    d = half(blocks, 0)
     for side, plane in enumerate(nibbles(blocks, work)):
         torch.mul(floats(plane, work)[:, 4:], d, out=out[:, 16 * side : 16 * side + 16])
-    out.add_(half(blocks, 2))
+    out.add_(m)
 
 
-def _five_bits(blocks: Tensor, out: Tensor, at: int, high_bits: str, work: Workspace) -> None:
-    """nibble + table[bit], as integers in float32: qh at byte `at`, qs behind it."""
-    high = floats(gather_bytes(high_bits, blocks[:, at : at + 4], i8, work), work)
+def q5_0_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
+    """d, the four bytes of fifth bits."""
+    return half(blocks, 0), work.take(i32, len(blocks), 4).copy_(blocks[:, 2:6])
+
+
+def q5_1_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
+    """d, m, the four bytes of fifth bits."""
+    return half(blocks, 0), half(blocks, 2), work.take(i32, len(blocks), 4).copy_(blocks[:, 4:8])
+
+
+def _five_bits(blocks: Tensor, out: Tensor, high: Tensor, start: int, work: Workspace) -> None:
+    """nibble + high [n, 32], as integers in float32; qs at byte `start`."""
     for side, plane in enumerate(nibbles(blocks, work)):
         part = slice(16 * side, 16 * side + 16)
-        torch.add(floats(plane, work)[:, at + 4 :], high[:, part], out=out[:, part])
+        torch.add(floats(plane, work)[:, start:], high[:, part], out=out[:, part])
 
 
-def q5_0(blocks: Tensor, out: Tensor, work: Workspace) -> None:
+def q5_0_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor, fifth: Tensor) -> None:
     """d * (five bits - 16); the fifth bits of all 32 weights come first."""
-    _five_bits(blocks, out, 2, "bits_high16", work)
-    out.mul_(half(blocks, 0))
+    _five_bits(blocks, out, floats(gather("bits_high16", fifth, i8, work), work), 6, work)
+    out.mul_(d)
 
 
-def q5_1(blocks: Tensor, out: Tensor, work: Workspace) -> None:
+def q5_1_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor, m: Tensor, fifth: Tensor) -> None:
     """d * five bits + m."""
-    _five_bits(blocks, out, 4, "bits_high0", work)
-    out.mul_(half(blocks, 0)).add_(half(blocks, 2))
+    _five_bits(blocks, out, floats(gather("bits_high0", fifth, i8, work), work), 8, work)
+    out.mul_(d).add_(m)
 
 
-def q8_0(blocks: Tensor, out: Tensor, work: Workspace) -> None:
+def q8_0_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor) -> None:
     """d * q."""
-    value = work.take(f32, *blocks.shape).copy_(blocks.view(i8))
-    torch.mul(value[:, 2:], half(blocks, 0), out=out)
+    torch.mul(floats(blocks.view(i8), work)[:, 2:], d, out=out)
 
 
-def iq4_nl(blocks: Tensor, out: Tensor, work: Workspace) -> None:
+def iq4_nl_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor) -> None:
     """d * level[nibble]."""
-    d = half(blocks, 0)
     for side, plane in enumerate(nibbles(blocks, work)):
         torch.mul(levels("iq4_nl", plane, work)[:, 2:], d, out=out[:, 16 * side : 16 * side + 16])

@@ -28,12 +28,17 @@ def number(fmt: BlockFormat, blocks: Tensor, out: Tensor) -> None:
     out.copy_(blocks.view(DTYPES[fmt.name]))
 
 
-def fp8(fmt: BlockFormat, blocks: Tensor, out: Tensor, work: Workspace) -> None:
+def fp8_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
+    """Nothing: the scale is the tensor's."""
+    return ()
+
+
+def fp8_body(name: str, blocks: Tensor, out: Tensor, work: Workspace) -> None:
     """Two bytes to a gather: torch's own conversion from E4M3 takes ten times as long."""
     raw, flat = blocks.view(-1), out.view(-1)
     even = len(raw) // 2 * 2
     if even:
-        pairs = gather(fmt.name, words16(raw[:even].view(1, -1), work), f32, work)
+        pairs = gather(name, words16(raw[:even].view(1, -1), work), f32, work)
         flat[:even].copy_(pairs.view(-1))
     if even < len(raw):
-        flat[even:] = table(fmt.name, raw.device)[raw[even:].int()].view(f32)[:1]
+        flat[even:] = table(name, raw.device)[raw[even:].int()].view(f32)[:1]

@@ -1,4 +1,10 @@
-"""What at least two families need: fields of blocks, scales, gathers."""
+"""What at least two families need: fields of blocks, scales, gathers.
+
+A family's file has two functions a format. `x_header(blocks, work)` reads the scales and indices of
+many blocks at once, because an operation on a few bytes of each block costs mostly its call; it
+returns tensors with one row a block. `x_body(blocks, out, work, *header)` turns the weights of a
+tile that fits the core's cache into float32.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +17,14 @@ from zimage_core.cpu.workspace import Workspace
 u8, i8, i16, i32, i64, f32 = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32
 
 
-def half(blocks: Tensor, offset: int, count: int = 1) -> Tensor:
-    """`count` float16 numbers at byte `offset` of every block, as float32 [n, count]."""
-    return blocks[:, offset : offset + 2 * count].view(torch.float16).float()
+def column(blocks: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+    """One number at byte `offset` of every block, contiguous [n]."""
+    return blocks[:, offset : offset + dtype.itemsize].view(dtype)[:, 0].contiguous()
+
+
+def half(blocks: Tensor, offset: int) -> Tensor:
+    """The float16 at byte `offset` of every block as float32 [n, 1]."""
+    return column(blocks, offset, i16).view(torch.float16).float()[:, None]
 
 
 def run(blocks: Tensor, offset: int, count: int, work: Workspace) -> Tensor:
@@ -24,6 +35,16 @@ def run(blocks: Tensor, offset: int, count: int, work: Workspace) -> Tensor:
 def floats(integers: Tensor, work: Workspace) -> Tensor:
     """Integers of any width as float32, same shape."""
     return work.take(f32, *integers.shape).copy_(integers)
+
+
+def word_columns(raw: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous uint8 [n, 4 m] -> m contiguous int32 [n], one for every fourth byte."""
+    return raw.view(i32).t().contiguous().unbind(0)
+
+
+def bytes_of_columns(columns: list[Tensor], work: Workspace) -> Tensor:
+    """m int32 [n] -> uint8 [n, 4 m], the reverse of `word_columns`."""
+    return torch.stack(columns, 1, out=work.take(i32, len(columns[0]), len(columns))).view(u8)
 
 
 def words16(raw: Tensor, work: Workspace) -> Tensor:

@@ -1,4 +1,4 @@
-"""Scratch memory of one thread, reused from tile to tile.
+"""Scratch memory of one thread, used over and over.
 
 Allocating megabytes for each of ten operations on each tile costs more than the arithmetic: the
 pages come back cold, or come back from the kernel. A workspace hands out pieces of one buffer.
@@ -16,7 +16,7 @@ _ALIGN = 64
 
 
 class Workspace:
-    """A bump allocator over one byte buffer; what it hands out is valid until the next `reset`.
+    """A bump allocator over one byte buffer; what it hands out is valid until it is released.
 
     The buffer grows to the largest need seen: an older piece keeps its own storage alive, so growing
     in the middle of a tile is safe.
@@ -32,9 +32,14 @@ class Workspace:
         """Bytes held."""
         return self._buffer.numel()
 
-    def reset(self) -> None:
-        """Take back everything handed out."""
-        self._used = 0
+    @property
+    def mark(self) -> int:
+        """How much is handed out: for `release`."""
+        return self._used
+
+    def release(self, mark: int = 0) -> None:
+        """Take back everything handed out since `mark` was read."""
+        self._used = mark
 
     def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """An uninitialised contiguous tensor, aligned to 64 bytes."""
