@@ -59,6 +59,22 @@ def test_encode_is_what_gguf_writes(name, seed, scale):
 
 
 @pytest.mark.parametrize(
+    ("name", "dtype", "step"),
+    [
+        ("BF16", torch.bfloat16, 2**-7),
+        ("F16", torch.float16, 2**-10),
+        ("F8_E5M2", torch.float8_e5m2, 2**-2),
+        ("F8_E4M3", torch.float8_e4m3fn, 2**-3),
+    ],
+)
+def test_halfway_values_go_to_the_even_neighbour(name, dtype, step):
+    weights = (1 + step * np.arange(0, 8, 0.5) / 2).astype(np.float32)
+    weights = np.concatenate([weights, -weights, weights * 2**-14])
+    wanted = torch.from_numpy(weights).to(dtype).view(torch.uint8).numpy()
+    np.testing.assert_array_equal(encode(weights, name), wanted)
+
+
+@pytest.mark.parametrize(
     ("name", "dtype"), [("F8_E4M3", torch.float8_e4m3fn), ("F8_E5M2", torch.float8_e5m2)]
 )
 @given(seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([1e-4, 0.02, 1.0, 100.0]))
