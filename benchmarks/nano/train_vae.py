@@ -81,10 +81,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="follow the step count instead of the clock")
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     vae = NanoVAE().to(memory_format=torch.channels_last)
     ema = {k: v.clone() for k, v in vae.state_dict().items()}
     optimiser = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-3)
