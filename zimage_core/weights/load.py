@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike, fspath
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, BadWeights, printable
@@ -34,6 +35,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Network = TypeVar("Network", ZImageTransformer, TextEncoder, Autoencoder)
 
 _OPEN_FILES: WeakKeyDictionary[nn.Module, WeightFile] = WeakKeyDictionary()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Skips torch.nn.init: on the meta device its random functions would import the compiler, for seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def weight_file(model: nn.Module) -> WeightFile | None:
@@ -150,7 +163,7 @@ def _load(
     file, card = open_component(path, component, mmap)
     try:
         require(card, component, file.path)
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             model, table = build(card)
         model.to(dtype)  # what a layer's dtype is decides which weights stay packed
         fill(model, file, table, card.prefix, dtype)
