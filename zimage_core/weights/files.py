@@ -84,13 +84,14 @@ def open_weights(path: str | PathLike[str], mmap: bool = True) -> WeightFile:
         source.close()
     if head[:4] == b"GGUF"[: len(head)]:
         return GGUFFile(path, mmap)
-    # the length in front of the header may look like any magic, so the brace decides
-    if head[8:9] == b"{" and not head.startswith(b"{"):
+    # the header's length comes first and may look like any magic, even "{": so the brace behind it decides
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and (length <= size or not head.startswith(b"{")):
         return SafetensorsFile(path, mmap)
     if head.lstrip()[:1] == b"{" and b'"' in head:
         return ShardedSafetensors(path, mmap)
     _refuse_known(path, head)
-    if len(head) < 8 or 2 <= int.from_bytes(head[:8], "little") <= size - 8:
+    if len(head) < 8 or 2 <= length <= size - 8:
         return SafetensorsFile(path, mmap)  # says what is wrong with the header
     shown = printable(head[:8])
     raise BadFile(path, f"not a model file: magic {shown} is neither GGUF nor safetensors", _CONVERT)

@@ -70,7 +70,8 @@ class HeaderParser:
     def expect(self, character: bytes, where: str) -> None:
         """Pass over this character or fail."""
         if not self.take(character):
-            found = printable(bytes(self.data[self.position : self.position + 8])) or "the end"
+            next_bytes = bytes(self.data[self.position : self.position + 8])
+            found = printable(next_bytes) if next_bytes else "the end"
             self.fail(f"JSON expected {character.decode()} {where} at byte {self.position}, found {found}")
 
     def text(self, where: str) -> str:
