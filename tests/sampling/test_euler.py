@@ -50,15 +50,16 @@ def test_step_end_sees_every_step_and_may_replace_the_latents():
     assert torch.equal(got, torch.full((1, 1, 2, 2), 7.0))
 
 
-def test_none_from_step_end_stops_with_the_latents_so_far():
+def test_stop_ends_the_run_with_the_latents_so_far():
     ran = []
 
     def denoise(latents, time, step):
         ran.append(step)
         return latents
 
-    sample(denoise, torch.ones(1, 1, 2, 2), SIGMAS, lambda step, t, x: None if step == 2 else x)
+    got = sample(denoise, torch.ones(1, 1, 2, 2), SIGMAS, stop=lambda: len(ran) == 3)
     assert ran == [0, 1, 2]
+    assert torch.equal(got, sample(denoise, torch.ones(1, 1, 2, 2), SIGMAS[:4]))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])

@@ -11,8 +11,8 @@ from zimage_core.errors import NonFinite
 Denoiser = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """(latents [B, C, h, w] float32, time [] float32, step) -> estimate of clean - noise [B, C, h, w] float32."""
 
-StepEnd = Callable[[int, torch.Tensor, torch.Tensor], "torch.Tensor | None"]
-"""(step, timestep [] float32 in 0..1000, latents) -> the latents to go on with, or None to stop here."""
+StepEnd = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(step, timestep [] float32 in 0..1000, latents) -> the latents to go on with."""
 
 
 def timestep(sigma: float) -> torch.Tensor:
@@ -34,7 +34,11 @@ def velocity(denoise: Denoiser, latents: torch.Tensor, sigma: float, step: int) 
 
 
 def sample(
-    denoise: Denoiser, latents: torch.Tensor, sigmas: Sequence[float], on_step_end: StepEnd | None = None
+    denoise: Denoiser,
+    latents: torch.Tensor,
+    sigmas: Sequence[float],
+    on_step_end: StepEnd | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
     """Follow the velocity from the first noise level to the last.
 
@@ -42,7 +46,8 @@ def sample(
         denoise: Estimates clean - noise; see `Denoiser`.
         latents: Starting point at noise level sigmas[0]; not modified.
         sigmas: Falling noise levels, one more than there are steps.
-        on_step_end: Called after each step; may replace the latents, or end the run by returning None.
+        on_step_end: Called after each step; may replace the latents.
+        stop: Asked after each step; True ends the run with the latents so far.
 
     Shape:
         latents [B, C, h, w] float32 -> the same. float32 throughout, whatever the network computes in: eight
@@ -58,8 +63,7 @@ def sample(
             raise NonFinite(f"step {step + 1} of {steps}: the network's prediction holds NaN or infinity")
         latents = latents + (sigmas[step + 1] - sigmas[step]) * v
         if on_step_end is not None:
-            chosen = on_step_end(step, timestep(sigmas[step]), latents)
-            if chosen is None:
-                break
-            latents = chosen
+            latents = on_step_end(step, timestep(sigmas[step]), latents)
+        if stop is not None and stop():
+            break
     return latents

@@ -54,7 +54,8 @@ class FlowMatchEulerScheduler:
     shift: float = 3.0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.shift, (int, float)) and math.isfinite(self.shift) and self.shift > 0):
+        shift: object = self.shift  # whatever the caller gave
+        if not (isinstance(shift, (int, float)) and math.isfinite(shift) and shift > 0):
             raise BadArgument(
                 f"shift: got {self.shift!r}, wanted a positive number (3 for Turbo, 6 for base)"
             )
@@ -77,10 +78,10 @@ class FlowMatchEulerScheduler:
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
         """Noise levels of `steps` steps: steps + 1 float32 values, falling from 1 to 0."""
-        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-            raise BadArgument(
-                f"num_inference_steps: got {steps!r}, an integer from 1 to {MAX_STEPS} is needed"
-            )
+        if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
+            # a huge integer has no repr
+            found = repr(steps) if type(steps) is not int or abs(steps) < 10**40 else "a huge integer"
+            raise BadArgument(f"num_inference_steps: got {found}, an integer from 1 to {MAX_STEPS} is needed")
         return self._bend(torch.linspace(1.0, 1 / steps, steps))
 
     def shifted(self, levels: Sequence[float]) -> tuple[float, ...]:

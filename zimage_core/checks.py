@@ -1,0 +1,168 @@
+"""Arguments of a run: each one checked before any weight is read, in one sentence with its range."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from zimage_core.errors import BadArgument, BadShape, printable
+from zimage_core.noise import MAX_SEED
+from zimage_core.text.prompt import check_prompt
+
+MAX_PIXELS = 4096 * 4096
+"""Attention takes time with the square of the pixels; a picture of this size is hours on any machine."""
+MAX_IMAGES = 1024
+MAX_GUIDANCE = 30.0
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+Embeds = Sequence[torch.Tensor]
+StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], "dict[str, Any] | None"]
+"""diffusers' `callback_on_step_end`: (pipeline, step, timestep, tensors) -> tensors to replace."""
+
+
+def shown(value: object) -> str:
+    """A value for a message: short, one line, and safe for integers of any length."""
+    if isinstance(value, int) and abs(value) >> 200:
+        return f"an integer of {value.bit_length()} bits"
+    return printable(repr(value), 60)
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """An integer in [low, high]; booleans and fractions are not integers here."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not low <= number <= high:
+        raise BadArgument(f"{name}: got {shown(value)}, wanted an integer from {low} to {high}")
+    return number
+
+
+def real(name: str, value: Any, low: float, high: float) -> float:
+    """A finite number in [low, high]."""
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not low <= number <= high:
+        raise BadArgument(f"{name}: got {shown(value)}, wanted a number from {low:g} to {high:g}")
+    return number
+
+
+def side(name: str, value: Any, multiple: int, most: int) -> int:
+    """Height or width in pixels: a multiple of `multiple`, at most `most`."""
+    pixels = whole(name, value, 1, most)
+    if pixels % multiple:
+        below = pixels // multiple * multiple
+        sizes = [s for s in (below, below + multiple) if multiple <= s <= most]
+        nearest = " and ".join(str(s) for s in sizes)
+        raise BadArgument(
+            f"{name}: got {pixels}, wanted a multiple of {multiple}; "
+            f"the nearest {'is' if len(sizes) == 1 else 'are'} {nearest}"
+        )
+    return pixels
+
+
+def area(height: int, width: int) -> None:
+    """Refuse pictures that no machine finishes."""
+    if height * width > MAX_PIXELS:
+        raise BadArgument(
+            f"height and width: {width} x {height} are {height * width / 1e6:.1f} megapixels, wanted at most "
+            f"{MAX_PIXELS / 1e6:.1f}"
+        )
+
+
+def prompts(name: str, value: Any) -> list[str]:
+    """One prompt or several -> a new list."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_IMAGES:
+        raise BadArgument(
+            f"{name}: got {shown(value)}, wanted a string or a list of 1 to {MAX_IMAGES} strings"
+        )
+    for text in value:
+        check_prompt(text)
+    return list(value)
+
+
+def embeds(name: str, value: Any, width: int) -> list[torch.Tensor]:
+    """Caption features given by the caller -> a new list of [L, width]."""
+    members = list(value) if isinstance(value, (list, tuple, torch.Tensor)) else []
+    if not 1 <= len(members) <= MAX_IMAGES:
+        raise BadArgument(f"{name}: wanted a list of 1 to {MAX_IMAGES} tensors [L, {width}]")
+    for i, member in enumerate(members):
+        if not isinstance(member, torch.Tensor) or not member.is_floating_point():
+            raise BadArgument(f"{name}[{i}]: wanted a floating-point tensor [L, {width}]")
+        if member.ndim != 2 or member.shape[1] != width or len(member) == 0:
+            raise BadShape(
+                f"{name}[{i}]: got shape {tuple(member.shape)}, wanted [L, {width}] with L >= 1, the "
+                "hidden states of the text encoder that belongs to this transformer"
+            )
+        if not bool(torch.isfinite(member).all()):
+            raise BadArgument(f"{name}[{i}]: holds NaN or infinity")
+    return members
+
+
+def latents(value: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """Starting latents given by the caller -> float32 of `shape`, the caller's tensor untouched."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise BadArgument(f"latents: wanted a floating-point tensor of shape {shape}")
+    if tuple(value.shape) != shape:
+        raise BadShape(
+            f"latents: got shape {tuple(value.shape)}, wanted {shape} for this batch and picture size"
+        )
+    if not bool(torch.isfinite(value).all()):
+        raise BadArgument("latents: hold NaN or infinity")
+    return value.detach().to(torch.float32, copy=True)
+
+
+def levels(value: Any) -> list[float]:
+    """The caller's own noise levels as floats; their order and range are the scheduler's matter."""
+    try:
+        return [float(level) for level in value]
+    except (TypeError, ValueError, OverflowError):
+        raise BadArgument(f"sigmas: got {shown(value)}, wanted a list of falling numbers in (0, 1]") from None
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """One of the allowed words."""
+    if not isinstance(value, str) or value not in allowed:
+        raise BadArgument(f"{name}: got {shown(value)}, wanted one of {', '.join(allowed)}")
+    return value
+
+
+def callback(function: Any, names: Any) -> tuple[str, ...]:
+    """The step callback and the tensors that it asks for."""
+    if function is not None and not callable(function):
+        raise BadArgument(f"callback_on_step_end: got {shown(function)}, wanted a function or None")
+    if not isinstance(names, (list, tuple)) or any(name not in CALLBACK_TENSORS for name in names):
+        raise BadArgument(
+            f"callback_on_step_end_tensor_inputs: got {shown(names)}, "
+            f"wanted a list of {', '.join(CALLBACK_TENSORS)}"
+        )
+    return tuple(names)
+
+
+def guidance(guidance_scale: Any, cfg: Any, default: float) -> float:
+    """The scale that counts from 0, from either of the two conventions."""
+    if cfg is None:
+        return default if guidance_scale is None else real("guidance_scale", guidance_scale, 0, MAX_GUIDANCE)
+    if guidance_scale is not None:
+        raise BadArgument(
+            "guidance_scale and cfg are two names of one number (guidance_scale = cfg - 1): give one"
+        )
+    return real("cfg", cfg, 1, MAX_GUIDANCE + 1) - 1
+
+
+def seed(value: Any, generator: Any) -> int | None:
+    """A seed, or None; a seed and a generator exclude each other."""
+    if value is None:
+        return None
+    if generator is not None:
+        raise BadArgument("seed and generator both choose the noise: give one")
+    return whole("seed", value, 0, MAX_SEED)

@@ -1,0 +1,346 @@
+"""The parts of a pipeline: where they come from, where they live, what suits them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from zimage_core import sources
+from zimage_core.errors import BadArgument, BadFile, Unsupported, WrongModel, printable
+from zimage_core.models.autoencoder import Autoencoder
+from zimage_core.models.text_encoder import TextEncoder
+from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.run import Limits
+from zimage_core.sampling.schedule import BASE_SHIFT, FlowMatchEulerScheduler
+from zimage_core.text.tokenizer import Tokenizer
+from zimage_core.weights.card import check_compatible
+from zimage_core.weights.files import WeightFile, open_weights
+from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae, weight_file
+
+NATIVE_SIZE = 1024
+SIZE_KEY = "zimage.sample_size"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+PathLike = str | os.PathLike[str]
+Self = TypeVar("Self", bound="Components")
+
+
+class Components:
+    """Three networks, a tokenizer and a scheduler that belong together.
+
+    Args:
+        scheduler: Noise levels; its shift tells the base checkpoint (6) from the distilled ones (3).
+        vae: Always in float32: the official code decodes so, and the model's own config asks for it.
+        text_encoder: Its width is the transformer's caption width.
+        tokenizer: The text encoder's; anything with `encode(text) -> list[int]`.
+        transformer: S3-DiT.
+        sample_size: Default height and width in pixels.
+
+    Raises:
+        WrongModel: The parts do not fit each other.
+    """
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerScheduler,
+        vae: Autoencoder,
+        text_encoder: TextEncoder,
+        tokenizer: Tokenizer,
+        transformer: ZImageTransformer,
+        sample_size: int = NATIVE_SIZE,
+    ) -> None:
+        self.scheduler = scheduler
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+        self.sample_size = sample_size
+        self._running: dict[str, object] = {}
+        self._interrupt = False
+        self._guidance_scale = 0.0
+        self._num_timesteps = 0
+        paths = {name: file.path for name, file in self.files().items()}
+        check_compatible(transformer.config, text_encoder.config, vae.config, paths)
+        rows = text_encoder.config.vocab_size
+        if tokenizer.vocab_size > rows:
+            raise WrongModel(
+                paths.get("text_encoder", "text encoder"),
+                f"it knows {rows} tokens, the tokenizer has {tokenizer.vocab_size}",
+                "give the tokenizer that belongs to it",
+            )
+
+    @classmethod
+    def from_files(
+        cls: type[Self],
+        transformer: PathLike,
+        text_encoder: PathLike,
+        vae: PathLike,
+        tokenizer: PathLike | Tokenizer | None = None,
+        *,
+        scheduler: FlowMatchEulerScheduler | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: str | torch.device = "cpu",
+        mmap: bool = True,
+    ) -> Self:
+        """A pipeline from files (GGUF or safetensors) or folders of shards; contents decide, not names.
+
+        Args:
+            transformer: S3-DiT.
+            text_encoder: Qwen3-4B or whatever the transformer was trained with.
+            vae: FLUX.1's.
+            tokenizer: tokenizer.json, a folder with one or with vocab.json and merges.txt, a GGUF, or an
+                object. Default: the text encoder's own GGUF keys, else a tokenizer beside its file.
+            scheduler: Default: shift 3, as in Turbo. Loose files of the base checkpoint look the same,
+                so for those pass FlowMatchEulerScheduler(shift=6.0), which also sets 50 steps and
+                guidance 4.
+            dtype: Of the computation: float32, float16, bfloat16, as torch dtype or name. Default:
+                float32 on a CPU, bfloat16 elsewhere. Weights stay packed as they are in every case.
+            torch_dtype: Another name for it, as in diffusers.
+            device: Where to compute.
+            mmap: Use the weights in place; the files must then not change. False reads them into memory.
+
+        Raises:
+            BadFile: A file cannot be read; WrongModel, BadWeights: it is another model or a damaged one.
+        """
+        where = read_device(device)
+        kind = read_dtype(dtype, torch_dtype, where)
+        net = load_transformer(transformer, kind, where, mmap)
+        encoder = load_text_encoder(text_encoder, kind, where, mmap)
+        decoder = load_vae(vae, torch.float32, where, mmap)
+        words = find_tokenizer(tokenizer, weight_file(encoder))
+        size = _sample_size(weight_file(net))
+        return cls(scheduler or FlowMatchEulerScheduler(), decoder, encoder, words, net, size)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        source: PathLike,
+        *,
+        transformer: PathLike | None = None,
+        text_encoder: PathLike | None = None,
+        vae: PathLike | None = None,
+        tokenizer: PathLike | Tokenizer | None = None,
+        scheduler: FlowMatchEulerScheduler | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: str | torch.device = "cpu",
+        mmap: bool = True,
+    ) -> Self:
+        """A pipeline from a folder, or from a repository of the Hugging Face Hub.
+
+        A folder is diffusers' layout, or holds loose files that are told apart by their contents. A
+        repository is "org/repo", or "org/repo:Q4_K_M" to choose one quantisation; that needs the package
+        huggingface_hub (`pip install zimage_core[hub]`) and downloads nothing when HF_HUB_OFFLINE is set.
+
+        Args:
+            source: Folder or repository.
+            transformer: Taken instead of the source's own, like the next three; a repository with quantised
+                transformers alone needs the other parts from elsewhere.
+            text_encoder: See there.
+            vae: See there.
+            tokenizer: See there.
+            scheduler: Default: the folder's scheduler_config.json, else shift 3.
+            dtype: See `from_files`, like the rest.
+            torch_dtype: See there.
+            device: See there.
+            mmap: See there.
+        """
+        named = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+        given = {name: path for name, path in named.items() if path is not None}
+        found = sources.find(source, given)
+        paths: dict[str, PathLike] = {**found.paths, **given}
+        words = tokenizer if tokenizer is not None or text_encoder is not None else found.tokenizer
+        return cls.from_files(
+            paths["transformer"],
+            paths["text_encoder"],
+            paths["vae"],
+            words,
+            scheduler=scheduler or found.scheduler,
+            dtype=dtype,
+            torch_dtype=torch_dtype,
+            device=device,
+            mmap=mmap,
+        )
+
+    @classmethod
+    def from_default(
+        cls: type[Self],
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Self:
+        """The nano model inside the package: small pictures of shapes and letters, offline."""
+        found = sources.embedded()
+        net, encoder, vae = (found.paths[part] for part in sources.COMPONENTS)
+        return cls.from_files(net, encoder, vae, dtype=dtype, torch_dtype=torch_dtype, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the transformer's computation."""
+        return self.transformer.dtype
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the run in progress, for callbacks."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the run in progress has a negative side."""
+        return self._guidance_scale > 0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the run in progress."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked the run in progress to stop (`pipe._interrupt = True`)."""
+        return self._interrupt
+
+    @property
+    def limits(self) -> Limits:
+        """What these parts allow, and the defaults that suit the checkpoint, Turbo or base."""
+        base = self.scheduler.shift >= BASE_SHIFT
+        net, vae = self.transformer.config, self.vae.config
+        return Limits(
+            sample_size=self.sample_size,
+            steps=50 if base else 8,
+            guidance=4.0 if base else 0.0,
+            distilled=not base,
+            channels=net.in_channels,
+            caption_width=net.cap_feat_dim,
+            factor=vae.spatial_factor,
+            patch=net.patch_size,
+            rows=net.axes_lens[1],
+            cols=net.axes_lens[2],
+        )
+
+    def files(self) -> dict[str, WeightFile]:
+        """Component -> the open file whose bytes it uses; a component built in memory has none."""
+        parts = {"transformer": self.transformer, "text_encoder": self.text_encoder, "vae": self.vae}
+        found = {name: weight_file(part) for name, part in parts.items()}
+        return {name: file for name, file in found.items() if file is not None}
+
+    def to(self: Self, *where: str | torch.device | torch.dtype) -> Self:
+        """Move the networks to a device, and (or) compute in another dtype; the VAE stays in float32."""
+        for target in where:
+            if isinstance(target, torch.dtype):
+                kind = read_dtype(target, None, self.device)
+                self.transformer.to(kind)
+                self.text_encoder.to(kind)
+            else:
+                device = read_device(target)
+                for part in (self.transformer, self.text_encoder, self.vae):
+                    part.to(device)
+        return self
+
+    def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """For code written for diffusers: keeps one network at a time on the GPU there.
+
+        Does nothing here yet. On a CPU there is nothing to move: weights are mapped from their files and the
+        system drops and rereads their pages as it needs.
+        """
+
+    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """For code written for diffusers: keeps one layer at a time on the GPU. Nothing here yet."""
+
+    def enable_vae_slicing(self) -> None:
+        """For code written for diffusers: pictures of a batch are always decoded one by one here."""
+
+    def enable_vae_tiling(self) -> None:
+        """For code written for diffusers. Pictures are decoded whole; tiles are not implemented yet."""
+
+    def set_progress_bar_config(self, **_: Any) -> None:
+        """For code written for diffusers: there is no progress bar here, only callback_on_step_end."""
+
+
+def read_device(device: str | torch.device) -> torch.device:
+    """A device that this machine has.
+
+    Raises:
+        BadArgument: Not a device's name.
+        Unsupported: This machine, or this build of torch, has no such device.
+    """
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise BadArgument(
+            f"device: got {printable(device, 60)!r}, wanted a torch device like 'cpu'"
+        ) from None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise Unsupported("device: this machine has no GPU that torch can use; use device='cpu'")
+    return where
+
+
+def read_dtype(
+    dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None, device: torch.device
+) -> torch.dtype:
+    """The dtype of the computation from its two spellings.
+
+    Raises:
+        BadArgument: Not one of float32, float16, bfloat16, or two different ones.
+    """
+    chosen = []
+    for value in (dtype, torch_dtype):
+        if value is not None:
+            kind = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+            if kind is None or kind not in DTYPES.values():
+                raise BadArgument(f"dtype: got {printable(value, 60)}, wanted one of {', '.join(DTYPES)}")
+            chosen.append(kind)
+    if len(set(chosen)) > 1:
+        raise BadArgument(
+            f"dtype and torch_dtype are one argument, got {chosen[0]} and {chosen[1]}: give one"
+        )
+    if chosen:
+        return chosen[0]
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def find_tokenizer(given: PathLike | Tokenizer | None, encoder: WeightFile | None) -> Tokenizer:
+    """The tokenizer that was named, else the text encoder's own, else one beside its file.
+
+    Raises:
+        BadFile: There is none, or it is damaged.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        path = Path(given)
+        if path.is_dir():
+            return Tokenizer.from_folder(path)
+        with path.open("rb") if path.is_file() else open(os.devnull, "rb") as file:  # noqa: PTH123
+            is_gguf = file.read(4) == b"GGUF"
+        if is_gguf:
+            with open_weights(path) as weights:
+                return Tokenizer.from_gguf(weights)
+        return Tokenizer.from_json(path)
+    if given is not None:
+        return given
+    if encoder is None:
+        raise BadArgument("tokenizer: give one, the text encoder was not read from a file")
+    if "tokenizer.ggml.tokens" in encoder.metadata:
+        return Tokenizer.from_gguf(encoder)
+    folder = Path(encoder.path).parent
+    for place in (folder, folder.parent / "tokenizer"):
+        if (place / "tokenizer.json").is_file() or (place / "vocab.json").is_file():
+            return Tokenizer.from_folder(place)
+    raise BadFile(
+        encoder.path,
+        "this text encoder has no tokenizer in it or beside it",
+        "pass tokenizer= (tokenizer.json, a tokenizer folder, or a GGUF of Qwen3-4B)",
+    )
+
+
+def _sample_size(file: WeightFile | None) -> int:
+    size = None if file is None else file.metadata.get(SIZE_KEY)
+    return size if isinstance(size, int) and 16 <= size <= 8192 and size % 16 == 0 else NATIVE_SIZE

@@ -1,0 +1,121 @@
+"""Repositories of the Hugging Face Hub: which files of one to fetch, and where they lie afterwards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
+
+REPO_ID = re.compile(r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?::(?P<tag>[\w.-]{1,64}))?")
+"""org/repo, or org/repo:Q4_K_M as llama.cpp and Ollama write it."""
+
+_TAG = re.compile(
+    r"(?:^|[-_.])((?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4|NVFP4|BF16|FP?16|FP?32|FP8[A-Z0-9_]*))(?=[-.]|$)",
+    re.IGNORECASE,
+)
+_COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
+_WEIGHTS = (".safetensors", ".gguf")
+_TEXTS = (".json", ".txt", ".model")
+
+
+def quant_tag(name: str) -> str | None:
+    """The quantisation that a file's name claims, e.g. "Q4_K_M"; decides nothing but which file to fetch."""
+    found = _TAG.findall(Path(name).stem)
+    return str(found[-1]).upper() if found else None
+
+
+def select(files: Sequence[str], tag: str | None, repo: str) -> list[str]:
+    """The files of a repository that a pipeline needs.
+
+    A diffusers repository gives the folders of its components. Any other gives its GGUF and safetensors
+    files, of each quantised model the one with the wanted tag.
+
+    Raises:
+        BadArgument: Several quantisations and no tag, or none with that tag; the message lists them.
+    """
+    weights = [f for f in files if f.endswith(_WEIGHTS)]
+    if tag is None and "model_index.json" in files:
+        inside = [f for f in files if f.split("/")[0] in _COMPONENTS and f.endswith((*_WEIGHTS, *_TEXTS))]
+        return ["model_index.json", *inside]
+    tags = sorted({t for f in weights if f.endswith(".gguf") and (t := quant_tag(f))})
+    if tag is None and len(tags) > 1:
+        raise BadArgument(
+            f"{repo} has {len(tags)} quantisations: choose one, e.g. {repo}:{tags[0]}; {_listed(tags)}"
+        )
+    if tag is not None and tag.upper() not in {quant_tag(f) for f in weights}:
+        raise BadArgument(f"{repo} has no file of quantisation {tag}; it has {_listed(tags) or 'none'}")
+    wanted = (None, tag.upper() if tag else None)
+    chosen = [f for f in weights if tag is None or not f.endswith(".gguf") or quant_tag(f) in wanted]
+    return chosen + [f for f in files if f.endswith(_TEXTS)]
+
+
+def fetch(source: str) -> Path:
+    """Local folder with the files of "org/repo" or "org/repo:TAG", from the cache or downloaded into it.
+
+    Nothing is downloaded when HF_HUB_OFFLINE is set.
+
+    Raises:
+        Unsupported: The package huggingface_hub is not installed.
+        BadArgument: Not a repository's name, or the tag does not exist.
+        BadFile: The repository cannot be reached and is not in the cache.
+    """
+    match = REPO_ID.fullmatch(source)
+    if match is None:
+        raise BadArgument(
+            f"{printable(source)!r} is neither a folder nor a repository's name; give a folder, org/repo or "
+            "org/repo:Q4_K_M"
+        )
+    try:
+        import huggingface_hub
+        from huggingface_hub import constants
+    except ImportError:
+        raise Unsupported(
+            f"{source} is no folder here, and to fetch it from the Hub: pip install zimage_core[hub]"
+        ) from None
+    repo, tag = match["repo"], match["tag"]
+    if constants.HF_HUB_OFFLINE:
+        local = _cached(repo)
+        if local is None:
+            raise BadFile(repo, "is not in the cache and HF_HUB_OFFLINE is set", "unset it or give a folder")
+        return local
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(repo)
+    except Exception as error:
+        # requests, httpx and the package's own classes share no base but this one
+        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
+        local = _cached(repo)
+        if local is None:
+            fault = f"is not in the cache and the Hub gave: {reason}"
+            raise BadFile(repo, fault, "check the name, the network and your token") from error
+        return local
+    chosen = select(files, tag, repo)
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=[_escape(f) for f in chosen]))
+    except Exception as error:
+        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
+        raise BadFile(
+            repo, f"could not be downloaded: {reason}", "try again; what arrived is kept"
+        ) from error
+
+
+def _cached(repo: str) -> Path | None:
+    """Folder of what was fetched earlier."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        # a snapshot of which only the chosen files were fetched counts as incomplete there
+        folder = Path(getattr(error, "snapshot_path", None) or "")
+        return folder if folder.is_absolute() and folder.is_dir() else None
+
+
+def _escape(name: str) -> str:
+    return re.sub(r"([\[*?])", r"[\1]", name)
+
+
+def _listed(tags: Sequence[str]) -> str:
+    return ", ".join(tags[:20]) + (", ..." if len(tags) > 20 else "")

@@ -1,0 +1,166 @@
+"""What a run returns: pictures, and how they were made."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zimage_core import png
+from zimage_core.atomic import write_atomically
+from zimage_core.errors import BadArgument
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock seconds.
+
+    Args:
+        encode: Prompts to caption features.
+        steps: Each denoising step, without the time spent in the caller's callback.
+        decode: Latents to pixels.
+        total: The whole call, callbacks included.
+    """
+
+    encode: float
+    steps: tuple[float, ...]
+    decode: float
+    total: float
+
+
+class Clock:
+    """Stages of a run in seconds."""
+
+    def __init__(self) -> None:
+        self._start = self._mark = perf_counter()
+        self._steps: list[float] = []
+
+    def lap(self) -> float:
+        """Seconds since the last mark; sets a new one."""
+        now = perf_counter()
+        passed, self._mark = now - self._mark, now
+        return passed
+
+    def step(self) -> None:
+        """A denoising step has ended."""
+        self._steps.append(self.lap())
+
+    def steps(self) -> tuple[float, ...]:
+        """All steps; what came after the last of them is not counted to the next stage."""
+        self.lap()
+        return tuple(self._steps)
+
+    def total(self) -> float:
+        """Seconds since the clock was made."""
+        return perf_counter() - self._start
+
+
+@dataclass(frozen=True)
+class ZImageResult:
+    """Pictures and their making; `.images` and `[0]` as in diffusers.
+
+    Args:
+        images: PIL images; or [B, H, W, 3] float32 NumPy, [B, 3, H, W] float32, or latents [B, 16, h, w]
+            float32, after `output_type`.
+        seeds: Seed of each picture; None where the noise came from a generator or from given latents.
+        sigmas: Noise levels of the run, one more than steps.
+        timings: Seconds per stage.
+        peak_memory: Highest resident memory of the process so far in bytes, earlier runs included; on a
+            GPU the highest allocation there. 0 where the system does not tell.
+        settings: Of each picture: prompt, steps, guidance and so on, as they go into a PNG.
+        interrupted: The callback stopped the run, the pictures are unfinished.
+        files: Component -> path, for the hashes in a PNG.
+    """
+
+    images: list[Image] | np.ndarray[Any, Any] | torch.Tensor
+    seeds: tuple[int | None, ...]
+    sigmas: tuple[float, ...]
+    timings: Timings
+    peak_memory: int
+    settings: tuple[dict[str, Any], ...]
+    interrupted: bool = False
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the first picture."""
+        return self.seeds[0]
+
+    def __getitem__(self, index: int) -> Any:
+        """(images,)[index]: code that unpacks diffusers' output goes on working."""
+        return (self.images,)[index]
+
+    def metadata(self, index: int = 0, full_hash: bool = False) -> dict[str, Any]:
+        """Settings and file hashes of picture `index`, as the `zimage` chunk of its PNG holds them.
+
+        Args:
+            index: Which picture.
+            full_hash: Hash whole files, whatever their size; see `png.file_identity`.
+        """
+        hashes = {name: png.file_identity(path, full_hash) for name, path in self.files.items()}
+        return {**self.settings[index], "files": hashes}
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        index: int = 0,
+        force: bool = False,
+        metadata: bool = True,
+        full_hash: bool = False,
+    ) -> None:
+        """Write picture `index` as a PNG, whole or not at all.
+
+        Args:
+            path: Destination.
+            index: Which picture.
+            force: Replace an existing file.
+            metadata: Write prompt, seed, settings and file hashes into it (never a path).
+            full_hash: See `metadata()`.
+
+        Raises:
+            BadArgument: The run was asked for arrays or latents, or there is no such picture.
+            BadFile: The file exists and `force` is not set, or it cannot be written.
+        """
+        if not isinstance(self.images, list):
+            raise BadArgument("save: this run gave arrays or latents; ask for output_type='pil'")
+        if not -len(self.images) <= index < len(self.images):
+            raise BadArgument(f"save: there is no picture {index}, the run made {len(self.images)}")
+        data = png.encode(self.images[index], self.metadata(index, full_hash) if metadata else None)
+        write_atomically(path, data, overwrite=force)
+
+
+def to_output(pixels: torch.Tensor, output_type: str) -> list[Image] | np.ndarray[Any, Any] | torch.Tensor:
+    """Decoder output [B, 3, H, W] about [-1, 1] -> what the caller asked for, in [0, 1] or as 8-bit pictures.
+
+    Rounds to the nearest of 256 levels, as diffusers' image processor does.
+    """
+    pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+    if output_type == "pt":
+        return pixels
+    arrays: np.ndarray[Any, Any] = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    if output_type == "np":
+        return arrays
+    from PIL import Image as pillow
+
+    return [pillow.fromarray((array * 255).round().astype("uint8")) for array in arrays]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Highest memory use in bytes: of the GPU if there is one, else of the process; 0 where unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,174 @@
+"""Which files make a pipeline: in a diffusers folder, in a folder of loose files, or in the package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage_core import hub
+from zimage_core.errors import BadFile, WrongModel, ZImageError, printable
+from zimage_core.sampling.schedule import FlowMatchEulerScheduler
+from zimage_core.text.files import read_json
+from zimage_core.weights.card import WANTED
+from zimage_core.weights.files import open_weights
+from zimage_core.weights.identify import identify
+
+COMPONENTS = tuple(WANTED)
+"""transformer, text_encoder, vae."""
+ASSETS = Path(__file__).parent / "assets" / "nano"
+_DEPTH = 3
+_MOST_FILES = 500
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the parts of a pipeline lie.
+
+    Args:
+        paths: Component -> file, or folder of shards.
+        tokenizer: File or folder; None to take it from the text encoder's file.
+        scheduler: As the folder states it; None where it states none.
+    """
+
+    paths: dict[str, Path]
+    tokenizer: Path | None = None
+    scheduler: FlowMatchEulerScheduler | None = None
+
+
+def embedded() -> Sources:
+    """The model inside the package."""
+    names = {"transformer": "transformer.gguf", "text_encoder": "text_encoder.gguf", "vae": "vae.safetensors"}
+    paths = {component: ASSETS / name for component, name in names.items()}
+    for path in paths.values():
+        if not path.is_file():
+            raise BadFile(
+                path, "the embedded model is not installed", "install zimage_core from its wheel again"
+            )
+    return Sources(paths)
+
+
+def find(source: str | os.PathLike[str], given: Collection[str] = ()) -> Sources:
+    """Sources of a folder, or of a repository "org/repo" or "org/repo:Q4_K_M" (see `hub`).
+
+    A folder that exists is taken before a repository of the same name.
+
+    Args:
+        source: Folder or repository.
+        given: Components that the caller has from elsewhere; they may be missing here.
+
+    Raises:
+        BadFile: A component is missing, or there are several of one kind; the message names it.
+        WrongModel: The folder holds another kind of pipeline.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _in_folder(path, None, given)
+    if path.exists():
+        raise BadFile(path, "is a file, not a folder", "use ZImagePipeline.from_files(transformer=..., ...)")
+    tag = hub.REPO_ID.fullmatch(os.fspath(source))
+    return _in_folder(hub.fetch(os.fspath(source)), tag["tag"] if tag else None, given)
+
+
+def _in_folder(folder: Path, tag: str | None, given: Collection[str]) -> Sources:
+    if tag is None and (folder / "model_index.json").exists():
+        return _diffusers(folder, given)
+    return _loose(folder, tag, given)
+
+
+def _diffusers(folder: Path, given: Collection[str]) -> Sources:
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    if not (isinstance(name, str) and name.startswith("ZImage")):
+        raise WrongModel(
+            folder,
+            f"model_index.json names {printable(name, 60)}, ZImagePipeline is wanted",
+            "get a Z-Image folder",
+        )
+    missing = [part for part in COMPONENTS if part not in given and not (folder / part).is_dir()]
+    if missing:
+        raise BadFile(folder, f"has no folder {' and '.join(missing)}", "download the whole repository")
+    tokenizer = folder / "tokenizer"
+    return Sources(
+        {part: folder / part for part in COMPONENTS if part not in given},
+        tokenizer if tokenizer.is_dir() else None,
+        _scheduler(folder / "scheduler"),
+    )
+
+
+def _scheduler(folder: Path) -> FlowMatchEulerScheduler | None:
+    path = folder / "scheduler_config.json"
+    return FlowMatchEulerScheduler.from_json(read_json(path)) if path.is_file() else None
+
+
+def _loose(folder: Path, tag: str | None, given: Collection[str]) -> Sources:
+    """Files by content; names only choose between quantisations of one model."""
+    found: dict[str, list[Path]] = {part: [] for part in COMPONENTS if part not in given}
+    refused: list[str] = []
+    for path in _candidates(folder):
+        try:
+            with open_weights(path) as file:
+                card = identify(file)
+        except ZImageError as error:
+            refused.append(str(error))
+            continue
+        if card.kind in found:
+            found[card.kind].append(path)
+    paths: dict[str, Path] = {}
+    for part, several in found.items():
+        matching = [p for p in several if tag and hub.quant_tag(p.name) == tag.upper()]
+        several = matching or several
+        if len(several) > 1:
+            names = ", ".join(printable(p.name, 60) for p in several[:6])
+            raise BadFile(
+                folder, f"has {len(several)} files that are {WANTED[part][0]}: {names}", _naming(part)
+            )
+        if several:
+            paths[part] = several[0]
+    missing = [part for part in COMPONENTS if part not in paths and part not in given]
+    if missing:
+        wanted = " and ".join(WANTED[part][0] for part in missing)
+        also = f" (unreadable: {refused[0]})" if refused else ""
+        raise BadFile(folder, f"has no file that is {wanted}{also}", _naming(missing[0]))
+    tokenizer = next((p for p in (folder, folder / "tokenizer") if _has_tokenizer(p)), None)
+    return Sources(paths, tokenizer, _scheduler(folder / "scheduler"))
+
+
+def _naming(part: str) -> str:
+    return f"{WANTED[part][1]}, or name the files: ZImagePipeline.from_files({part}=..., ...)"
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    """Weight files below the folder; the shards of an index are not offered beside it."""
+    count = 0
+    for root, folders, files in os.walk(folder):
+        here = Path(root)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        if len(here.relative_to(folder).parts) >= _DEPTH:
+            folders.clear()
+        indices = sorted(f for f in files if f.endswith(".safetensors.index.json"))
+        sharded = {shard for index in indices for shard in _shards(here / index)}
+        for name in sorted(files):
+            if name in indices or (name.endswith((".gguf", ".safetensors")) and name not in sharded):
+                count += 1
+                if count > _MOST_FILES:
+                    raise BadFile(
+                        folder,
+                        f"has more than {_MOST_FILES} model files",
+                        "name the files, or a smaller folder",
+                    )
+                yield here / name
+
+
+def _shards(index: Path) -> set[Any]:
+    try:
+        table = read_json(index).get("weight_map")
+    except ZImageError:
+        return set()
+    return {v for v in table.values() if isinstance(v, str)} if isinstance(table, dict) else set()
