@@ -134,6 +134,8 @@ def edited(key: str, index: int, value: Any) -> dict[str, Any]:
         (METADATA | {"tokenizer.ggml.scores": [0] * 420}, "scores holds values that are not of type float"),
         (METADATA | {"tokenizer.ggml.scores": [0.0]}, "scores has 1 values for 420 tokens"),
         (edited("scores", 9, float("nan")), "scores holds a value that is not finite"),
+        (edited("scores", 9, 1e39), "scores holds a value that is not finite"),
+        (edited("tokens", 300, "a\0"), "SentencePiece refuses the vocabulary: .*null"),
         (edited("tokens", 300, ""), "token 300 is empty"),
         (edited("tokens", 300, "<s>"), "duplicate token"),
         (edited("tokens", 300, "\ud800"), "lone surrogate"),

@@ -2,65 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.qwen_vocabulary import QWEN2_REGEX
+from tests.helpers.small_tokenizer import ADDED, BYTE_LEVEL, DOCUMENT, PRE, SPLIT, VOCAB, changed, load
 from zimage_core.errors import BadFile, Unsupported, ZImageError
 from zimage_core.text import files, tokenizer_json
 from zimage_core.text.byte_pairs import byte_alphabet
 from zimage_core.text.pretokenizers import GPT2, LLAMA3
 from zimage_core.text.tokenizer import Tokenizer
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-SPLIT = {"type": "Split", "pattern": {"Regex": QWEN2_REGEX}, "behavior": "Isolated", "invert": False}
-PRE = {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL]}
-VOCAB = {char: number for number, char in enumerate(byte_alphabet())} | {"ab": 256, "Ġa": 257, "abab": 258}
-ADDED = {
-    "id": 260,
-    "content": "<s>",
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": False,
-}
-DOCUMENT: dict[str, Any] = {
-    "version": "1.0",
-    "added_tokens": [ADDED | {"special": True}],
-    "normalizer": {"type": "NFC"},
-    "pre_tokenizer": PRE,
-    "post_processor": None,
-    "decoder": BYTE_LEVEL,
-    "model": {"type": "BPE", "vocab": VOCAB, "merges": [["a", "b"], ["Ġ", "a"], ["ab", "ab"]]},
-}
 TEXT = "abab ab<s>a"
 TEXT_IDS = [258, VOCAB["Ġ"], 256, 260, VOCAB["a"]]
 DEEP: dict[str, Any] = {}
 for _ in range(200):
     DEEP = {"normalizer": DEEP}
-
-
-def changed(path: str, value: Any) -> dict[str, Any]:
-    """The document with one field set; `path` has dots."""
-    document = copy.deepcopy(DOCUMENT)
-    *folders, name = path.split(".")
-    place = document
-    for folder in folders:
-        place = place[folder]
-    place[name] = value
-    return document
-
-
-def load(folder: Path, document: Any) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    path.write_bytes(document if isinstance(document, bytes) else json.dumps(document).encode())
-    return Tokenizer.from_json(path)
 
 
 def test_the_baseline_is_sound(tmp_path):
@@ -331,57 +291,3 @@ def test_a_text_with_bytes_that_the_vocabulary_lacks_warns(tmp_path):
     assert tokenizer.encode("ba") == [1, 0]
     with pytest.warns(UserWarning, match="characters that the vocabulary lacks"):
         assert tokenizer.encode("bxa") == [1, 0]
-
-
-def write_pair(
-    folder: Path, vocab: Any = VOCAB, merges: str = "#version: 0.2\na b\nĠ a\r\nab ab\n\n"
-) -> None:
-    folder.joinpath("vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    folder.joinpath("merges.txt").write_text(merges, encoding="utf-8", newline="")
-
-
-def test_vocab_and_merges_are_the_same_vocabulary(tmp_path):
-    write_pair(tmp_path)
-    config = {"added_tokens_decoder": {"260": ADDED | {"special": True}}}
-    del config["added_tokens_decoder"]["260"]["id"]
-    tmp_path.joinpath("tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert Tokenizer.from_folder(tmp_path).fingerprint == load(tmp_path, DOCUMENT).fingerprint
-    names = (tmp_path / name for name in ("vocab.json", "merges.txt"))
-    assert not Tokenizer.from_vocab_merges(*names).added_tokens
-
-
-def test_a_folder_prefers_tokenizer_json_and_may_be_the_one_above(tmp_path):
-    inner = tmp_path / "tokenizer"
-    inner.mkdir()
-    write_pair(inner)
-    assert Tokenizer.from_folder(tmp_path).added_tokens == {}
-    load(inner, DOCUMENT)
-    assert Tokenizer.from_folder(tmp_path).added_tokens == {"<s>": 260}
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"added_tokens_decoder": []}, "added_tokens_decoder is not a map"),
-        ({"added_tokens_decoder": {"x": ADDED}}, "added_tokens_decoder: 'x' is not an id"),
-        ({"added_tokens_decoder": {"٣": ADDED}}, "is not an id"),
-        ({"added_tokens_decoder": {"-1": ADDED}}, "'-1' is not an id"),
-        ({"added_tokens_decoder": {"260": "<s>"}}, "not an added token"),
-    ],
-)
-def test_a_strange_tokenizer_config_is_refused(tmp_path, config, message):
-    write_pair(tmp_path)
-    tmp_path.joinpath("tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(BadFile, match=message):
-        Tokenizer.from_folder(tmp_path)
-
-
-def test_a_merges_file_with_a_strange_line_is_refused(tmp_path):
-    write_pair(tmp_path, merges="a b\nabc\n")
-    with pytest.raises(BadFile, match=r"merges\.txt: merge 1 is 'abc'"):
-        Tokenizer.from_folder(tmp_path)
-
-
-def test_a_folder_without_a_tokenizer_says_what_was_wanted(tmp_path):
-    with pytest.raises(BadFile, match="no tokenizer in this folder: tokenizer"):
-        Tokenizer.from_folder(tmp_path)

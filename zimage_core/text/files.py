@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import Counter
 from os import PathLike, fspath
 from typing import Any, NoReturn
 
@@ -87,11 +88,8 @@ def read_json(path: str | PathLike[str]) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            seen: set[str] = set()
-            for key, _ in pairs:
-                if key in seen:
-                    fail(f"duplicate JSON key {printable(key, 60)!r}")
-                seen.add(key)
+            repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            fail(f"duplicate JSON key {printable(repeated, 60)!r}")
         return table
 
     text = read_text(path)

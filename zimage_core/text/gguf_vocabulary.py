@@ -6,7 +6,6 @@ that the bytes were there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from zimage_core.errors import BadFile, Unsupported, printable
 from zimage_core.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from zimage_core.text.vocabulary import Vocabulary, check_unicode, split_merges
+
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 # The values of tokenizer.ggml.token_type, which are also SentencePiece's ModelProto.SentencePiece.Type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -92,7 +93,7 @@ def _pieces(metadata: Mapping[str, Any], path: str) -> Pieces:
     scores = _array(metadata, "tokenizer.ggml.scores", float, path)
     if len(scores) != len(texts):
         raise BadFile(path, f"tokenizer.ggml.scores has {len(scores)} values for {len(texts)} tokens")
-    if not all(map(math.isfinite, scores)):
+    if not all(abs(score) <= FLOAT32_MAX for score in scores):  # false for NaN, too
         raise BadFile(path, "tokenizer.ggml.scores holds a value that is not finite")
     if not all(texts):
         raise BadFile(path, f"token {texts.index('')} is empty")
