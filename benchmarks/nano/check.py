@@ -1,0 +1,237 @@
+"""Read pictures without a human, and score the embedded model on prompts it was not trained on.
+
+    python -m benchmarks.nano.check [--assets DIR] [--count 500] [--to benchmarks/results/nano_accuracy]
+
+Reading takes no hint from the prompt. Background: the palette colour most common in the outer frame.
+Colour: of the pixels farthest from the background. Then each pixel's share of ink gives a coverage
+map, and the nearest of all masks that the drawing procedure can make (every shape, place, size,
+count and glyph, with its jitter) names the rest. A map farther from every mask than `TOO_FAR` of
+the mask's own energy is read as nothing at all, so that a blot scores as wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.nano.draw import (
+    COLOURS,
+    GLYPHS,
+    POSITIONS,
+    RADII,
+    SHAPES,
+    SIZE,
+    Scene,
+    centres,
+    describe,
+    draw,
+    glyph_mask,
+    random_scene,
+    shape_mask,
+    shifted,
+)
+
+TOO_FAR = 0.5
+FRAME = 4
+SEED = 20_000
+"""Of the first picture; picture i has SEED + i."""
+ATTRIBUTES = ("colour", "background", "shape", "position", "size", "count", "glyph")
+PALETTE = np.array(list(COLOURS.values()), np.float32)
+NAMES = list(COLOURS)
+
+
+@dataclass(frozen=True)
+class Templates:
+    """masks [N, pixels] float32 at half size, squared [N], and what each shows."""
+
+    masks: np.ndarray
+    squared: np.ndarray
+    scenes: list[Scene]
+
+
+def _halved(mask: np.ndarray) -> np.ndarray:
+    half = SIZE // 2
+    return mask.reshape(half, 2, half, 2).mean((1, 3)).ravel()
+
+
+@functools.cache
+def templates() -> Templates:
+    """Every mask of the procedure: 4,500 single shapes, 216 groups and 9 a glyph."""
+    masks, scenes = [], []
+    near, nearer = range(-2, 3), range(-1, 2)
+    for shape in SHAPES:
+        for size, radii in RADII.items():
+            for radius in radii:
+                whole = shape_mask(shape, radius)
+                for position, (x, y) in POSITIONS.items():
+                    scene = Scene("", "", shape, position, size)
+                    for dx in near:
+                        for dy in near:
+                            masks.append(_halved(shifted(whole, x + dx, y + dy)))
+                            scenes.append(scene)
+        for count in (2, 3):
+            scene = Scene("", "", shape, size="small", count=count)
+            for radius in RADII["small"]:
+                one = shape_mask(shape, radius)
+                for dx in nearer:
+                    for dy in nearer:
+                        parts = [shifted(one, x + dx, y + dy) for x, y in centres(count)]
+                        masks.append(_halved(np.maximum.reduce(parts)))
+                        scenes.append(scene)
+    for glyph in GLYPHS:
+        for dx in nearer:
+            for dy in nearer:
+                masks.append(_halved(shifted(glyph_mask(glyph), dx, dy)))
+                scenes.append(Scene("", "", glyph=glyph))
+    stacked = np.stack(masks).astype(np.float32)
+    return Templates(stacked, np.square(stacked).sum(1), scenes)
+
+
+def nearest_colour(rgb: np.ndarray) -> np.ndarray:
+    """[..., 3] -> index into the palette [...]."""
+    return np.square(rgb[..., None, :] - PALETTE).sum(-1).argmin(-1)
+
+
+def read(picture: np.ndarray) -> Scene:
+    """What a picture [SIZE, SIZE, 3] uint8 shows; empty fields where it shows nothing readable."""
+    pixels = picture.astype(np.float32)
+    frame = np.ones((SIZE, SIZE), bool)
+    frame[FRAME:-FRAME, FRAME:-FRAME] = False
+    edge = pixels[frame]
+    named = nearest_colour(edge)
+    paper = int(np.bincount(named, minlength=len(NAMES)).argmax())
+    paper_rgb = np.median(edge[named == paper], axis=0)
+    distance = np.linalg.norm(pixels - paper_rgb, axis=-1)
+    far = distance > 0.75 * distance.max()
+    ink_rgb = np.median(pixels[far], axis=0)
+    ink = int(nearest_colour(ink_rgb))
+    axis = ink_rgb - paper_rgb
+    coverage = np.clip((pixels - paper_rgb) @ axis / max(float(axis @ axis), 1.0), 0, 1)
+    known, seen = templates(), _halved(coverage)
+    gap = known.squared - 2 * (known.masks @ seen) + seen @ seen
+    best = int(gap.argmin())
+    if gap[best] > TOO_FAR * known.squared[best] or ink == paper:
+        return Scene(NAMES[ink], NAMES[paper], "", "", "", 0)
+    scene = known.scenes[best]
+    return Scene(NAMES[ink], NAMES[paper], scene.shape, scene.position, scene.size, scene.count, scene.glyph)
+
+
+def moot(scene: Scene, attribute: str) -> bool:
+    """Whether the scene's prompt says nothing about the attribute."""
+    if scene.glyph:
+        return attribute in ("shape", "position", "size", "count")
+    if attribute == "glyph":
+        return True
+    return scene.count > 1 and attribute in ("position", "size")
+
+
+def score(wanted: list[Scene], seen: list[Scene]) -> dict[str, dict[str, int]]:
+    """Right and total per attribute, and of whole pictures."""
+    table = {name: {"right": 0, "of": 0} for name in (*ATTRIBUTES, "everything")}
+    for want, got in zip(wanted, seen, strict=True):
+        asked = [a for a in ATTRIBUTES if not moot(want, a)]
+        hits = [getattr(want, a) == getattr(got, a) for a in asked]
+        for attribute, hit in zip((*asked, "everything"), (*hits, all(hits)), strict=True):
+            table[attribute]["right"] += hit
+            table[attribute]["of"] += 1
+    return table
+
+
+def exam(count: int) -> tuple[list[Scene], list[str], list[bool]]:
+    """Held-out scenes with their prompts, English and Chinese in turn; always the same."""
+    rng = np.random.default_rng(2026)
+    scenes = [random_scene(rng, held_out=True) for _ in range(count)]
+    chinese = [bool(k % 2) for k in range(count)]
+    return scenes, [describe(s, rng, zh) for s, zh in zip(scenes, chinese, strict=True)], chinese
+
+
+def markdown(report: dict) -> str:
+    """The table of a report."""
+    lines = [
+        "# Accuracy of the embedded model",
+        "",
+        f"{report['prompts']} prompts whose combination of attributes was held out of training, half English and",
+        f"half Chinese, seeds {SEED} to {SEED + report['prompts'] - 1}, {report['steps']} steps, guidance 0, read by",
+        "`benchmarks/nano/check.py`. The last two columns are the checker's own limits: pictures straight from the",
+        "drawing procedure, and the same after the VAE's encoder and decoder.",
+        "",
+        "| attribute | asked | right | all | English | Chinese | drawings | through the VAE |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def percent(cell: dict[str, int]) -> str:
+        return f"{100 * cell['right'] / cell['of']:.1f} %" if cell["of"] else "-"
+
+    columns = ("all", "english", "chinese", "drawings", "vae")
+    for name in (*ATTRIBUTES, "everything"):
+        cells = [report["scores"][c][name] for c in columns]
+        lines.append(
+            f"| {name} | {cells[0]['of']} | {cells[0]['right']} | " + " | ".join(map(percent, cells)) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    from zimage_core import ZImagePipeline
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--assets", type=Path, default=Path("zimage_core/assets/nano"))
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--to", type=Path, help="stem of the .json and .md files to write")
+    parser.add_argument("--sheet", type=Path, help="write the first 60 pictures here")
+    args = parser.parse_args()
+    pipe = ZImagePipeline.from_files(
+        transformer=args.assets / "transformer.gguf",
+        text_encoder=args.assets / "text_encoder.gguf",
+        vae=args.assets / "vae.safetensors",
+    )
+    scenes, prompts, chinese = exam(args.count)
+    rng = np.random.default_rng(5)
+    drawings = [draw(s, rng) for s in scenes]
+    began, made, again = time.time(), [], []
+    for k, prompt in enumerate(prompts):
+        made.append(np.asarray(pipe(prompt, seed=SEED + k).images[0]))
+        with torch.no_grad():
+            x = torch.from_numpy(drawings[k]).permute(2, 0, 1)[None].float() / 127.5 - 1
+            y = pipe.vae.decode(pipe.vae.encode(x))[0].clamp(-1, 1)
+        again.append(((y + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    seconds = time.time() - began
+    seen = [read(p) for p in made]
+    report = {
+        "prompts": len(prompts),
+        "steps": 8,
+        "seconds": round(seconds, 1),
+        "scores": {
+            "all": score(scenes, seen),
+            "english": score(scenes[::2], seen[::2]),
+            "chinese": score(scenes[1::2], seen[1::2]),
+            "drawings": score(scenes, [read(p) for p in drawings]),
+            "vae": score(scenes, [read(p) for p in again]),
+        },
+        "wrong": [
+            {"prompt": p, "seed": SEED + k, "asked": vars(want), "read": vars(got)}
+            for k, (p, want, got) in enumerate(zip(prompts, scenes, seen, strict=True))
+            if any(getattr(want, a) != getattr(got, a) for a in ATTRIBUTES if not moot(want, a))
+        ],
+    }
+    print(markdown(report))
+    if args.sheet:
+        from benchmarks.nano.train import sheet
+
+        sheet(np.stack(made[:60])).save(args.sheet)
+    if args.to:
+        args.to.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(report, ensure_ascii=False, indent=1)
+        args.to.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        args.to.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
