@@ -29,7 +29,10 @@ def shown(value: object) -> str:
     """A value for a message: short, one line, and safe for integers of any length."""
     if isinstance(value, int) and abs(value) >> 200:
         return f"an integer of {value.bit_length()} bits"
-    return printable(repr(value), 60)
+    try:
+        return printable(repr(value), 60)
+    except ValueError:  # such an integer inside a list
+        return f"a {type(value).__name__}"
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:

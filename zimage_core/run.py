@@ -245,10 +245,10 @@ def _warn(limits: Limits, scale: float, batch: Batch, given: Mapping[str, Any]) 
             f"guidance_scale={scale:g} runs the network twice a step and burns the pictures of this "
             f"checkpoint, which was distilled to need no guidance{meaning}",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     if scale == 0 and given["negative_prompt"]:
-        warnings.warn("negative_prompt has no effect at guidance_scale=0", UserWarning, stacklevel=4)
+        warnings.warn("negative_prompt has no effect at guidance_scale=0", UserWarning, stacklevel=5)
 
 
 def call_back(
