@@ -14,7 +14,11 @@ from zimage_core.weights.files import open_weights
 from zimage_core.weights.load import load_text_encoder
 
 pytestmark = pytest.mark.weights
-PROMPTS = ["a lighthouse on a cliff at dusk", "黄昏的灯塔", "The quick brown fox jumps over 13 lazy dogs.\n\n"]
+PROMPTS = [
+    "a lighthouse on a cliff at dusk",
+    "黄昏的灯塔",
+    "The quick brown fox jumps over 13 lazy dogs.\n\n",
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,9 @@ def encoder(path):
 def theirs(path):
     """transformers' model on the weights as transformers itself dequantises them."""
     transformers = pytest.importorskip("transformers")
-    return transformers.LlamaModel.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    return transformers.LlamaModel.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

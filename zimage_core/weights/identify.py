@@ -219,7 +219,7 @@ def _transformer(
             problem="it paints pixels, not latents",
         )
     try:
-        json_config = infer.parse_config(TransformerConfig.from_json, stated) if stated else None
+        json_config = infer.parse_config(TransformerConfig.from_json, stated) if stated is not None else None
         config, notes = infer.transformer_config(inside, metadata, layout, json_config)
     except BadWeights as error:
         return replace(card, problem=str(error))
@@ -250,7 +250,7 @@ def _text_encoder(
         title = f"a language model of architecture {printable(architecture, 40)!r}"
         return ModelCard("other", family, title, problem="its architecture is not one of qwen3, qwen2, llama")
     try:
-        json_config = infer.parse_config(TextEncoderConfig.from_json, stated) if stated else None
+        json_config = infer.parse_config(TextEncoderConfig.from_json, stated) if stated is not None else None
         config, notes = infer_text.text_encoder_config(inside, metadata, layout, json_config)
     except BadWeights as error:
         return replace(card, problem=str(error))
@@ -282,7 +282,7 @@ def _vae(shapes: Shapes, metadata: Mapping[str, Any], stated: Mapping[str, Any] 
     if len(latent) == 5:
         return ModelCard("other", "video-vae", "a video VAE", problem="Z-Image uses FLUX.1's VAE")
     try:
-        json_config = infer.parse_config(AutoencoderConfig.from_json, stated) if stated else None
+        json_config = infer.parse_config(AutoencoderConfig.from_json, stated) if stated is not None else None
         config, notes = infer.autoencoder_config(inside, metadata, layout, json_config)
     except BadWeights as error:
         return replace(card, problem=str(error))

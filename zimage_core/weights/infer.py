@@ -73,7 +73,8 @@ def number(metadata: Mapping[str, Any], key: str, low: float, high: float) -> fl
         raise BadWeights(f"metadata {key!r} is {printable(metadata[key], 60)!r}, wanted a number")
     if not low <= value <= high:
         raise BadWeights(f"metadata {key!r} is {value:g}, wanted {low:g} to {high:g}")
-    return float(value)
+    # GGUF stores float32: 1e-6 comes back as 9.99999997e-07, whose first 7 digits are what was meant
+    return float(f"{value:.7g}") if isinstance(value, float) else float(value)
 
 
 def whole(metadata: Mapping[str, Any], key: str, high: int) -> int | None:
