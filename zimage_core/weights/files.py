@@ -91,7 +91,7 @@ def open_weights(path: str | PathLike[str], mmap: bool = True) -> WeightFile:
     if head.lstrip()[:1] == b"{" and b'"' in head:
         return ShardedSafetensors(path, mmap)
     _refuse_known(path, head)
-    if len(head) < 8 or 2 <= length <= size - 8:
+    if size <= 8 or 2 <= length <= size - 8:
         return SafetensorsFile(path, mmap)  # says what is wrong with the header
     shown = printable(head[:8])
     raise BadFile(path, f"not a model file: magic {shown} is neither GGUF nor safetensors", _CONVERT)
