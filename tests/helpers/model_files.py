@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,9 +70,9 @@ def stored(
     out = Stored()
     for name, shape in shapes.items():
         fmt = {1: vector, 2: matrix}.get(len(shape), other)
-        if shape[-1] % FORMATS[fmt].weights:
+        if math.prod(shape[-1:]) % FORMATS[fmt].weights:
             fmt = "BF16"
-        out.tensors[name] = (fmt, random_blocks(fmt, shape, rng), shape)
+        out.tensors[name] = (fmt, random_blocks(fmt, shape or (1,), rng), shape)
     return out
 
 

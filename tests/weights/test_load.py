@@ -350,9 +350,17 @@ def test_vae_of_a_gguf_in_f16(tmp_path):
 
 def folder_config():
     return {
-        "dim": 256, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 4, "cap_feat_dim": 256, "in_channels": 16,
-        "axes_dims": [16, 24, 24], "axes_lens": [64, 32, 32], "all_patch_size": [2], "all_f_patch_size": [1],
-    }  # fmt: skip
+        "dim": 256,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "n_heads": 4,
+        "cap_feat_dim": 256,
+        "in_channels": 16,
+        "axes_dims": [16, 24, 24],
+        "axes_lens": [64, 32, 32],
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+    }
 
 
 def test_a_diffusers_folder_of_shards(tmp_path):

@@ -31,21 +31,34 @@ TABLES = [
     pytest.param(table, network, config, layout, id=f"{network.__name__}-{layout}-{label}")
     for table, network, layouts, configs in (
         (
-            names.transformer_table, ZImageTransformer, names.TRANSFORMER_LAYOUTS,
+            names.transformer_table,
+            ZImageTransformer,
+            names.TRANSFORMER_LAYOUTS,
             {"full": TransformerConfig(), "toy": TOY_DIT},
         ),
         (
-            names.text_encoder_table, TextEncoder, names.TEXT_ENCODER_LAYOUTS,
-            {"full": TextEncoderConfig(), **{arch: toy_encoder(arch) for arch in ("qwen3", "qwen2", "llama")}},
+            names.text_encoder_table,
+            TextEncoder,
+            names.TEXT_ENCODER_LAYOUTS,
+            {
+                "full": TextEncoderConfig(),
+                **{arch: toy_encoder(arch) for arch in ("qwen3", "qwen2", "llama")},
+            },
         ),
         (
-            names.autoencoder_table, Autoencoder, names.VAE_LAYOUTS,
-            {"full": AutoencoderConfig(), "toy": TOY_VAE, "one": AutoencoderConfig((32,), layers_per_block=1)},
+            names.autoencoder_table,
+            Autoencoder,
+            names.VAE_LAYOUTS,
+            {
+                "full": AutoencoderConfig(),
+                "toy": TOY_VAE,
+                "one": AutoencoderConfig((32,), layers_per_block=1),
+            },
         ),
     )
     for layout in layouts
     for label, config in configs.items()
-]  # fmt: skip
+]
 
 every_table = pytest.mark.parametrize(("table", "network", "config", "layout"), TABLES)
 

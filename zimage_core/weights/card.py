@@ -109,7 +109,7 @@ def require(card: ModelCard, component: str, path: str) -> None:
     """
     name, get = WANTED[component]
     if card.kind != component:
-        if card.kind in WANTED:
+        if card.kind in WANTED and card.sound and not _known_misfit(card.config):
             get = f"pass it as {card.kind}=, and for this part {get}"
         raise WrongModel(path, f"this is {card.title}, where {name} is wanted", get)
     if card.problem:
@@ -118,6 +118,13 @@ def require(card: ModelCard, component: str, path: str) -> None:
         raise BadWeights(
             f"{printable(path)}: this is {card.title} with tensors that do not fit: {faults}; {get}"
         )
+
+
+def _known_misfit(config: Config | None) -> bool:
+    """True for a language model of another size than any Z-Image was trained with."""
+    return isinstance(config, TextEncoderConfig) and text_encoder_name(config) in {
+        name for (_, width, _), name in TEXT_ENCODERS.items() if width != 2560
+    }
 
 
 def text_encoder_name(config: TextEncoderConfig) -> str:
