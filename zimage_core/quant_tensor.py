@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zimage_core.cpu.dequantize import dequantize
 from zimage_core.errors import BadShape
 from zimage_core.formats import BlockFormat
 
@@ -81,8 +82,6 @@ class QuantTensor:
         Plain numbers of that dtype without a scale come back as a view of the same bytes: do not
         write to the result.
         """
-        from zimage_core.cpu.dequantize import dequantize  # the arithmetic knows nothing of this class
-
         dense = dequantize(self.packed, self.format, dtype if self.scale is None else torch.float32)
         if self.scale is not None:
             dense = (dense * per_row(self.scale, dense.ndim)).to(dtype)

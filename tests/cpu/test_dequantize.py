@@ -1,4 +1,4 @@
-"""Defends: the fast dequantiser is the NumPy reference, bit for bit, whatever bytes, alignment, tile or thread."""
+"""Defends: the fast dequantiser is the NumPy reference, bit for bit, at any alignment, tile and thread."""
 
 from __future__ import annotations
 

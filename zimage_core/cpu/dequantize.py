@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zimage_core.cpu import i_quants, k_quants, legacy, numbers, small
+from zimage_core.cpu.pool import spread
 from zimage_core.cpu.workspace import Workspace, workspace
 from zimage_core.errors import BadShape
 from zimage_core.formats import BlockFormat
@@ -87,19 +88,25 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
         numbers.number(fmt, _aligned(blocks, None), values)
         return
     header, body = DECODERS[fmt.name]
-    work = workspace("tile", out.device)
     chunk, tile = max(CHUNK // fmt.weights, 1), max(TILE // fmt.weights, 1)
-    for raw, dense in zip(blocks.split(chunk), values.split(chunk), strict=True):
-        work.release()
-        aligned = _aligned(raw, work)
-        columns = header(aligned, work)
-        mark = work.mark
-        for piece in zip(
-            aligned.split(tile), dense.split(tile), *(c.split(tile) for c in columns), strict=True
-        ):
-            work.release(mark)
-            body(piece[0], piece[1], work, *piece[2:])
-    work.release()
+
+    def decode(start: int, stop: int) -> None:
+        work = workspace("tile", out.device)
+        for first in range(start, stop, chunk):
+            last = min(first + chunk, stop)
+            work.release()
+            raw = _aligned(blocks[first:last], work)
+            columns = header(raw, work)
+            mark = work.mark
+            tensors = (raw, values[first:last], *columns)
+            for piece, dense, *rows in zip(*(torch.split(t, tile) for t in tensors), strict=True):
+                work.release(mark)
+                body(piece, dense, work, *rows)
+
+    if out.device.type == "cpu" and len(blocks) > chunk:
+        spread(decode, len(blocks))
+    else:
+        decode(0, len(blocks))
 
 
 def check_rows(packed: Tensor, fmt: BlockFormat) -> None:
