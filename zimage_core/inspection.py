@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from zimage_core.errors import BadFile, ZImageError, printable
 
 if TYPE_CHECKING:
+    from zimage_core.weights.card import ModelCard
     from zimage_core.weights.files import WeightFile
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer")
@@ -109,24 +110,18 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
     source = Source(path, mmap=False)
     try:
         head = bytes(source.read_at(0, min(_HEAD, source.size)))
+        if head.startswith(b"\x89PNG"):
+            return _picture(place)
+        if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and _TOKENIZER.search(head):
+            return _tokenizer(place)
+        with open_weights(source) as file:  # not by its path again: another file may be there by now
+            return _weights(file, full)
     finally:
         source.close()
-    if head.startswith(b"\x89PNG"):
-        return _picture(place)
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and _TOKENIZER.search(head):
-        return _tokenizer(place)
-    with open_weights(path) as file:
-        return _weights(file, full)
-
-
-def _is_index(path: Path) -> bool:
-    return path.name.endswith(".index.json")
 
 
 def _weights(file: WeightFile, full: bool) -> Inspection:
-    from zimage_core.weights.identify import identify
-
-    card = identify(file)
+    card = _card(file)
     faults = card.faults()
     needs = list(card.needs)
     if card.kind in COMPONENTS and not _has_tokenizer(file, card.kind):
@@ -149,6 +144,23 @@ def _weights(file: WeightFile, full: bool) -> Inspection:
     )
 
 
+def _card(file: WeightFile) -> ModelCard:
+    """What the tensors say, and a config.json beside them where it agrees with them."""
+    from zimage_core.weights.folders import locate
+    from zimage_core.weights.identify import identify
+
+    card = identify(file)
+    if card.kind not in COMPONENTS:
+        return card
+    _, stated, _ = locate(file.path, card.kind)
+    if stated is None:
+        return card
+    agreed = identify(file, card.kind, stated)
+    if not agreed.problem:
+        return agreed
+    return replace(card, notes=(*card.notes, f"config.json beside the file disagrees: {agreed.problem}"))
+
+
 def _has_tokenizer(file: WeightFile, kind: str) -> bool:
     """A text encoder in GGUF carries its vocabulary; beside a safetensors file it may lie in the folder."""
     if kind != "text_encoder":
@@ -156,7 +168,12 @@ def _has_tokenizer(file: WeightFile, kind: str) -> bool:
     if "tokenizer.ggml.tokens" in file.metadata:
         return True
     folder = Path(file.path) if Path(file.path).is_dir() else Path(file.path).parent
-    return any((place / "tokenizer.json").exists() for place in (folder, folder.parent / "tokenizer"))
+    return any(_holds_tokenizer(place) for place in (folder, folder.parent / "tokenizer"))
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    names = ("vocab.json", "merges.txt")
+    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in names)
 
 
 def _types(file: WeightFile) -> tuple[TypeCount, ...]:
@@ -192,14 +209,14 @@ def _short(value: object) -> Any:
 
 
 def _tokenizer(path: Path) -> Inspection:
-    from zimage_core.text.tokenizer_json import read_tokenizer_json
+    from zimage_core.text.tokenizer_json import read_folder, read_tokenizer_json
 
-    vocabulary = read_tokenizer_json(path)
+    vocabulary = read_folder(path) if path.is_dir() else read_tokenizer_json(path)
     tokens = vocabulary.checked()
     return Inspection(
         path=fspath(path),
         container="tokenizer",
-        nbytes=path.stat().st_size,
+        nbytes=Path(vocabulary.path).stat().st_size,
         kind="tokenizer",
         title="a byte-level BPE tokenizer",
         config={
@@ -235,9 +252,12 @@ def _folder(path: Path, full: bool) -> Inspection:
     """A diffusers folder, a folder with a sharded model, or a folder of single files."""
     parts: list[Inspection] = []
     broken: list[str] = []
-    for place in _model_places(path):
+    for place in _places(path):
         try:
-            parts.append(inspect_file(place, full) if not place.is_dir() else _weights_of_folder(place, full))
+            if place.is_dir() and _holds_tokenizer(place):
+                parts.append(_tokenizer(place))
+            if not place.is_dir():
+                parts.append(inspect_file(place, full))
         except ZImageError as error:
             broken.append(str(error))
     if not parts and broken:
@@ -249,12 +269,15 @@ def _folder(path: Path, full: bool) -> Inspection:
     encoders = [part for part in parts if part.kind == "text_encoder"]
     if "tokenizer" not in have and all("tokenizer" in part.needs for part in encoders):
         needs.append("tokenizer")
+    if not needs:
+        broken += _mismatch(parts)
+    whole = not needs and not broken
     return Inspection(
         path=fspath(path),
         container="folder",
         nbytes=sum(part.nbytes for part in parts),
-        kind="collection" if needs else "pipeline",
-        title="all parts of a Z-Image pipeline" if not needs else f"a folder with {_listing(parts)}",
+        kind="pipeline" if whole else "collection",
+        title="all parts of a Z-Image pipeline" if whole else f"a folder with {_listing(parts)}",
         usable=not broken,
         problem="; ".join(broken),
         needs=tuple(needs),
@@ -263,36 +286,59 @@ def _folder(path: Path, full: bool) -> Inspection:
     )
 
 
+def _mismatch(parts: list[Inspection]) -> list[str]:
+    """Why the three networks, each sound, do not belong together."""
+    from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+    from zimage_core.weights.card import check_compatible
+
+    found = {part.kind: part for part in reversed(parts) if part.usable}
+    try:
+        check_compatible(
+            TransformerConfig(**found["transformer"].config),
+            TextEncoderConfig(**found["text_encoder"].config),
+            AutoencoderConfig(**found["vae"].config),
+            {kind: part.path for kind, part in found.items()},
+        )
+    except ZImageError as error:
+        return [str(error)]
+    return []
+
+
 def _listing(parts: list[Inspection]) -> str:
     counts = Counter(part.kind.replace("_", " ") for part in parts)
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
-def _model_places(path: Path) -> list[Path]:
-    """Files and sharded folders to describe; shards that an index lists are not listed again."""
+def _places(path: Path) -> list[Path]:
+    """Model files of a folder and of the folders in it, and those folders, for their tokenizers.
+
+    Where an index lists shards it stands for them.
+    """
     places: list[Path] = []
-    folders = [path, *sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))]
-    for folder in folders[:MAX_FILES]:
-        files = sorted(p for p in folder.iterdir() if p.name.endswith(MODEL_SUFFIXES) and not p.is_dir())
-        if any(_is_index(p) for p in files):
-            places.append(folder)
-            files = [p for p in files if p.name.endswith(".gguf")]
-        places += files
-        if (folder / "tokenizer.json").is_file():
-            places.append(folder / "tokenizer.json")
-    if len(places) > MAX_FILES:
-        raise BadFile(path, f"a directory with {len(places)} model files, more than {MAX_FILES}")
+    try:
+        inside = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        for folder in (path, *inside[:MAX_FILES]):
+            files = sorted(p for p in folder.iterdir() if p.name.endswith(MODEL_SUFFIXES) and not p.is_dir())
+            if any(p.name.endswith(".index.json") for p in files):
+                files = [p for p in files if not p.name.endswith(".safetensors")]
+            places += [folder, *files]
+    except OSError as error:
+        raise BadFile(path, f"a directory that cannot be read: {error.strerror}") from None
+    if len(places) > 2 * MAX_FILES:
+        raise BadFile(
+            path, f"a directory with {len(places)} model files and folders, more than {2 * MAX_FILES}"
+        )
     return places
 
 
-def _weights_of_folder(path: Path, full: bool) -> Inspection:
-    from zimage_core.weights.files import open_weights
-
-    with open_weights(path) as file:
-        return _weights(file, full)
-
-
-def dumps(inspections: list[Inspection]) -> str:
-    """JSON: one object for one file, a list for several."""
-    data: Any = [item.to_json() for item in inspections]
+def dumps(inspections: list[Inspection], tensors: bool = False) -> str:
+    """JSON: one object for one file, a list for several; with the table of tensors if asked for."""
+    data = [_pruned(item.to_json(), tensors) for item in inspections]
     return json.dumps(data[0] if len(data) == 1 else data, ensure_ascii=True, indent=2, default=str)
+
+
+def _pruned(item: dict[str, Any], tensors: bool) -> dict[str, Any]:
+    if not tensors:
+        del item["tensors"]
+    item["parts"] = [_pruned(part, tensors) for part in item["parts"]]
+    return item

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.gguf_writer import write_gguf
-from zimage_core.errors import BadFile
+from zimage_core.errors import BadArgument, BadFile
 from zimage_core.weights.files import open_weights
 from zimage_core.weights.gguf import GGUFFile
 from zimage_core.weights.safetensors import SafetensorsFile
+from zimage_core.weights.source import Source
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 3858800000\n"
 CONTENTS = {
@@ -76,6 +77,29 @@ def test_the_name_of_a_file_says_nothing(models):
     with open_weights(str(models / "b.ckpt")) as file:
         assert isinstance(file, SafetensorsFile)
         assert file.kind == "safetensors"
+
+
+def test_a_file_is_opened_once_so_a_replacement_changes_nothing(models, monkeypatch):
+    opened = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(str(path)) or real(path, *rest))
+    source = Source(models / "a")
+    (models / "other").write_bytes(b"not a model any more" * 100)
+    (models / "other").replace(models / "a")
+    with open_weights(source) as file:
+        assert (file.tensor("w").dequantize() == 1).all()
+        file.check_unchanged()
+    open_weights(models / "b").close()
+    assert opened == [str(models / "a"), str(models / "b")]
+
+
+def test_a_source_is_closed_when_its_content_is_refused(models):
+    source = Source(models / "a")
+    os.truncate(models / "a", 50)
+    with pytest.raises(BadFile, match="truncated"):
+        open_weights(source)
+    with pytest.raises(BadArgument, match="was closed"):
+        source.read_at(0, 1)
 
 
 def test_a_folder_with_one_model_stands_for_it(models):

@@ -59,42 +59,50 @@ _KNOWN: tuple[tuple[bytes, str, str], ...] = (
 _HEAD = 512
 
 
-def open_weights(path: str | PathLike[str], mmap: bool = True) -> WeightFile:
+def open_weights(path: str | PathLike[str] | Source, mmap: bool = True) -> WeightFile:
     """Open a GGUF file, a safetensors file, an index of shards, or a folder with one of them.
 
     Only headers are read. Nothing else in the library decides what a file is.
 
     Args:
-        path: The file or folder; its name does not matter.
+        path: The file or folder; its name does not matter. A Source is taken over: the file is opened
+            only once, so that another one moved to its place meanwhile cannot be half of what is read.
         mmap: Hand out tensors as views of the file, which then must not change while in use. False
-            reads each tensor into its own memory.
+            reads each tensor into its own memory. A Source keeps its own choice.
 
     Raises:
         BadFile: Missing, not a model file (the message says what it is instead), damaged or cut.
         UnknownFormat: A tensor of a type that zimage_core.formats does not describe.
     """
-    path = fspath(path)
-    if _is_folder(path):
-        path = _in_folder(path)
-    source = Source(path)
+    if isinstance(path, Source):
+        source = path
+    else:
+        path = fspath(path)
+        source = Source(_in_folder(path) if _is_folder(path) else path, mmap)
     try:
-        head = bytes(source.read_at(0, min(_HEAD, source.size)))
-        size = source.size
-    finally:
+        return _reader(source)
+    except BaseException:
         source.close()
+        raise
+
+
+def _reader(source: Source) -> WeightFile:
+    """The reader that the first bytes ask for."""
+    path, size = source.path, source.size
+    head = bytes(source.read_at(0, min(_HEAD, size)))
     if head[:4] == b"GGUF"[: len(head)]:
-        return GGUFFile(path, mmap)
+        return GGUFFile(source)
     # the header's length comes first and may look like any magic, even "{": so the brace behind it decides
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and (length <= size or not head.startswith(b"{")):
-        return SafetensorsFile(path, mmap)
+        return SafetensorsFile(source)
     if head.lstrip()[:1] == b"{" and b'"' in head:
-        return ShardedSafetensors(path, mmap)
+        return ShardedSafetensors(source)
     _refuse_known(path, head)
     if size <= 8 or 2 <= length <= size - 8:
-        return SafetensorsFile(path, mmap)  # says what is wrong with the header
-    shown = printable(head[:8])
-    raise BadFile(path, f"not a model file: magic {shown} is neither GGUF nor safetensors", _CONVERT)
+        return SafetensorsFile(source)  # says what is wrong with the header
+    fault = f"not a model file: magic {printable(head[:8])} is neither GGUF nor safetensors"
+    raise BadFile(path, fault, _CONVERT)
 
 
 def _is_folder(path: str) -> bool:

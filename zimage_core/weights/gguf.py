@@ -44,7 +44,7 @@ class GGUFFile(WeightFile):
     """A GGUF file; the header is read and checked, the data is not touched.
 
     Args:
-        path: The file.
+        path: The file; a Source is taken over.
         mmap: Hand out tensors as views of a private map; False reads each into its own memory.
 
     Attributes:
@@ -59,8 +59,8 @@ class GGUFFile(WeightFile):
 
     kind = "gguf"
 
-    def __init__(self, path: str | PathLike[str], mmap: bool = True) -> None:
-        super().__init__(Source(path, mmap))
+    def __init__(self, path: str | PathLike[str] | Source, mmap: bool = True) -> None:
+        super().__init__(path, mmap)
         try:
             self._read_header()
         except BaseException:

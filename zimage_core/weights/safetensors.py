@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,7 +43,7 @@ class SafetensorsFile(WeightFile):
     """One safetensors file; the header is read and checked, the data is not touched.
 
     Args:
-        path: The file.
+        path: The file; a Source is taken over.
         mmap: Hand out tensors as views of a private map; False reads each into its own memory.
         alone: False where the file is opened as one of several shards.
 
@@ -53,8 +53,8 @@ class SafetensorsFile(WeightFile):
 
     kind = "safetensors"
 
-    def __init__(self, path: str | PathLike[str], mmap: bool = True, alone: bool = True) -> None:
-        super().__init__(Source(path, mmap))
+    def __init__(self, path: str | PathLike[str] | Source, mmap: bool = True, alone: bool = True) -> None:
+        super().__init__(path, mmap)
         try:
             self._read_header()
             if alone:
@@ -147,13 +147,13 @@ class ShardedSafetensors(WeightFile):
 
     kind = "safetensors"
 
-    def __init__(self, path: str | PathLike[str], mmap: bool = True) -> None:
-        super().__init__(Source(path, mmap))
+    def __init__(self, path: str | PathLike[str] | Source, mmap: bool = True) -> None:
+        super().__init__(path, mmap)
         self.shards: dict[str, SafetensorsFile] = {}
         self._shard_of: dict[str, str] = {}
         try:
-            for shard, names in read_index(self.path).items():
-                self._add(shard, names, mmap)
+            for shard, names in read_index(self.source).items():
+                self._add(shard, names, self.source.mapped)
         except BaseException:
             self.close()
             raise
@@ -194,21 +194,26 @@ class ShardedSafetensors(WeightFile):
             shard.close()
 
 
-def read_index(path: str | PathLike[str]) -> dict[str, list[str]]:
+def read_index(place: str | PathLike[str] | Source) -> dict[str, list[str]]:
     """Shard name to the names of its tensors, from an index of shards.
 
     Raises:
         BadFile: Not such an index, or an entry that is not a plain file name.
     """
+    if not isinstance(place, Source):
+        source = Source(place)
+        try:
+            return read_index(source)
+        finally:
+            source.close()
     import json
 
-    path = fspath(path)
-    source = Source(path)
+    path = place.path
+    if place.size > MAX_INDEX:
+        raise BadFile(path, f"an index of {place.size} bytes, at most {MAX_INDEX} are allowed", AGAIN)
     try:
-        if source.size > MAX_INDEX:
-            raise BadFile(path, f"an index of {source.size} bytes, at most {MAX_INDEX} are allowed", AGAIN)
         document = json.loads(
-            source.read_at(0, source.size).decode("utf-8"),
+            place.read_at(0, place.size).decode("utf-8"),
             object_pairs_hook=lambda pairs: _unique(path, pairs),
             parse_int=lambda digits: int(digits[: MAX_DIGITS + 1]),
             parse_float=str,
@@ -217,8 +222,6 @@ def read_index(path: str | PathLike[str]) -> dict[str, list[str]]:
     except (ValueError, RecursionError) as error:
         fault = "is not valid JSON" if isinstance(error, ValueError) else "is JSON nested too deep"
         raise BadFile(path, f"the index {fault}", AGAIN) from None
-    finally:
-        source.close()
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not places:
         raise BadFile(path, "not an index of shards: no weight_map", "name a model file or its folder")

@@ -220,7 +220,8 @@ class WeightFile:
     kind = ""
     swapped = False  # numbers are stored in the other byte order than this machine's
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, place: str | PathLike[str] | Source, mmap: bool = True) -> None:
+        source = place if isinstance(place, Source) else Source(place, mmap)
         self.source = source
         self.path = source.path
         self.size = source.size
