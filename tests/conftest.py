@@ -18,6 +18,9 @@ settings.register_profile(
 settings.register_profile("deep", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
+# Before torch is imported: on tensors this small a second thread costs more than it gives.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The tests must not reach for the network, and tokenizers must not start threads that outlive a fork.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

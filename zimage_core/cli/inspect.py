@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             sys.stdout.write("\n".join(describe(inspection, args.tensors)) + "\n")
     if args.json and found:
-        sys.stdout.write(dumps(found) + "\n")
+        sys.stdout.write(dumps(found, args.tensors) + "\n")
     return status
 
 

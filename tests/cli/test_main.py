@@ -1,0 +1,131 @@
+"""The process: exit status, one line for an error, and nothing left behind when it is stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers.tree import ROOT
+from zimage_core.cli import inspect
+from zimage_core.errors import BadFile
+from zimage_core.png import read_metadata
+
+READY = (
+    "import sys, zimage_core.cli.main as m; m._handle_signals(); "
+    "sys.stderr.write('ready\\n'); sys.stderr.flush(); m.process()"
+)
+
+
+def start(*words: object, code: str = "from zimage_core.cli.main import process; process()", **environment):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_help_and_version_are_status_0(zimage):
+    assert zimage("--help").status == 0
+    assert zimage("--version").out.startswith("zimage-core ")
+    for verb in ("generate", "inspect", "doctor"):
+        assert verb in zimage("--help").out
+        assert zimage(verb, "--help").status == 0
+
+
+@pytest.mark.parametrize("words", [(), ("bogus",), ("inspect",), ("inspect", "--bogus", "x"), ("\x1b[31m",)])
+def test_a_wrong_command_is_one_line_and_status_2(zimage, words):
+    outcome = zimage(*words)
+    assert outcome.status == 2
+    assert "\x1b" not in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (BadFile("a.gguf", "is cut"), 1, "a.gguf: is cut"),
+        (PermissionError(13, "Permission denied", "x\ny"), 1, "x\\ny: permission denied"),
+        (MemoryError(), 1, "not enough memory"),
+        (KeyError("k\x1b"), 1, "internal error, KeyError"),
+    ],
+)
+def test_every_error_is_one_line(zimage, monkeypatch, raised, status, said):
+    def fail(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr(inspect, "inspect_file", fail)
+    outcome = zimage("inspect", "x")
+    assert outcome.status == status
+    assert said in outcome.error
+    assert "\x1b" not in outcome.error
+    shown = zimage("inspect", "x", "--debug").err
+    assert "Traceback" in shown
+    assert said in shown.splitlines()[-1]
+
+
+def test_a_closed_pipe_is_silent(model):
+    process = start("inspect", "--tensors", *[model] * 200)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 1
+    assert process.stderr.read() == ""
+
+
+def test_a_terminal_without_unicode_is_no_error(model):
+    process = start("inspect", model / "vae" / "圆.gguf", PYTHONIOENCODING="ascii")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+
+
+def stopped(number: signal.Signals, delay: float, model, folder) -> None:
+    """Stop a long run after `delay` and hold it to its promises."""
+    words = (
+        "generate",
+        "--prompts",
+        folder.parent / "prompts",
+        "--model",
+        model,
+        "-W",
+        32,
+        "-H",
+        32,
+        "-o",
+        folder,
+    )
+    process = start(*words, code=READY)
+    assert process.stderr.readline() == "ready\n"
+    time.sleep(delay)
+    process.send_signal(number)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    assert time.monotonic() - began < 10, "2 s are promised, a busy machine gets five times that"
+    for path in folder.iterdir():
+        assert path.suffix == ".png", f"{path.name} was left"
+        read_metadata(path)  # whole
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "prompts").write_text("a red circle\n" * 1000)
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay", [0.0, 0.5, 3.0])
+def test_a_stopped_run_ends_at_once_and_leaves_whole_pictures(number, delay, model, folder):
+    stopped(number, delay, model, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(50))
+def test_a_run_can_be_stopped_at_any_time(seed, model, folder):
+    draw = random.Random(seed)
+    stopped(draw.choice([signal.SIGINT, signal.SIGTERM]), draw.uniform(0, 5), model, folder)
