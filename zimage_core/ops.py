@@ -26,6 +26,9 @@ Half of it halves the speed of the multiplication from 1,000 tokens on; twice as
 there and loses as much at 256, where it falls out of the cache.
 """
 
+SPREAD_FROM = 1 << 24
+"""Products from which a matrix is shared out among threads: 0.4 ms, several times the cost of asking."""
+
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FORMAT_OF = {dtype: FORMATS[name] for name, dtype in DTYPES.items()}
 
@@ -99,7 +102,7 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
 
 def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
     rows, width = weight.shape
-    flat = x.reshape(-1, width).float()
+    flat = x.reshape(-1, width).float().contiguous()  # the strides of x must not choose the BLAS routine
     out = torch.empty(len(flat), rows, dtype=torch.float32, device=flat.device)
     # a multiple of 8 rows, so that every slab starts where the first one is aligned
     height = max(8, SLAB_BYTES // (4 * max(width, 1)) // 8 * 8)
@@ -116,7 +119,8 @@ def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tenso
             torch.mm(flat, dense.t(), out=out[:, start:stop])
 
     if out.numel():
-        spread(multiply, rows) if flat.device.type == "cpu" else multiply(0, rows)
+        worth_it = flat.device.type == "cpu" and out.numel() * width >= SPREAD_FROM
+        spread(multiply, rows) if worth_it else multiply(0, rows)
     if weight.scale is not None:
         out.mul_(weight.scale.view(-1))
     if bias is not None:

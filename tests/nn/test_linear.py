@@ -1,0 +1,146 @@
+"""Defends: a layer does not show whether its weight is dense or packed, and no cast touches packed bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from zimage_core.errors import BadShape
+from zimage_core.formats import FORMATS
+from zimage_core.nn.linear import Embedding, Linear
+from zimage_core.quant_tensor import QuantTensor
+from zimage_core.reference.encode import random_blocks
+
+
+def quant(name: str, rows: int, width: int) -> QuantTensor:
+    packed = random_blocks(FORMATS[name], (rows, width), np.random.default_rng(1))
+    return QuantTensor(torch.from_numpy(packed), FORMATS[name], (rows, width))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_random_layer_is_torchs_linear(bias):
+    layer, x = Linear(32, 7, bias=bias), torch.randn(2, 3, 32)
+    if bias:
+        torch.nn.init.normal_(layer.bias)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+    layer(x).sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+    assert sorted(layer.state_dict()) == (["bias", "weight"] if bias else ["weight"])
+
+
+def test_state_dict_goes_both_ways_with_torch():
+    theirs, ours = torch.nn.Linear(32, 7), Linear(32, 7, bias=True)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 32)
+    assert torch.equal(ours(x), theirs(x))
+    table = Embedding(7, 32)
+    table.load_state_dict(torch.nn.Embedding(7, 32).state_dict())
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "F16", "IQ1_M"])
+def test_packed_layer_is_the_layer_of_its_dequantised_weight(name):
+    weight, x = quant(name, 40, 256), torch.randn(5, 256)
+    layer, dense = Linear(256, 40, bias=True), Linear(256, 40, bias=True)
+    torch.nn.init.normal_(layer.bias)
+    layer.assign(weight)
+    dense.load_state_dict({"weight": weight.dequantize(), "bias": layer.bias})
+    assert layer.weight is None
+    assert layer.packed.data_ptr() == weight.packed.data_ptr()
+    with torch.no_grad():
+        # the same products, summed in another order: K eps of the sum of magnitudes
+        room = 258 * 2.0**-24 * (x.abs() @ weight.dequantize().abs().T) + 1e-6
+        assert ((layer(x) - dense(x)).abs() <= room).all()
+    assert layer.quant.format.name == name
+
+
+def test_float32_of_the_file_becomes_the_dense_weight_without_a_copy():
+    values = torch.randn(7, 32)
+    layer = Linear(32, 7)
+    layer.assign(QuantTensor(values.view(torch.uint8), FORMATS["F32"], (7, 32)))
+    assert layer.weight.data_ptr() == values.data_ptr()
+    assert not layer.weight.requires_grad
+    assert layer.quant is None
+    assert layer.packed is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "is_dense"),
+    [
+        ("F32", torch.float32, True),
+        ("F16", torch.float32, False),
+        ("F16", torch.float16, True),
+        ("BF16", torch.bfloat16, True),
+        ("F32", torch.bfloat16, False),
+        ("F8_E4M3", torch.float16, False),
+    ],
+)
+def test_dense_exactly_when_the_file_has_the_wanted_dtype(stored, wanted, is_dense):
+    layer = Linear(32, 7)
+    layer.assign(quant(stored, 7, 32), wanted)
+    assert (layer.weight is not None) == is_dense
+    assert layer.dtype == wanted
+    with torch.no_grad():
+        assert layer(torch.randn(2, 32).to(wanted)).dtype == wanted
+
+
+def test_a_second_assign_replaces_the_first():
+    layer = Linear(256, 4)
+    layer.assign(quant("Q4_K", 4, 256))
+    layer.assign(quant("F32", 4, 256))
+    assert layer.packed is None
+    layer.assign(quant("Q6_K", 4, 256))
+    assert layer.weight is None
+    assert layer.quant.format.name == "Q6_K"
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Linear(256, 4), lambda: Embedding(4, 256)], ids=["linear", "embedding"]
+)
+def test_wrong_shapes_are_named_before_they_are_run(make):
+    with pytest.raises(BadShape, match=r"\(4, 512\).*\(4, 256\)"):
+        make().assign(quant("Q4_K", 4, 512))
+
+
+def test_casts_and_moves_leave_packed_bytes_and_scales_alone():
+    scale = torch.rand(4) + 0.1
+    weight = QuantTensor(quant("F8_E4M3", 4, 64).packed, FORMATS["F8_E4M3"], (4, 64), scale)
+    layer = Linear(64, 4, bias=True)
+    layer.assign(weight)
+    layer.to(torch.bfloat16)
+    assert layer.packed.dtype == torch.uint8
+    assert layer.bias.dtype == torch.bfloat16
+    assert layer.dtype == torch.bfloat16
+    assert torch.equal(layer.quant.scale, scale)
+    layer.half().float()
+    assert torch.equal(layer.quant.dequantize(), weight.dequantize())
+
+
+def test_a_layer_built_without_memory_takes_its_weight_from_the_file():
+    with torch.device("meta"):
+        layer, table = Linear(256, 4), Embedding(4, 256)
+    layer.assign(quant("Q4_K", 4, 256))
+    table.assign(quant("F32", 4, 256))
+    with torch.no_grad():
+        assert layer(torch.randn(2, 256)).device.type == "cpu"
+    assert table(torch.tensor([1])).device.type == "cpu"
+
+
+def test_embedding_gives_rows_in_the_layers_dtype():
+    weight = quant("Q6_K", 9, 256)
+    table = Embedding(9, 256)
+    table.assign(weight)
+    ids = torch.tensor([[8, 8], [0, 3]])
+    assert torch.equal(table(ids), weight.dequantize()[ids])
+    table.half()
+    assert table(ids).dtype == torch.float16
+    dense = Embedding(9, 256)
+    assert torch.equal(dense(ids), torch.nn.functional.embedding(ids, dense.weight))
+
+
+def test_print_names_the_format():
+    layer, table = Linear(256, 4), Embedding(4, 256)
+    layer.assign(quant("Q4_K", 4, 256))
+    assert "Q4_K" in repr(layer)
+    assert "float32" in repr(table)
