@@ -122,8 +122,8 @@ def merges() -> list[str]:
 
 
 def export_vae(runs: Path, path: Path) -> None:
-    weights = ema(runs / "vae.pt", "model.")
-    norm = ema(runs / "vae.pt", "norm.")
+    source = runs / "decoder.pt" if (runs / "decoder.pt").exists() else runs / "vae.pt"
+    weights, norm = ema(source, "model."), ema(source, "norm.")
     std, mean = (norm["running_var"] + 1e-5).sqrt(), norm["running_mean"]
     # (z - mean) / std for the training's unit-variance latents, then Flux's scale and shift undone
     scale = 1 / (std * CONFIG.scaling_factor)

@@ -7,6 +7,9 @@ already; `export` folds the normalisation into the encoder's last convolution, w
 
     python -m benchmarks.nano.train_vae --runs RUNS --minutes 20
 
+With --decoder the encoder stands still, so that the transformer can train on its latents meanwhile, and
+the decoder of RUNS/vae.pt gets sharper into RUNS/decoder.pt, which `export` prefers.
+
 Resumes from RUNS/vae.pt. Progress of the learning rate follows the clock, since the machine's speed
 is not known beforehand; `--steps` makes it follow the step count instead.
 """
@@ -82,47 +85,51 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--decoder", action="store_true", help="train the decoder alone")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     vae = NanoVAE().to(memory_format=torch.channels_last)
+    path = args.runs / ("decoder.pt" if args.decoder else "vae.pt")
+    if args.decoder:
+        vae.load_state_dict(torch.load(args.runs / "vae.pt", weights_only=True)["ema"])
+        vae.model.encoder.requires_grad_(False)
     ema = {k: v.clone() for k, v in vae.state_dict().items()}
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-3)
+    trained = [p for p in vae.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-3)
     step, spent = 0, 0.0
-    path = args.runs / "vae.pt"
     if path.exists():
         state = torch.load(path, weights_only=True)
         vae.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         step, spent, ema = state["step"], state["spent"], state["ema"]
-    encode, decode = vae.model.encoder, vae.decode
-    if args.compile:
-        encode, decode = torch.compile(vae.model.encoder), torch.compile(vae.model.decoder)
+    crops_until = 0.0 if args.decoder else CROPS_UNTIL
+
+    def keep() -> None:
+        state = {"model": vae.state_dict(), "optimiser": optimiser.state_dict(), "ema": ema}
+        save(path, {**state, "step": step, "spent": time.time() - began})
 
     began, shown, losses = time.time() - spent, time.time(), []
     while True:
         progress = step / args.steps if args.steps else (time.time() - began) / (60 * args.minutes)
         if progress >= 1:
             break
-        rng = np.random.default_rng((1, step))
-        x = batch(rng, args.batch, CROP if progress < CROPS_UNTIL else SIZE).contiguous(
+        rng = np.random.default_rng((1, int(args.decoder), step))
+        x = batch(rng, args.batch, CROP if progress < crops_until else SIZE).contiguous(
             memory_format=torch.channels_last
         )
         for group in optimiser.param_groups:
             group["lr"] = (
                 args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
             )
-        vae.norm.train(progress < FREEZE_AT)
+        vae.norm.train(progress < FREEZE_AT and not args.decoder)
         with torch.autocast("cpu", torch.bfloat16):
-            z = vae.norm(encode(x)[:, : CONFIG.latent_channels].float())
-            z = z + LATENT_NOISE * torch.randn_like(z)
-            raw = z / CONFIG.scaling_factor + CONFIG.shift_factor
-            y = (decode(raw) if args.compile else vae.model.decode(raw)).float()
+            z = vae.latents(x)
+            y = vae.decode(z + LATENT_NOISE * torch.randn_like(z)).float()
         l1, mse = (y - x).abs().mean(), (y - x).square().mean()
         optimiser.zero_grad(set_to_none=True)
         (l1 + 2 * mse).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         step += 1
         decay = min(0.998, 1 - 1 / (step + 1))
@@ -134,24 +141,12 @@ def main() -> None:
         losses.append((l1.item(), mse.item()))
         if step % 50 == 0:
             a, b = np.mean(losses[-50:], axis=0)
-            print(
-                f"step {step} at {progress:.3f}  L1 {a:.4f}  MSE {b:.5f}  {(time.time() - shown) / 50:.3f} s a step",
-                flush=True,
-            )
+            pace = (time.time() - shown) / 50
+            print(f"step {step} at {progress:.3f}  L1 {a:.4f}  MSE {b:.5f}  {pace:.3f} s a step", flush=True)
             shown = time.time()
         if step % 250 == 0:
-            state = {"model": vae.state_dict(), "optimiser": optimiser.state_dict(), "ema": ema}
-            save(path, {**state, "step": step, "spent": time.time() - began})
-    save(
-        path,
-        {
-            "model": vae.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "ema": ema,
-            "step": step,
-            "spent": time.time() - began,
-        },
-    )
+            keep()
+    keep()
 
 
 if __name__ == "__main__":
