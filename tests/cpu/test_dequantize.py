@@ -117,6 +117,22 @@ def test_two_threads_do_not_share_scratch():
     assert not wrong
 
 
+def test_scratch_made_in_inference_mode_serves_outside_it():
+    packed = torch.from_numpy(random_rows(FORMATS["Q4_K"], 2, 2))
+    results: list[torch.Tensor] = []
+
+    def work() -> None:  # a thread of its own has no scratch yet
+        for inference in (True, False):
+            with torch.inference_mode(inference):
+                results.append(door.dequantize(packed, FORMATS["Q4_K"]))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(results) == 2
+    assert torch.equal(results[0], results[1])
+
+
 def test_scratch_stays_small():
     """A matrix of 16 M weights must not leave more than a few tiles of scratch behind."""
     device = torch.device("cpu")

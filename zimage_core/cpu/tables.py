@@ -114,4 +114,5 @@ def _build(name: str) -> Tensor:
 @cache
 def table(name: str, device: torch.device) -> Tensor:
     """A table [entries], at home on `device`; `_build` says what each of them holds."""
-    return _build(name).to(device)
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return _build(name).to(device)

@@ -46,7 +46,8 @@ class Workspace:
         nbytes = math.prod(shape) * dtype.itemsize
         start, end = self._used, self._used + nbytes
         if end > self._buffer.numel():
-            self._buffer = torch.empty(max(2 * end, 1 << 16), dtype=torch.uint8, device=self.device)
+            with torch.inference_mode(False):  # it outlives the caller's mode and must stay writable
+                self._buffer = torch.empty(max(2 * end, 1 << 16), dtype=torch.uint8, device=self.device)
         self._used = -(-end // _ALIGN) * _ALIGN
         return self._buffer[start:end].view(dtype).view(shape)
 
