@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from zimage_core import sources
+from zimage_core.diagnose import guard_attention
 from zimage_core.errors import BadArgument, BadFile, Unsupported, WrongModel, printable
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
@@ -62,6 +63,8 @@ class Components:
         self._interrupt = False
         self._guidance_scale = 0.0
         self._num_timesteps = 0
+        guard_attention(text_encoder, "text encoder")
+        guard_attention(vae, "VAE")
         paths = {name: file.path for name, file in self.files().items()}
         check_compatible(transformer.config, text_encoder.config, vae.config, paths)
         rows = text_encoder.config.vocab_size

@@ -45,6 +45,50 @@ def watch(model: nn.Module, name: str) -> Iterator[None]:
             handle.remove()
 
 
+class _Guard:
+    """Hook that refuses a non-finite output; a class, so that a guarded model can still be pickled."""
+
+    def __init__(self, name: str, place: str) -> None:
+        self.name, self.place = name, place
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if _bad(output):
+            raise NonFinite(f"{self.name}: {_sentence(module, module, self.place, inputs)}")
+
+
+def guard_attention(model: nn.Module, name: str) -> None:
+    """Check queries and keys of every attention in `model` from now on.
+
+    The softmax of a CPU turns a row of scores of minus infinity into zeros, so that a bad weight in front of
+    it would give a wrong picture instead of a non-finite one. Nothing else in the networks hides a bad
+    number. The transformer needs no guard: its queries and keys go through a norm, which makes infinity NaN,
+    and NaN passes the softmax.
+    """
+    for place, module in model.named_modules():
+        if place.rpartition(".")[2] in ("to_q", "to_k", "q_proj", "k_proj"):
+            module.register_forward_hook(_Guard(name, place))
+
+
+def checked(
+    model: nn.Module, name: str, call: Callable[[], torch.Tensor], debug: bool = False
+) -> torch.Tensor:
+    """What `call` (which runs `model`) returns, known to be finite.
+
+    Raises:
+        NonFinite: Names block and tensor; found in a second run, or at once with `debug`.
+    """
+    if debug:
+        with watch(model, name):
+            return call()
+    try:
+        out = call()
+        if bool(torch.isfinite(out).all()):
+            return out
+    except NonFinite:
+        pass  # a guard saw it, perhaps far behind the place where it began
+    raise NonFinite(explain(model, name, call))
+
+
 def explain(model: nn.Module, name: str, again: Callable[[], object]) -> str:
     """Run `again` (which calls `model`) under watch -> a sentence on where the bad number came from."""
     try:
@@ -86,7 +130,7 @@ def _bad(value: Any) -> bool:
 def _bad_weight(model: nn.Module, module: nn.Module, place: str) -> str | None:
     """Name of the non-finite tensor: the module's own, else one that hangs directly in a module above."""
     chain = [(place, module)]
-    parts = place.split(".")
+    parts = place.split(".") if module is not model else []
     chain += [
         (".".join(parts[:n]), model.get_submodule(".".join(parts[:n]))) for n in range(len(parts) - 1, -1, -1)
     ]

@@ -37,7 +37,7 @@ def from_generator(
     Raises:
         BadArgument: Not a generator, or a list whose length is neither 1 nor B.
     """
-    chosen = list(generator) if isinstance(generator, (list, tuple)) else [generator]
+    chosen: list[torch.Generator] = list(generator) if isinstance(generator, (list, tuple)) else [generator]  # type: ignore[list-item]
     if not all(isinstance(g, torch.Generator) for g in chosen):
         raise BadArgument("generator: a torch.Generator or a list of them is needed")
     if len(chosen) == 1:

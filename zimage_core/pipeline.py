@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 
 from zimage_core.checks import StepCallback
 from zimage_core.components import Components
-from zimage_core.diagnose import explain, watch
-from zimage_core.errors import Busy, NonFinite
+from zimage_core.diagnose import checked, explain, watch
+from zimage_core.errors import BadArgument, Busy, NonFinite
 from zimage_core.result import Clock, Timings, ZImageResult, peak_memory, to_output
 from zimage_core.run import Batch, Run, call_back, describe, encoding, make_batch, prepare
 from zimage_core.sampling.euler import sample
@@ -210,11 +209,9 @@ class ZImagePipeline(Components):
     def _caption(self, text: str, options: dict[str, Any], debug: bool) -> torch.Tensor:
         """One prompt -> [L, cap_feat_dim]."""
         ids = torch.tensor(prompt_ids(self.tokenizer, text, **options), dtype=torch.int64)
-        with watch(self.text_encoder, "text encoder") if debug else nullcontext():
-            features: torch.Tensor = self.text_encoder(ids)
-        if not bool(torch.isfinite(features).all()):
-            raise NonFinite(explain(self.text_encoder, "text encoder", lambda: self.text_encoder(ids)))
-        return features
+        if len(ids) == 0:
+            raise BadArgument("prompt: an empty one gives no tokens in this prompt_template; write something")
+        return checked(self.text_encoder, "text encoder", partial(self.text_encoder, ids), debug)
 
     def _network(self, debug: bool) -> Network:
         """The transformer as `Guided` calls it."""
@@ -254,9 +251,5 @@ class ZImagePipeline(Components):
         pictures = []
         for latent in latents / config.scaling_factor + config.shift_factor:
             z = latent[None]
-            with watch(self.vae, "VAE") if debug else nullcontext():
-                pixels = self.vae.decode(z)
-            if not bool(torch.isfinite(pixels).all()):
-                raise NonFinite(explain(self.vae, "VAE", partial(self.vae.decode, z)))
-            pictures.append(pixels)
+            pictures.append(checked(self.vae, "VAE", partial(self.vae.decode, z), debug))
         return torch.cat(pictures)

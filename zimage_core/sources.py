@@ -64,9 +64,9 @@ def find(source: str | os.PathLike[str], given: Collection[str] = ()) -> Sources
         WrongModel: The folder holds another kind of pipeline.
     """
     path = Path(source)
-    if path.is_dir():
+    if os.fspath(source) and path.is_dir():  # "" would be the working folder
         return _in_folder(path, None, given)
-    if path.exists():
+    if os.fspath(source) and path.exists():
         raise BadFile(path, "is a file, not a folder", "use ZImagePipeline.from_files(transformer=..., ...)")
     tag = hub.REPO_ID.fullmatch(os.fspath(source))
     return _in_folder(hub.fetch(os.fspath(source)), tag["tag"] if tag else None, given)

@@ -28,8 +28,9 @@ SIZE = 32
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 TRANSFORMER: dict[str, Any] = {
-    "_class_name": "ZImageTransformer2DModel", "all_patch_size": [2], "all_f_patch_size": [1], "in_channels": 16,
-    "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "norm_eps": 1e-5,
+    "_class_name": "ZImageTransformer2DModel", "all_patch_size": [2], "all_f_patch_size": [1],
+    "in_channels": 16, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+    "norm_eps": 1e-5,
     "qk_norm": True, "cap_feat_dim": 24, "rope_theta": 256.0, "t_scale": 1000.0, "axes_dims": [4, 6, 6],
     "axes_lens": [1536, 512, 512],
 }  # fmt: skip
@@ -103,8 +104,8 @@ def write_tokenizer(folder: Path) -> None:
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens[:256])})
     (folder / "merges.txt").write_text("#version: 0.2\n", "utf-8")
     decoder = {
-        str(i): {"content": token, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False,
-                 "special": not token.endswith("think>")}
+        str(i): {"content": token, "lstrip": False, "rstrip": False, "normalized": False,
+                 "single_word": False, "special": not token.endswith("think>")}
         for i, token in enumerate(tokens) if i >= 256
     }  # fmt: skip
     write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": decoder})
@@ -119,7 +120,9 @@ def folder(where: Path, shift: float = 3.0) -> Path:
     }
     for name, (state, config, file) in parts.items():
         (where / name).mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in state.items()}, where / name / file, metadata={"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in state.items()}, where / name / file, metadata={"format": "pt"}
+        )
         write_json(where / name / "config.json", config)
     write_tokenizer(where / "tokenizer")
     (where / "scheduler").mkdir()

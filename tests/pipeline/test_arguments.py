@@ -19,12 +19,16 @@ HUGE = 10**5000
 EMBEDS = [torch.ones(3, 24)]
 
 
+class Reached(Exception):
+    """A network would have run."""
+
+
 @pytest.fixture(scope="module")
 def pipe():
     pipe = tiny.pipeline()
 
     def fail(*_):
-        raise AssertionError("a network ran")
+        raise Reached
 
     for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
         part.register_forward_pre_hook(fail)
@@ -52,13 +56,15 @@ BAD = [
     *[{"prompt": v} for v in (None, [], 5, [5], ["a", None], "a\0b", "\ud800", "a" * 20_000, b"a", {"a": 1})],
     {"prompt": ["a"] * 1025},
     *[{"negative_prompt": v, "guidance_scale": 2.0} for v in ([], 5, ["a", "b"], "a\0")],
-    *[{"prompt_embeds": v} for v in ([], 5, [torch.ones(3, 25)], [torch.ones(24)], [torch.ones(0, 24)], [None],
-                                     [torch.ones(3, 24, dtype=torch.int64)], [torch.full((3, 24), math.nan)],
+    *[{"prompt_embeds": v} for v in ([], 5, [torch.ones(3, 25)], [torch.ones(24)], [torch.ones(0, 24)],
+                                     [None],                                     [torch.ones(3, 24, dtype=torch.int64)],
+                                     [torch.full((3, 24), math.nan)],
                                      EMBEDS * 2)],
     {"prompt": None, "prompt_embeds": EMBEDS, "guidance_scale": 2.0},
     {"negative_prompt_embeds": EMBEDS * 2, "guidance_scale": 2.0},
     *[{"latents": v} for v in (torch.ones(1, 16, 4, 5), torch.ones(2, 16, 4, 4), 5,
-                               torch.ones(1, 16, 4, 4, dtype=torch.int32), torch.full((1, 16, 4, 4), math.inf))],
+                               torch.ones(1, 16, 4, 4, dtype=torch.int32),
+                               torch.full((1, 16, 4, 4), math.inf))],
     {"callback_on_step_end": 5},
     *[{"callback_on_step_end_tensor_inputs": v} for v in (["latent"], "latents", 5, [5])],
 ]  # fmt: skip
@@ -67,11 +73,11 @@ BAD = [
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: " ".join(bad) or "none")
 def test_a_bad_argument_is_a_value_error_that_names_it(pipe, bad):
     started = time.perf_counter()
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ZImageError) as caught:
         pipe(**{"prompt": "a", **bad})
     # 50 ms is the promise; the machine that tests may be shared with others
     assert time.perf_counter() - started < 0.5
-    assert isinstance(caught.value, ZImageError)
+    assert isinstance(caught.value, ValueError)
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 400
@@ -90,7 +96,8 @@ def test_checks_take_less_than_50_ms_in_the_median(pipe):
 
 
 @pytest.mark.parametrize(
-    ("size", "nearest"), [(1080, "1072 and 1088"), (770, "768 and 784"), (15, "is 16"), (8191, "8176 and 8192")]
+    ("size", "nearest"),
+    [(1080, "1072 and 1088"), (770, "768 and 784"), (15, "is 16"), (8191, "8176 and 8192")],
 )
 def test_a_size_between_two_names_both(pipe, size, nearest):
     with pytest.raises(BadArgument, match=f"height: got {size}.*multiple of 16.*{nearest}"):
@@ -106,8 +113,8 @@ anything = st.one_of(
     st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=5), st.none(), st.booleans(), st.just([]),
     st.lists(st.floats(), max_size=3),
 )  # fmt: skip
-NAMES = ("height", "width", "num_inference_steps", "guidance_scale", "cfg", "seed", "cfg_truncation", "sigmas",
-         "cfg_normalization", "max_sequence_length", "output_type")  # fmt: skip
+NAMES = ("height", "width", "num_inference_steps", "guidance_scale", "cfg", "seed", "cfg_truncation",
+         "sigmas", "cfg_normalization", "max_sequence_length", "output_type")  # fmt: skip
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), anything, min_size=1, max_size=4))
@@ -116,21 +123,23 @@ def test_any_arguments_give_a_value_error_or_reach_the_networks(pipe, values):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pipe("a", **{"height": 32, "width": 32, **values})
-    except ValueError as error:
-        assert isinstance(error, ZImageError)
-    except AssertionError as error:
-        assert "a network ran" in str(error)
+    except (BadArgument, Reached):
+        pass
 
 
 def test_numpy_integers_are_integers():
     pipe = tiny.pipeline()
-    got = pipe("a", height=np.int64(32), width=np.int32(16), seed=np.uint64(3), num_inference_steps=np.int8(1))
+    got = pipe(
+        "a", height=np.int64(32), width=np.int32(16), seed=np.uint64(3), num_inference_steps=np.int8(1)
+    )
     assert got.images[0].size == (16, 32)
 
 
 def test_guidance_that_does_not_suit_the_checkpoint_warns_what_it_costs():
     pipe = tiny.pipeline()
-    with pytest.warns(UserWarning, match=r"guidance_scale=1 runs the network twice.*off is 0.*the 2 of programs"):
+    with pytest.warns(
+        UserWarning, match=r"guidance_scale=1 runs the network twice.*off is 0.*the 2 of programs"
+    ):
         pipe("a", guidance_scale=1.0, num_inference_steps=1)
     with pytest.warns(UserWarning, match="distilled to need no guidance$"):
         pipe("a", guidance_scale=4.0, num_inference_steps=1)

@@ -1,0 +1,257 @@
+"""Pipelines from files, folders and repositories; each refusal names the part and the next step."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import tiny
+from zimage_core import hub, sources
+from zimage_core.components import read_dtype
+from zimage_core.errors import BadArgument, BadFile, Unsupported, WrongModel, ZImageError
+from zimage_core.pipeline import ZImagePipeline
+from zimage_core.sampling.schedule import FlowMatchEulerScheduler
+
+FILE = {"transformer": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors",
+        "vae": "diffusion_pytorch_model.safetensors"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("saved") / "m", shift=6.0)
+
+
+def latents(pipe):
+    return pipe("a", height=32, width=32, seed=1, num_inference_steps=2, output_type="latent").images
+
+
+@pytest.fixture(scope="module")
+def want():
+    return latents(tiny.pipeline(shift=6.0))
+
+
+def parts(folder: Path) -> dict[str, Path]:
+    return {name: folder / name for name in FILE}
+
+
+def test_a_diffusers_folder(saved, want):
+    pipe = ZImagePipeline.from_pretrained(saved)
+    assert torch.equal(latents(pipe), want)
+    assert torch.equal(latents(ZImagePipeline.from_pretrained(str(saved))), want)
+    assert pipe.scheduler == FlowMatchEulerScheduler(6.0)
+    assert pipe.sample_size == 1024
+    assert set(pipe.files()) == set(FILE)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_single_files_and_component_folders(saved, want, mmap):
+    shift = FlowMatchEulerScheduler(6.0)
+    by_folder = ZImagePipeline.from_files(**parts(saved), scheduler=shift, mmap=mmap)
+    assert torch.equal(latents(by_folder), want)
+    files = {name: saved / name / FILE[name] for name in FILE}
+    by_file = ZImagePipeline.from_files(**files, scheduler=shift, tokenizer=saved / "tokenizer", mmap=mmap)
+    assert torch.equal(latents(by_file), want)
+
+
+def test_parts_of_a_folder_can_be_replaced(saved, want, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(saved, folder)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(BadFile, match="vae"):
+        ZImagePipeline.from_pretrained(folder)
+    assert torch.equal(latents(ZImagePipeline.from_pretrained(folder, vae=saved / "vae")), want)
+
+
+def test_a_folder_of_another_pipeline_is_named(saved, tmp_path):
+    tiny.write_json(tmp_path / "model_index.json", {"_class_name": "FluxPipeline"})
+    with pytest.raises(WrongModel, match="FluxPipeline"):
+        ZImagePipeline.from_pretrained(tmp_path)
+
+
+def test_swapped_files_are_named(saved):
+    with pytest.raises(WrongModel, match=r"vae=|transformer"):
+        ZImagePipeline.from_files(saved / "vae", saved / "text_encoder", saved / "transformer")
+
+
+def test_parts_that_do_not_fit_are_refused_before_they_run(saved):
+    pipe = tiny.pipeline()
+    config = {**tiny.TEXT_ENCODER, "hidden_size": 40}
+    other = tiny.TextEncoder(tiny.TextEncoderConfig.from_json(config))
+    with pytest.raises(WrongModel, match=r"width 40.*needs width 24"):
+        ZImagePipeline(pipe.scheduler, pipe.vae, other, pipe.tokenizer, pipe.transformer)
+    small = tiny.TextEncoder(tiny.TextEncoderConfig.from_json({**tiny.TEXT_ENCODER, "vocab_size": 100}))
+    with pytest.raises(WrongModel, match="knows 100 tokens, the tokenizer has 261"):
+        ZImagePipeline(pipe.scheduler, pipe.vae, small, pipe.tokenizer, pipe.transformer)
+
+
+def test_a_missing_tokenizer_says_what_to_pass(saved, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(saved, folder)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(BadFile, match="tokenizer="):
+        ZImagePipeline.from_pretrained(folder)
+    assert ZImagePipeline.from_pretrained(folder, tokenizer=tiny.tokenizer()).tokenizer.encode("a")
+    with pytest.raises(ZImageError):
+        ZImagePipeline.from_pretrained(folder, tokenizer=tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere", "a/b/c", "/absent/folder", "org/repo:", "", "org/re po", "a\nb/c"]
+)
+def test_what_is_neither_folder_nor_repository_is_said_so(name):
+    with pytest.raises(ZImageError) as caught:
+        ZImagePipeline.from_pretrained(name)
+    assert "\n" not in str(caught.value)
+    assert "folder" in str(caught.value)
+
+
+def test_a_file_is_not_a_folder(saved):
+    with pytest.raises(BadFile, match="from_files"):
+        ZImagePipeline.from_pretrained(saved / "model_index.json")
+
+
+def test_devices_and_dtypes_are_checked(saved):
+    cpu = torch.device("cpu")
+    assert read_dtype(None, None, cpu) == torch.float32
+    assert read_dtype("bfloat16", None, cpu) == read_dtype(None, torch.bfloat16, cpu) == torch.bfloat16
+    assert read_dtype(None, None, torch.device("cuda")) == torch.bfloat16
+    for bad in ("float64", torch.float64, "x", 5):
+        with pytest.raises(BadArgument, match="float32, float16, bfloat16"):
+            read_dtype(bad, None, cpu)
+    with pytest.raises(BadArgument, match="one argument"):
+        read_dtype("float16", torch.float32, cpu)
+    with pytest.raises(BadArgument, match="device"):
+        ZImagePipeline.from_pretrained(saved, device="toaster")
+    if not torch.cuda.is_available():
+        with pytest.raises(Unsupported, match="no GPU"):
+            tiny.pipeline().to("cuda")
+
+
+# --- repositories -------------------------------------------------------------------------------------------
+
+
+DIFFUSERS = ["model_index.json", "README.md", "transformer/config.json", "transformer/a.safetensors",
+             "vae/diffusion_pytorch_model.bin", "vae/b.safetensors", "tokenizer/merges.txt",
+             "assets/x.png"]  # fmt: skip
+QUANTS = ["z-Q4_K_M.gguf", "z-Q8_0.gguf", "z-UD-IQ2_XXS.gguf", "README.md", "config.json"]
+
+
+def test_of_a_diffusers_repository_the_components_are_fetched():
+    assert hub.select(DIFFUSERS, None, "o/r") == [
+        "model_index.json", "transformer/config.json", "transformer/a.safetensors", "vae/b.safetensors",
+        "tokenizer/merges.txt",
+    ]  # fmt: skip
+
+
+def test_of_many_quantisations_the_named_one_is_fetched():
+    assert hub.select(QUANTS, "q4_k_m", "o/r") == ["z-Q4_K_M.gguf", "config.json"]
+    with pytest.raises(BadArgument, match=r"choose one, e.g. o/r:Q4_K_M; Q4_K_M, Q8_0, UD-IQ2_XXS"):
+        hub.select(QUANTS, None, "o/r")
+    with pytest.raises(BadArgument, match="no file of quantisation Q5_0; it has Q4_K_M"):
+        hub.select(QUANTS, "Q5_0", "o/r")
+    complete = ["z-Q4_K_M.gguf", "z-Q8_0.gguf", "qwen-Q4_K_M.gguf", "ae.safetensors"]
+    assert hub.select(complete, "Q4_K_M", "o/r") == ["z-Q4_K_M.gguf", "qwen-Q4_K_M.gguf", "ae.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [("z_image_turbo-Q4_K_M.gguf", "Q4_K_M"), ("z-image-turbo.Q8_0.gguf", "Q8_0"), ("ae.safetensors", None),
+     ("z_image_turbo_bf16.safetensors", "BF16"), ("Qwen3-4B-UD-IQ3_XXS.gguf", "UD-IQ3_XXS"),
+     ("q.gguf", None)],
+)  # fmt: skip
+def test_tags_are_read_from_names(name, tag):
+    assert hub.quant_tag(name) == tag
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of the Hub, and no network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def test_offline_and_not_cached_is_a_sentence(cache):
+    with pytest.raises(BadFile, match="org/repo: is not in the cache and HF_HUB_OFFLINE is set; unset it"):
+        ZImagePipeline.from_pretrained("org/repo")
+
+
+def test_offline_and_cached_is_loaded(cache, saved, want):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = cache / "models--org--repo"
+    shutil.copytree(saved, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    assert torch.equal(latents(ZImagePipeline.from_pretrained("org/repo")), want)
+
+
+def test_a_folder_of_that_name_comes_first(cache, saved, want, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "org" / "repo")
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(latents(ZImagePipeline.from_pretrained("org/repo")), want)
+
+
+def test_online_the_chosen_files_are_downloaded(cache, saved, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    class Api:
+        def list_repo_files(self, repo):
+            return [str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()] + [
+                "extra/x.safetensors"
+            ]
+
+    def download(repo, allow_patterns):
+        asked[repo] = allow_patterns
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert ZImagePipeline.from_pretrained("org/repo").scheduler.shift == 6.0
+    assert "transformer/diffusion_pytorch_model.safetensors" in asked["org/repo"]
+    assert not any("extra" in name for name in asked["org/repo"])
+
+
+def test_a_failing_network_is_a_sentence(cache, monkeypatch):
+    import huggingface_hub
+
+    class Api:
+        def list_repo_files(self, repo):
+            raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(BadFile, match="the Hub gave: no route; check the name, the network"):
+        ZImagePipeline.from_pretrained("org/repo")
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(Unsupported, match=r"pip install zimage_core\[hub\]"):
+        ZImagePipeline.from_pretrained("org/repo")
+
+
+# --- loose files --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_models_says_what_is_missing(tmp_path):
+    (tmp_path / "notes.gguf").write_text("hello, this is no model at all")
+    with pytest.raises(
+        BadFile, match=r"no file that is a Z-Image transformer and .*unreadable: .*notes\.gguf"
+    ):
+        sources.find(tmp_path)
+
+
+def test_shards_are_one_candidate(tmp_path):
+    tiny.write_json(tmp_path / "m.safetensors.index.json", {"weight_map": {"a": "m-1.safetensors"}})
+    for name in ("m-1.safetensors", "m-2.safetensors", ".hidden.gguf"):
+        (tmp_path / name).write_bytes(b"x")
+    found = [p.name for p in sources._candidates(tmp_path)]
+    assert found == [".hidden.gguf", "m-2.safetensors", "m.safetensors.index.json"]
