@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from tests.helpers.gguf_writer import write_gguf
 from zimage_core.errors import BadArgument, BadFile
+from zimage_core.weights import source as source_module
 from zimage_core.weights.files import open_weights
 from zimage_core.weights.gguf import GGUFFile
 from zimage_core.weights.safetensors import SafetensorsFile
@@ -178,3 +180,35 @@ def test_short_reads_are_put_together(models, monkeypatch):
     monkeypatch.setattr(os, "preadv", lambda fd, parts, offset: read(fd, [parts[0][:3]], offset))
     with open_weights(models / "a", mmap=False) as file:
         assert (file.tensor("w").dequantize() == 1).all()
+
+
+def test_a_map_that_the_system_refuses_names_the_way_round(models, monkeypatch):
+    def fails(*args, **kwargs):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(source_module.mmap_module, "mmap", fails)
+    with (
+        open_weights(models / "a") as file,
+        pytest.raises(BadFile, match="cannot be mapped into memory: Cannot allocate memory; try mmap=False"),
+    ):
+        file.tensor("w")
+
+
+def test_other_systems_map_copy_on_write_too(models, monkeypatch):
+    monkeypatch.setattr(source_module, "_NO_RESERVE", 0)
+    before = (models / "a").read_bytes()
+    with open_weights(models / "a") as file:
+        file.tensor("w").packed.zero_()
+        assert not file.tensor("w").dequantize().any()
+    assert (models / "a").read_bytes() == before
+    with pytest.raises(BadArgument, match="was closed"):
+        file.tensor("w")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(models, monkeypatch):
+    def fails(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", fails)
+    with pytest.raises(BadFile, match="a directory that cannot be read: permission denied"):
+        open_weights(models)

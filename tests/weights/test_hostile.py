@@ -18,7 +18,9 @@ from tests.helpers.gguf_writer import GGUFWriter, Packed, Raw, random_packed
 from tests.weights.test_safetensors import entry, raw
 from zimage_core.errors import BadFile, UnknownFormat
 from zimage_core.formats import FORMATS
+from zimage_core.weights import cursor
 from zimage_core.weights.files import open_weights
+from zimage_core.weights.gguf import GGUFFile
 from zimage_core.weights.scan import scan
 
 MUTANTS = 800
@@ -337,3 +339,26 @@ def test_the_honest_file_is_accepted(tmp_path):
     writer = base().tensor("t", Packed(FORMATS["Q2_0"], (1, 64), bytes(18)))
     with open_weights(writer.write(tmp_path / "other.gguf")) as file:
         assert file.tensors["t"].format.name == "Q2_0"
+
+
+def test_limits_that_only_large_files_reach(tmp_path, monkeypatch):
+    path = base().key("x.long", ["word" * 100]).write(tmp_path / "model.gguf")
+    monkeypatch.setattr(cursor, "MAX_STRING", 300)
+    with pytest.raises(BadFile, match=r"array x\.long holds a string of 400 bytes, at most 300"):
+        open_weights(path)
+    monkeypatch.setattr(cursor, "MAX_HEADER", 100)
+    with pytest.raises(BadFile, match=r"the header exceeds 100 bytes at .*; no known model needs that"):
+        open_weights(path)
+
+
+def test_a_reader_called_by_name_checks_the_magic_itself(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(raw({"a": entry()}, bytes(16)))
+    with pytest.raises(BadFile, match=r"not a GGUF file: magic b'.*', b'GGUF' is wanted"):
+        GGUFFile(path)
+
+
+def test_an_original_shape_is_a_short_array(tmp_path):
+    writer = base().key("comfy.gguf.orig_shape.t", 7).tensor("t", ONES)
+    with pytest.raises(BadFile, match=r"comfy\.gguf\.orig_shape\.t is not a shape"):
+        open_weights(writer.write(tmp_path / "model.gguf"))

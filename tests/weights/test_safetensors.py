@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from zimage_core.errors import BadArgument, BadFile
-from zimage_core.weights import safetensors_header
+from zimage_core.weights import safetensors, safetensors_header
 from zimage_core.weights.files import open_weights
 from zimage_core.weights.safetensors import DTYPES, SafetensorsFile, ShardedSafetensors
 from zimage_core.weights.safetensors_header import HeaderParser
@@ -283,6 +283,19 @@ def test_a_whole_file_beside_an_index_is_fine(shards):
     save_file(wanted, folder / "whole.safetensors")
     with open_weights(folder / "whole.safetensors") as file:
         assert set(file.tensors) == set(wanted)
+
+
+def test_a_damaged_index_beside_a_whole_file_is_not_its_fault(shards):
+    folder, wanted = shards
+    save_file(wanted, folder / "whole.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{")
+    open_weights(folder / "whole.safetensors").close()
+
+
+def test_an_index_has_a_size_limit(shards, monkeypatch):
+    monkeypatch.setattr(safetensors, "MAX_INDEX", 10)
+    with pytest.raises(BadFile, match=r"an index of \d+ bytes, at most 10 are allowed"):
+        open_weights(shards[0])
 
 
 def test_index_and_shards_must_agree(shards):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap as mmap_module
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -39,7 +40,7 @@ _KINDS = {
 }
 # Without it Linux counts every byte of a private writable map against the memory it may promise, and
 # refuses a 12 GB file on an 8 GB machine although no page of it is ever copied.
-_NO_RESERVE = getattr(mmap_module, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
+_NO_RESERVE = getattr(mmap_module, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _MOST_AT_ONCE = 1 << 30  # one read call moves less than 2 GiB
 
 
