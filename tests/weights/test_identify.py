@@ -371,6 +371,13 @@ def test_other_quantisations_are_refused_by_name(names_of_style, style):
         require(card, "transformer", "x")
 
 
+def test_the_quantisation_is_named_before_the_sizes_it_hides():
+    shapes = {n: s for n, s in dit().items() if "feed_forward" not in n}
+    card = identify(header(shapes | {"layers.0.feed_forward.w1.qweight": (1, 1), "x.wscales": (1,)}))
+    with pytest.raises(WrongModel, match="quantised by Nunchaku"):
+        require(card, "transformer", "x")
+
+
 @pytest.mark.parametrize("fmt", ["U8", "I8", "I32"])
 def test_whole_numbers_as_weights_are_refused(fmt):
     card = identify(header(dit(), fmt=lambda n: fmt if "feed_forward" in n else "F32"))

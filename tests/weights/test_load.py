@@ -74,7 +74,7 @@ def assert_same(model: nn.Module, wanted: dict[str, torch.Tensor]) -> None:
 MATRIX_FORMATS = [name for name, fmt in FORMATS.items() if fmt.ggml_type is not None and not fmt.is_integer]
 
 
-@pytest.mark.parametrize("fmt", [f for f in MATRIX_FORMATS if f != "F64"])
+@pytest.mark.parametrize("fmt", MATRIX_FORMATS)
 def test_fused_gguf_in_every_format(tmp_path, fmt):
     """qkv is cut by byte rows in the format it is stored in; nothing is decoded on the way."""
     content = stored(FUSED, matrix=fmt)
@@ -99,10 +99,15 @@ PREFIXES = [
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("layout", ["split", "fused"])
-def test_both_layouts_under_any_prefix(tmp_path, layout, prefix):
-    content = stored(FUSED if layout == "fused" else SPLIT, matrix="Q8_0")
+@pytest.mark.parametrize("layout", ["split", "fused", "sdcpp"])
+def test_all_layouts_under_any_prefix(tmp_path, layout, prefix):
+    content = stored(SPLIT if layout == "split" else FUSED, matrix="Q8_0")
     wanted = content.values() if layout == "split" else split_names(content.values())
+    if layout == "sdcpp":
+        for name in [n for n in content.tensors if n.endswith("qkv.weight")]:
+            fmt, packed, (rows, columns) = content.tensors.pop(name)
+            for i, piece in enumerate(np.split(packed, 3)):
+                content.tensors[name + (f".{i}" if i else "")] = (fmt, piece, (rows // 3, columns))
     assert_same(load_transformer(write_gguf(tmp_path / "x.gguf", content.prefixed(prefix), None)), wanted)
 
 

@@ -89,7 +89,9 @@ def test_checkpoint_to_module_is_the_inverse(table, network, config, layout):
         assert len({e.stored_shape for e in group}) == 1
 
 
-@pytest.mark.parametrize(("layout", "tensors", "omni"), [("split", 521, 551), ("fused", 453, None)])
+@pytest.mark.parametrize(
+    ("layout", "tensors", "omni"), [("split", 521, 551), ("fused", 453, None), ("sdcpp", 521, None)]
+)
 def test_full_transformer_has_the_known_tensor_count(layout, tensors, omni):
     assert len(names.checkpoint_shapes(names.transformer_table(TransformerConfig(), layout))) == tensors
     if omni:

@@ -141,7 +141,7 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
             found = _part_or_unknown(shapes, metadata, architecture)
     if found.kind not in _DETECTORS:
         return found
-    problem = found.problem or storage.storage_problem(file.tensors)
+    problem = storage.storage_problem(file.tensors) or found.problem
     return replace(found, problem=problem, notes=found.notes + storage.storage_notes(file.tensors))
 
 
@@ -205,11 +205,7 @@ def _transformer(
     inside = _under(shapes, prefix)
     if hits < ENOUGH_ANCHORS["transformer"] or "layers.0.adaLN_modulation.1.weight" in inside:
         return None
-    layout = (
-        "split"
-        if any(n.startswith("all_x_embedder.") or n.endswith(".to_q.weight") for n in inside)
-        else "fused"
-    )
+    layout = _transformer_layout(inside)
     card = ModelCard("transformer", "z-image", "a Z-Image transformer", layout=layout, prefix=prefix)
     if any(name.startswith("dec_net.") for name in inside):
         return replace(
@@ -234,6 +230,12 @@ def _transformer(
     return _compare(
         card, names.transformer_table(config, layout), shapes, DROPPED["transformer"].__contains__
     )
+
+
+def _transformer_layout(inside: Shapes) -> str:
+    if any(name.startswith("all_x_embedder.") or name.endswith(".to_q.weight") for name in inside):
+        return "split"
+    return "sdcpp" if any(name.endswith(".qkv.weight.1") for name in inside) else "fused"
 
 
 def _text_encoder(

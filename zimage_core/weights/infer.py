@@ -152,7 +152,7 @@ def transformer_config(
     if t_in != TIME_CHANNELS:
         raise BadWeights(f"'t_embedder.mlp.0.weight' reads {t_in} channels, every S3-DiT has {TIME_CHANNELS}")
     (hidden, _) = axes(shapes, "layers.0.feed_forward.w1.weight", 2)
-    norm = "layers.0.attention.q_norm.weight" if layout == "fused" else "layers.0.attention.norm_q.weight"
+    norm = "layers.0.attention.norm_q.weight" if layout == "split" else "layers.0.attention.q_norm.weight"
     (head_dim,) = axes(shapes, norm, 1)
     if head_dim > dim or dim % head_dim:
         raise BadWeights(f"heads of {head_dim} channels do not divide the width {dim}")

@@ -17,7 +17,7 @@ from zimage_core.errors import BadArgument
 TIME_CHANNELS = 256
 """Channels of the sinusoid that feeds the timestep MLP."""
 
-TRANSFORMER_LAYOUTS = ("split", "fused")
+TRANSFORMER_LAYOUTS = ("split", "fused", "sdcpp")
 TEXT_ENCODER_LAYOUTS = ("hf", "gguf")
 VAE_LAYOUTS = ("diffusers", "bfl")
 
@@ -74,9 +74,21 @@ def _layout(wanted: str, known: tuple[str, ...]) -> None:
 
 
 def transformer_table(config: TransformerConfig, layout: str) -> Table:
-    """The S3-DiT in layout "split" (diffusers) or "fused" (single file and GGUF)."""
+    """The S3-DiT in layout "split" (diffusers), "fused" (single file and GGUF) or "sdcpp".
+
+    The last is what stable-diffusion.cpp writes from diffusers' files: the names of the single file, with
+    q, k and v apart as qkv.weight, qkv.weight.1 and qkv.weight.2.
+    """
     _layout(layout, TRANSFORMER_LAYOUTS)
-    return tuple(_transformer(config, fused=layout == "fused"))
+    entries = tuple(_transformer(config, fused=layout != "split"))
+    return tuple(_apart(e) for e in entries) if layout == "sdcpp" else entries
+
+
+def _apart(entry: Entry) -> Entry:
+    if entry.rows is None:
+        return entry
+    part = entry.rows[0] // entry.shape[0]
+    return Entry(entry.module, entry.checkpoint + (f".{part}" if part else ""), entry.shape)
 
 
 def _transformer(c: TransformerConfig, fused: bool) -> Iterator[Entry]:
