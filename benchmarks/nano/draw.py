@@ -12,8 +12,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -45,10 +47,13 @@ HAN_FONT = "/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc"
 ZH = {
     "red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色",
     "black": "黑色", "white": "白色", "purple": "紫色", "orange": "橙色",
-    "circle": "圆形", "square": "方形", "triangle": "三角形", "star": "星形", "cross": "十字形", "ring": "圆环",
+    "circle": "圆形", "square": "方形", "triangle": "三角形",
+    "star": "星形", "cross": "十字形", "ring": "圆环",
     "center": "中间", "left": "左边", "right": "右边", "top": "上方", "bottom": "下方",
     "small": "小", "big": "大", 2: "两个", 3: "三个",
 }  # fmt: skip
+SHORT = {"三角形": "三角", "圆形": "圆", "星形": "星星", "十字形": "十字", "方形": "方块"}
+"""What `loosen` says for a shape."""
 WORDS = {2: "two", 3: "three"}
 PLACES = {
     "center": ("in the center", "in the middle"),
@@ -74,7 +79,8 @@ class Scene:
     @property
     def held_out(self) -> bool:
         """One combination of attributes in ten is kept out of training, by hash."""
-        key = f"{self.colour}/{self.background}/{self.shape}/{self.position}/{self.size}/{self.count}/{self.glyph}"
+        place = f"{self.position}/{self.size}/{self.count}/{self.glyph}"
+        key = f"{self.colour}/{self.background}/{self.shape}/{place}"
         return hashlib.sha256(key.encode()).digest()[0] % 10 == 0
 
 
@@ -123,6 +129,11 @@ def shape_mask(shape: str, radius: float) -> np.ndarray:
     else:
         pen.polygon([(mid + x, mid + y) for x, y in _shape_polygon(shape, r)], fill=255)
     return np.asarray(image.reduce(scale), dtype=np.float32) / 255
+
+
+def fonts_installed() -> bool:
+    """Whether glyphs can be drawn here; Debian has the fonts in fonts-dejavu-core and fonts-wqy-zenhei."""
+    return Path(LATIN_FONT).exists() and Path(HAN_FONT).exists()
 
 
 @functools.cache
@@ -265,7 +276,7 @@ def _english(scene: Scene, pick: np.random.Generator, background: bool, colour: 
 def _chinese(scene: Scene, pick: np.random.Generator, background: bool, colour: bool) -> str:
     ink = ZH[scene.colour] if colour else ""
     paper = ZH[scene.background] + "背景" if background else ""
-    comma = str(pick.choice([",", "，"]))
+    comma = str(pick.choice([",", "，"]))  # noqa: RUF001
     if scene.glyph:
         kind = "数字" if scene.glyph.isdigit() else "字母" if scene.glyph.isascii() else "汉字"
         of = "的" if ink and pick.random() < 0.5 else ""
@@ -312,6 +323,16 @@ def describe(scene: Scene, rng: np.random.Generator, chinese: bool, omit: float 
     if not chinese and not scene.glyph and rng.random() < 0.1:
         text = text[0].upper() + text[1:]
     return text
+
+
+def loosen(text: str, rng: np.random.Generator) -> str:
+    """Now and then drop what people leave out: articles, 形 after a shape, 色 after a colour."""
+    if text.isascii():
+        return re.sub(r"\b(an?|the) ", "", text) if rng.random() < 0.15 else text
+    if rng.random() < 0.15:
+        for full, short in SHORT.items():
+            text = text.replace(full, short)
+    return re.sub("色(?!背景|的)", "", text) if rng.random() < 0.1 else text
 
 
 def main() -> None:

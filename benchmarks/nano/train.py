@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from benchmarks.nano.draw import (
     Scene,
     describe,
     draw,
+    loosen,
     random_scene,
 )
 from benchmarks.nano.muon import Muon
@@ -216,7 +218,7 @@ def sample(model: Nano, prompts: list[str], seed: int) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         ids, lengths = pad_ids(prompts)
         hidden = model.caption(ids)
-        for sigma, after in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
+        for sigma, after in pairwise(SIGMAS):
             x = x - (after - sigma) * model(x, torch.full((len(x),), 1 - sigma), hidden, lengths)
     return x
 
@@ -314,7 +316,7 @@ def main() -> None:
         pool.renew(args.fresh)
         chosen_rows = rng.integers(0, pool.filled, args.batch)
         batch = [pool.scenes[k] for k in chosen_rows]
-        said = [describe(s, rng, chinese=bool(rng.integers(2)), omit=0.04) for s in batch]
+        said = [loosen(describe(s, rng, chinese=bool(rng.integers(2)), omit=0.04), rng) for s in batch]
         said = ["" if rng.random() < EMPTY else p for p in said]
         targets = torch.tensor([labels(s, p) for s, p in zip(batch, said, strict=True)])
         clean = pool.latents[torch.from_numpy(chosen_rows)]

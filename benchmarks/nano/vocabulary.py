@@ -14,14 +14,17 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from benchmarks.nano.draw import GLYPHS, ZH, describe, random_scene
 
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PLAIN = ("<think>", "</think>")
 """Added tokens that are no control tokens, as in Qwen3."""
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 LENGTH = 32
 """Tokens of a caption with its template, padded."""
-SMALL_WORDS = ("背景", "一个", "有", "在", "的", "上", "上有", "，", "字母", "数字", "汉字")
+SMALL_WORDS = ("背景", "一个", "有", "在", "的", "上", "上有", "，", "字母", "数字", "汉字")  # noqa: RUF001
 SHAPE_WORDS = ("圆", "方", "三角", "星", "十字", "环")
 
 

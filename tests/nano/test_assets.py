@@ -1,0 +1,57 @@
+"""The model in the package is the one that the benchmarks describe, and it draws what it is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.nano.check import read
+from benchmarks.nano.export import ASSETS
+from benchmarks.nano.vocabulary import encode
+from zimage_core import ZImagePipeline
+from zimage_core.text.prompt import prompt_ids
+
+
+@pytest.fixture(scope="module")
+def pipe() -> ZImagePipeline:
+    return ZImagePipeline.from_default()
+
+
+def test_the_files_are_within_twelve_megabytes():
+    sizes = {f.name: f.stat().st_size for f in ASSETS.iterdir()}
+    assert {"transformer.gguf", "text_encoder.gguf", "vae.safetensors"} <= set(sizes)
+    assert sum(sizes.values()) <= 12_000_000
+
+
+def test_the_shipped_tokeniser_knows_the_words(pipe: ZImagePipeline):
+    ids = pipe.tokenizer.encode("a small red circle, 黑色背景中间")
+    words = ["a", " small", " red", " circle", ",", " ", "黑色", "背景", "中间"]
+    assert [pipe.tokenizer.decode([i]) for i in ids] == words
+
+
+@pytest.mark.slow  # trains the tokeniser again, five seconds of a free core
+def test_the_shipped_tokeniser_is_the_trained_one(pipe: ZImagePipeline):
+    for text in (
+        "a small red circle on the left of a blue background",
+        "黑色背景中间有一个大黄色星形",
+        "white background, the letter Q",
+        "",
+        "a thing it never saw, naïve 🙂 <think>so</think>",
+    ):
+        assert list(prompt_ids(pipe.tokenizer, text)) == encode(text)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("a small red circle on the left of a blue background", ("red", "blue", "circle", "left", "small")),
+        ("黑色背景中间有一个大黄色星形", ("yellow", "black", "star", "center", "big")),
+        (
+            "a big green square at the bottom of a white background",
+            ("green", "white", "square", "bottom", "big"),
+        ),
+    ],
+)
+def test_the_picture_shows_the_prompt(pipe: ZImagePipeline, prompt: str, wanted: tuple[str, ...]):
+    seen = read(np.asarray(pipe(prompt, seed=0).images[0]))
+    assert (seen.colour, seen.background, seen.shape, seen.position, seen.size) == wanted
