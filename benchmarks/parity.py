@@ -2,7 +2,8 @@
 
     python -m benchmarks.parity
 
-Compares every network, in float32 on tiny random weights, with diffusers and transformers.
+Compares every network and the whole pipeline, in float32 on tiny random weights, with diffusers and
+transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.helpers import parity
+from tests.helpers import parity, pipeline_parity
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- parity table: python -m benchmarks.parity -->", "<!-- end of parity table -->"
@@ -28,7 +29,7 @@ def measure() -> list[parity.Difference]:
         found += [parity.text_encoder_difference(arch, length) for length in (1, 8, 37, 130)]
     for height, width in ((64, 64), (64, 48), (8, 8)):
         found += parity.autoencoder_differences(height, width)
-    return found
+    return [*found, *pipeline_parity.pipeline_differences()]
 
 
 def table(found: list[parity.Difference]) -> str:

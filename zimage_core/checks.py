@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zimage_core.errors import BadArgument, BadShape, printable
+from zimage_core.errors import BadArgument, BadShape, Unsupported, printable
 from zimage_core.noise import MAX_SEED
 from zimage_core.text.prompt import check_prompt
 
@@ -17,6 +17,7 @@ MAX_PIXELS = 4096 * 4096
 """Attention takes time with the square of the pixels; a picture of this size is hours on any machine."""
 MAX_IMAGES = 1024
 MAX_GUIDANCE = 30.0
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
@@ -169,3 +170,45 @@ def seed(value: Any, generator: Any) -> int | None:
     if generator is not None:
         raise BadArgument("seed and generator both choose the noise: give one")
     return whole("seed", value, 0, MAX_SEED)
+
+
+def read_device(device: str | torch.device) -> torch.device:
+    """A device that this machine has.
+
+    Raises:
+        BadArgument: Not a device's name.
+        Unsupported: This machine, or this build of torch, has no such device.
+    """
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise BadArgument(
+            f"device: got {printable(device, 60)!r}, wanted a torch device like 'cpu'"
+        ) from None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise Unsupported("device: this machine has no GPU that torch can use; use device='cpu'")
+    return where
+
+
+def read_dtype(
+    dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None, device: torch.device
+) -> torch.dtype:
+    """The dtype of the computation from its two spellings.
+
+    Raises:
+        BadArgument: Not one of float32, float16, bfloat16, or two different ones.
+    """
+    chosen = []
+    for value in (dtype, torch_dtype):
+        if value is not None:
+            kind = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+            if kind is None or kind not in DTYPES.values():
+                raise BadArgument(f"dtype: got {printable(value, 60)}, wanted one of {', '.join(DTYPES)}")
+            chosen.append(kind)
+    if len(set(chosen)) > 1:
+        raise BadArgument(
+            f"dtype and torch_dtype are one argument, got {chosen[0]} and {chosen[1]}: give one"
+        )
+    if chosen:
+        return chosen[0]
+    return torch.float32 if device.type == "cpu" else torch.bfloat16

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from zimage_core import sources
+from zimage_core.checks import read_device, read_dtype
 from zimage_core.diagnose import guard_attention
-from zimage_core.errors import BadArgument, BadFile, Unsupported, WrongModel, printable
+from zimage_core.errors import WrongModel
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
@@ -18,12 +18,11 @@ from zimage_core.run import Limits
 from zimage_core.sampling.schedule import BASE_SHIFT, FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.card import check_compatible
-from zimage_core.weights.files import WeightFile, open_weights
+from zimage_core.weights.files import WeightFile
 from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae, weight_file
 
 NATIVE_SIZE = 1024
 SIZE_KEY = "zimage.sample_size"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 PathLike = str | os.PathLike[str]
 Self = TypeVar("Self", bound="Components")
@@ -114,7 +113,7 @@ class Components:
         net = load_transformer(transformer, kind, where, mmap)
         encoder = load_text_encoder(text_encoder, kind, where, mmap)
         decoder = load_vae(vae, torch.float32, where, mmap)
-        words = find_tokenizer(tokenizer, weight_file(encoder))
+        words = sources.find_tokenizer(tokenizer, weight_file(encoder))
         size = _sample_size(weight_file(net))
         return cls(scheduler or FlowMatchEulerScheduler(), decoder, encoder, words, net, size)
 
@@ -132,6 +131,8 @@ class Components:
         torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cpu",
         mmap: bool = True,
+        low_cpu_mem_usage: bool | None = None,
+        use_safetensors: bool | None = None,
     ) -> Self:
         """A pipeline from a folder, or from a repository of the Hugging Face Hub.
 
@@ -151,6 +152,8 @@ class Components:
             torch_dtype: See there.
             device: See there.
             mmap: See there.
+            low_cpu_mem_usage: Accepted for code written for diffusers; memory use is always low.
+            use_safetensors: The same; pickled weights are never read.
         """
         named = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         given = {name: path for name, path in named.items() if path is not None}
@@ -267,81 +270,6 @@ class Components:
 
     def set_progress_bar_config(self, **_: Any) -> None:
         """For code written for diffusers: there is no progress bar here, only callback_on_step_end."""
-
-
-def read_device(device: str | torch.device) -> torch.device:
-    """A device that this machine has.
-
-    Raises:
-        BadArgument: Not a device's name.
-        Unsupported: This machine, or this build of torch, has no such device.
-    """
-    try:
-        where = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise BadArgument(
-            f"device: got {printable(device, 60)!r}, wanted a torch device like 'cpu'"
-        ) from None
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise Unsupported("device: this machine has no GPU that torch can use; use device='cpu'")
-    return where
-
-
-def read_dtype(
-    dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None, device: torch.device
-) -> torch.dtype:
-    """The dtype of the computation from its two spellings.
-
-    Raises:
-        BadArgument: Not one of float32, float16, bfloat16, or two different ones.
-    """
-    chosen = []
-    for value in (dtype, torch_dtype):
-        if value is not None:
-            kind = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
-            if kind is None or kind not in DTYPES.values():
-                raise BadArgument(f"dtype: got {printable(value, 60)}, wanted one of {', '.join(DTYPES)}")
-            chosen.append(kind)
-    if len(set(chosen)) > 1:
-        raise BadArgument(
-            f"dtype and torch_dtype are one argument, got {chosen[0]} and {chosen[1]}: give one"
-        )
-    if chosen:
-        return chosen[0]
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-def find_tokenizer(given: PathLike | Tokenizer | None, encoder: WeightFile | None) -> Tokenizer:
-    """The tokenizer that was named, else the text encoder's own, else one beside its file.
-
-    Raises:
-        BadFile: There is none, or it is damaged.
-    """
-    if isinstance(given, (str, os.PathLike)):
-        path = Path(given)
-        if path.is_dir():
-            return Tokenizer.from_folder(path)
-        with path.open("rb") if path.is_file() else open(os.devnull, "rb") as file:  # noqa: PTH123
-            is_gguf = file.read(4) == b"GGUF"
-        if is_gguf:
-            with open_weights(path) as weights:
-                return Tokenizer.from_gguf(weights)
-        return Tokenizer.from_json(path)
-    if given is not None:
-        return given
-    if encoder is None:
-        raise BadArgument("tokenizer: give one, the text encoder was not read from a file")
-    if "tokenizer.ggml.tokens" in encoder.metadata:
-        return Tokenizer.from_gguf(encoder)
-    folder = Path(encoder.path).parent
-    for place in (folder, folder.parent / "tokenizer"):
-        if (place / "tokenizer.json").is_file() or (place / "vocab.json").is_file():
-            return Tokenizer.from_folder(place)
-    raise BadFile(
-        encoder.path,
-        "this text encoder has no tokenizer in it or beside it",
-        "pass tokenizer= (tokenizer.json, a tokenizer folder, or a GGUF of Qwen3-4B)",
-    )
 
 
 def _sample_size(file: WeightFile | None) -> int:

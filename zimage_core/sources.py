@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from zimage_core import hub
-from zimage_core.errors import BadFile, WrongModel, ZImageError, printable
+from zimage_core.errors import BadArgument, BadFile, WrongModel, ZImageError, printable
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.files import read_json
+from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.card import WANTED
-from zimage_core.weights.files import open_weights
+from zimage_core.weights.files import WeightFile, open_weights
 from zimage_core.weights.identify import identify
 
 COMPONENTS = tuple(WANTED)
@@ -172,3 +173,41 @@ def _shards(index: Path) -> set[Any]:
     except ZImageError:
         return set()
     return {v for v in table.values() if isinstance(v, str)} if isinstance(table, dict) else set()
+
+
+def find_tokenizer(given: str | os.PathLike[str] | Tokenizer | None, encoder: WeightFile | None) -> Tokenizer:
+    """The tokenizer that was named, else the text encoder's own, else one beside its file.
+
+    Raises:
+        BadFile: There is none, or it is damaged.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        path = Path(given)
+        if path.is_dir():
+            return Tokenizer.from_folder(path)
+        if not _is_gguf(path):
+            return Tokenizer.from_json(path)  # which also says what is wrong with the path
+        with open_weights(path) as weights:
+            return Tokenizer.from_gguf(weights)
+    if given is not None:
+        return given
+    if encoder is None:
+        raise BadArgument("tokenizer: give one, the text encoder was not read from a file")
+    if "tokenizer.ggml.tokens" in encoder.metadata:
+        return Tokenizer.from_gguf(encoder)
+    folder = Path(encoder.path).parent
+    for place in (folder, folder.parent / "tokenizer"):
+        if (place / "tokenizer.json").is_file() or (place / "vocab.json").is_file():
+            return Tokenizer.from_folder(place)
+    raise BadFile(
+        encoder.path,
+        "this text encoder has no tokenizer in it or beside it",
+        "pass tokenizer= (tokenizer.json, a tokenizer folder, or a GGUF of Qwen3-4B)",
+    )
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"

@@ -2,109 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.helpers import tiny
-from zimage_core.pipeline import ZImagePipeline
+from tests.helpers import pipeline_parity
+from tests.helpers.pipeline_parity import CASES, PROMPT, both, generator, start
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 
 pytestmark = pytest.mark.parity
 
-PROMPT = "a small red circle on the left 红色 <think>x</think>"
 LATENTS = 1e-4
 """Eight steps multiply the float32 rounding of one forward (1e-6 of values near 4) by the sensitivity of the
 network; found here: 2e-6 without guidance, 4e-5 at guidance 4."""
 
 
-class TheirTokenizer:
-    """diffusers asks a transformers tokenizer for template and padding; this one gives it our ids."""
-
-    def __init__(self) -> None:
-        self.ours = tiny.tokenizer()
-
-    def apply_chat_template(self, messages: Any, **options: Any) -> str:
-        assert options == {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-        return f"<|im_start|>user\n{messages[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
-
-    def __call__(self, texts: list[str], max_length: int, **_: Any) -> Any:
-        from transformers import BatchEncoding
-
-        rows = [self.ours.encode(text)[:max_length] for text in texts]
-        ids = torch.tensor([row + [256] * (max_length - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (max_length - len(row)) for row in rows])
-        return BatchEncoding({"input_ids": ids, "attention_mask": mask})
-
-
 @pytest.fixture(scope="module", params=[3.0, 6.0], ids=["shift 3", "shift 6"])
 def pair(request, tmp_path_factory):
-    """diffusers' pipeline and ours, read from one folder that diffusers and transformers have written."""
-    import diffusers
-    import transformers
-
-    drawn = tiny.folder(tmp_path_factory.mktemp("parity") / "drawn", request.param)
-    theirs = diffusers.ZImagePipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(drawn / "scheduler"),
-        vae=diffusers.AutoencoderKL.from_pretrained(drawn / "vae"),
-        text_encoder=transformers.Qwen3Model.from_pretrained(drawn / "text_encoder", dtype=torch.float32),
-        tokenizer=None,
-        transformer=diffusers.ZImageTransformer2DModel.from_pretrained(drawn / "transformer"),
-    )
-    folder = drawn.parent / "saved"
-    for part in ("transformer", "text_encoder", "vae", "scheduler"):
-        getattr(theirs, part).save_pretrained(folder / part)
-    tiny.write_tokenizer(folder / "tokenizer")
-    tiny.write_json(folder / "model_index.json", {"_class_name": "ZImagePipeline"})
-    theirs.tokenizer = TheirTokenizer()
-    theirs.set_progress_bar_config(disable=True)
-    return theirs, ZImagePipeline.from_pretrained(folder)
-
-
-def both(pair, **kwargs):
-    """Outputs of one call of each; the arguments are the same but for lists, which diffusers modifies."""
-
-    def fresh() -> dict[str, Any]:
-        made = {k: v() if callable(v) else v for k, v in kwargs.items()}
-        return {"prompt": PROMPT, "height": 32, "width": 48, "num_inference_steps": 8,
-                "output_type": "latent", "guidance_scale": 0.0, **made}  # fmt: skip
-
-    theirs, ours = pair
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return theirs(**fresh()).images, ours(**fresh()).images
-
-
-def generator():
-    return torch.Generator().manual_seed(42)
-
-
-CASES: dict[str, dict[str, Any]] = {
-    "no guidance": {},
-    "guidance 4": {"guidance_scale": 4.0, "negative_prompt": "blue"},
-    "guidance 1, empty negative": {"guidance_scale": 1.0},
-    "cfg_normalization on": {"guidance_scale": 4.0, "cfg_normalization": True},
-    "cfg_normalization 0.5": {"guidance_scale": 4.0, "cfg_normalization": 0.5},
-    "cfg_truncation 0.3": {"guidance_scale": 4.0, "cfg_truncation": 0.3},
-    "cfg_truncation 0": {"guidance_scale": 4.0, "cfg_truncation": 0.0},
-    "two prompts of different length": {"prompt": lambda: ["a", PROMPT * 2], "guidance_scale": 2.0,
-                                        "negative_prompt": lambda: ["", "no circle"]},
-    "two pictures a prompt": {"prompt": lambda: ["a", "b"], "num_images_per_prompt": 2},
-    "own sigmas": {"sigmas": lambda: [1.0, 0.6, 0.2], "guidance_scale": 2.0},
-    "one step": {"num_inference_steps": 1},
-    "cut prompt": {"max_sequence_length": 9},
-}  # fmt: skip
+    return pipeline_parity.make_pair(tmp_path_factory.mktemp("parity"), request.param)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_latents_after_the_last_step_match(pair, case):
-    start = torch.randn(
-        (4 if "two pictures" in case else 2 if "two prompts" in case else 1), 16, 4, 6, generator=generator()
-    )
-    want, got = both(pair, latents=start.clone, **CASES[case])
+    want, got = both(pair, latents=start(case).clone, **CASES[case])
     assert want.shape == got.shape
     assert float(want.abs().max()) > 0.5  # a comparison of zeros would say nothing
     error = float((want - got).abs().max())

@@ -25,7 +25,7 @@ def base():
 def test_the_lines_of_articles_run(tmp_path):
     """Nothing but import and path differs from what is written for diffusers."""
     folder = tiny.folder(tmp_path / "m")
-    pipe = ZImagePipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    pipe = ZImagePipeline.from_pretrained(folder, torch_dtype=torch.float16, low_cpu_mem_usage=False)
     pipe.enable_model_cpu_offload()
     pipe.enable_vae_slicing()
     with pytest.warns(UserWarning, match="guidance_scale=1"):

@@ -11,8 +11,8 @@ import torch
 
 from tests.helpers import tiny
 from zimage_core import hub, sources
-from zimage_core.components import read_dtype
-from zimage_core.errors import BadArgument, BadFile, Unsupported, WrongModel, ZImageError
+from zimage_core.checks import read_dtype
+from zimage_core.errors import BadArgument, BadFile, NonFinite, Unsupported, WrongModel, ZImageError
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 
@@ -129,6 +129,30 @@ def test_devices_and_dtypes_are_checked(saved):
     if not torch.cuda.is_available():
         with pytest.raises(Unsupported, match="no GPU"):
             tiny.pipeline().to("cuda")
+
+
+def test_the_embedded_model_loads_draws_and_is_told_apart_by_content():
+    pipe = ZImagePipeline.from_default()
+    image = pipe("a big red circle on a blue background", seed=1, num_inference_steps=1).images[0]
+    assert image.size == (pipe.sample_size, pipe.sample_size) == (80, 80)
+    loose = sources.find(sources.ASSETS)
+    assert {name: path.name for name, path in loose.paths.items()} == {
+        "transformer": "transformer.gguf", "text_encoder": "text_encoder.gguf", "vae": "vae.safetensors",
+    }  # fmt: skip
+    # a GGUF serves as the tokenizer's file as well
+    other = sources.find_tokenizer(sources.ASSETS / "text_encoder.gguf", None)
+    assert other.encode("red 红色") == pipe.tokenizer.encode("red 红色")
+
+
+def test_a_bad_number_in_a_packed_weight_is_named():
+    """Half a block's scale: the bytes of a NaN, in a copy that only this process sees."""
+    pipe = ZImagePipeline.from_default()
+    weight = pipe.transformer.layers[0].attention.to_q.quant
+    assert weight.format.name == "Q8_0"
+    weight.packed.view(-1)[:2] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)
+    with pytest.raises(NonFinite, match=r"weight layers\.0\.attention\.to_q\.weight holds NaN"):
+        pipe("a", num_inference_steps=1)
+    ZImagePipeline.from_default()("a", seed=1, num_inference_steps=1)
 
 
 # --- repositories -------------------------------------------------------------------------------------------

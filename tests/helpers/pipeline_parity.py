@@ -1,0 +1,115 @@
+"""diffusers' ZImagePipeline beside ours on one tiny checkpoint folder, and how far their latents are apart.
+
+Used by tests/parity/test_pipeline.py (which asserts) and benchmarks/parity.py (which writes the table).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.helpers import tiny
+from tests.helpers.parity import Difference
+from zimage_core.pipeline import ZImagePipeline
+
+PROMPT = "a small red circle on the left 红色 <think>x</think>"
+Pair = tuple[Any, ZImagePipeline]
+
+
+class TheirTokenizer:
+    """diffusers asks a transformers tokenizer for template and padding; this one gives it our ids."""
+
+    def __init__(self) -> None:
+        self.ours = tiny.tokenizer()
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        assert options == {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+        return f"<|im_start|>user\n{messages[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+
+    def __call__(self, texts: list[str], max_length: int, **_: Any) -> Any:
+        from transformers import BatchEncoding
+
+        rows = [self.ours.encode(text)[:max_length] for text in texts]
+        ids = torch.tensor([row + [256] * (max_length - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (max_length - len(row)) for row in rows])
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask})
+
+
+def make_pair(where: Path, shift: float) -> Pair:
+    """diffusers' pipeline and ours, read from one folder that diffusers and transformers have written."""
+    import diffusers
+    import transformers
+
+    drawn = tiny.folder(where / "drawn", shift)
+    theirs = diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(drawn / "scheduler"),
+        vae=diffusers.AutoencoderKL.from_pretrained(drawn / "vae"),
+        text_encoder=transformers.Qwen3Model.from_pretrained(drawn / "text_encoder", dtype=torch.float32),
+        tokenizer=None,
+        transformer=diffusers.ZImageTransformer2DModel.from_pretrained(drawn / "transformer"),
+    )
+    folder = where / "saved"
+    for part in ("transformer", "text_encoder", "vae", "scheduler"):
+        getattr(theirs, part).save_pretrained(folder / part)
+    tiny.write_tokenizer(folder / "tokenizer")
+    tiny.write_json(folder / "model_index.json", {"_class_name": "ZImagePipeline"})
+    theirs.tokenizer = TheirTokenizer()
+    theirs.set_progress_bar_config(disable=True)
+    return theirs, ZImagePipeline.from_pretrained(folder)
+
+
+def both(pair: Pair, **kwargs: Any) -> tuple[Any, Any]:
+    """Outputs of one call of each; the arguments are the same but for lists, which diffusers modifies."""
+
+    def fresh() -> dict[str, Any]:
+        made = {k: v() if callable(v) else v for k, v in kwargs.items()}
+        return {"prompt": PROMPT, "height": 32, "width": 48, "num_inference_steps": 8,
+                "output_type": "latent", "guidance_scale": 0.0, **made}  # fmt: skip
+
+    theirs, ours = pair
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return theirs(**fresh()).images, ours(**fresh()).images
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(42)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "no guidance": {},
+    "guidance 4": {"guidance_scale": 4.0, "negative_prompt": "blue"},
+    "guidance 1, empty negative": {"guidance_scale": 1.0},
+    "cfg_normalization on": {"guidance_scale": 4.0, "cfg_normalization": True},
+    "cfg_normalization 0.5": {"guidance_scale": 4.0, "cfg_normalization": 0.5},
+    "cfg_truncation 0.3": {"guidance_scale": 4.0, "cfg_truncation": 0.3},
+    "cfg_truncation 0": {"guidance_scale": 4.0, "cfg_truncation": 0.0},
+    "two prompts of different length": {"prompt": lambda: ["a", PROMPT * 2], "guidance_scale": 2.0,
+                                        "negative_prompt": lambda: ["", "no circle"]},
+    "two pictures a prompt": {"prompt": lambda: ["a", "b"], "num_images_per_prompt": 2},
+    "own sigmas": {"sigmas": lambda: [1.0, 0.6, 0.2], "guidance_scale": 2.0},
+    "one step": {"num_inference_steps": 1},
+    "cut prompt": {"max_sequence_length": 9},
+}  # fmt: skip
+
+
+def start(case: str) -> torch.Tensor:
+    """Starting noise of a case."""
+    pictures = 4 if "two pictures" in case else 2 if "two prompts" in case else 1
+    return torch.randn(pictures, 16, 4, 6, generator=generator())
+
+
+def pipeline_differences() -> Iterator[Difference]:
+    """Latents after the last step, for each case and both shifts."""
+    with tempfile.TemporaryDirectory() as folder:
+        for shift in (3.0, 6.0):
+            pair = make_pair(Path(folder) / str(shift), shift)
+            for case, options in CASES.items():
+                want, got = both(pair, latents=start(case).clone, **options)
+                error = float((want - got).abs().max())
+                yield Difference("pipeline", f"shift {shift:g}, {case}", "latents after the last step", error)
