@@ -37,13 +37,6 @@ DOORS: dict[str, set[str]] = {
     "result": {"png", "atomic"},
     "run": {"checks", "noise", "sampling", "text"},
     "components": {"checks", "diagnose", "sources", "run", "models", "sampling", "text", "weights"},
-    "hub": set(),
-    "sources": {"hub", "weights", "text", "sampling"},
-    "checks": {"noise", "text"},
-    "run": {"checks", "noise", "sampling", "text"},
-    "diagnose": set(),
-    "result": {"atomic", "png"},
-    "components": {"checks", "diagnose", "sources", "run", "weights", "models", "text", "sampling"},
     "pipeline": {"components", "checks", "diagnose", "result", "run", "sampling", "text"},
     "assets": set(),
 }  # fmt: skip

@@ -103,7 +103,7 @@ def stopped(number: signal.Signals, delay: float, model, folder) -> None:
     process.send_signal(number)
     began = time.monotonic()
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + number, err
     assert "Traceback" not in err
     assert time.monotonic() - began < 10, "2 s are promised, a busy machine gets five times that"
     for path in folder.iterdir():
@@ -122,6 +122,16 @@ def folder(tmp_path):
 @pytest.mark.parametrize("delay", [0.0, 0.5, 3.0])
 def test_a_stopped_run_ends_at_once_and_leaves_whole_pictures(number, delay, model, folder):
     stopped(number, delay, model, folder)
+
+
+def test_a_signal_in_the_middle_of_an_import_ends_it_as_well():
+    """Then the module that removes unfinished files exists without its functions."""
+    code = (
+        "import os, sys, types, zimage_core.cli.main as m; m._handle_signals(); "
+        "sys.modules['zimage_core.atomic'] = types.ModuleType('atomic'); os.kill(os.getpid(), 15)"
+    )
+    process = start(code=code)
+    assert (process.wait(30), process.stderr.read()) == (143, "")
 
 
 @pytest.mark.slow

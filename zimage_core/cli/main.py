@@ -127,13 +127,15 @@ def _handle_signals() -> None:
     """
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
-        atomic = sys.modules.get("zimage_core.atomic")
-        if atomic is not None:
-            atomic.remove_unfinished()
-        # written past Python's buffers, which may be in use below us
-        if os.isatty(2):
-            os.write(2, b"\n")
-        os._exit(128 + number)
+        try:
+            # not there yet while the module is being imported: then there is nothing to remove
+            clean = getattr(sys.modules.get("zimage_core.atomic"), "remove_unfinished", None)
+            if clean is not None:
+                clean()
+            if os.isatty(2):
+                os.write(2, b"\n")  # past Python's buffers, which may be in use below us
+        finally:
+            os._exit(128 + number)
 
     signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGTERM, leave)
