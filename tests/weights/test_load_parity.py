@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.helpers import parity
+from tests.helpers.loaded import hf_to_gguf
 from tests.helpers.model_files import Stored, encoder_metadata, write_gguf
-from tests.weights.test_load import hf_to_gguf
 from zimage_core.config import TextEncoderConfig
 from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae
 
