@@ -1,6 +1,6 @@
 """VAE decode at full size on the CPU: ours and diffusers' in one run, interleaved.
 
-    python -m benchmarks.cpu_vae [--size 256 --repeats 5] [--out benchmarks/results/cpu_vae.json]
+python -m benchmarks.cpu_vae [--size 256 --repeats 5] [--out benchmarks/results/cpu_vae.json]
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def spread(seconds: list[float]) -> dict[str, float]:
 @torch.no_grad()
 def main() -> None:
     """Check that both agree, then time them in turn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
