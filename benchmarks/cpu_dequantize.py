@@ -3,7 +3,8 @@
     python benchmarks/cpu_dequantize.py [--formats Q4_K Q8_0] [--repeats 40]
 
 The matrix of the spec's table is worked through in slabs of 256 rows, as `ops.linear` does, into one
-reused result. A slab is timed alone, in CPU seconds of the thread, so that other processes cost cache but not time.
+reused result. A slab is timed alone, in CPU seconds of the thread: other processes then cost cache but
+not time.
 Exactness against the reference is checked first: a wrong decoder is not timed.
 """
 
