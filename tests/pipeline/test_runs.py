@@ -63,6 +63,7 @@ def test_one_hash_in_a_new_process(pipe):
     assert tuple(out.stdout.split()) == here
 
 
+@pytest.mark.filterwarnings("ignore:guidance_scale")
 def test_a_batch_is_its_members_bit_for_bit(pipe):
     prompts = ["a", "a much longer prompt that needs more than thirty-two tokens of the tiny vocabulary"]
     batch = latents_of(pipe, prompt=prompts, num_images_per_prompt=2, guidance_scale=2.0, seed=40)
