@@ -136,7 +136,9 @@ def _plan(devices: list[dict[str, Any]]) -> list[str]:
         "quantised weights stay packed in memory and are unpacked tile by tile"
     ]
     for device in devices[1:]:
-        plan.append(f"{device['name']}: with --device {device['name']}; no kernels of our own for it yet")
+        plan.append(
+            f"{device['name']}: with --device {device['name']}, weights unpacked by torch; no kernels yet"
+        )
     return plan
 
 
