@@ -1,6 +1,6 @@
 """Time to dequantise one 10240x3840 matrix per format on one core, by tile-sized repeats.
 
-    python benchmarks/cpu_dequantize.py [--formats Q4_K Q8_0] [--repeats 40]
+    python -m benchmarks.cpu_dequantize [--formats Q4_K Q8_0] [--repeats 40]
 
 The matrix of the spec's table is worked through in slabs of 256 rows, as `ops.linear` does, into one
 reused result. A slab is timed alone, in CPU seconds of the thread: other processes then cost cache but
@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.report import RESULTS, spread, write
 from zimage_core.cpu.dequantize import dequantize_into
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.reference.dequantize import dequantize as reference
 from zimage_core.reference.encode import random_blocks
 
 ROWS, WIDTH, SLAB = 10240, 3840, 256
-RESULTS = Path(__file__).parent / "results" / "cpu_dequantize.json"
 
 
-def measure(fmt: BlockFormat, repeats: int) -> dict[str, float | str]:
+def measure(fmt: BlockFormat, repeats: int) -> dict[str, object]:
     """Milliseconds for the whole matrix: least, median, p20 and p80 over slabs."""
     packed = random_blocks(fmt, (SLAB, WIDTH), np.random.default_rng(0))
     rows = torch.from_numpy(packed)
@@ -40,9 +40,7 @@ def measure(fmt: BlockFormat, repeats: int) -> dict[str, float | str]:
         start = time.thread_time()
         dequantize_into(out, rows, fmt)
         times.append((time.thread_time() - start) * 1e3 * ROWS / SLAB)
-    low, mid, high = np.quantile(times, (0.2, 0.5, 0.8))
-    figures = {"min_ms": min(times), "p20_ms": low, "median_ms": mid, "p80_ms": high}
-    return {"format": fmt.name, **{key: round(float(value), 1) for key, value in figures.items()}}
+    return {"format": fmt.name, "ms": spread(times) | {"min": round(min(times), 4)}}
 
 
 def main() -> None:
@@ -51,7 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu_dequantize.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
     # 3840 holds whole blocks of every format
@@ -59,15 +57,11 @@ def main() -> None:
     for name in given.formats:
         rows.append(measure(FORMATS[name], given.repeats))
         print(json.dumps(rows[-1]), flush=True)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "what": f"ms to dequantise {ROWS}x{WIDTH} to float32, slabs of {SLAB} rows",
-        "torch": torch.__version__,
-        "threads": 1,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
         "repeats": given.repeats,
     }
-    given.out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+    write(given.out, {**header, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A step over six full-width S3-DiT layers: packed weights against dense float32 and diffusers' GGUF path.
 
-    python benchmarks/cpu_step.py [--formats Q4_K Q8_0] [--tokens 288 1056] [--repeats 7] [--layers 6]
+    python -m benchmarks.cpu_step [--formats Q4_K Q8_0] [--tokens 288 1056] [--repeats 7] [--layers 6]
 
 Dense, packed and diffusers run one after the other inside every repeat, so that a change of the
 machine's speed meets all of them; the ratio is taken within each repeat and its median reported, with
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.report import RESULTS, spread, write
 from zimage_core.config import TransformerConfig
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.models.transformer import TransformerBlock
@@ -32,7 +33,6 @@ CONFIG = TransformerConfig(
     dim=3840, n_layers=30, n_refiner_layers=2, n_heads=30, cap_feat_dim=2560, hidden_dim=10240
 )
 DEFAULT = ("Q4_K", "Q8_0")
-RESULTS = Path(__file__).parent / "results" / "cpu_step.json"
 Step = Callable[[], Tensor]
 
 
@@ -113,11 +113,6 @@ def check(packed: TransformerBlock, x: Tensor, temb: Tensor, turn: tuple[Tensor,
         raise SystemExit(f"packed and dense layers differ by {(a - b).abs().max()}; nothing is timed")
 
 
-def quantiles(values: list[float]) -> dict[str, float]:
-    low, mid, high = np.quantile(values, (0.2, 0.5, 0.8))
-    return {"median": round(float(mid), 4), "p20": round(float(low), 4), "p80": round(float(high), 4)}
-
-
 def measure(fmt: BlockFormat, dense: list[TransformerBlock], given: argparse.Namespace) -> list[dict]:
     """One row for each number of tokens."""
     packed = packed_layers(fmt, given.layers)
@@ -137,11 +132,11 @@ def measure(fmt: BlockFormat, dense: list[TransformerBlock], given: argparse.Nam
                 if repeat:  # the first one warms up
                     seconds[name].append(given.clock() - start)
         row = {"format": fmt.name, "tokens": tokens}
-        row |= {f"{name}_s": quantiles(values) for name, values in seconds.items()}
+        row |= {f"{name}_s": spread(values) for name, values in seconds.items()}
         for other in ("dense", "diffusers"):
             if other in seconds:
                 pairs = [a / b for a, b in zip(seconds["packed"], seconds[other], strict=True)]
-                row[f"packed_over_{other}"] = quantiles(pairs)
+                row[f"packed_over_{other}"] = spread(pairs)
                 medians = np.median(seconds["packed"]) / np.median(seconds[other])
                 row[f"packed_over_{other}_of_medians"] = round(float(medians), 4)
         row["raw_s"] = {name: [round(v, 4) for v in values] for name, values in seconds.items()}
@@ -168,7 +163,7 @@ def main() -> None:
         default=time.perf_counter,
         help="CPU seconds instead of wall seconds: with --threads 1, an estimate on a busy machine",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu_step.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
@@ -176,13 +171,9 @@ def main() -> None:
     rows = [row for name in given.formats for row in measure(FORMATS[name], dense, given)]
     header = {
         "what": f"seconds of one forward pass over {given.layers} S3-DiT layers of dim {CONFIG.dim}",
-        "torch": torch.__version__,
-        "threads": given.threads,
         "clock": given.clock.__name__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+    write(given.out, {**header, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Run a full-size model on the CPU: time per step, cold start, memory above the mapped files.
 
     python -m benchmarks.make_full_size FOLDER
-    python -m benchmarks.full_size FOLDER [--size 256 --steps 2] [--out benchmarks/results/full_size_cpu.json]
+    python -m benchmarks.full_size FOLDER [--size 256 --steps 2]
 
 Memory is read from /proc: anonymous memory is what was allocated, file-backed memory is the mapped files.
 """
@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 
@@ -29,7 +28,9 @@ class MemoryWatch(threading.Thread):
         """Look every 20 ms."""
         while not self.done.wait(0.02):
             status = Path("/proc/self/status").read_text()
-            sizes = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Rss")}
+            sizes = {
+                line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Rss")
+            }
             anonymous, mapped = (int(sizes[k]) * 1024 for k in ("RssAnon", "RssFile"))
             self.anonymous, self.mapped = max(self.anonymous, anonymous), max(self.mapped, mapped)
             self.resident = max(self.resident, anonymous + mapped)
@@ -37,24 +38,26 @@ class MemoryWatch(threading.Thread):
 
 def main() -> None:
     """Load, run once, write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--prompt", default="a lighthouse on a cliff at dusk, oil painting, 黄昏的灯塔")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "full_size_cpu.json")
     args = parser.parse_args()
     watch = MemoryWatch()
     watch.start()
     begin = time.perf_counter()
-    import torch
-
     from zimage_core import ZImagePipeline
 
     imported = time.perf_counter()
-    files = {k: args.folder / v for k, v in (
-        ("transformer", "transformer.gguf"), ("text_encoder", "text_encoder.gguf"), ("vae", "vae.safetensors"),
-    )}  # fmt: skip
+    files = {
+        "transformer": args.folder / "transformer.gguf",
+        "text_encoder": args.folder / "text_encoder.gguf",
+        "vae": args.folder / "vae.safetensors",
+    }
     pipe = ZImagePipeline.from_files(**files)
     opened = time.perf_counter()
     result = pipe(args.prompt, height=args.size, width=args.size, num_inference_steps=args.steps, seed=0)
@@ -62,24 +65,28 @@ def main() -> None:
     watch.done.set()
     watch.join()
     on_disk = sum(f.stat().st_size for f in files.values())
-    report = {
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-                    "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")},
-        "case": {"size": args.size, "steps": args.steps},
-        "seconds": {"import": imported - begin, "open": opened - imported, "run": finished - opened,
-                    "cold_start_to_image": finished - begin, "stages": result.timings},
-        "bytes": {"files": on_disk, "anonymous_peak": watch.anonymous, "mapped_peak": watch.mapped,
-                  "resident_peak": watch.resident, "resident_above_files": watch.resident - on_disk},
-    }  # fmt: skip
-    text = json.dumps(report, indent=1, default=str)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    figures = {
+        "size": args.size,
+        "steps": args.steps,
+        "seconds": {
+            "import": imported - begin,
+            "open": opened - imported,
+            "run": finished - opened,
+            "cold_start_to_image": finished - begin,
+            **asdict(result.timings),
+        },
+        "bytes": {
+            "files": on_disk,
+            "anonymous_peak": watch.anonymous,
+            "mapped_peak": watch.mapped,
+            "resident_peak": watch.resident,
+            "resident_above_files": watch.resident - on_disk,
+        },
+    }
+    print(json.dumps(figures, indent=1))
+    from benchmarks.report import write  # imports torch, whose time is measured above
 
-
-def _cpu() -> str:
-    flags = {f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f in Path("/proc/cpuinfo").read_text()}
-    return f"{platform.machine()} {' '.join(sorted(flags))}"
+    write(args.out, figures)
 
 
 if __name__ == "__main__":

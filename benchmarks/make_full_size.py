@@ -99,7 +99,9 @@ def write_vae(path: Path) -> None:
     rng, tensors = np.random.default_rng(0), {}
     for name, shape in names.checkpoint_shapes(names.autoencoder_table(AutoencoderConfig(), "bfl")).items():
         if len(shape) == 1:
-            tensors[name] = np.full(shape, 1.0 if "norm" in name and name.endswith("weight") else 0.0, np.float32)
+            tensors[name] = np.full(
+                shape, 1.0 if "norm" in name and name.endswith("weight") else 0.0, np.float32
+            )
         else:
             tensors[name] = (rng.standard_normal(shape) * np.prod(shape[1:]) ** -0.5).astype(np.float32)
     save_file(tensors, path)
@@ -109,7 +111,9 @@ def qwen3_shapes(config: TextEncoderConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of the checkpoint, the unused last layer and final norm included."""
     shapes = names.checkpoint_shapes(names.text_encoder_table(config, "gguf"))
     last, before = config.num_layers - 1, config.num_layers - 2
-    tail = {n.replace(f"blk.{before}.", f"blk.{last}."): s for n, s in shapes.items() if f"blk.{before}." in n}
+    tail = {
+        n.replace(f"blk.{before}.", f"blk.{last}."): s for n, s in shapes.items() if f"blk.{before}." in n
+    }
     return shapes | tail | {"output_norm.weight": (config.hidden_size,)}
 
 
@@ -133,7 +137,9 @@ def qwen3_metadata(config: TextEncoderConfig) -> list[tuple[str, object]]:
 
 def main() -> None:
     """Write the three files; a file that exists is kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=30, help="blocks of the transformer")
     args = parser.parse_args()
@@ -141,7 +147,10 @@ def main() -> None:
     transformer, encoder = TransformerConfig(n_layers=args.layers), TextEncoderConfig()
     jobs: dict[str, Callable[[Path], None]] = {
         "transformer.gguf": lambda p: write_gguf(
-            p, "lumina2", names.checkpoint_shapes(names.transformer_table(transformer, "fused")), transformer_type
+            p,
+            "lumina2",
+            names.checkpoint_shapes(names.transformer_table(transformer, "fused")),
+            transformer_type,
         ),
         "text_encoder.gguf": lambda p: write_gguf(
             p, "qwen3", qwen3_shapes(encoder), text_encoder_type, qwen3_metadata(encoder)

@@ -142,20 +142,22 @@ def text_encoder_difference(arch: str, length: int) -> Difference:
     )
 
 
-def autoencoder_pair() -> tuple[Any, Autoencoder]:
-    """diffusers' AutoencoderKL and ours with the same weights: four widths, a shortcut in two of them."""
+SMALL_VAE = AutoencoderConfig(block_out_channels=(16, 16, 32, 48), layers_per_block=2, norm_num_groups=8)
+"""Four widths, a shortcut in two of them."""
+
+
+def autoencoder_pair(config: AutoencoderConfig = SMALL_VAE, std: float = 0.05) -> tuple[Any, Autoencoder]:
+    """diffusers' AutoencoderKL and ours with the same weights."""
     from diffusers import AutoencoderKL
 
-    widths = (16, 16, 32, 48)
     theirs = AutoencoderKL(
-        block_out_channels=widths, layers_per_block=2, latent_channels=16, norm_num_groups=8,
+        block_out_channels=config.block_out_channels, layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels, norm_num_groups=config.norm_num_groups,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         use_quant_conv=False, use_post_quant_conv=False,
     ).eval()  # fmt: skip
-    randomise(theirs, 0.05)
-    ours = Autoencoder(
-        AutoencoderConfig(block_out_channels=widths, layers_per_block=2, norm_num_groups=8)
-    ).eval()
+    randomise(theirs, std)
+    ours = Autoencoder(config).eval()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 

@@ -71,6 +71,16 @@ def test_float16_with_activations_of_1e6_differs_from_float32_by_rounding_only()
     assert (got.float() - want).abs().max() <= 4 * quiet
 
 
+@torch.no_grad()
+def test_a_caption_beyond_float16_is_normed_before_it_is_cast():
+    x, t, caption = inputs()
+    loud_caption = [caption[0] * 1e6]
+    got = tiny().half()(x, t, loud_caption)[0]
+    assert torch.isfinite(got).all()
+    # the norm takes the factor away again but for its eps
+    assert (got.float() - tiny()(x, t, loud_caption)[0]).abs().max() < 0.01
+
+
 def test_without_the_scales_float16_overflows(monkeypatch):
     monkeypatch.setattr("zimage_core.models.transformer.FP16_ATTENTION_SCALE", 1.0)
     monkeypatch.setattr("zimage_core.models.transformer.FP16_FFN_SCALE", 1.0)

@@ -51,8 +51,8 @@ def test_hidden_states_are_those_of_transformers_on_the_dequantised_weights(path
         ids = torch.tensor(Tokenizer.from_gguf(file).encode(prompt))
     want = theirs(ids[None], output_hidden_states=True).hidden_states[-2][0]
     got = encoder(ids)
-    # the stream of this model carries single channels of some thousands, so the bar is relative to the largest:
-    # 29 layers of float32 sums in another order
+    # the stream of this model carries single channels of some thousands, so the bar is relative
+    # to the largest: 29 layers of float32 sums in another order
     assert (got - want).abs().max() <= 2e-6 * want.abs().max()
 
 

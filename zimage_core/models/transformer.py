@@ -234,7 +234,9 @@ class ZImageTransformer(nn.Module):
         image = torch.cat((image, self.x_pad_token.expand(image_pads, -1)))
         for block in self.noise_refiner:
             image = block(image, image_turn, temb)
-        text = self.cap_embedder(caption.to(self.dtype))
+        # normed before the cast: hidden states of a language model may exceed float16
+        normed, project = self.cap_embedder[0](caption.to(self.device)), self.cap_embedder[1]
+        text = project(normed.to(self.dtype))
         text = torch.cat((text, self.cap_pad_token.expand(caption_pads, -1)))
         for block in self.context_refiner:
             text = block(text, caption_turn)
