@@ -112,7 +112,9 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
         head = bytes(source.read_at(0, min(_HEAD, source.size)))
         if head.startswith(b"\x89PNG"):
             return _picture(place)
-        if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and _TOKENIZER.search(head):
+        looks = head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and _TOKENIZER.search(head)
+        # a JSON file too damaged to look like anything is told what a tokenizer needs
+        if looks or (place.suffix == ".json" and b'"weight_map"' not in head):
             return _tokenizer(place)
         with open_weights(source) as file:  # not by its path again: another file may be there by now
             return _weights(file, full)

@@ -87,6 +87,8 @@ def test_one_bad_file_does_not_hide_the_others(zimage, model, tmp_path):
         ("zeros.gguf", bytes(5000), "zero bytes"),
         ("cut.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "longer than the file"),
         ("tokenizer.json", b'{"model": {"type": "Unigram"}}', "Unigram"),
+        ("tokenizer.json", b"[]", "object"),
+        ("tokenizer.json", b"hello", "JSON"),
     ],
 )
 def test_what_is_not_a_model_is_named(zimage, tmp_path, name, content, what):
