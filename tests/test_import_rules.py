@@ -35,9 +35,10 @@ DOORS: dict[str, set[str]] = {
     "hub": set(),
     "sources": {"hub", "sampling", "text", "weights"},
     "result": {"png", "atomic"},
-    "run": {"checks", "noise", "sampling", "text"},
+    "batch": {"checks"},
+    "run": {"batch", "checks", "noise", "sampling", "text"},
     "components": {"checks", "diagnose", "sources", "run", "models", "sampling", "text", "weights"},
-    "pipeline": {"components", "checks", "diagnose", "result", "run", "sampling", "text"},
+    "pipeline": {"batch", "components", "checks", "diagnose", "result", "run", "sampling", "text"},
     "assets": set(),
 }  # fmt: skip
 EVERYTHING = {"cli", "zimage_core"}  # the two ends of the house; zimage_core itself is __init__.py

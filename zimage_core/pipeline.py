@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from zimage_core.batch import Batch, make_batch
 from zimage_core.checks import StepCallback
 from zimage_core.components import Components
 from zimage_core.diagnose import checked, explain, watch
 from zimage_core.errors import BadArgument, Busy, NonFinite
 from zimage_core.result import Clock, Timings, ZImageResult, peak_memory, to_output
-from zimage_core.run import Batch, Run, call_back, describe, encoding, make_batch, prepare
+from zimage_core.run import Run, call_back, describe, encoding, prepare
 from zimage_core.sampling.euler import sample
 from zimage_core.sampling.guidance import Guided, Network
 from zimage_core.text.prompt import prompt_ids

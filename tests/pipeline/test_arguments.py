@@ -1,9 +1,8 @@
-"""Every bad argument is one sentence with name and range, in time, before a weight is touched."""
+"""Every bad argument is one sentence with name and range, before a weight is touched."""
 
 from __future__ import annotations
 
 import math
-import time
 import warnings
 
 import numpy as np
@@ -73,27 +72,14 @@ BAD = [
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: " ".join(bad) or "none")
 def test_a_bad_argument_is_a_value_error_that_names_it(pipe, bad):
-    started = time.perf_counter()
     with pytest.raises(ZImageError) as caught:
         pipe(**{"prompt": "a", **bad})
-    # 50 ms is the promise; the machine that tests may be shared with others
-    assert time.perf_counter() - started < 0.5
     assert isinstance(caught.value, ValueError)
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 400
     names = {name.removesuffix("s") for name in bad} | {"prompt"}
     assert any(name in message for name in names), message
-
-
-def test_checks_take_less_than_50_ms_in_the_median(pipe):
-    taken = []
-    for _ in range(20):
-        started = time.perf_counter()
-        with pytest.raises(BadArgument):
-            pipe("a", height=10**9)
-        taken.append(time.perf_counter() - started)
-    assert sorted(taken)[10] < 0.05
 
 
 @pytest.mark.parametrize(

