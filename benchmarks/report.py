@@ -16,12 +16,17 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def features() -> list[str]:
+    """Which of the instruction sets that matter for matrix products this processor has."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f in flags]
+
+
 def machine() -> dict[str, Any]:
     """Processor, threads, versions and date."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return {
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f in flags],
+        "features": features(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

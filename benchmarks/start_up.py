@@ -52,8 +52,7 @@ def main() -> None:
         for key, value in qwen_vocabulary.gguf_metadata().items():
             writer.key(key, value, "i32") if key.endswith("token_type") else writer.key(key, value)
         writer.write(vocabulary)
-        ours = f"import time; from zimage_core.weights.gguf import GGUFFile as R{OPEN.format(f'R({str(vocabulary)!r})')}"
-        theirs = f"import time; from gguf import GGUFReader as R{OPEN.format(f'R({str(vocabulary)!r})')}"
+        opening = f"import time; from {{}} import {{}} as R{OPEN.format(f'R({str(vocabulary)!r})')}"
         zimage = f"{Path(sys.executable).parent}/zimage"
         jobs = {
             "import zimage_core after torch": lambda: inside(
@@ -63,13 +62,15 @@ def main() -> None:
             "python -c pass": lambda: process(sys.executable, "-c", "pass"),
             "zimage inspect, nano transformer": lambda: process(zimage, "inspect", str(NANO)),
             "zimage inspect, Qwen vocabulary": lambda: process(zimage, "inspect", str(vocabulary)),
-            "open Qwen vocabulary, zimage_core": lambda: inside(ours),
+            "open Qwen vocabulary, zimage_core": lambda: inside(
+                opening.format("zimage_core.weights.gguf", "GGUFFile")
+            ),
         }
         seconds = {name: [] for name in jobs}
         for _ in range(args.repeats):
             for name, job in jobs.items():
                 seconds[name].append(job())
-        seconds["open Qwen vocabulary, gguf.GGUFReader"] = [inside(theirs)]
+        seconds["open Qwen vocabulary, gguf.GGUFReader"] = [inside(opening.format("gguf", "GGUFReader"))]
     figures = {"summary": {name: spread(s) for name, s in seconds.items()}}
     print(json.dumps(figures, indent=1))
     write(args.out, {**figures, "seconds": seconds})

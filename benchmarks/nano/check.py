@@ -42,7 +42,7 @@ from benchmarks.nano.draw import (
 TOO_FAR = 0.5
 FRAME = 4
 FAINT = 30.0
-"""Distance from the background, in RGB, below which no pixel counts as ink; the colours are 82 apart or more."""
+"""Distance from the background, in RGB, below which no pixel is ink; colours are 82 apart or more."""
 SEED = 20_000
 """Of the first picture; picture i has SEED + i."""
 ATTRIBUTES = ("colour", "background", "shape", "position", "size", "count", "glyph")

@@ -39,7 +39,7 @@ from benchmarks.nano.draw import (
     random_scene,
 )
 from benchmarks.nano.muon import Muon
-from benchmarks.nano.train_vae import NanoVAE, save, to_tensor
+from benchmarks.nano.train_vae import NanoVAE, fast_dtype, mixed_precision, save, to_tensor
 from benchmarks.nano.vocabulary import LENGTH, encode, tokenizer
 from zimage_core.config import TextEncoderConfig, TransformerConfig
 from zimage_core.models import sequence, text_encoder, transformer
@@ -57,6 +57,8 @@ SIGMAS = (1.0, 21 / 22, 0.9, 5 / 6, 0.75, 9 / 14, 0.5, 0.3, 0.0)
 """Eight steps at shift 3."""
 EMPTY = 0.05
 """Share of empty captions, so that guidance works too."""
+GLYPH_SHARE = 0.2
+"""Of the pictures; there are 60 glyphs and six shapes."""
 GATE = 0.55
 """Initial bias of the gates; tanh of it is 0.5."""
 CLASSES = (
@@ -194,9 +196,9 @@ class Pool:
 
     @torch.no_grad()
     def renew(self, count: int) -> None:
-        scenes = [random_scene(self.rng, held_out=False) for _ in range(count)]
+        scenes = [random_scene(self.rng, held_out=False, glyphs=GLYPH_SHARE) for _ in range(count)]
         pictures = to_tensor(np.stack([draw(s, self.rng) for s in scenes]))
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             latents = self.vae.latents(pictures)
         for scene, latent in zip(scenes, latents, strict=True):
             self.scenes[self.next], self.latents[self.next] = scene, latent
@@ -215,7 +217,7 @@ def noise_levels(count: int, generator: torch.Generator) -> Tensor:
 def sample(model: Nano, prompts: list[str], seed: int) -> Tensor:
     """Unit-variance latents of the prompts after eight Euler steps."""
     x = torch.randn(len(prompts), 16, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed))
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         ids, lengths = pad_ids(prompts)
         hidden = model.caption(ids)
         for sigma, after in pairwise(SIGMAS):
@@ -273,7 +275,7 @@ def main() -> None:
     inner = {n: p for n, p in model.named_parameters() if p.ndim == 2 and any(i in n for i in inside)}
     rest = [p for n, p in model.named_parameters() if n not in inner]
     optimisers = (
-        (Muon(inner.values()), args.muon),
+        (Muon(inner.values(), dtype=fast_dtype()), args.muon),
         (torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=1e-3), args.lr),
     )
     ema = {k: v.clone() for k, v in model.state_dict().items()}
@@ -282,8 +284,9 @@ def main() -> None:
     if path.exists():
         state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
-        for (optimiser, _), saved in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+        if state["optimisers"]:  # a checkpoint from `restore` has none
+            for (optimiser, _), saved in zip(optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(saved)
         step, spent, ema = state["step"], state["spent"], state["ema"]
     pool = Pool(vae, args.pool, step)
     for _ in range(args.first // 64):
@@ -328,7 +331,7 @@ def main() -> None:
             for group in optimiser.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * cosine)
             optimiser.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             ids, lengths = pad_ids(said)
             hidden = model.caption(ids)
             guess = model.classifier(hidden[torch.arange(len(ids)), lengths - 1]).float()
