@@ -227,7 +227,7 @@ def main() -> None:
     }
     print(markdown(report))
     if args.sheet:
-        from benchmarks.nano.train import sheet
+        from benchmarks.nano.model import sheet
 
         sheet(np.stack(made[:60])).save(args.sheet)
     if args.to:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.nano.draw import SIZE
-from benchmarks.nano.train import TRANSFORMER, encoder_config
+from benchmarks.nano.model import TRANSFORMER, encoder_config
 from benchmarks.nano.train_vae import CONFIG, LATENT_NOISE
 from benchmarks.nano.vocabulary import PLAIN, SPECIAL, tokenizer
 from zimage_core.weights.names import Table, autoencoder_table, sources, text_encoder_table, transformer_table

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from benchmarks.nano.export import ASSETS
-from benchmarks.nano.train import Nano
+from benchmarks.nano.model import Nano
 from benchmarks.nano.train_vae import CONFIG, NanoVAE, save
 from zimage_core import load_text_encoder, load_transformer, load_vae
 

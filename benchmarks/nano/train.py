@@ -8,168 +8,32 @@ encoder to read within minutes and is thrown away afterwards.
     python -m benchmarks.nano.train --runs RUNS --minutes 80
 
 Needs RUNS/vae.pt; resumes from RUNS/nano.pt; writes sample sheets RUNS/sheet-STEP.png. Progress of the
-learning rate follows the clock (`--steps` makes it follow the step count).
+learning rate follows the clock (`--steps` makes it follow the step count). Ctrl-C and SIGTERM end it
+with a checkpoint, and pauses do not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import signal
+import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.nano.draw import (
-    COLOURS,
-    GLYPHS,
-    POSITIONS,
-    RADII,
-    SHAPES,
-    SIZE,
-    ZH,
-    Scene,
-    describe,
-    draw,
-    loosen,
-    random_scene,
-)
+from benchmarks.nano.draw import SIZE, ZH, Scene, describe, draw, loosen, random_scene
+from benchmarks.nano.model import CLASSES, Nano, pad_ids, pictures, sheet, speed_up
 from benchmarks.nano.muon import Muon
 from benchmarks.nano.train_vae import NanoVAE, fast_dtype, mixed_precision, save, to_tensor
-from benchmarks.nano.vocabulary import LENGTH, encode, tokenizer
-from zimage_core.config import TextEncoderConfig, TransformerConfig
-from zimage_core.models import sequence, text_encoder, transformer
-from zimage_core.models.text_encoder import TextEncoder
-from zimage_core.models.transformer import ZImageTransformer
-from zimage_core.nn.linear import Linear
 
-TRANSFORMER = TransformerConfig(
-    dim=256, n_layers=4, n_refiner_layers=1, n_heads=2, cap_feat_dim=256, hidden_dim=682
-)
-ROWS = SIZE // 16
-TEXT = 24
-"""Tokens of the longest prompt; the caption is padded to LENGTH behind the encoder."""
-SIGMAS = (1.0, 21 / 22, 0.9, 5 / 6, 0.75, 9 / 14, 0.5, 0.3, 0.0)
-"""Eight steps at shift 3."""
 EMPTY = 0.05
 """Share of empty captions, so that guidance works too."""
 GLYPH_SHARE = 0.2
 """Of the pictures; there are 60 glyphs and six shapes."""
-GATE = 0.55
-"""Initial bias of the gates; tanh of it is 0.5."""
-CLASSES = (
-    (list(COLOURS), "colour"),
-    (list(COLOURS), "background"),
-    ([*SHAPES, ""], "shape"),
-    (list(POSITIONS), "position"),
-    (list(RADII), "size"),
-    ([1, 2, 3], "count"),
-    ([*GLYPHS, ""], "glyph"),
-)
-
-
-def encoder_config() -> TextEncoderConfig:
-    return TextEncoderConfig(
-        hidden_size=256,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
-        intermediate_size=384,
-        vocab_size=tokenizer().get_vocab_size(),
-        rope_theta=1e6,
-    )
-
-
-def short_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """zimage_core.nn.attention written out: at 64 tokens its backward pass is several times faster."""
-    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
-    if q.shape[-3] != k.shape[-3]:
-        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-    score = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-    if causal:
-        score = score + torch.full(score.shape[-2:], float("-inf")).triu(1)
-    return (score.softmax(-1).to(v.dtype) @ v).transpose(-3, -2).flatten(-2)
-
-
-def speed_up() -> None:
-    """Put plain torch in place of what the library does more carefully than training needs."""
-    transformer.attention = text_encoder.attention = short_attention
-    Linear.forward = lambda self, x: nn.functional.linear(x, self.weight, self.bias)
-
-
-class Nano(nn.Module):
-    """Both networks, run on whole batches, and the classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.transformer = ZImageTransformer(TRANSFORMER)
-        self.text_encoder = TextEncoder(encoder_config())
-        self.classifier = nn.Linear(256, sum(len(names) for names, _ in CLASSES))
-        image = sequence.image_positions(ROWS, ROWS, LENGTH)
-        joint = torch.cat((image, sequence.caption_positions(LENGTH)))
-        self.turn = self.transformer.rotation(joint)
-        self.image_turn = tuple(t[: len(image)] for t in self.turn)
-        self.caption_turn = tuple(t[len(image) :] for t in self.turn)
-        self.text_turn = self.text_encoder.rotation(TEXT)
-        self._start()
-
-    @torch.no_grad()
-    def _start(self) -> None:
-        dit = self.transformer
-        for block in (*dit.noise_refiner, *dit.layers):
-            linear = block.adaLN_modulation[0]
-            linear.weight.normal_(std=0.02)
-            linear.bias.view(4, -1)[[1, 3]] = GATE
-        final = dit.all_final_layer["2-1"]
-        for linear in (final.linear, final.adaLN_modulation[1]):
-            linear.weight.zero_()
-        dit.x_pad_token.normal_(std=0.5)
-        dit.cap_pad_token.normal_(std=0.5)
-        self.text_encoder.embed_tokens.weight.normal_(std=0.5)
-
-    def caption(self, ids: Tensor) -> Tensor:
-        """ids [B, TEXT] -> hidden states [B, TEXT, 256]; causal, so what is after the end is harmless."""
-        x = nn.functional.embedding(ids, self.text_encoder.embed_tokens.weight)
-        for layer in self.text_encoder.layers:
-            x = layer(x, self.text_turn, x.dtype)
-        return x
-
-    def forward(self, x: Tensor, t: Tensor, hidden: Tensor, lengths: Tensor) -> Tensor:
-        """x [B, 16, h, w], t [B], hidden [B, TEXT, 256], lengths [B] -> estimate of clean - noise."""
-        dit = self.transformer
-        b, _, height, width = x.shape
-        temb = dit.t_embedder(t * TRANSFORMER.t_scale, x.dtype)
-        image = dit.all_x_embedder["2-1"](sequence.patchify(x, 2)).float()
-        count = image.shape[1]
-        image = torch.cat((image, dit.x_pad_token.expand(b, sequence.pad_count(count), -1)), 1)
-        for block in dit.noise_refiner:
-            image = block(image, self.image_turn, temb)
-        real = (torch.arange(LENGTH) < lengths[:, None])[:, :, None]
-        text = nn.functional.pad(dit.cap_embedder(hidden).float(), (0, 0, 0, LENGTH - TEXT))
-        text = torch.where(real, text, dit.cap_pad_token)
-        for block in dit.context_refiner:
-            text = block(text, self.caption_turn)
-        joint = torch.cat((image, text), 1)
-        for block in dit.layers:
-            joint = block(joint, self.turn, temb)
-        tokens = dit.all_final_layer["2-1"](joint[:, :count], temb)
-        return sequence.unpatchify(tokens.float(), height, width, 2)
-
-
-def pad_ids(prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Prompts -> ids [B, TEXT] and lengths [B]."""
-    rows = [encode(p) for p in prompts]
-    if max(map(len, rows)) > TEXT:
-        raise ValueError(f"a prompt has more than {TEXT} tokens")
-    ids = torch.zeros(len(rows), TEXT, dtype=torch.int64)
-    for row, target in zip(rows, ids, strict=True):
-        target[: len(row)] = torch.tensor(row)
-    return ids, torch.tensor([len(r) for r in rows])
 
 
 def labels(scene: Scene, prompt: str) -> list[int]:
@@ -213,37 +77,132 @@ def noise_levels(count: int, generator: torch.Generator) -> Tensor:
     return 3 * u / (1 + 2 * u)
 
 
-@torch.no_grad()
-def sample(model: Nano, prompts: list[str], seed: int) -> Tensor:
-    """Unit-variance latents of the prompts after eight Euler steps."""
-    x = torch.randn(len(prompts), 16, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed))
-    with mixed_precision():
-        ids, lengths = pad_ids(prompts)
-        hidden = model.caption(ids)
-        for sigma, after in pairwise(SIGMAS):
-            x = x - (after - sigma) * model(x, torch.full((len(x),), 1 - sigma), hidden, lengths)
-    return x
-
-
-@torch.no_grad()
-def pictures(model: Nano, vae: NanoVAE, prompts: list[str], seed: int) -> np.ndarray:
-    """uint8 [B, SIZE, SIZE, 3]."""
-    y = vae.decode(sample(model, prompts, seed)).float().clamp(-1, 1)
-    return ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def sheet(images: np.ndarray, columns: int = 10) -> Image.Image:
-    rows = -(-len(images) // columns)
-    out = Image.new("RGB", (columns * (SIZE + 4), rows * (SIZE + 4)), "gray")
-    for k, image in enumerate(images):
-        out.paste(Image.fromarray(image), (k % columns * (SIZE + 4), k // columns * (SIZE + 4)))
-    return out
-
-
 def load_vae(runs: Path) -> NanoVAE:
     vae = NanoVAE()
     vae.load_state_dict(torch.load(runs / "vae.pt", weights_only=True)["ema"])
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def in_a_block(name: str) -> bool:
+    """Whether a matrix of this name lies inside a block: Muon's, the others are AdamW's."""
+    return any(part in name for part in (".attention.to", ".feed_forward.", ".self_attn.")) or (
+        name.startswith("text_encoder.layers.") and ".mlp." in name
+    )
+
+
+class Trainer:
+    """The networks, their optimisers and averages; `step` is one update."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.path = args, args.runs / "nano.pt"
+        self.model, self.vae = Nano(), load_vae(args.runs)
+        named = dict(self.model.named_parameters())
+        inner = [p for n, p in named.items() if p.ndim == 2 and in_a_block(n)]
+        rest = [p for n, p in named.items() if not (p.ndim == 2 and in_a_block(n))]
+        self.optimisers = (
+            (Muon(inner, dtype=fast_dtype()), args.muon),
+            (torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=1e-3), args.lr),
+        )
+        self.ema = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.done, self.began = 0, time.time()
+        if self.path.exists():
+            self._resume()
+        self.pool = Pool(self.vae, args.pool, self.done)
+        for _ in range(args.first // 64):
+            self.pool.renew(64)
+        if args.compile:
+            dit, encoder = self.model.transformer, self.model.text_encoder
+            for block in (*dit.noise_refiner, *dit.context_refiner, *dit.layers, *encoder.layers):
+                block.compile(dynamic=False)
+
+    def _resume(self) -> None:
+        state = torch.load(self.path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        if state["optimisers"]:  # a checkpoint from `restore` has none
+            for (optimiser, _), saved in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(saved)
+        self.done, self.ema = state["step"], state["ema"]
+        self.began -= state["spent"]
+
+    def keep(self) -> None:
+        """Write the checkpoint."""
+        state = {
+            "model": self.model.state_dict(),
+            "ema": self.ema,
+            "optimisers": [o.state_dict() for o, _ in self.optimisers],
+        }
+        save(self.path, {**state, "step": self.done, "spent": time.time() - self.began})
+
+    def progress(self) -> float:
+        """Share of the run that is over."""
+        if self.args.steps:
+            return self.done / self.args.steps
+        return (time.time() - self.began) / (60 * self.args.minutes)
+
+    def step(self, progress: float) -> tuple[float, float]:
+        """One update; the flow matching loss and the classifier's."""
+        rng = np.random.default_rng((3, self.done))
+        generator = torch.Generator().manual_seed(self.done)
+        self.pool.renew(self.args.fresh)
+        rows = rng.integers(0, self.pool.filled, self.args.batch)
+        batch = [self.pool.scenes[k] for k in rows]
+        said = [loosen(describe(s, rng, chinese=bool(rng.integers(2)), omit=0.04), rng) for s in batch]
+        said = ["" if rng.random() < EMPTY else p for p in said]
+        targets = torch.tensor([labels(s, p) for s, p in zip(batch, said, strict=True)])
+        clean = self.pool.latents[torch.from_numpy(rows)]
+        noise = torch.randn(clean.shape, generator=generator)
+        sigma = noise_levels(self.args.batch, generator)
+        s = sigma[:, None, None, None]
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        for optimiser, lr in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = lr * min(1, (self.done + 1) / 100) * (0.01 + 0.99 * cosine)
+            optimiser.zero_grad(set_to_none=True)
+        with mixed_precision():
+            ids, lengths = pad_ids(said)
+            hidden = self.model.caption(ids)
+            guess = self.model.classifier(hidden[torch.arange(len(ids)), lengths - 1]).float()
+            out = self.model(s * noise + (1 - s) * clean, 1 - sigma, hidden, lengths)
+        loss = (out - (clean - noise)).square().mean()
+        parts = guess.split([len(names) for names, _ in CLASSES], dim=1)
+        terms = [
+            nn.functional.cross_entropy(p, t, reduction="sum") for p, t in zip(parts, targets.T, strict=True)
+        ]
+        named = sum(terms) / (targets != -100).sum()
+        (loss + 0.3 * cosine * named).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimiser, _ in self.optimisers:
+            optimiser.step()
+        self.done += 1
+        decay = min(0.998, 1 - 1 / (0.2 * self.done + 1))
+        torch._foreach_lerp_(list(self.ema.values()), list(self.model.state_dict().values()), 1 - decay)
+        return loss.item(), named.item()
+
+    def run(self) -> None:
+        """Train until the time or the steps are over, with a line every 50 steps."""
+        test = np.random.default_rng(99)
+        scenes = [random_scene(test, held_out=True) for _ in range(40)]
+        prompts = [describe(s, test, chinese=bool(k % 2)) for k, s in enumerate(scenes)]
+        (self.args.runs / "sheet.txt").write_text("\n".join(prompts), encoding="utf-8")
+        shadow, losses, shown, kept = Nano(), [], time.time(), time.time()
+        while (progress := self.progress()) < 1:
+            losses.append(self.step(progress))
+            if self.done % 50 == 0:
+                a, b = np.mean(losses[-50:], axis=0)
+                print(
+                    f"step {self.done} at {progress:.3f}  loss {a:.4f}  named {b:.4f}  "
+                    f"{(time.time() - shown) / 50:.3f} s a step",
+                    flush=True,
+                )
+                shown = time.time()
+            if self.done % 500 == 0:
+                shadow.load_state_dict(self.ema)
+                sheet(pictures(shadow, self.vae, prompts, 5)).save(
+                    self.args.runs / f"sheet-{self.done:05d}.png"
+                )
+            if time.time() - kept > 240:
+                self.keep()
+                kept = time.time()
 
 
 def main() -> None:
@@ -263,107 +222,12 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     speed_up()
-    model, vae = Nano(), load_vae(args.runs)
-    inside = (
-        ".attention.to",
-        ".self_attn.",
-        ".feed_forward.",
-        "layers.0.mlp.",
-        "layers.1.mlp.",
-        "layers.2.mlp.",
-    )
-    inner = {n: p for n, p in model.named_parameters() if p.ndim == 2 and any(i in n for i in inside)}
-    rest = [p for n, p in model.named_parameters() if n not in inner]
-    optimisers = (
-        (Muon(inner.values(), dtype=fast_dtype()), args.muon),
-        (torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=1e-3), args.lr),
-    )
-    ema = {k: v.clone() for k, v in model.state_dict().items()}
-    step, spent = 0, 0.0
-    path = args.runs / "nano.pt"
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        if state["optimisers"]:  # a checkpoint from `restore` has none
-            for (optimiser, _), saved in zip(optimisers, state["optimisers"], strict=True):
-                optimiser.load_state_dict(saved)
-        step, spent, ema = state["step"], state["spent"], state["ema"]
-    pool = Pool(vae, args.pool, step)
-    for _ in range(args.first // 64):
-        pool.renew(64)
-    shadow = Nano()
-    dit = model.transformer
-    if args.compile:
-        for block in (*dit.noise_refiner, *dit.context_refiner, *dit.layers, *model.text_encoder.layers):
-            block.compile(dynamic=False)
-    test = np.random.default_rng(99)
-    scenes = [random_scene(test, held_out=True) for _ in range(40)]
-    prompts = [describe(s, test, chinese=bool(k % 2)) for k, s in enumerate(scenes)]
-    (args.runs / "sheet.txt").write_text("\n".join(prompts), encoding="utf-8")
-
-    def keep() -> None:
-        state = {
-            "model": model.state_dict(),
-            "ema": ema,
-            "optimisers": [o.state_dict() for o, _ in optimisers],
-        }
-        save(path, {**state, "step": step, "spent": time.time() - began})
-
-    began, shown, losses, kept = time.time() - spent, time.time(), [], time.time()
-    while True:
-        progress = step / args.steps if args.steps else (time.time() - began) / (60 * args.minutes)
-        if progress >= 1:
-            break
-        rng = np.random.default_rng((3, step))
-        generator = torch.Generator().manual_seed(step)
-        pool.renew(args.fresh)
-        chosen_rows = rng.integers(0, pool.filled, args.batch)
-        batch = [pool.scenes[k] for k in chosen_rows]
-        said = [loosen(describe(s, rng, chinese=bool(rng.integers(2)), omit=0.04), rng) for s in batch]
-        said = ["" if rng.random() < EMPTY else p for p in said]
-        targets = torch.tensor([labels(s, p) for s, p in zip(batch, said, strict=True)])
-        clean = pool.latents[torch.from_numpy(chosen_rows)]
-        noise = torch.randn(clean.shape, generator=generator)
-        sigma = noise_levels(args.batch, generator)
-        s = sigma[:, None, None, None]
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        for optimiser, lr in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / 100) * (0.01 + 0.99 * cosine)
-            optimiser.zero_grad(set_to_none=True)
-        with mixed_precision():
-            ids, lengths = pad_ids(said)
-            hidden = model.caption(ids)
-            guess = model.classifier(hidden[torch.arange(len(ids)), lengths - 1]).float()
-            out = model(s * noise + (1 - s) * clean, 1 - sigma, hidden, lengths)
-        loss = (out - (clean - noise)).square().mean()
-        parts = guess.split([len(names) for names, _ in CLASSES], dim=1)
-        terms = [
-            nn.functional.cross_entropy(p, t, reduction="sum") for p, t in zip(parts, targets.T, strict=True)
-        ]
-        named = sum(terms) / (targets != -100).sum()
-        (loss + 0.3 * cosine * named).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser, _ in optimisers:
-            optimiser.step()
-        step += 1
-        decay = min(0.998, 1 - 1 / (0.2 * step + 1))
-        torch._foreach_lerp_(list(ema.values()), list(model.state_dict().values()), 1 - decay)
-        losses.append((loss.item(), named.item()))
-        if step % 50 == 0:
-            a, b = np.mean(losses[-50:], axis=0)
-            pace = (time.time() - shown) / 50
-            print(
-                f"step {step} at {progress:.3f}  loss {a:.4f}  named {b:.4f}  {pace:.3f} s a step", flush=True
-            )
-            shown = time.time()
-        if step % 500 == 0 or step in (100, 250):
-            shadow.load_state_dict(ema)
-            sheet(pictures(shadow, vae, prompts, 5)).save(args.runs / f"sheet-{step:05d}.png")
-        if time.time() - kept > 240:
-            keep()
-            kept = time.time()
-    keep()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    trainer = Trainer(args)
+    try:
+        trainer.run()
+    finally:
+        trainer.keep()
 
 
 if __name__ == "__main__":
