@@ -38,7 +38,7 @@ DOORS: dict[str, set[str]] = {
     "batch": {"checks"},
     "run": {"batch", "checks", "noise", "sampling", "text"},
     "components": {"checks", "diagnose", "sources", "run", "models", "sampling", "text", "weights"},
-    "pipeline": {"batch", "components", "checks", "diagnose", "result", "run", "sampling", "text"},
+    "pipeline": {"batch", "components", "checks", "diagnose", "png", "result", "run", "sampling", "text"},
     "assets": set(),
 }  # fmt: skip
 EVERYTHING = {"cli", "zimage_core"}  # the two ends of the house; zimage_core itself is __init__.py

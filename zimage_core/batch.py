@@ -74,9 +74,7 @@ def make_batch(given: Mapping[str, Any], num_images_per_prompt: Any, guided: boo
         against = against * count if len(against) == 1 else against
     for name, members in (("negative_prompt", against), ("negative_prompt_embeds", negative)):
         if members is not None and len(members) != count:
-            raise BadArgument(
-                f"{name}: got {len(members)}, wanted {count}, one for each prompt or one for all"
-            )
+            raise BadArgument(f"{name}: got {len(members)}, wanted {count}, one for each prompt")
     return Batch(
         _repeated(words, times),
         _repeated(against, times),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from zimage_core.text.prompt import check_prompt
 
 MAX_PIXELS = 4096 * 4096
 """Attention takes time with the square of the pixels; a picture of this size is hours on any machine."""
+MAX_BATCH_PIXELS = 256 * 1024 * 1024
+"""Of all pictures of one call: 256 of 1024 x 1024, which take 3.2 GB before they are rounded to bytes."""
 MAX_IMAGES = 1024
 MAX_GUIDANCE = 30.0
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -72,8 +75,13 @@ def side(name: str, value: Any, multiple: int, most: int) -> int:
     return pixels
 
 
-def area(height: int, width: int) -> None:
-    """Refuse pictures that no machine finishes."""
+def area(height: int, width: int, images: int) -> None:
+    """Refuse pictures that no machine finishes, and more of them at once than memory is likely to hold."""
+    if height * width * images > MAX_BATCH_PIXELS:
+        raise BadArgument(
+            f"num_images_per_prompt: {images} pictures of {width} x {height} in one call, wanted at most "
+            f"{MAX_BATCH_PIXELS // (height * width)} of this size; make the others in further calls"
+        )
     if height * width > MAX_PIXELS:
         raise BadArgument(
             f"height and width: {width} x {height} are {height * width / 1e6:.1f} megapixels, wanted at most "
@@ -172,6 +180,19 @@ def seed(value: Any, generator: Any) -> int | None:
     return whole("seed", value, 0, MAX_SEED)
 
 
+def read_path(name: str, path: Any) -> str | os.PathLike[str]:
+    """A path as it was given; whether there is a file is for its reader to say.
+
+    Raises:
+        BadArgument: Not text or a path, or empty.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise BadArgument(f"{name}: got {shown(path)}, wanted the path of a file or folder")
+    if not os.fspath(path):
+        raise BadArgument(f"{name}: the path is empty")
+    return path
+
+
 def read_device(device: str | torch.device) -> torch.device:
     """A device that this machine has.
 
@@ -185,8 +206,13 @@ def read_device(device: str | torch.device) -> torch.device:
         raise BadArgument(
             f"device: got {printable(device, 60)!r}, wanted a torch device like 'cpu'"
         ) from None
-    if where.type == "cuda" and not torch.cuda.is_available():
+    if where.type not in ("cpu", "cuda"):
+        raise Unsupported(f"device: {where.type} is not supported; use device='cpu' or 'cuda'")
+    count = torch.cuda.device_count() if where.type == "cuda" and torch.cuda.is_available() else 0
+    if where.type == "cuda" and count == 0:
         raise Unsupported("device: this machine has no GPU that torch can use; use device='cpu'")
+    if where.type == "cuda" and (where.index or 0) >= count:
+        raise Unsupported(f"device: there is no {where}, this machine has {count} GPUs, counted from 0")
     return where
 
 

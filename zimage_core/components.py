@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 
 from zimage_core import sources
-from zimage_core.checks import read_device, read_dtype
+from zimage_core.checks import read_device, read_dtype, read_path, shown
 from zimage_core.diagnose import guard_attention
-from zimage_core.errors import WrongModel
+from zimage_core.errors import Unsupported, WrongModel
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
@@ -19,10 +19,13 @@ from zimage_core.sampling.schedule import BASE_SHIFT, FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.card import check_compatible
 from zimage_core.weights.files import WeightFile
-from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae, weight_file
+from zimage_core.weights.load import check_files, load_text_encoder, load_transformer, load_vae, weight_file
 
 NATIVE_SIZE = 1024
 SIZE_KEY = "zimage.sample_size"
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
+ALWAYS = ("low_cpu_mem_usage", "use_safetensors")
+"""Arguments of diffusers whose wish is always met."""
 
 PathLike = str | os.PathLike[str]
 Self = TypeVar("Self", bound="Components")
@@ -32,10 +35,11 @@ class Components:
     """Three networks, a tokenizer and a scheduler that belong together.
 
     Args:
-        scheduler: Noise levels; its shift tells the base checkpoint (6) from the distilled ones (3).
+        scheduler: Noise levels; its shift tells the base checkpoint (6) from the distilled ones (any
+            other, theirs is 3), here and once: a scheduler put in its place later changes no default.
         vae: Always in float32: the official code decodes so, and the model's own config asks for it.
         text_encoder: Its width is the transformer's caption width.
-        tokenizer: The text encoder's; anything with `encode(text) -> list[int]`.
+        tokenizer: The text encoder's.
         transformer: S3-DiT.
         sample_size: Default height and width in pixels.
 
@@ -62,6 +66,7 @@ class Components:
         self._interrupt = False
         self._guidance_scale = 0.0
         self._num_timesteps = 0
+        self._base = scheduler.shift == BASE_SHIFT
         guard_attention(text_encoder, "text encoder")
         guard_attention(vae, "VAE")
         paths = {name: file.path for name, file in self.files().items()}
@@ -106,21 +111,24 @@ class Components:
             mmap: Use the weights in place; the files must then not change. False reads them into memory.
 
         Raises:
-            BadFile: A file cannot be read; WrongModel, BadWeights: it is another model or a damaged one.
+            BadArgument: A path is none; BadFile: a file cannot be read; WrongModel, BadWeights: it is another
+                model or a damaged one.
         """
         where = read_device(device)
         kind = read_dtype(dtype, torch_dtype, where)
-        net = load_transformer(transformer, kind, where, mmap)
+        paths = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+        check_files({name: read_path(name, path) for name, path in paths.items()})
         encoder = load_text_encoder(text_encoder, kind, where, mmap)
-        decoder = load_vae(vae, torch.float32, where, mmap)
         words = sources.find_tokenizer(tokenizer, weight_file(encoder))
+        net = load_transformer(transformer, kind, where, mmap)
+        decoder = load_vae(vae, torch.float32, where, mmap)
         size = _sample_size(weight_file(net))
         return cls(scheduler or FlowMatchEulerScheduler(), decoder, encoder, words, net, size)
 
     @classmethod
     def from_pretrained(
         cls: type[Self],
-        source: PathLike,
+        pretrained_model_name_or_path: PathLike,
         *,
         transformer: PathLike | None = None,
         text_encoder: PathLike | None = None,
@@ -131,8 +139,7 @@ class Components:
         torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cpu",
         mmap: bool = True,
-        low_cpu_mem_usage: bool | None = None,
-        use_safetensors: bool | None = None,
+        **others: Any,
     ) -> Self:
         """A pipeline from a folder, or from a repository of the Hugging Face Hub.
 
@@ -141,8 +148,8 @@ class Components:
         huggingface_hub (`pip install zimage_core[hub]`) and downloads nothing when HF_HUB_OFFLINE is set.
 
         Args:
-            source: Folder or repository.
-            transformer: Taken instead of the source's own, like the next three; a repository with quantised
+            pretrained_model_name_or_path: Folder or repository.
+            transformer: Taken instead of its own, like the next three; a repository with quantised
                 transformers alone needs the other parts from elsewhere.
             text_encoder: See there.
             vae: See there.
@@ -152,12 +159,21 @@ class Components:
             torch_dtype: See there.
             device: See there.
             mmap: See there.
-            low_cpu_mem_usage: Accepted for code written for diffusers; memory use is always low.
-            use_safetensors: The same; pickled weights are never read.
+            others: What code written for diffusers also gives. `low_cpu_mem_usage` and `use_safetensors`
+                ask for what is always so here; `revision`, `cache_dir`, `token` and `local_files_only` go
+                to the Hub. Another one with a value is refused.
+
+        Raises:
+            BadArgument, BadFile, WrongModel, BadWeights: As `from_files`.
+            Unsupported: An argument of diffusers that means nothing here; the message names it.
         """
+        hub_options = {name: others.pop(name) for name in HUB_OPTIONS if others.get(name) is not None}
+        for name, value in others.items():
+            if value is not None and name not in ALWAYS:
+                raise Unsupported(f"from_pretrained: {name}={shown(value)} means nothing here; leave it out")
         named = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         given = {name: path for name, path in named.items() if path is not None}
-        found = sources.find(source, given)
+        found = sources.find(pretrained_model_name_or_path, given, hub_options)
         paths: dict[str, PathLike] = {**found.paths, **given}
         words = tokenizer if tokenizer is not None or text_encoder is not None else found.tokenizer
         return cls.from_files(
@@ -218,7 +234,7 @@ class Components:
     @property
     def limits(self) -> Limits:
         """What these parts allow, and the defaults that suit the checkpoint, Turbo or base."""
-        base = self.scheduler.shift >= BASE_SHIFT
+        base = self._base
         net, vae = self.transformer.config, self.vae.config
         return Limits(
             sample_size=self.sample_size,
@@ -239,17 +255,28 @@ class Components:
         found = {name: weight_file(part) for name, part in parts.items()}
         return {name: file for name, file in found.items() if file is not None}
 
-    def to(self: Self, *where: str | torch.device | torch.dtype) -> Self:
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name, as diffusers has them: `ZImagePipeline(**pipe.components)` shares them."""
+        names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer", "sample_size")
+        return {name: getattr(self, name) for name in names}
+
+    def to(
+        self: Self,
+        *where: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
         """Move the networks to a device, and (or) compute in another dtype; the VAE stays in float32."""
-        for target in where:
+        for target in (*where, *(t for t in (device, dtype) if t is not None)):
             if isinstance(target, torch.dtype):
                 kind = read_dtype(target, None, self.device)
                 self.transformer.to(kind)
                 self.text_encoder.to(kind)
             else:
-                device = read_device(target)
+                place = read_device(target)
                 for part in (self.transformer, self.text_encoder, self.vae):
-                    part.to(device)
+                    part.to(place)
         return self
 
     def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
@@ -267,6 +294,9 @@ class Components:
 
     def enable_vae_tiling(self) -> None:
         """For code written for diffusers. Pictures are decoded whole; tiles are not implemented yet."""
+
+    def enable_attention_slicing(self, *_: Any) -> None:
+        """For code written for diffusers: attention never holds the whole matrix of scores here."""
 
     def set_progress_bar_config(self, **_: Any) -> None:
         """For code written for diffusers: there is no progress bar here, only callback_on_step_end."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
 
@@ -51,10 +53,23 @@ def select(files: Sequence[str], tag: str | None, repo: str) -> list[str]:
     return chosen + [f for f in files if f.endswith(_TEXTS)]
 
 
-def fetch(source: str) -> Path:
+def fetch(
+    source: str,
+    revision: str | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """Local folder with the files of "org/repo" or "org/repo:TAG", from the cache or downloaded into it.
 
     Nothing is downloaded when HF_HUB_OFFLINE is set.
+
+    Args:
+        source: The repository.
+        revision: Branch, tag or commit.
+        cache_dir: In place of the Hub's own cache folder.
+        token: Of a user who may read it.
+        local_files_only: As if HF_HUB_OFFLINE were set.
 
     Raises:
         Unsupported: The package huggingface_hub is not installed.
@@ -75,24 +90,27 @@ def fetch(source: str) -> Path:
             f"{source} is no folder here, and to fetch it from the Hub: pip install zimage_core[hub]"
         ) from None
     repo, tag = match["repo"], match["tag"]
-    if constants.HF_HUB_OFFLINE:
-        local = _cached(repo)
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    if constants.HF_HUB_OFFLINE or local_files_only:
+        local = _cached(repo, where)
         if local is None:
-            raise BadFile(repo, "is not in the cache and HF_HUB_OFFLINE is set", "unset it or give a folder")
+            asked = "local_files_only" if local_files_only else "HF_HUB_OFFLINE"
+            raise BadFile(repo, f"is not in the cache and {asked} is set", "unset it or give a folder")
         return local
     try:
-        files = huggingface_hub.HfApi().list_repo_files(repo)
+        files = huggingface_hub.HfApi().list_repo_files(repo, revision=revision, token=token)
     except Exception as error:
         # requests, httpx and the package's own classes share no base but this one
         reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
-        local = _cached(repo)
+        local = _cached(repo, where)
         if local is None:
             fault = f"is not in the cache and the Hub gave: {reason}"
             raise BadFile(repo, fault, "check the name, the network and your token") from error
         return local
     chosen = select(files, tag, repo)
     try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=[_escape(f) for f in chosen]))
+        patterns = [_escape(f) for f in chosen]
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, token=token, **where))
     except Exception as error:
         reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
         raise BadFile(
@@ -100,13 +118,13 @@ def fetch(source: str) -> Path:
         ) from error
 
 
-def _cached(repo: str) -> Path | None:
+def _cached(repo: str, where: Mapping[str, Any]) -> Path | None:
     """Folder of what was fetched earlier."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(repo, local_files_only=True))
+        return Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **where))
     except LocalEntryNotFoundError as error:
         # a snapshot of which only the chosen files were fetched counts as incomplete there
         folder = Path(getattr(error, "snapshot_path", None) or "")

@@ -139,7 +139,7 @@ def _weights(file: WeightFile, full: bool) -> Inspection:
         config={} if card.config is None else asdict(card.config),
         types=_types(file),
         needs=tuple(needs),
-        notes=card.notes + tuple(f"holds a {other} too" for other in card.also),
+        notes=card.notes + card.cautions + tuple(f"holds a {other} too" for other in card.also),
         warnings=tuple(_warnings(file)) if full else (),
         metadata={key: _short(value) for key, value in file.metadata.items()},
         tensors={name: (t.format.name, t.shape, t.nbytes) for name, t in file.tensors.items()},
@@ -160,7 +160,9 @@ def _card(file: WeightFile) -> ModelCard:
     agreed = identify(file, card.kind, stated)
     if not agreed.problem:
         return agreed
-    return replace(card, notes=(*card.notes, f"config.json beside the file disagrees: {agreed.problem}"))
+    return replace(
+        card, cautions=(*card.cautions, f"config.json beside the file disagrees: {agreed.problem}")
+    )
 
 
 def _has_tokenizer(file: WeightFile, kind: str) -> bool:
@@ -316,14 +318,15 @@ def _places(path: Path) -> list[Path]:
 
     Where an index lists shards it stands for them.
     """
+    from zimage_core.weights.safetensors import shard_names
+
     places: list[Path] = []
     try:
         inside = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
         for folder in (path, *inside[:MAX_FILES]):
             files = sorted(p for p in folder.iterdir() if p.name.endswith(MODEL_SUFFIXES) and not p.is_dir())
-            if any(p.name.endswith(".index.json") for p in files):
-                files = [p for p in files if not p.name.endswith(".safetensors")]
-            places += [folder, *files]
+            listed = {s for p in files if p.name.endswith(".index.json") for s in shard_names(p)}
+            places += [folder, *(p for p in files if p.name not in listed)]
     except OSError as error:
         raise BadFile(path, f"a directory that cannot be read: {error.strerror}") from None
     if len(places) > 2 * MAX_FILES:

@@ -13,6 +13,7 @@ from zimage_core.checks import StepCallback
 from zimage_core.components import Components
 from zimage_core.diagnose import checked, explain, watch
 from zimage_core.errors import BadArgument, Busy, NonFinite
+from zimage_core.png import file_identity
 from zimage_core.result import Clock, Timings, ZImageResult, peak_memory, to_output
 from zimage_core.run import Run, call_back, describe, encoding, prepare
 from zimage_core.sampling.euler import sample
@@ -161,8 +162,10 @@ class ZImagePipeline(Components):
         """The main job: check, encode, denoise, decode, report."""
         clock = Clock()
         run = prepare(self.limits, self.scheduler, given)
-        for file in self.files().values():
+        files = self.files()
+        for file in files.values():
             file.check_unchanged()
+        identities = {name: file_identity(file.places) for name, file in files.items()}
         self._interrupt, self._guidance_scale, self._num_timesteps = False, run.scale, run.steps
         positive, negative = self._encode(run.batch, run.encoding, run.debug)
         encoded = clock.lap()
@@ -184,7 +187,8 @@ class ZImagePipeline(Components):
             peak_memory=peak_memory(self.device),
             settings=describe(run, self.scheduler.shift, self.dtype),
             interrupted=self._interrupt,
-            files={name: file.path for name, file in self.files().items()},
+            files=identities,
+            places={name: file.places for name, file in files.items()},
         )
 
     def _encode(
@@ -240,8 +244,11 @@ class ZImagePipeline(Components):
         try:
             return sample(denoise, start, run.sigmas, step_end, stop)
         except NonFinite as error:
-            if denoise.last is None or run.debug:
+            if denoise.last is None:
                 raise
+            if run.debug:
+                done = len(clock.steps())
+                raise NonFinite(f"step {done + 1} of {run.steps}: {error}") from None
             latents, time = denoise.last
             reason = explain(self.transformer, "transformer", lambda: denoise(latents, time, 0))
             raise NonFinite(f"{error}; {reason}") from None

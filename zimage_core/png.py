@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -224,22 +224,39 @@ def _a1111(settings: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def file_identity(path: str | os.PathLike[str], full: bool = False) -> dict[str, Any]:
-    """Name (never the folder), size and hash of a model file, for a picture's settings.
+def file_identity(paths: Sequence[str | os.PathLike[str]], full: bool = False) -> dict[str, Any]:
+    """Name (never the folder), size and hash of a model, for a picture's settings.
 
     Files up to 64 MiB, and any file with `full`, get `sha256` of the whole. Reading 7 GB for each picture
     would take longer than some pictures, so larger files get `fingerprint` instead: SHA-256 over the size as
     decimal text, the first MiB and the last MiB. That tells models apart (the header lists every tensor, the
-    tail holds weights) but does not prove that nobody changed a byte in the middle. Results are cached by
-    path, size and modification time.
+    tail holds weights) but does not prove that nobody changed a byte in the middle. A model in shards has
+    SHA-256 over its files' digests in hexadecimal, the index first. Results are cached by path, size and
+    modification time.
+
+    Args:
+        paths: Its file; or its index and then its shards.
+        full: Read everything.
+
+    Raises:
+        BadFile: A file is gone or cannot be read.
     """
-    status = Path(path).stat()
-    whole = full or status.st_size <= WHOLE_FILE
-    digest = _digest(os.path.abspath(os.fspath(path)), status.st_size, status.st_mtime_ns, whole)  # noqa: PTH100
+    size, whole, digests = 0, True, []
+    for path in paths:
+        try:
+            status = Path(path).stat()
+            this_whole = full or status.st_size <= WHOLE_FILE
+            absolute = os.path.abspath(os.fspath(path))  # noqa: PTH100
+            digests.append(_digest(absolute, status.st_size, status.st_mtime_ns, this_whole))
+        except OSError as error:
+            reason = (error.strerror or type(error).__name__).lower()
+            raise BadFile(path, f"cannot be read for its hash: {reason}") from None
+        size, whole = size + status.st_size, whole and this_whole
+    joined = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return {
-        "name": printable(Path(path).name),
-        "size": status.st_size,
-        "sha256" if whole else "fingerprint": digest,
+        "name": printable(Path(paths[0]).name),
+        "size": size,
+        "sha256" if whole else "fingerprint": joined,
     }
 
 

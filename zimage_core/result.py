@@ -78,7 +78,8 @@ class ZImageResult:
             GPU the highest allocation there. 0 where the system does not tell.
         settings: Of each picture: prompt, steps, guidance and so on, as they go into a PNG.
         interrupted: The callback stopped the run, the pictures are unfinished.
-        files: Component -> path, for the hashes in a PNG.
+        files: Component -> name, size and hash of its file as it was in the run; see `png.file_identity`.
+        places: Component -> paths of its file, or of its index and shards.
     """
 
     images: list[Image] | np.ndarray[Any, Any] | torch.Tensor
@@ -88,15 +89,18 @@ class ZImageResult:
     peak_memory: int
     settings: tuple[dict[str, Any], ...]
     interrupted: bool = False
-    files: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def seed(self) -> int | None:
         """Seed of the first picture."""
         return self.seeds[0]
 
-    def __getitem__(self, index: int) -> Any:
-        """(images,)[index]: code that unpacks diffusers' output goes on working."""
+    def __getitem__(self, index: int | str) -> Any:
+        """(images,)[index], or ["images"]: code that unpacks diffusers' output goes on working."""
+        if isinstance(index, str):
+            return {"images": self.images}[index]
         return (self.images,)[index]
 
     def metadata(self, index: int = 0, full_hash: bool = False) -> dict[str, Any]:
@@ -104,9 +108,14 @@ class ZImageResult:
 
         Args:
             index: Which picture.
-            full_hash: Hash whole files, whatever their size; see `png.file_identity`.
+            full_hash: Hash whole files, whatever their size, as they are now; see `png.file_identity`.
+
+        Raises:
+            BadFile: With full_hash: a model file is gone.
         """
-        hashes = {name: png.file_identity(path, full_hash) for name, path in self.files.items()}
+        hashes = dict(self.files)
+        if full_hash:
+            hashes = {name: png.file_identity(paths, full=True) for name, paths in self.places.items()}
         return {**self.settings[index], "files": hashes}
 
     def save(

@@ -106,12 +106,13 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, given: Mapping[s
         )
         for name, most in sides
     )
-    checks.area(height, width)
+    checks.area(height, width, 1)
     own_sigmas = given["sigmas"] is not None
     steps = limits.steps if given["num_inference_steps"] is None else given["num_inference_steps"]
     steps = whole("num_inference_steps", steps, 1, MAX_STEPS)
     sigmas = scheduler.shifted(checks.levels(given["sigmas"])) if own_sigmas else scheduler.sigmas(steps)
     batch = make_batch(given, given["num_images_per_prompt"], scale > 0, limits.caption_width)
+    checks.area(height, width, batch.images)
     run = {
         "cfg_normalization": checks.real("cfg_normalization", given["cfg_normalization"], 0, 1e6),
         "cfg_truncation": None
@@ -148,6 +149,8 @@ def _start(
     seed, generator = checks.seed(given["seed"], given["generator"]), given["generator"]
     none = (None,) * shape[0]
     if given["latents"] is not None:
+        if seed is not None:
+            raise BadArgument("seed and latents both choose the noise: give one")
         return none, checks.latents(given["latents"], shape)
     if generator is not None:
         return none, noise.from_generator(shape, generator)
@@ -176,13 +179,17 @@ def call_back(
 ) -> torch.Tensor:
     """Give the caller's function the tensors that it asked for; put back what it returns.
 
-    No lock is held meanwhile, and the dict that it returns is only read.
+    No lock is held meanwhile, and the dict that it returns is only read. As in diffusers, the function may
+    set `pipe._guidance_scale` for the steps to come.
     """
     if run.callback is None:
         return latents
     sides = {"prompt_embeds": denoise.positive, "negative_prompt_embeds": denoise.negative}
     tensors = {"latents": latents, **sides}
     out = run.callback(pipe, step, timestep, {name: tensors[name] for name in run.callback_tensors})
+    denoise.scale = checks.real("guidance_scale", pipe.guidance_scale, 0, checks.MAX_GUIDANCE)
+    if denoise.scale > 0 and not denoise.negative:
+        raise BadArgument("guidance_scale: the callback set it above 0 in a run that began without guidance")
     if out is None:
         return latents
     if not isinstance(out, dict):
@@ -217,10 +224,12 @@ def describe(run: Run, shift: float, dtype: torch.dtype) -> tuple[dict[str, Any]
     if run.own_sigmas and run.steps <= MOST_SIGMAS:
         common["sigmas"] = [round(s, 6) for s in run.sigmas]
     if run.encoding != DEFAULT_ENCODING:
-        common |= {k: v for k, v in run.encoding.items() if v != DEFAULT_ENCODING[k] and k != "template"}
+        changed = {k: v for k, v in run.encoding.items() if v != DEFAULT_ENCODING[k]}
+        common |= {"prompt_template" if k == "template" else k: v for k, v in changed.items()}
     out = []
     for i, seed in enumerate(run.seeds):
-        words = {"prompt": run.batch.prompts[i]} if run.batch.prompts else {}
+        # given features took the place of the prompt, which would then be a guess about them
+        words = {"prompt": run.batch.prompts[i]} if run.batch.prompts and not run.batch.prompt_embeds else {}
         if run.batch.negative_prompts and run.batch.negative_prompts[i]:
             words["negative_prompt"] = run.batch.negative_prompts[i]
         out.append({**words, "seed": seed, **common})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,14 @@ from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.card import WANTED
 from zimage_core.weights.files import WeightFile, open_weights
 from zimage_core.weights.identify import identify
+from zimage_core.weights.safetensors import shard_names
 
 COMPONENTS = tuple(WANTED)
 """transformer, text_encoder, vae."""
+NAMING = (
+    "ZImagePipeline.from_files(transformer=, text_encoder=, vae=), "
+    "or --transformer FILE --text-encoder FILE --vae FILE on the command line"
+)
 ASSETS = Path(__file__).parent / "assets" / "nano"
 _DEPTH = 3
 _MOST_FILES = 500
@@ -51,7 +56,11 @@ def embedded() -> Sources:
     return Sources(paths)
 
 
-def find(source: str | os.PathLike[str], given: Collection[str] = ()) -> Sources:
+def find(
+    source: str | os.PathLike[str],
+    given: Collection[str] = (),
+    hub_options: Mapping[str, Any] | None = None,
+) -> Sources:
     """Sources of a folder, or of a repository "org/repo" or "org/repo:Q4_K_M" (see `hub`).
 
     A folder that exists is taken before a repository of the same name.
@@ -59,6 +68,7 @@ def find(source: str | os.PathLike[str], given: Collection[str] = ()) -> Sources
     Args:
         source: Folder or repository.
         given: Components that the caller has from elsewhere; they may be missing here.
+        hub_options: See `hub.fetch`.
 
     Raises:
         BadFile: A component is missing, or there are several of one kind; the message names it.
@@ -68,9 +78,9 @@ def find(source: str | os.PathLike[str], given: Collection[str] = ()) -> Sources
     if os.fspath(source) and path.is_dir():  # "" would be the working folder
         return _in_folder(path, None, given)
     if os.fspath(source) and path.exists():
-        raise BadFile(path, "is a file, not a folder", "use ZImagePipeline.from_files(transformer=..., ...)")
+        raise BadFile(path, "is a file, not a folder", f"name all files instead: {NAMING}")
     tag = hub.REPO_ID.fullmatch(os.fspath(source))
-    return _in_folder(hub.fetch(os.fspath(source)), tag["tag"] if tag else None, given)
+    return _in_folder(hub.fetch(os.fspath(source), **(hub_options or {})), tag["tag"] if tag else None, given)
 
 
 def _in_folder(folder: Path, tag: str | None, given: Collection[str]) -> Sources:
@@ -138,7 +148,7 @@ def _loose(folder: Path, tag: str | None, given: Collection[str]) -> Sources:
 
 
 def _naming(part: str) -> str:
-    return f"{WANTED[part][1]}, or name the files: ZImagePipeline.from_files({part}=..., ...)"
+    return f"{WANTED[part][1]}, or name the files: {NAMING}"
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -154,7 +164,7 @@ def _candidates(folder: Path) -> Iterator[Path]:
         if len(here.relative_to(folder).parts) >= _DEPTH:
             folders.clear()
         indices = sorted(f for f in files if f.endswith(".safetensors.index.json"))
-        sharded = {shard for index in indices for shard in _shards(here / index)}
+        sharded = {shard for index in indices for shard in shard_names(here / index)}
         for name in sorted(files):
             if name in indices or (name.endswith((".gguf", ".safetensors")) and name not in sharded):
                 count += 1
@@ -167,14 +177,6 @@ def _candidates(folder: Path) -> Iterator[Path]:
                 yield here / name
 
 
-def _shards(index: Path) -> set[Any]:
-    try:
-        table = read_json(index).get("weight_map")
-    except ZImageError:
-        return set()
-    return {v for v in table.values() if isinstance(v, str)} if isinstance(table, dict) else set()
-
-
 def find_tokenizer(given: str | os.PathLike[str] | Tokenizer | None, encoder: WeightFile | None) -> Tokenizer:
     """The tokenizer that was named, else the text encoder's own, else one beside its file.
 
@@ -183,6 +185,9 @@ def find_tokenizer(given: str | os.PathLike[str] | Tokenizer | None, encoder: We
     """
     if isinstance(given, (str, os.PathLike)):
         path = Path(given)
+        pair = {path.parent / "vocab.json", path.parent / "merges.txt"}
+        if path in pair and all(p.is_file() for p in pair):
+            path = path.parent
         if path.is_dir():
             return Tokenizer.from_folder(path)
         if not _is_gguf(path):
@@ -190,6 +195,9 @@ def find_tokenizer(given: str | os.PathLike[str] | Tokenizer | None, encoder: We
         with open_weights(path) as weights:
             return Tokenizer.from_gguf(weights)
     if given is not None:
+        if not hasattr(given, "encode") or not hasattr(given, "vocab_size"):
+            kind = printable(type(given).__name__, 40)
+            raise BadArgument(f"tokenizer: got {kind}, wanted a path or a zimage_core tokenizer")
         return given
     if encoder is None:
         raise BadArgument("tokenizer: give one, the text encoder was not read from a file")

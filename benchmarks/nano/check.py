@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path("zimage_core/assets/nano"))
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--to", type=Path, help="stem of the .json and .md files to write")
-    parser.add_argument("--sheet", type=Path, help="write the first 60 pictures here")
+    parser.add_argument("--sheet", type=Path, help="write the first 40 pictures here")
     args = parser.parse_args()
     pipe = ZImagePipeline.from_files(
         transformer=args.assets / "transformer.gguf",
@@ -229,7 +229,7 @@ def main() -> None:
     if args.sheet:
         from benchmarks.nano.model import sheet
 
-        sheet(np.stack(made[:60])).save(args.sheet)
+        sheet(np.stack(made[:40])).save(args.sheet)
     if args.to:
         args.to.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, ensure_ascii=False, indent=1)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from zimage_core.errors import BadFile
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.png import read_metadata
 
@@ -205,3 +206,52 @@ def test_prompts_without_a_prompt_are_refused(zimage, tmp_path):
     outcome = zimage("generate", "--prompts", tmp_path / "binary.txt")
     assert outcome.status == 1
     assert "UTF-8" in outcome.error
+
+
+def test_a_prompt_may_be_named(zimage, model, tmp_path):
+    outcome = zimage("generate", "--prompt", "a cat", "--model", model, *SMALL, "-o", tmp_path / "a.png")
+    assert outcome.status == 0, outcome.err
+    assert read_metadata(tmp_path / "a.png").settings["prompt"] == "a cat"
+    assert zimage("generate", "--promp", "a cat").status == 2, "a shortened option is not guessed"
+
+
+def test_seeds_go_on_from_zero_after_the_last(zimage, model, tmp_path):
+    last = 2**64 - 1
+    outcome = zimage("generate", "a", "-n", 2, "--model", model, *SMALL, "--seed", last, "-o", tmp_path)
+    assert [p.rpartition("-")[2] for p in outcome.out.split()] == [f"{last}.png", "0.png"]
+
+
+def test_what_was_drawn_before_a_failure_is_in_the_json(zimage, model, tmp_path, monkeypatch):
+    draw, calls = ZImagePipeline.__call__, []
+
+    def failing(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise BadFile("x", "gone")
+        return draw(self, *args, **kwargs)
+
+    monkeypatch.setattr(ZImagePipeline, "__call__", failing)
+    outcome = zimage("generate", "a", "-n", 2, "--json", "--model", model, *SMALL, "-o", tmp_path / "a.png")
+    assert outcome.status == 1
+    assert [r["path"] for r in json.loads(outcome.out)] == [str(tmp_path / "a-1.png")]
+
+
+def test_an_empty_standard_input_is_no_prompt(zimage, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert "standard input is empty" in zimage("generate", "-").error
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_drawing(zimage, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zimage-1.png").mkdir()
+    monkeypatch.setattr("zimage_core.cli.generate._load", lambda _: pytest.fail("loaded"))
+    outcome = zimage("generate", "a", "--seed", 1, "--force")
+    assert outcome.status == 1
+
+
+def test_a_cut_prompt_can_be_read_whole(zimage, model, tmp_path):
+    words = ("generate", "a " * 600, "--model", model, *SMALL)
+    outcome = zimage(*words, "-o", tmp_path / "a.png")
+    assert outcome.err.startswith("warning: ")
+    assert outcome.err.rstrip().endswith("raise max_sequence_length (up to 1504)")
+    assert zimage(*words, "--max-length", 1504, "-o", tmp_path / "b.png").err == ""

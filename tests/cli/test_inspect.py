@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.tree import ROOT
 from zimage_core.errors import BadFile
@@ -181,3 +183,33 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
     loop.symlink_to(loop)
     with pytest.raises(BadFile, match="loop"):
         inspect_file(loop)
+
+
+def test_a_loose_file_beside_an_index_is_seen(zimage, model, tmp_path):
+    source = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(source)
+    names = sorted(state)
+    half = len(names) // 2
+    where = {}
+    for number, part in enumerate((names[:half], names[half:]), 1):
+        shard = f"m-{number:05}-of-00002.safetensors"
+        save_file({name: state[name] for name in part}, tmp_path / shard)
+        where |= dict.fromkeys(part, shard)
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    shutil.copy(model / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "ae.safetensors")
+    found = json.loads(zimage("inspect", "--json", tmp_path).out)
+    assert sorted(part["kind"] for part in found["parts"]) == ["transformer", "vae"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a": 0}', "a vocab.json"),
+        ('{"model_type": "qwen3"}', "the config of a model"),
+        ('{"_class_name": "ZImagePipeline"}', "the config of a model"),
+        ('{"added_tokens_decoder": {}}', "a tokenizer_config.json"),
+    ],
+)
+def test_json_that_is_no_tokenizer_is_named(zimage, tmp_path, text, words):
+    (tmp_path / "x.json").write_text(text)
+    assert f"this is {words}, not a tokenizer.json" in zimage("inspect", tmp_path / "x.json").error

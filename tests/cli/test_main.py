@@ -139,3 +139,12 @@ def test_a_signal_in_the_middle_of_an_import_ends_it_as_well():
 def test_a_run_can_be_stopped_at_any_time(seed, model, folder):
     draw = random.Random(seed)
     stopped(draw.choice([signal.SIGINT, signal.SIGTERM]), draw.uniform(0, 5), model, folder)
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_are_no_fault(tmp_path, closed):
+    """As cron and daemons start programs."""
+    command = f'"{sys.executable}" -m zimage_core.cli.main doctor {closed}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr

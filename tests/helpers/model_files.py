@@ -90,6 +90,7 @@ def write_gguf(path: Path, content: Stored, metadata: Mapping[str, object] | Non
 TORCH = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 

@@ -81,6 +81,13 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(42)
 
 
+def end_guidance(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """A callback_on_step_end that switches guidance off for the second half of eight steps."""
+    if step == 3:
+        pipe._guidance_scale = 0.0
+    return tensors
+
+
 CASES: dict[str, dict[str, Any]] = {
     "no guidance": {},
     "guidance 4": {"guidance_scale": 4.0, "negative_prompt": "blue"},
@@ -92,6 +99,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two prompts of different length": {"prompt": lambda: ["a", PROMPT * 2], "guidance_scale": 2.0,
                                         "negative_prompt": lambda: ["", "no circle"]},
     "two pictures a prompt": {"prompt": lambda: ["a", "b"], "num_images_per_prompt": 2},
+    "guidance ended by the callback": {"guidance_scale": 4.0, "callback_on_step_end": lambda: end_guidance},
     "own sigmas": {"sigmas": lambda: [1.0, 0.6, 0.2], "guidance_scale": 2.0},
     "one step": {"num_inference_steps": 1},
     "cut prompt": {"max_sequence_length": 9},

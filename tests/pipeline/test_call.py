@@ -8,7 +8,8 @@ import torch
 
 from tests.helpers import tiny
 from zimage_core import ZImagePipeline
-from zimage_core.errors import BadArgument, BadShape
+from zimage_core.errors import BadArgument, BadShape, Unsupported
+from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +244,52 @@ def test_parts_are_reachable_by_the_public_names(pipe):
     assert pipe.vae.decode(pipe.vae.encode(picture)).shape == picture.shape
     assert pipe.scheduler.shift == 3.0
     assert pipe.text_encoder(torch.tensor([1, 2])).shape == (2, 24)
+
+
+def test_the_callback_cannot_begin_guidance(pipe):
+    def begin(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 4.0
+
+    with pytest.raises(BadArgument, match="began without guidance"):
+        pipe("a", height=32, width=32, seed=1, callback_on_step_end=begin)
+
+
+def test_devices_and_dtypes_by_name():
+    pipe = tiny.pipeline()
+    assert pipe.to(device="cpu", dtype=torch.bfloat16).dtype == torch.bfloat16
+    for device in ("mps", "meta"):
+        with pytest.raises(Unsupported, match=f"device: {device} is not supported"):
+            pipe.to(device)
+
+
+def test_the_parts_make_a_second_pipeline(pipe):
+    second = ZImagePipeline(**pipe.components)
+    assert second.transformer is pipe.transformer
+    assert second.limits == pipe.limits
+
+
+def test_a_scheduler_of_another_shift_changes_no_default(pipe):
+    pipe = ZImagePipeline(**pipe.components)
+    pipe.scheduler = FlowMatchEulerScheduler(shift=7.0)
+    assert (pipe.limits.steps, pipe.limits.guidance) == (8, 0.0)
+    assert ZImagePipeline(**{**pipe.components, "scheduler": FlowMatchEulerScheduler(6.0)}).limits.steps == 50
+
+
+def test_the_answer_is_also_a_dict_as_in_diffusers(pipe):
+    result = pipe("a", height=32, width=32, seed=1, num_inference_steps=1)
+    assert result["images"] is result.images
+
+
+def test_too_many_pixels_in_one_call_are_refused_before_any_noise(pipe, monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: pytest.fail("noise was drawn"))
+    with pytest.raises(BadArgument, match="1024 pictures of 4096 x 4096 in one call, wanted at most 16"):
+        pipe("a", height=4096, width=4096, num_images_per_prompt=1024)
+
+
+def test_what_drew_the_picture_is_recorded(pipe):
+    embeds = pipe.encode_prompt("b")[0]
+    options = {"height": 32, "width": 32, "seed": 1, "num_inference_steps": 1}
+    assert "prompt" not in pipe("a", prompt_embeds=embeds, **options).settings[0]
+    assert pipe("a", prompt_template="x {prompt}", **options).settings[0]["prompt_template"] == "x {prompt}"
+    with pytest.raises(BadArgument, match="seed and latents"):
+        pipe("a", latents=torch.zeros(1, 16, 4, 4), **options)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny
 from zimage_core import hub, sources
@@ -226,13 +228,15 @@ def test_online_the_chosen_files_are_downloaded(cache, saved, monkeypatch):
     asked = {}
 
     class Api:
-        def list_repo_files(self, repo):
+        def list_repo_files(self, repo, revision, token):
+            asked["from"] = (revision, token)
             return [str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()] + [
                 "extra/x.safetensors"
             ]
 
-    def download(repo, allow_patterns):
+    def download(repo, allow_patterns, token, revision, cache_dir):
         asked[repo] = allow_patterns
+        assert asked["from"] == (revision, token)
         return str(saved)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -241,13 +245,61 @@ def test_online_the_chosen_files_are_downloaded(cache, saved, monkeypatch):
     assert ZImagePipeline.from_pretrained("org/repo").scheduler.shift == 6.0
     assert "transformer/diffusion_pytorch_model.safetensors" in asked["org/repo"]
     assert not any("extra" in name for name in asked["org/repo"])
+    ZImagePipeline.from_pretrained("org/repo", revision="v1", token="t", variant=None, use_safetensors=True)
+    assert asked["from"] == ("v1", "t")
+
+
+def test_what_means_nothing_here_is_refused_by_name(saved):
+    with pytest.raises(Unsupported, match="variant='fp16' means nothing here; leave it out"):
+        ZImagePipeline.from_pretrained(saved, variant="fp16")
+    assert ZImagePipeline.from_pretrained(pretrained_model_name_or_path=saved, low_cpu_mem_usage=False)
+
+
+def test_only_what_is_cached_is_read_when_asked(cache, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(BadFile, match="local_files_only is set"):
+        ZImagePipeline.from_pretrained("org/repo", local_files_only=True)
+
+
+@pytest.mark.parametrize("path", [None, b"x", 3, ""])
+def test_a_path_that_is_none_is_a_bad_argument(saved, path):
+    with pytest.raises(BadArgument, match="text_encoder: "):
+        ZImagePipeline.from_files(**{**parts(saved), "text_encoder": path})
+    with pytest.raises(BadArgument, match="tokenizer: got int"):
+        ZImagePipeline.from_files(**parts(saved), tokenizer=3)
+
+
+def test_parts_that_do_not_fit_are_refused_before_one_is_loaded(saved, tmp_path, monkeypatch):
+    from zimage_core import components
+
+    wide = tmp_path / "text_encoder"
+    shutil.copytree(saved / "text_encoder", wide)
+    config = json.loads((wide / "config.json").read_text())
+    state = load_file(wide / FILE["text_encoder"])
+    for name, value in state.items():  # twice as wide, with nothing else changed
+        if value.shape[-1] == config["hidden_size"]:
+            value = torch.cat((value, value), -1)
+        if value.ndim == 2 and value.shape[0] == config["hidden_size"]:
+            value = torch.cat((value, value), 0)
+        state[name] = value.contiguous()
+    save_file(state, wide / FILE["text_encoder"])
+    config["hidden_size"] *= 2
+    (wide / "config.json").write_text(json.dumps(config))
+
+    def untouched(*_):
+        raise AssertionError("loaded")
+
+    for name in ("load_transformer", "load_text_encoder", "load_vae"):
+        monkeypatch.setattr(components, name, untouched)
+    with pytest.raises(WrongModel, match="the Z-Image transformer needs width"):
+        ZImagePipeline.from_files(**{**parts(saved), "text_encoder": wide})
 
 
 def test_a_failing_network_is_a_sentence(cache, monkeypatch):
     import huggingface_hub
 
     class Api:
-        def list_repo_files(self, repo):
+        def list_repo_files(self, repo, revision, token):
             raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -279,3 +331,10 @@ def test_shards_are_one_candidate(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     found = [p.name for p in sources._candidates(tmp_path)]
     assert found == [".hidden.gguf", "m-2.safetensors", "m.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_one_file_of_the_pair_stands_for_both(saved, tmp_path, name):
+    for file, text in (("vocab.json", '{"a": 0, "b": 1, "ab": 2}'), ("merges.txt", "a b\n")):
+        (tmp_path / file).write_text(text)
+    assert sources.find_tokenizer(tmp_path / name, None).encode("ab") == [2]

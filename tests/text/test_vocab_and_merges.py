@@ -30,6 +30,15 @@ def test_vocab_and_merges_are_the_same_vocabulary(tmp_path):
     assert not Tokenizer.from_vocab_merges(*names).added_tokens
 
 
+def test_added_tokens_json_stands_in_for_the_config(tmp_path):
+    write_pair(tmp_path)
+    tmp_path.joinpath("added_tokens.json").write_text('{"<s>": 260}', encoding="utf-8")
+    assert Tokenizer.from_folder(tmp_path).added_tokens == {"<s>": 260}
+    tmp_path.joinpath("added_tokens.json").write_text('{"<s>": "x"}', encoding="utf-8")
+    with pytest.raises(BadFile):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_a_folder_prefers_tokenizer_json_and_may_be_the_one_above(tmp_path):
     inner = tmp_path / "tokenizer"
     inner.mkdir()

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.headers import QWEN3_1_7B, QWEN3_8B, dit, encoder, header, vae
+from tests.helpers.headers import (
+    FLUX_VAE,
+    FULL_DIT,
+    QWEN3_1_7B,
+    QWEN3_4B,
+    QWEN3_8B,
+    dit,
+    encoder,
+    header,
+    vae,
+)
 from tests.helpers.model_files import TOY_DIT, TOY_VAE, encoder_metadata, toy_encoder
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import WrongModel
@@ -64,7 +74,7 @@ def test_vaes(layout, prefix):
 
 def test_a_derivative_of_qwen3_4b_is_noted():
     metadata = encoder_metadata(TextEncoderConfig()) | {"qwen3.rope.freq_base": 5e6}
-    assert "2507" in identify(header(encoder(), metadata)).notes[0]
+    assert "2507" in identify(header(encoder(), metadata)).cautions[0]
 
 
 def test_turbo_is_told_by_the_files_own_name_only():
@@ -125,3 +135,17 @@ def test_a_wrong_vae_is_refused():
         WrongModel, match=r"4 latent channels; the Z-Image transformer needs 16; get ae\.safetensors"
     ):
         check_compatible(TransformerConfig(), vae=AutoencoderConfig(latent_channels=4))
+
+
+def test_a_cut_qwen3_4b_is_refused_and_a_cut_transformer_warned_of():
+    cut = replace(QWEN3_4B, num_layers=20)
+    assert "19 layers, Qwen3-4B has 36" in identify(header(encoder("hf", cut))).problem
+    assert identify(header(encoder("hf"))).sound
+    card = identify(header(dit(config=replace(FULL_DIT, n_layers=29))))
+    assert card.sound
+    assert "29 layers where Z-Image has 30" in card.cautions[0]
+
+
+def test_a_flux2_vae_in_either_naming_is_named():
+    shapes = vae(config=replace(FLUX_VAE, latent_channels=32)) | {"encoder.quant_conv.weight": (64, 64, 1, 1)}
+    assert "FLUX.2" in identify(header(shapes)).title

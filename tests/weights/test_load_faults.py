@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from tests.helpers.model_files import (
     write_json,
     write_safetensors,
 )
-from zimage_core.errors import BadArgument, BadFile, BadWeights, Unsupported, WrongModel
+from zimage_core.errors import BadArgument, BadFile, BadWeights, WrongModel
 from zimage_core.formats import FORMATS
+from zimage_core.inspection import inspect_file
 from zimage_core.weights import names
 from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae
 
@@ -69,20 +71,40 @@ def test_fp8_of_comfy_quant(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("quant", "error", "message"),
+    ("quant", "message"),
     [
-        (b'{"format": "int8_tensorwise"}', Unsupported, "int8_tensorwise.*get the same model as GGUF"),
-        (b'{"format": "float8_e4m3fn", "convrot": true}', Unsupported, "convrot"),
-        (b'{"format": "nvfp4"}', Unsupported, "nvfp4"),
-        (b"not json", BadWeights, "not JSON"),
-        (b"[" * 4000, BadWeights, "not JSON"),
-        (b"[1]", Unsupported, "None"),
-        (b" " * 5000, BadWeights, "5000 bytes"),
+        (b'{"format": "int8_tensorwise"}', "int8_tensorwise.*get the same model as GGUF"),
+        (b'{"format": "float8_e4m3fn", "convrot": true}', "convrot"),
+        (b'{"format": "nvfp4"}', "nvfp4"),
+        (b"not json", "not JSON"),
+        (b"[" * 4000, "not JSON"),
+        (b"[1]", "None"),
+        (b" " * 5000, "5000 bytes"),
     ],
 )
-def test_other_comfy_quants_are_refused_by_name(tmp_path, quant, error, message):
+def test_other_comfy_quants_are_refused_by_name(tmp_path, quant, message):
     content, _ = fp8_file(tmp_path, scale=(".weight_scale", "one"), extra={".comfy_quant": ("U8", quant)})
-    with pytest.raises(error, match=message):
+    path = write_safetensors(tmp_path / "x.safetensors", content)
+    with pytest.raises(WrongModel, match=message) as caught:
+        load_transformer(path)
+    assert str(caught.value).count("get ") == 1
+    found = inspect_file(path)
+    assert not found.usable
+    assert re.search(message, found.problem)
+
+
+def test_a_scale_beside_a_bf16_layer_is_a_factor(tmp_path):
+    content, wanted = fp8_file(tmp_path, "BF16", (".scale_weight", "one"))
+    assert_same(load_transformer(write_safetensors(tmp_path / "x.safetensors", content)), wanted)
+
+
+def test_mxfp8_is_named_though_its_scales_have_a_type_of_their_own(tmp_path):
+    content, _ = fp8_file(
+        tmp_path, extra={".comfy_quant": ("U8", b'{"format": "mxfp8"}')}, scale=(".weight_scale", "one")
+    )
+    name = "layers.0.feed_forward.w1.weight_scale"
+    content.tensors[name] = ("F8_E8M0", np.zeros(8, np.uint8), (8,))
+    with pytest.raises(WrongModel, match="mxfp8"):
         load_transformer(write_safetensors(tmp_path / "x.safetensors", content))
 
 
@@ -93,7 +115,7 @@ def test_a_scale_of_blocks_is_refused(tmp_path):
         np.ones(8, np.float32).view(np.uint8),
         (4, 2),
     )
-    with pytest.raises(Unsupported, match=r"scale of shape \(4, 2\)"):
+    with pytest.raises(WrongModel, match=r"scale of shape \(4, 2\)"):
         load_transformer(write_safetensors(tmp_path / "x.safetensors", content))
 
 

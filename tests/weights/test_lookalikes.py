@@ -151,7 +151,7 @@ def test_lookalikes_are_named_and_the_right_file_too(case):
 )
 def test_the_right_file_in_the_wrong_place(given, wanted):
     card = identify(header({"transformer": dit, "text_encoder": encoder, "vae": vae}[given]()), wanted)
-    with pytest.raises(WrongModel, match=f"pass it as {given}=, and for this part get"):
+    with pytest.raises(WrongModel, match=f"pass it as the {given.replace('_', ' ')}, and for this part get"):
         require(card, wanted, "x")
 
 

@@ -24,7 +24,7 @@ TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "U8": torch.uint8, "BOOL": torch.bool, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 
@@ -348,3 +348,18 @@ def test_numpy_bits_agree_with_the_packed_view(tmp_path):
     save_file({"w": torch.from_numpy(array)}, tmp_path / "a.safetensors")
     with open_weights(tmp_path / "a.safetensors") as file:
         assert np.array_equal(file.tensor("w").dequantize().numpy(), array)
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "HTML page"),
+    ],
+)
+def test_a_shard_that_is_something_else_is_named(tmp_path, start, words):
+    (tmp_path / "m-1.safetensors").write_bytes(start + b" " * 80)
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "m-1.safetensors"}}')
+    with pytest.raises(BadFile, match=words):
+        open_weights(index)

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from zimage_core.pipeline import ZImagePipeline
     from zimage_core.result import ZImageResult
 
+MAX_COUNT = 100_000
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 PARTS = ("transformer", "text_encoder", "vae")
 MAX_PROMPT_FILE = 16 << 20
+MAX_WARNING = 100_000
+"""Characters of a warning: one on a cut prompt shows all that is lost before it says what to do."""
 _EPILOG = """\
 Without a model the one that comes inside the package is used.
 PROMPT - reads one prompt from standard input; --prompts FILE makes pictures of every line of a file.
@@ -45,6 +48,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "prompt", nargs="?", metavar="PROMPT", help="what to draw; - reads it from standard input"
     )
+    parser.add_argument("--prompt", dest="named_prompt", metavar="TEXT", help="the same as PROMPT")
     parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="DIR", help="model folder, or a repository org/repo[:Q4_K_M]")
@@ -78,6 +82,12 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     picture.add_argument("--negative", metavar="TEXT", help="what not to draw; only with guidance")
     picture.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn, and printed)")
     picture.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="prompt tokens that are read, template included, up to 1504 (default: 512)",
+    )
+    picture.add_argument(
         "-n", "--count", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)"
     )
     output = parser.add_argument_group("output")
@@ -100,44 +110,51 @@ def run(args: argparse.Namespace) -> int:
     _check(args, prompts, seed)
     names = _names(args, len(prompts) * args.count, seed)
     for name in names:
-        if args.output is not None or not args.force:
-            check_destination(name, overwrite=args.force)
+        check_destination(name, overwrite=args.force)
 
+    records: list[dict[str, Any]] = []
     with warnings.catch_warnings():
+        warnings.simplefilter("default")  # whatever PYTHONWARNINGS says: a warning is a line, not an error
         warnings.showwarning = _show_warning
-        records = _make(args, prompts, seed, names)
-    if args.json:
-        sys.stdout.write(json.dumps(records, indent=2) + "\n")
+        try:
+            _make(args, prompts, seed, names, records)
+        finally:  # what was written before a failure is reported too
+            if args.json:
+                sys.stdout.write(json.dumps(records, indent=2) + "\n")
     return 0
 
 
-def _make(args: argparse.Namespace, prompts: list[str], seed: int, names: list[Path]) -> list[dict[str, Any]]:
-    """Load the model, draw every prompt and write its pictures before the next."""
+def _make(
+    args: argparse.Namespace, prompts: list[str], seed: int, names: list[Path], records: list[dict[str, Any]]
+) -> None:
+    """Load the model, draw picture after picture, write each before the next and add its record."""
     progress = Progress(quiet=args.quiet)
     pipeline = _load(args)
-    records: list[dict[str, Any]] = []
-    for number, prompt in enumerate(prompts):
-        first = number * args.count
-        progress.start(f"prompt {number + 1}/{len(prompts)}" if len(prompts) > 1 else "drawing")
-        result = _draw(pipeline, args, prompt, seed + first, progress)
+    for number, path in enumerate(names):
+        progress.start(f"picture {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
+        result = _draw(pipeline, args, prompts[number // args.count], (seed + number) % 2**64, progress)
         progress.finish()
-        for index in range(args.count):
-            path = names[first + index]
-            result.save(path, index=index, force=args.force, metadata=not args.no_metadata)
-            records.append(_record(result, index, path))
-            if not args.json:
-                sys.stdout.write(f"{printable(path, 4096)}\n")
-                sys.stdout.flush()
+        result.save(path, force=args.force, metadata=not args.no_metadata)
+        records.append(_record(result, path))
+        if not args.json:
+            sys.stdout.write(f"{printable(path, 4096)}\n")
+            sys.stdout.flush()
         if not args.quiet:
             progress.say(_summary(result))
-    return records
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    if (args.prompt is None) == (args.prompts is None):
+    if [args.prompt, args.named_prompt, args.prompts].count(None) != 2:
         raise BadArgument("give one prompt, or - to read it from standard input, or --prompts FILE")
+    if args.named_prompt is not None:
+        return [args.named_prompt]
     if args.prompt is not None:
-        return [_read("-").rstrip("\r\n") if args.prompt == "-" else args.prompt]
+        if args.prompt != "-":
+            return [args.prompt]
+        text = _read("-").rstrip("\r\n")
+        if not text:
+            raise BadArgument("standard input is empty; a prompt was expected there")
+        return [text]
     lines = [line.strip() for line in _read(args.prompts).splitlines()]
     prompts = [line for line in lines if line]
     if not prompts:
@@ -166,7 +183,7 @@ def _check(args: argparse.Namespace, prompts: list[str], seed: int) -> None:
     """What the pipeline would refuse after the model is loaded is refused here, before."""
     from zimage_core import checks
 
-    checks.whole("count", args.count, 1, checks.MAX_IMAGES)
+    checks.whole("count", args.count, 1, MAX_COUNT)
     checks.seed(seed, None)
     checks.guidance(args.guidance, args.cfg, 0.0)
     for prompt in prompts:
@@ -252,10 +269,10 @@ def _draw(
         "guidance_scale": args.guidance,
         "cfg": args.cfg,
         "negative_prompt": args.negative,
+        "max_sequence_length": args.max_length,
     }
     result = pipeline(
         prompt=prompt,
-        num_images_per_prompt=args.count,
         seed=seed,
         callback_on_step_end=on_step,
         **{name: value for name, value in options.items() if value is not None},
@@ -263,13 +280,13 @@ def _draw(
     return cast("ZImageResult", result)
 
 
-def _record(result: ZImageResult, index: int, path: Path) -> dict[str, Any]:
+def _record(result: ZImageResult, path: Path) -> dict[str, Any]:
     """One picture for --json."""
     timings = result.timings
     return {
         "path": str(path),
-        "seed": result.seeds[index],
-        "settings": result.metadata(index),
+        "seed": result.seed,
+        "settings": result.metadata(),
         "sigmas": list(result.sigmas),
         "seconds": {
             "encode": timings.encode,
@@ -285,9 +302,8 @@ def _summary(result: ZImageResult) -> str:
     timings = result.timings
     steps = sum(timings.steps)
     pace = f", {steps / len(timings.steps):.2f} s a step" if timings.steps else ""
-    seeds = ", ".join(str(seed) for seed in result.seeds[:4]) + (", ..." if len(result.seeds) > 4 else "")
     return (
-        f"seed {seeds}: text {timings.encode:.2f} s, {len(timings.steps)} steps {steps:.2f} s{pace}, "
+        f"seed {result.seed}: text {timings.encode:.2f} s, {len(timings.steps)} steps {steps:.2f} s{pace}, "
         f"decoding {timings.decode:.2f} s, memory {in_bytes(result.peak_memory)}"
     )
 
@@ -295,4 +311,4 @@ def _summary(result: ZImageResult) -> str:
 def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **named: object) -> None:
     """A warning of the library as one line; those of other packages are for developers."""
     if issubclass(category, UserWarning):
-        sys.stderr.write(f"warning: {printable(message, 1000)}\n")
+        sys.stderr.write(f"warning: {printable(message, MAX_WARNING)}\n")

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import argparse
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def process() -> NoReturn:
     """The installed command: a process of its own, with its own signals and streams."""
     _handle_signals()
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         # prompts and names are shown in a terminal of any encoding: what it lacks is escaped
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -93,6 +94,10 @@ def _parser_class() -> type[argparse.ArgumentParser]:
     class Parser(argparse.ArgumentParser):
         """argparse that answers a wrong command with one line, its text made safe to show."""
 
+        def __init__(self, *words: Any, **options: Any) -> None:
+            # a shortened option is guessed: `--prompt "a cat"` would open a file as --prompts
+            super().__init__(*words, **{"allow_abbrev": False, **options})
+
         def error(self, message: str) -> NoReturn:
             self.exit(2, f"error: {printable(message, 400)}; see `{self.prog} --help`\n")
 
@@ -139,6 +144,16 @@ def _handle_signals() -> None:
 
     signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGTERM, leave)
+
+
+def _open_streams() -> None:
+    """Streams that the caller closed (cron, daemons) lead nowhere; no file of ours takes their number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
 
 
 def _drop_output() -> None:

@@ -97,7 +97,8 @@ def prompt_ids(
             if token not in tokenizer.added_tokens:
                 raise Unsupported(
                     f"the tokenizer has no token {token}, which Z-Image's prompt template needs; use the"
-                    " tokenizer of the Qwen3 text encoder, or give template="
+                    " tokenizer of the Qwen3 text encoder (a vocab.json with merges.txt needs its"
+                    " tokenizer_config.json or added_tokens.json beside it), or give template="
                 )
     text = render(prompt, enable_thinking, template)
     ids = tokenizer.encode(text)

@@ -51,6 +51,8 @@ class _Reader:
 
     def read(self) -> Vocabulary:
         data = read_json(self.path)
+        if "model" not in data and (other := _other_file(data)):
+            raise BadFile(self.path, f"this is {other[0]}, not a tokenizer.json", other[1])
         self._only(data, TOP, "the file")
         model = self._model(data.get("model"))
         self._ranges("truncation", data.get("truncation"), ("max_length", "stride"))
@@ -192,6 +194,20 @@ class _Reader:
         raise BadFile(self.path, fault)
 
 
+def _other_file(data: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What else a JSON file of a model folder is, and what to give instead; None where it cannot be told."""
+    give = "give tokenizer.json or the folder that holds it"
+    if "weight_map" in data:
+        return "an index of shards", give
+    if "added_tokens_decoder" in data or "tokenizer_class" in data:
+        return "a tokenizer_config.json", give
+    if "_class_name" in data or "model_type" in data or "architectures" in data:
+        return "the config of a model", give
+    if data and all(type(value) is int for value in data.values()):
+        return "a vocab.json", "give the folder that also holds merges.txt"
+    return None
+
+
 def added_tokens(items: Any, path: str) -> dict[str, int]:
     """Content -> id from (id, description) pairs.
 
@@ -223,8 +239,9 @@ def read_vocab_merges(
     merges: str | PathLike[str],
     config: str | PathLike[str] | None = None,
     pre: str = "qwen2",
+    added: str | PathLike[str] | None = None,
 ) -> Vocabulary:
-    """The older pair of files, with the added tokens of tokenizer_config.json when it is there.
+    """The older pair of files, with the added tokens of tokenizer_config.json or added_tokens.json.
 
     Nothing else is read from that config: no class names, no templates.
 
@@ -234,17 +251,22 @@ def read_vocab_merges(
     lines = [line for line in read_text(merges).split("\n") if line.strip("\r")]
     if lines and lines[0].startswith("#version"):
         del lines[0]
-    added: dict[str, int] = {}
+    extra: dict[str, int] = {}
+    if added is not None:
+        pairs = ((number, {"content": text}) for text, number in read_json(added).items())
+        extra = added_tokens(pairs, fspath(added))
     if config is not None:
         table = read_json(config).get("added_tokens_decoder", {})
         if not isinstance(table, Mapping):
             raise BadFile(config, "added_tokens_decoder is not a map of id to token")
-        added = added_tokens(((_number(key, config), item) for key, item in table.items()), fspath(config))
+        if table:
+            pairs = ((_number(key, config), item) for key, item in table.items())
+            extra = added_tokens(pairs, fspath(config))
     return Vocabulary(
         path=fspath(vocab),
         tokens=read_json(vocab),
         merges=split_merges((line.rstrip("\r") for line in lines), fspath(merges)),
-        added=added,
+        added=extra,
         pre=PRE_TOKENIZERS[pre],
     )
 
@@ -266,9 +288,13 @@ def read_folder(folder: str | PathLike[str]) -> Vocabulary:
     for place in (Path(folder), Path(folder) / "tokenizer"):
         if (place / "tokenizer.json").exists():
             return read_tokenizer_json(place / "tokenizer.json")
-        vocab, merges, config = (place / n for n in ("vocab.json", "merges.txt", "tokenizer_config.json"))
+        vocab, merges = place / "vocab.json", place / "merges.txt"
         if vocab.exists() and merges.exists():
-            return read_vocab_merges(vocab, merges, config if config.exists() else None)
+            config, added = (
+                path if path.exists() else None
+                for path in (place / "tokenizer_config.json", place / "added_tokens.json")
+            )
+            return read_vocab_merges(vocab, merges, config, added=added)
     raise BadFile(
         folder, "no tokenizer in this folder: tokenizer.json, or vocab.json with merges.txt, was expected"
     )

@@ -9,6 +9,7 @@ from typing import Any
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadWeights, WrongModel, printable
 from zimage_core.weights.infer import Config
+from zimage_core.weights.storage import WAY_ROUND
 
 WANTED = {
     "transformer": (
@@ -53,7 +54,8 @@ class ModelCard:
         layout: Naming of the tensors, a layout of weights/names.py.
         prefix: What stands before every name of this model in the file.
         config: Sizes, for the three networks of Z-Image.
-        notes: Sentences worth reading that do not keep the file from loading.
+        notes: Sentences worth reading.
+        cautions: Sentences on what may make other pictures than expected; loading warns of them.
         problem: Why the file cannot be used, or "".
         missing: Tensors that the network needs and the file lacks.
         unexpected: Tensors of the file that the network does not know.
@@ -70,6 +72,7 @@ class ModelCard:
     prefix: str = ""
     config: Config | None = None
     notes: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
     problem: str = ""
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
@@ -110,10 +113,11 @@ def require(card: ModelCard, component: str, path: str) -> None:
     name, get = WANTED[component]
     if card.kind != component:
         if card.kind in WANTED and card.sound and not _known_misfit(card.config):
-            get = f"pass it as {card.kind}=, and for this part {get}"
+            get = f"pass it as the {card.kind.replace('_', ' ')}, and for this part {get}"
         raise WrongModel(path, f"this is {card.title}, where {name} is wanted", get)
     if card.problem:
-        raise WrongModel(path, f"this is {card.title}: {card.problem}", get)
+        told = card.problem.endswith(WAY_ROUND)  # what to get is in it already
+        raise WrongModel(path, f"this is {card.title}: {card.problem}", "" if told else get)
     if faults := card.faults():
         raise BadWeights(
             f"{printable(path)}: this is {card.title} with tensors that do not fit: {faults}; {get}"

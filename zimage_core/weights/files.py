@@ -8,54 +8,15 @@ from __future__ import annotations
 
 from os import PathLike, fspath
 from pathlib import Path
-from typing import NoReturn
 
 from zimage_core.errors import BadFile, printable
 from zimage_core.weights.gguf import GGUFFile
+from zimage_core.weights.magic import CONVERT, refuse_known
 from zimage_core.weights.safetensors import SafetensorsFile, ShardedSafetensors
-from zimage_core.weights.source import AGAIN, Source, TensorInfo, WeightFile
+from zimage_core.weights.source import Source, TensorInfo, WeightFile
 
 __all__ = ["Source", "TensorInfo", "WeightFile", "open_weights"]
 
-_CONVERT = "get the model as GGUF or safetensors"
-# first bytes -> what the file is, what to do
-_KNOWN: tuple[tuple[bytes, str, str], ...] = (
-    (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint is one, and holds a pickle)", _CONVERT),
-    (b"PK\x05\x06", "an empty zip archive", _CONVERT),
-    (b"\x80\x02", "a pickle, which could run code and is never opened", _CONVERT),
-    (b"\x80\x03", "a pickle, which could run code and is never opened", _CONVERT),
-    (b"\x80\x04", "a pickle, which could run code and is never opened", _CONVERT),
-    (b"\x80\x05", "a pickle, which could run code and is never opened", _CONVERT),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`"),
-    (b"version https://hawser", "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`"),
-    (b"lmgg", "a legacy ggml model (magic lmgg)", "get it as GGUF"),
-    (b"fmgg", "a legacy ggml model (magic fmgg)", "get it as GGUF"),
-    (b"tjgg", "a legacy ggml model (magic tjgg)", "get it as GGUF"),
-    (b"algg", "a legacy ggml adapter (magic algg)", "get it as GGUF"),
-    (b"ggml", "a legacy ggml model (magic ggml)", "get it as GGUF"),
-    (b"ggmf", "a legacy ggml model (magic ggmf)", "get it as GGUF"),
-    (b"ggjt", "a legacy ggml model (magic ggjt)", "get it as GGUF"),
-    (b"ggla", "a legacy ggml adapter (magic ggla)", "get it as GGUF"),
-    (b"GGLA", "a legacy ggml adapter (magic GGLA)", "get it as GGUF"),
-    (b"FUGG", "a GGUF file with its bytes swapped (magic FUGG)", AGAIN),
-    (b"\x1f\x8b", "a gzip archive", "unpack it"),
-    (b"BZh", "a bzip2 archive", "unpack it"),
-    (b"\xfd7zXZ\x00", "an xz archive", "unpack it"),
-    (b"\x28\xb5\x2f\xfd", "a zstd archive", "unpack it"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
-    (b"Rar!", "a rar archive", "unpack it"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", _CONVERT),
-    (b"\x93NUMPY", "a NumPy array", _CONVERT),
-    (b"\x89PNG", "a PNG picture", "name a model file"),
-    (b"\xff\xd8\xff", "a JPEG picture", "name a model file"),
-    (b"GIF8", "a GIF picture", "name a model file"),
-    (b"RIFF", "a RIFF file (WebP, WAV)", "name a model file"),
-    (b"%PDF", "a PDF document", "name a model file"),
-    (b"\x7fELF", "an ELF program", "name a model file"),
-    (b"MZ", "a Windows program", "name a model file"),
-    (b"#!", "a script", "name a model file"),
-    (b"<?xml", "an XML page, likely an error message saved by the download", AGAIN),
-)
 _HEAD = 512
 
 
@@ -98,11 +59,11 @@ def _reader(source: Source) -> WeightFile:
         return SafetensorsFile(source)
     if head.lstrip()[:1] == b"{" and b'"' in head:
         return ShardedSafetensors(source)
-    _refuse_known(path, head)
+    refuse_known(path, head)
     if size <= 8 or 2 <= length <= size - 8:
         return SafetensorsFile(source)  # says what is wrong with the header
     fault = f"not a model file: magic {printable(head[:8])} is neither GGUF nor safetensors"
-    raise BadFile(path, fault, _CONVERT)
+    raise BadFile(path, fault, CONVERT)
 
 
 def _is_folder(path: str) -> bool:
@@ -130,19 +91,3 @@ def _in_folder(path: str) -> str:
             raise BadFile(path, f"a directory with {len(found)} models: {listed}", "name one of them")
     fault = "a directory without model file: no *.safetensors.index.json, *.safetensors or *.gguf in it"
     raise BadFile(path, fault, "name the file, or the folder of one component")
-
-
-def _refuse_known(path: str, head: bytes) -> None:
-    if len(head) >= 8 and not head.strip(b"\x00"):
-        raise BadFile(path, f"starts with {len(head)} zero bytes, no magic: an unfinished download", AGAIN)
-    for magic, what, hint in _KNOWN:
-        if head.startswith(magic):
-            raise BadFile(path, f"{what}, not a GGUF or safetensors file", hint)
-    page = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if page.startswith((b"<!doctype", b"<html", b"<head", b"<!--")):
-        _fail_page(path)
-
-
-def _fail_page(path: str) -> NoReturn:
-    fault = "an HTML page, not a model: the download saved a web page (an error, a login or a preview)"
-    raise BadFile(path, fault, "download the file itself, with your token if it is gated")

@@ -71,6 +71,9 @@ DROPPED = {
 }
 """Tensors that the networks have in files and never use; beginnings of names for the text encoder."""
 
+QUANT_CONVS = ("quant_conv.weight", "post_quant_conv.weight")
+"""Of every VAE but FLUX.1's; FLUX.2's stand inside its encoder and decoder."""
+
 FOREIGN_PREFIXES = (
     "model_ema.",
     "logvar",
@@ -141,7 +144,7 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
             found = _part_or_unknown(shapes, metadata, architecture)
     if found.kind not in _DETECTORS:
         return found
-    problem = storage.storage_problem(file.tensors) or found.problem
+    problem = storage.storage_problem(file) or found.problem
     return replace(found, problem=problem, notes=found.notes + storage.storage_notes(file.tensors))
 
 
@@ -216,7 +219,7 @@ def _transformer(
         )
     try:
         json_config = infer.parse_config(TransformerConfig.from_json, stated) if stated is not None else None
-        config, notes = infer.transformer_config(inside, metadata, layout, json_config)
+        config, cautions = infer.transformer_config(inside, metadata, layout, json_config)
     except BadWeights as error:
         return replace(card, problem=str(error))
     label = " ".join(
@@ -224,9 +227,9 @@ def _transformer(
     )
     variant = "omni" if config.siglip_feat_dim else "turbo" if "turbo" in label[:1000].lower() else ""
     if config.siglip_feat_dim:
-        notes.append("an Omni checkpoint: its vision branch is not used, text to image only")
+        card = replace(card, notes=("an Omni checkpoint: its vision branch is not used, text to image only",))
     title = f"a Z-Image transformer (width {config.dim}, {config.n_layers} layers)"
-    card = replace(card, title=title, variant=variant, config=config, notes=tuple(notes))
+    card = replace(card, title=title, variant=variant, config=config, cautions=tuple(cautions))
     return _compare(
         card, names.transformer_table(config, layout), shapes, DROPPED["transformer"].__contains__
     )
@@ -253,11 +256,11 @@ def _text_encoder(
         return ModelCard("other", family, title, problem="its architecture is not one of qwen3, qwen2, llama")
     try:
         json_config = infer.parse_config(TextEncoderConfig.from_json, stated) if stated is not None else None
-        config, notes = infer_text.text_encoder_config(inside, metadata, layout, json_config)
+        config, cautions = infer_text.text_encoder_config(inside, metadata, layout, json_config)
     except BadWeights as error:
         return replace(card, problem=str(error))
     title = f"a {text_encoder_name(config)} text encoder (width {config.hidden_size})"
-    card = replace(card, family=config.arch, title=title, config=config, notes=tuple(notes))
+    card = replace(card, family=config.arch, title=title, config=config, cautions=tuple(cautions))
     last = f"{'blk' if layout == 'gguf' else 'layers'}.{config.num_layers - 1}."
 
     def unused(name: str) -> bool:
@@ -273,7 +276,7 @@ def _vae(shapes: Shapes, metadata: Mapping[str, Any], stated: Mapping[str, Any] 
     inside = _under(shapes, prefix)
     card = ModelCard("vae", "flux-vae", "a VAE", layout=layout, prefix=prefix)
     latent = inside.get("decoder.conv_in.weight", ())
-    if "post_quant_conv.weight" in inside or "quant_conv.weight" in inside:
+    if any(name.removeprefix(side) in QUANT_CONVS for name in inside for side in ("encoder.", "decoder.")):
         channels = latent[1] if len(latent) == 4 else 0
         which = {4: "a Stable Diffusion 1, 2 or XL VAE", 32: "a FLUX.2 VAE"}.get(
             channels, "another model's VAE"
@@ -285,11 +288,11 @@ def _vae(shapes: Shapes, metadata: Mapping[str, Any], stated: Mapping[str, Any] 
         return ModelCard("other", "video-vae", "a video VAE", problem="Z-Image uses FLUX.1's VAE")
     try:
         json_config = infer.parse_config(AutoencoderConfig.from_json, stated) if stated is not None else None
-        config, notes = infer.autoencoder_config(inside, metadata, layout, json_config)
+        config, cautions = infer.autoencoder_config(inside, metadata, layout, json_config)
     except BadWeights as error:
         return replace(card, problem=str(error))
     title = f"a Flux-style VAE ({config.latent_channels} latent channels)"
-    card = replace(card, title=title, config=config, notes=tuple(notes))
+    card = replace(card, title=title, config=config, cautions=tuple(cautions))
     return _compare(card, names.autoencoder_table(config, layout), shapes, DROPPED["vae"].__contains__)
 
 

@@ -51,7 +51,10 @@ def axes(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
     """The lengths of a tensor's axes, as many as wanted; axes of length 1 may be added or absent."""
     shape = shapes.get(name)
     if shape is None:
-        raise BadWeights(f"the tensor {name!r} is missing, so the size of the model cannot be told")
+        raise BadWeights(
+            f"the tensor {name!r} is missing, so the size of the model cannot be told; "
+            "a file without it was cut, or is one shard of several"
+        )
     if len(shape) != rank:
         shape = squeezed(shape)
     if len(shape) != rank or not all(0 < n <= MAX_VOCABULARY for n in shape):
@@ -116,6 +119,9 @@ def built(make: Callable[..., ConfigT], **fields: Any) -> ConfigT:
         raise BadWeights(f"the tensor shapes do not belong together: {error}") from error
 
 
+FULL_WIDTH, FULL_LAYERS = 3840, 30
+"""Of every released Z-Image transformer."""
+
 # --- S3-DiT --------------------------------------------------------------------------
 
 
@@ -125,7 +131,7 @@ def transformer_config(
     layout: str,
     stated: TransformerConfig | None = None,
 ) -> tuple[TransformerConfig, list[str]]:
-    """S3-DiT config from the shapes of unprefixed tensors, and notes on what had to be assumed.
+    """S3-DiT config from the shapes of unprefixed tensors, and cautions: what was assumed or is odd.
 
     Metadata that counts: `zimage.axes_dims`, `zimage.axes_lens` (arrays of 3), `zimage.rope_theta`,
     `zimage.norm_eps`, `zimage.t_scale`.
@@ -133,7 +139,7 @@ def transformer_config(
     Raises:
         BadWeights: A tensor that decides the size is missing, or sizes contradict each other.
     """
-    notes: list[str] = []
+    cautions: list[str] = []
     patch, embedder = 2, "x_embedder.weight"
     if layout == "split":
         found = [
@@ -167,7 +173,7 @@ def transformer_config(
         hidden_dim=hidden,
         in_channels=patch_dim // patch**2,
         patch_size=patch,
-        axes_dims=_rotary_axes(head_dim, metadata, stated, notes),
+        axes_dims=_rotary_axes(head_dim, metadata, stated, cautions),
         axes_lens=stated.axes_lens if stated else _triple(metadata, "zimage.axes_lens") or (1536, 512, 512),
         t_mid_dim=t_mid,
         siglip_feat_dim=siglip,
@@ -177,7 +183,9 @@ def transformer_config(
     )
     same = ("dim", "n_layers", "n_refiner_layers", "n_heads", "cap_feat_dim", "in_channels", "patch_size")
     agree(config, stated, same)
-    return config, notes
+    if stated is None and dim == FULL_WIDTH and config.n_layers != FULL_LAYERS:
+        cautions.append(f"{config.n_layers} layers where Z-Image has {FULL_LAYERS}: a cut or altered model")
+    return config, cautions
 
 
 def _triple(metadata: Mapping[str, Any], key: str) -> tuple[int, int, int] | None:
@@ -192,7 +200,7 @@ def _triple(metadata: Mapping[str, Any], key: str) -> tuple[int, int, int] | Non
 
 
 def _rotary_axes(
-    head_dim: int, metadata: Mapping[str, Any], stated: TransformerConfig | None, notes: list[str]
+    head_dim: int, metadata: Mapping[str, Any], stated: TransformerConfig | None, cautions: list[str]
 ) -> tuple[int, int, int]:
     """Rotary channels for (t, h, w): stated, or those of Z-Image, or its proportions 2:3:3."""
     found = stated.axes_dims if stated else _triple(metadata, "zimage.axes_dims")
@@ -208,7 +216,7 @@ def _rotary_axes(
         raise BadWeights(
             f"heads have {head_dim} channels and the file does not say how they divide into rotary axes"
         )
-    notes.append(f"rotary axes of the {head_dim}-channel heads assumed in Z-Image's proportions")
+    cautions.append(f"rotary axes of the {head_dim}-channel heads assumed in Z-Image's proportions")
     return head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8
 
 
@@ -221,14 +229,14 @@ def autoencoder_config(
     layout: str,
     stated: AutoencoderConfig | None = None,
 ) -> tuple[AutoencoderConfig, list[str]]:
-    """VAE config from unprefixed tensors; and notes.
+    """VAE config from unprefixed tensors; and cautions.
 
     Metadata that counts: `zimage.norm_num_groups`, `zimage.scaling_factor`, `zimage.shift_factor`.
 
     Raises:
         BadWeights: As in transformer_config.
     """
-    notes: list[str] = []
+    cautions: list[str] = []
     stack, resnet = ("encoder.down", "block") if layout == "bfl" else ("encoder.down_blocks", "resnets")
     levels = count_layers(shapes, stack)
     if not 0 < levels <= 8:
@@ -241,7 +249,7 @@ def autoencoder_config(
     if groups is None:
         groups = math.gcd(32, *widths)
         if groups != 32:
-            notes.append(f"{groups} norm groups assumed from the widths {widths}")
+            cautions.append(f"{groups} norm groups assumed from the widths {widths}")
     scaling = stated.scaling_factor if stated else number(metadata, "zimage.scaling_factor", 1e-4, 1e4)
     shift = stated.shift_factor if stated else number(metadata, "zimage.shift_factor", -100, 100)
     config = built(
@@ -265,11 +273,11 @@ def autoencoder_config(
         and widths == (128, 256, 512, 512)
         and (config.scaling_factor, config.shift_factor) != (0.3611, 0.1159)
     ):
-        notes.append(
+        cautions.append(
             f"scaling {config.scaling_factor} and shift {config.shift_factor} are not those of Flux: "
             "the VAE of another model with the same shapes, such as Stable Diffusion 3"
         )
-    return config, notes
+    return config, cautions
 
 
 def _conv_axes(shapes: Mapping[str, Shape], name: str) -> Shape:

@@ -26,12 +26,12 @@ def text_encoder_config(
     layout: str,
     stated: TextEncoderConfig | None = None,
 ) -> tuple[TextEncoderConfig, list[str]]:
-    """Text encoder config from unprefixed tensors, GGUF metadata or config.json; and notes.
+    """Text encoder config from unprefixed tensors, GGUF metadata or config.json; and cautions.
 
     Raises:
         BadWeights: As in transformer_config; also where llama weights come without metadata.
     """
-    notes: list[str] = []
+    cautions: list[str] = []
     gguf = layout == "gguf"
     stack, q, k, norm, up = (
         ("blk", "attn_q", "attn_k", "attn_q_norm", "ffn_up")
@@ -62,7 +62,7 @@ def text_encoder_config(
         head_dim = whole(metadata, f"{arch}.attention.key_length", MAX_WIDTH) or hidden // heads
     elif arch == "qwen2":
         head_dim = 64 if hidden < 1536 else 128
-        notes.append(f"no metadata: heads of {head_dim} channels assumed, as in Qwen2.5")
+        cautions.append(f"no metadata: heads of {head_dim} channels assumed, as in Qwen2.5")
     else:
         raise BadWeights(
             "llama weights do not tell their head count; a GGUF with metadata or a config.json is needed"
@@ -85,7 +85,7 @@ def text_encoder_config(
         arch=arch,
         hidden_size=hidden,
         num_layers=_text_layers(
-            shapes, stack, hidden, stated, whole(metadata, f"{arch}.block_count", MAX_LAYERS)
+            shapes, stack, hidden, qk_norm, stated, whole(metadata, f"{arch}.block_count", MAX_LAYERS)
         ),
         num_heads=q_rows // head_dim,
         num_kv_heads=k_rows // head_dim,
@@ -101,18 +101,19 @@ def text_encoder_config(
     agree(config, stated, same)
     if (config.arch, hidden) == ("qwen3", 2560):
         if config.rope_theta == 5e6:
-            notes.append(
+            cautions.append(
                 "rotary base 5e6: a Qwen3-4B-2507, not the original Qwen3-4B that Z-Image was trained with"
             )
         if vocabulary != 151936:
-            notes.append(f"{vocabulary} embedding rows where Qwen3-4B has 151936: a derivative of it")
-    return config, notes
+            cautions.append(f"{vocabulary} embedding rows where Qwen3-4B has 151936: a derivative of it")
+    return config, cautions
 
 
 def _text_layers(
     shapes: Mapping[str, Shape],
     stack: str,
     hidden: int,
+    qk_norm: bool,
     stated: TextEncoderConfig | None,
     block_count: int | None,
 ) -> int:
@@ -120,8 +121,11 @@ def _text_layers(
     present = count_layers(shapes, stack)
     total = stated.num_layers if stated else block_count
     if total is None:
-        # The one width whose true depth is known: files that were cut after layer 34 exist.
-        total = 36 if hidden == 2560 and present == 35 else present
+        total = present
+        if qk_norm and hidden == 2560:  # Qwen3-4B, whose true depth is known; cuts after layer 34 exist
+            total = 36
+            if present not in (35, 36):
+                raise BadWeights(f"it has {present} layers, Qwen3-4B has 36; the file was cut or altered")
     if present not in (total, total - 1):
         raise BadWeights(f"the metadata says {total} layers, the tensors hold {present}")
     return total

@@ -6,7 +6,8 @@ the computation already; norms, biases, pad tokens and convolutions become dense
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Embedding, Linear
 from zimage_core.quant_tensor import QuantTensor
 from zimage_core.weights import names, storage
-from zimage_core.weights.card import ModelCard, require
+from zimage_core.weights.card import ModelCard, check_compatible, require
 from zimage_core.weights.files import open_weights
 from zimage_core.weights.folders import locate
 from zimage_core.weights.identify import identify
@@ -51,7 +52,7 @@ class _Uninitialised(TorchFunctionMode):
 
 def weight_file(model: nn.Module) -> WeightFile | None:
     """The file whose bytes a loaded model uses in place; its check_unchanged() belongs before a run."""
-    return _OPEN_FILES.get(model)
+    return _OPEN_FILES.get(getattr(model, "_orig_mod", model))  # of torch.compile: the model inside
 
 
 def open_component(
@@ -78,9 +79,30 @@ def open_component(
         alone = identify(file, component)
         if not alone.problem:
             card = replace(
-                alone, notes=(*alone.notes, f"config.json beside the file was ignored: {card.problem}")
+                alone,
+                cautions=(*alone.cautions, f"config.json beside the file was ignored: {card.problem}"),
             )
     return file, card
+
+
+def check_files(paths: Mapping[str, str | PathLike[str]]) -> None:
+    """Refuse files that do not make a pipeline together, by their headers, before a weight is read.
+
+    Args:
+        paths: "transformer", "text_encoder" and "vae" -> file or folder, as for the loaders.
+
+    Raises:
+        BadFile, UnknownFormat, WrongModel, BadWeights: As the loaders do; WrongModel also where each file
+            is sound and they do not fit each other.
+    """
+    cards, places = {}, {}
+    for component, path in paths.items():
+        file, card = open_component(path, component)
+        with file:
+            require(card, component, file.path)
+            cards[component], places[component] = card, file.path
+    configs = {component: card.config for component, card in cards.items()}
+    check_compatible(**configs, paths=places)  # type: ignore[arg-type]  # `require` saw to their kinds
 
 
 def load_transformer(
@@ -163,6 +185,8 @@ def _load(
     file, card = open_component(path, component, mmap)
     try:
         require(card, component, file.path)
+        for caution in card.cautions:
+            warnings.warn(f"{printable(file.path)}: {caution}", UserWarning, stacklevel=4)
         with torch.device("meta"), _Uninitialised():
             model, table = build(card)
         model.to(dtype)  # what a layer's dtype is decides which weights stay packed

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, printable
 from zimage_core.formats import FORMATS, BlockFormat, Field
+from zimage_core.weights.magic import refuse_known
 from zimage_core.weights.safetensors_header import MAX_DIGITS, MAX_NAME, MAX_TENSORS, HeaderParser
 from zimage_core.weights.source import AGAIN, Source, TensorInfo, WeightFile, check_text
 
@@ -26,13 +27,13 @@ MAX_INDEX = 32 << 20
 
 
 def _plain(name: str, code: str) -> BlockFormat:
-    """A type that GGUF does not have and no weight is stored in: counters, masks."""
+    """A type that GGUF does not have and no weight is stored in: counters, masks, shared exponents."""
     field = Field("w", code)
     return BlockFormat(name, None, 1, field.nbytes, (field,))
 
 
 _SHARED = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I64", "I32", "I16", "I8")
-_OTHERS = {"U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "u1"}
+_OTHERS = {"F8_E8M0": "u1", "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "u1"}
 DTYPES: dict[str, BlockFormat] = {name: FORMATS[name] for name in _SHARED}
 DTYPES |= {name: _plain(name, code) for name, code in _OTHERS.items()}
 
@@ -71,6 +72,8 @@ class SafetensorsFile(WeightFile):
             self._fail(f"truncated: {self.size} bytes, the header of a safetensors file has at least 10")
         length = int.from_bytes(self.source.read_at(0, 8), "little")
         if length > self.size - 8:
+            # a shard comes here without `open_weights` having looked at it
+            refuse_known(self.path, bytes(self.source.read_at(0, min(64, self.size))))
             self._fail(f"truncated or damaged: header of length {length}, {self.size - 8} bytes remain")
         if not 2 <= length <= MAX_HEADER:
             self._fail(f"header of length {length}, from 2 to {MAX_HEADER} bytes are allowed")
@@ -178,6 +181,11 @@ class ShardedSafetensors(WeightFile):
         self._shard_of |= dict.fromkeys(names, shard)
         self.metadata = {**file.metadata, **self.metadata}
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The index and its shards."""
+        return (self.path, *(shard.path for shard in self.shards.values()))
+
     def source_of(self, name: str) -> Source:
         """The shard that holds the tensor's bytes."""
         return self.shards[self._shard_of[name]].source
@@ -238,6 +246,14 @@ def read_index(place: str | PathLike[str] | Source) -> dict[str, list[str]]:
     if len(shards) > MAX_SHARDS:
         raise BadFile(path, f"the index lists {len(shards)} shards, {MAX_SHARDS} are allowed", AGAIN)
     return shards
+
+
+def shard_names(index: str | PathLike[str]) -> set[str]:
+    """The files that an index of shards lists; none where it cannot be read, for others to complain."""
+    try:
+        return set(read_index(index))
+    except BadFile:
+        return set()
 
 
 def _unique(path: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

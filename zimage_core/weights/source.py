@@ -229,6 +229,11 @@ class WeightFile:
         self.metadata: Mapping[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The files on disk that make it up."""
+        return (self.path,)
+
     def source_of(self, name: str) -> Source:
         """The file on disk that holds the tensor's bytes."""
         return self.source

@@ -9,21 +9,29 @@ Source: ComfyUI's comfy/quant_ops.py and comfy/ops.py; the files' own tensor nam
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from zimage_core.errors import BadWeights, Unsupported, printable
+from zimage_core.errors import BadWeights, printable
 
 if TYPE_CHECKING:
     from zimage_core.quant_tensor import QuantTensor
     from zimage_core.weights.source import TensorInfo, WeightFile
 
 FP8 = ("F8_E4M3", "F8_E5M2")
+PLAIN = ("F32", "F16", "BF16")
+SCALED = (*FP8, *PLAIN)
+"""Weights that a scale may stand beside; some files have one beside every layer, whatever its type."""
+COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 """Beside `X.weight`: what its numbers are to be multiplied by."""
 
-COMPANION_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
+BINDING_SUFFIXES = (*SCALE_SUFFIXES, ".comfy_quant")
+"""Beside `X.weight`: what decides how its numbers are read."""
+
+COMPANION_SUFFIXES = (*BINDING_SUFFIXES, ".scale_input", ".input_scale")
 """Tensors that belong to the storage of a weight and are no weights; input scales are not needed."""
 
 GLOBAL_MARKS = ("scaled_fp8",)
@@ -58,8 +66,9 @@ WHOLE_NUMBERS = {
 WAY_ROUND = "get the same model as GGUF, or as bf16 or fp8 safetensors"
 
 
-def storage_problem(tensors: Mapping[str, TensorInfo]) -> str:
+def storage_problem(file: WeightFile) -> str:
     """Why the weights cannot be read, naming the style and the way round; "" where they can."""
+    tensors = file.tensors
     joined = "\n" + "\n".join(tensors) + "\n"
     for mark, style in FOREIGN_STYLES:
         if mark in joined:
@@ -68,6 +77,10 @@ def storage_problem(tensors: Mapping[str, TensorInfo]) -> str:
         if info.format.name in WHOLE_NUMBERS and name.endswith(".weight") and len(info.shape) == 2:
             style = WHOLE_NUMBERS[info.format.name]
             return f"its weights are quantised to {style}, which is not supported; {WAY_ROUND}"
+    for name in tensors:
+        stem = name.removesuffix(next((s for s in BINDING_SUFFIXES if name.endswith(s)), "\0"))
+        if stem != name and stem + ".weight" in tensors and (fault := _fault(file, stem)):
+            return f"its tensor {printable(stem, 120)}.weight {fault}; {WAY_ROUND}"
     return ""
 
 
@@ -87,65 +100,60 @@ def is_companion(name: str, names: Collection[str]) -> bool:
 
 
 def scaled_tensor(file: WeightFile, name: str) -> QuantTensor:
-    """The tensor `name`, with the scale that lies beside it in the file.
+    """The tensor `name`, with the scale that lies beside it in a file that has no `storage_problem`.
 
     Raises:
-        Unsupported: The scale has another shape than one number, or one a row; or the weight's
-            comfy_quant asks for another arithmetic than a product with it.
-        BadWeights: The scale is NaN or infinite, or the comfy_quant is not what it should be.
+        BadWeights: The scale is NaN or infinite.
     """
     from dataclasses import replace
 
-    tensor = file.tensor(name)
-    stem = name.removesuffix(".weight")
-    beside = [stem + suffix for suffix in SCALE_SUFFIXES if stem + suffix in file.tensors]
-    if stem == name or not (beside or stem + ".comfy_quant" in file.tensors):
-        return tensor
-    where = f"{printable(file.path)}: {printable(name, 120)}"
-    if stem + ".comfy_quant" in file.tensors:
-        _check_comfy_quant(file, stem + ".comfy_quant", where)
-    if not beside:
-        return tensor
-    if tensor.format.name not in FP8:
-        raise Unsupported(
-            f"{where} is {tensor.format.name} with a scale beside it, only fp8 has one; {WAY_ROUND}"
-        )
-    scale = _scale(file, beside[0], tensor.shape[0], where)
-    return replace(tensor, scale=scale)
-
-
-def _scale(file: WeightFile, name: str, rows: int, where: str) -> Any:
-    """float32, scalar or [rows]."""
     import torch
 
-    shape = file.tensors[name].shape
-    count = 1
-    for size in shape:
-        count *= size
-    if count not in (1, rows) or (count == rows and count != 1 and shape[0] != rows):
-        raise Unsupported(
-            f"{where} has a scale of shape {shape}, wanted one number or one a row; {WAY_ROUND}"
-        )
-    scale = file.tensor(name).dequantize(torch.float32).reshape(() if count == 1 else (rows,))
+    tensor = file.tensor(name)
+    stem = name.removesuffix(".weight")
+    beside = None if stem == name else _scale_name(file, stem)
+    if beside is None:
+        return tensor
+    scale = file.tensor(beside).dequantize(torch.float32).flatten()
     if not bool(torch.isfinite(scale).all()):
+        where = f"{printable(file.path)}: {printable(name, 120)}"
         raise BadWeights(f"{where} has a scale that is NaN or infinite; download the file again")
-    return scale
+    return replace(tensor, scale=scale.reshape(()) if len(scale) == 1 else scale)
 
 
-COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+def _scale_name(file: WeightFile, stem: str) -> str | None:
+    return next((stem + suffix for suffix in SCALE_SUFFIXES if stem + suffix in file.tensors), None)
 
 
-def _check_comfy_quant(file: WeightFile, name: str, where: str) -> None:
+def _fault(file: WeightFile, stem: str) -> str:
+    """Why the weight of a layer cannot be read together with what lies beside it; "" where it can."""
+    if stem + ".comfy_quant" in file.tensors and (fault := _comfy_fault(file, stem + ".comfy_quant")):
+        return fault
+    scale = _scale_name(file, stem)
+    if scale is None:
+        return ""
+    fmt, shape = file.tensors[stem + ".weight"].format.name, file.tensors[stem + ".weight"].shape
+    if fmt not in SCALED:
+        return f"is {fmt} with a scale beside it, which only {', '.join(SCALED)} can have"
+    found = file.tensors[scale].shape
+    if math.prod(found) != 1 and not (shape and math.prod(found) == shape[0] == found[0]):
+        return f"has a scale of shape {found}, wanted one number or one a row"
+    if file.tensors[scale].format.name not in PLAIN:
+        return f"has a scale stored as {file.tensors[scale].format.name}, wanted {' or '.join(PLAIN)}"
+    return ""
+
+
+def _comfy_fault(file: WeightFile, name: str) -> str:
+    """What a layer's comfy_quant, a short JSON text, asks for that is not done here; "" if nothing."""
     info = file.tensors[name]
     if info.nbytes > 4096:
-        raise BadWeights(f"{where} has a comfy_quant of {info.nbytes} bytes, wanted a short JSON text")
+        return f"has a comfy_quant of {info.nbytes} bytes, wanted a short JSON text"
     try:
-        stated = json.loads(bytes(file.tensor(name).packed.flatten().tolist()))
-    except (ValueError, RecursionError) as error:
-        raise BadWeights(f"{where} has a comfy_quant that is not JSON; download the file again") from error
+        stated = json.loads(bytes(file.source_of(name).read_at(info.offset, info.nbytes)))
+    except (ValueError, RecursionError):
+        return "has a comfy_quant that is not JSON"
     style = stated.get("format") if isinstance(stated, dict) else None
     if style not in COMFY_FORMATS or stated.get("convrot"):
         shown = printable("convrot" if isinstance(stated, dict) and stated.get("convrot") else style, 60)
-        raise Unsupported(
-            f"{where} is quantised by ComfyUI as {shown!r}, which is not supported; {WAY_ROUND}"
-        )
+        return f"is quantised by ComfyUI as {shown!r}, which is not supported"
+    return ""
