@@ -106,7 +106,7 @@ def identify(file: WeightFile, wanted: str = "", stated: Mapping[str, Any] | Non
     """What the file is; never raises for a file that could be opened.
 
     Args:
-        file: An open GGUF or safetensors file; no tensor data is read.
+        file: An open GGUF or safetensors file; of its data only ComfyUI's short comfy_quant texts are read.
         wanted: Component to look for first, in a file that holds several.
         stated: Parsed config.json that lies beside the file and must agree with it.
     """
