@@ -212,3 +212,18 @@ def test_a_folder_that_cannot_be_listed_is_named(models, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", fails)
     with pytest.raises(BadFile, match="a directory that cannot be read: permission denied"):
         open_weights(models)
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>", "HTML page"),
+    ],
+)
+def test_a_shard_that_is_something_else_is_named(tmp_path, start, words):
+    (tmp_path / "m-1.safetensors").write_bytes(start + b" " * 80)
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "m-1.safetensors"}}')
+    with pytest.raises(BadFile, match=words):
+        open_weights(index)

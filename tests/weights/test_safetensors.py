@@ -348,18 +348,3 @@ def test_numpy_bits_agree_with_the_packed_view(tmp_path):
     save_file({"w": torch.from_numpy(array)}, tmp_path / "a.safetensors")
     with open_weights(tmp_path / "a.safetensors") as file:
         assert np.array_equal(file.tensor("w").dequantize().numpy(), array)
-
-
-@pytest.mark.parametrize(
-    ("start", "words"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
-        (b"<!DOCTYPE html><html>", "HTML page"),
-    ],
-)
-def test_a_shard_that_is_something_else_is_named(tmp_path, start, words):
-    (tmp_path / "m-1.safetensors").write_bytes(start + b" " * 80)
-    index = tmp_path / "m.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "m-1.safetensors"}}')
-    with pytest.raises(BadFile, match=words):
-        open_weights(index)
