@@ -296,7 +296,7 @@ class Components:
         """For code written for diffusers. Pictures are decoded whole; tiles are not implemented yet."""
 
     def enable_attention_slicing(self, *_: Any) -> None:
-        """For code written for diffusers: attention never holds the whole matrix of scores here."""
+        """For code written for diffusers: attention is torch's fused one here, nothing to slice."""
 
     def set_progress_bar_config(self, **_: Any) -> None:
         """For code written for diffusers: there is no progress bar here, only callback_on_step_end."""
