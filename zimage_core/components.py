@@ -14,6 +14,7 @@ from zimage_core.errors import Unsupported, WrongModel
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.placement import Placement
 from zimage_core.run import Limits
 from zimage_core.sampling.schedule import BASE_SHIFT, FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ PathLike = str | os.PathLike[str]
 Self = TypeVar("Self", bound="Components")
 
 
-class Components:
+class Components(Placement):
     """Three networks, a tokenizer and a scheduler that belong together.
 
     Args:
@@ -202,16 +203,6 @@ class Components:
         return cls.from_files(net, encoder, vae, dtype=dtype, torch_dtype=torch_dtype, device=device)
 
     @property
-    def device(self) -> torch.device:
-        """Where the transformer is."""
-        return self.transformer.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the transformer's computation."""
-        return self.transformer.dtype
-
-    @property
     def guidance_scale(self) -> float:
         """Of the run in progress, for callbacks."""
         return self._guidance_scale
@@ -260,46 +251,6 @@ class Components:
         """The parts by name, as diffusers has them: `ZImagePipeline(**pipe.components)` shares them."""
         names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer", "sample_size")
         return {name: getattr(self, name) for name in names}
-
-    def to(
-        self: Self,
-        *where: str | torch.device | torch.dtype,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """Move the networks to a device, and (or) compute in another dtype; the VAE stays in float32."""
-        for target in (*where, *(t for t in (device, dtype) if t is not None)):
-            if isinstance(target, torch.dtype):
-                kind = read_dtype(target, None, self.device)
-                self.transformer.to(kind)
-                self.text_encoder.to(kind)
-            else:
-                place = read_device(target)
-                for part in (self.transformer, self.text_encoder, self.vae):
-                    part.to(place)
-        return self
-
-    def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
-        """For code written for diffusers: keeps one network at a time on the GPU there.
-
-        Does nothing here yet. On a CPU there is nothing to move: weights are mapped from their files and the
-        system drops and rereads their pages as it needs.
-        """
-
-    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> None:
-        """For code written for diffusers: keeps one layer at a time on the GPU. Nothing here yet."""
-
-    def enable_vae_slicing(self) -> None:
-        """For code written for diffusers: pictures of a batch are always decoded one by one here."""
-
-    def enable_vae_tiling(self) -> None:
-        """For code written for diffusers. Pictures are decoded whole; tiles are not implemented yet."""
-
-    def enable_attention_slicing(self, *_: Any) -> None:
-        """For code written for diffusers: attention is torch's fused one here, nothing to slice."""
-
-    def set_progress_bar_config(self, **_: Any) -> None:
-        """For code written for diffusers: there is no progress bar here, only callback_on_step_end."""
 
 
 def _sample_size(file: WeightFile | None) -> int:

@@ -100,7 +100,7 @@ def explain(model: nn.Module, name: str, again: Callable[[], object]) -> str:
 
 
 def _sentence(model: nn.Module, module: nn.Module, place: str, inputs: tuple[Any, ...]) -> str:
-    where = f"first in {place} ({_block(place)})"
+    where = f"first in {place} (block {_block(place)})"
     tensor = _bad_weight(model, module, place)
     if tensor is not None:
         return (
@@ -114,11 +114,10 @@ def _sentence(model: nn.Module, module: nn.Module, place: str, inputs: tuple[Any
 
 
 def _block(place: str) -> str:
+    """The place up to its first number: layers.3.attention.to_q -> layers.3."""
     parts = place.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return "block " + ".".join(parts[: i + 1])
-    return f"block {parts[0]}"
+    depth = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 1)
+    return ".".join(parts[:depth])
 
 
 def _bad(value: Any) -> bool:
@@ -128,12 +127,19 @@ def _bad(value: Any) -> bool:
 
 
 def _bad_weight(model: nn.Module, module: nn.Module, place: str) -> str | None:
-    """Name of the non-finite tensor: the module's own, else one that hangs directly in a module above."""
+    """Name of the non-finite tensor: the module's own, one directly in a module above, one of its block.
+
+    The block, because its norms do not run themselves: an element-wise operation reads their weights.
+    """
     chain = [(place, module)]
     parts = place.split(".") if module is not model else []
     chain += [
         (".".join(parts[:n]), model.get_submodule(".".join(parts[:n]))) for n in range(len(parts) - 1, -1, -1)
     ]
+    if module is not model:
+        block = _block(place)
+        inside = model.get_submodule(block).named_modules()
+        chain += [(f"{block}.{name}".rstrip("."), owner) for name, owner in inside]
     for prefix, owner in chain:
         for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
             if _bad(tensor):

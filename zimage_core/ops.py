@@ -1,7 +1,8 @@
 """Operations on weights that may be packed: the only door from the layers to the dequantisers.
 
-A packed weight is dequantised row slab by row slab into one reused float32 scratch and multiplied
-in float32; nothing of it is kept. So packed weights cost the memory of the file and one slab.
+On a GPU `accelerator` multiplies, on the path that `paths` chooses. On a CPU a packed weight is
+dequantised row slab by row slab into one reused float32 scratch and multiplied in float32; nothing
+of it is kept. So packed weights cost the memory of the file and one slab.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zimage_core.cpu.dequantize import dequantize as dequantize_rows
+from zimage_core import accelerator
 from zimage_core.cpu.dequantize import dequantize_into
 from zimage_core.cpu.numbers import DTYPES
 from zimage_core.cpu.pool import spread
 from zimage_core.cpu.workspace import workspace
 from zimage_core.errors import BadArgument, BadShape, Unsupported, printable
 from zimage_core.formats import FORMATS, by_name
+from zimage_core.paths import kernels_for
 from zimage_core.quant_tensor import QuantTensor, per_row
+from zimage_core.quant_tensor import dequantize as dequantize_rows
 
 SLAB_BYTES = 4 << 20
 """Of dequantised rows that wait for the multiplication, for each thread.
@@ -61,9 +64,9 @@ def dequantize(packed: Tensor, format_name: str, dtype: torch.dtype = torch.floa
 def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias.
 
-    Float32 arithmetic whatever x and weight are stored in, but for a dense weight of x's own dtype on
-    an accelerator or under autograd: that is torch's own linear. The result is rounded once, to x's
-    dtype.
+    On a CPU float32 arithmetic whatever x and weight are stored in, but for a dense weight of x's own
+    dtype under autograd: that is torch's own linear. On a GPU operands of x's dtype, sums in float32.
+    The result is rounded once, to x's dtype.
 
     Args:
         x: [..., K], a float type, any strides.
@@ -97,6 +100,8 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
             "with QuantTensor.dequantize()"
         )
     with torch.no_grad():
+        if x.dtype != torch.float64 and kernels_for(x.device):
+            return accelerator.linear(x, weight.packed, weight.format, weight.scale, bias, weight.cache)
         return _packed_linear(x, weight, bias)
 
 

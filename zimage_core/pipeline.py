@@ -13,10 +13,11 @@ from zimage_core.checks import StepCallback
 from zimage_core.components import Components
 from zimage_core.diagnose import checked, explain, watch
 from zimage_core.errors import BadArgument, Busy, NonFinite
+from zimage_core.models.conditioning import Conditioning
 from zimage_core.png import file_identity
 from zimage_core.result import Clock, Timings, ZImageResult, peak_memory, to_output
 from zimage_core.run import Run, call_back, describe, encoding, prepare
-from zimage_core.sampling.euler import sample
+from zimage_core.sampling.euler import network_time, sample
 from zimage_core.sampling.guidance import Guided, Network
 from zimage_core.text.prompt import prompt_ids
 
@@ -170,7 +171,7 @@ class ZImagePipeline(Components):
         positive, negative = self._encode(run.batch, run.encoding, run.debug)
         encoded = clock.lap()
         denoise = Guided(
-            self._network(run.debug), positive, negative, run.scale,
+            self._network(run), positive, negative, run.scale,
             run.cfg_normalization, run.cfg_truncation, self.transformer.dtype,
         )  # fmt: skip
         latents = self._denoise(run, denoise, clock)
@@ -218,14 +219,22 @@ class ZImagePipeline(Components):
             raise BadArgument("prompt: an empty one gives no tokens in this prompt_template; write something")
         return checked(self.text_encoder, "text encoder", partial(self.text_encoder, ids), debug)
 
-    def _network(self, debug: bool) -> Network:
-        """The transformer as `Guided` calls it."""
+    def _network(self, run: Run) -> Network:
+        """The transformer as `Guided` calls it; it remembers what the steps of this run have in common."""
+        if self._graphs is not None and self._graphs.step != self.transformer.step:
+            self._forget_graphs()  # the transformer was replaced
+        known = Conditioning(self.transformer, [float(network_time(sigma)) for sigma in run.sigmas[:-1]])
 
-        def watched(*inputs: Any) -> list[torch.Tensor]:
-            with watch(self.transformer, "transformer"):
-                return self.transformer.forward(*inputs)
+        def network(
+            x: list[torch.Tensor], t: torch.Tensor, captions: list[torch.Tensor]
+        ) -> list[torch.Tensor]:
+            if run.debug:
+                with watch(self.transformer, "transformer"):
+                    return self.transformer.forward(x, t, captions, known)
+            out: list[torch.Tensor] = self.transformer(x, t, captions, known, self._graphs)
+            return out
 
-        return watched if debug else self.transformer
+        return network
 
     def _denoise(self, run: Run, denoise: Guided, clock: Clock) -> torch.Tensor:
         """Starting noise -> latents, with the caller's callback after each step."""
@@ -250,6 +259,7 @@ class ZImagePipeline(Components):
                 done = len(clock.steps())
                 raise NonFinite(f"step {done + 1} of {run.steps}: {error}") from None
             latents, time = denoise.last
+            denoise.network = self.transformer  # all of it runs again, nothing remembered
             reason = explain(self.transformer, "transformer", lambda: denoise(latents, time, 0))
             raise NonFinite(f"{error}; {reason}") from None
 

@@ -6,14 +6,18 @@ one, float32 included, since a view of the bytes costs nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zimage_core.cpu.dequantize import dequantize
+from zimage_core import accelerator
+from zimage_core.cpu.dequantize import check_rows
+from zimage_core.cpu.dequantize import dequantize as dequantize_by_torch
 from zimage_core.errors import BadShape
 from zimage_core.formats import BlockFormat
+from zimage_core.paths import kernels_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +30,7 @@ class QuantTensor:
         shape: Logical, last axis = weights a row. () is one number.
         scale: float32, one number or one for each index of axis 0; multiplies the dequantised rows
             (fp8 from safetensors).
+        cache: What a GPU derived from these bytes (planes); lives and dies with this object.
 
     Raises:
         BadShape: The bytes are not uint8 or do not fit format and shape, or the scale fits neither form.
@@ -35,6 +40,7 @@ class QuantTensor:
     format: BlockFormat
     shape: tuple[int, ...]
     scale: Tensor | None = None
+    cache: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         shape = self.shape or (1,)
@@ -86,6 +92,21 @@ class QuantTensor:
         if self.scale is not None:
             dense = (dense * per_row(self.scale, dense.ndim)).to(dtype)
         return dense.view(self.shape)
+
+
+def dequantize(packed: Tensor, fmt: BlockFormat, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 [..., row bytes] -> [..., K] on the device where they are, by Triton or by torch.
+
+    Block formats are computed in float32 and rounded once. Plain numbers of that dtype may come back as a
+    view.
+
+    Raises:
+        BadShape: packed is not uint8 or its rows are not whole blocks.
+    """
+    if fmt.weights > 1 and kernels_for(packed.device):
+        check_rows(packed, fmt)
+        return accelerator.dequantize(packed, fmt, dtype)
+    return dequantize_by_torch(packed, fmt, dtype)
 
 
 def per_row(scale: Tensor, ndim: int) -> Tensor:

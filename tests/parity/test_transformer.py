@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.helpers import parity
+from zimage_core.elementwise import rms_norm_modulate
 from zimage_core.models import sequence, transformer
 from zimage_core.nn import rope
 
@@ -69,22 +70,22 @@ def _image_pads_numbered_on(monkeypatch):
 
 
 def _silu_before_block_modulation(monkeypatch):
-    original = transformer.TransformerBlock.forward
+    original = transformer.TransformerBlock.modulation
 
-    def forward(self, x, turn, temb=None):
-        return original(self, x, turn, None if temb is None else torch.nn.functional.silu(temb))
+    def modulation(self, temb):
+        return original(self, torch.nn.functional.silu(temb))
 
-    monkeypatch.setattr(transformer.TransformerBlock, "forward", forward)
+    monkeypatch.setattr(transformer.TransformerBlock, "modulation", modulation)
 
 
 def _no_silu_before_final_modulation(monkeypatch):
-    original = transformer.FinalLayer.forward
+    original = transformer.FinalLayer.modulation
 
-    def forward(self, x, temb):
+    def modulation(self, temb):
         self.adaLN_modulation[0] = torch.nn.Identity()
-        return original(self, x, temb)
+        return original(self, temb)
 
-    monkeypatch.setattr(transformer.FinalLayer, "forward", forward)
+    monkeypatch.setattr(transformer.FinalLayer, "modulation", modulation)
 
 
 def _no_tanh_on_gates(monkeypatch):
@@ -108,7 +109,11 @@ def _pads_dropped(monkeypatch):
 
 
 def _half_split_rotation(monkeypatch):
-    monkeypatch.setattr(transformer, "rotate_interleaved", rope.rotate_half)
+    def qk_norm_rope(q, k, q_weight, k_weight, eps, *turn):
+        normed = rms_norm_modulate(q, q_weight, eps), rms_norm_modulate(k, k_weight, eps)
+        return tuple(rope.rotate_half(x, turn) for x in normed)
+
+    monkeypatch.setattr(transformer, "qk_norm_rope", qk_norm_rope)
 
 
 MISTAKES = [

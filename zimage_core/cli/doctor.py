@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from zimage_core import __version__
+from zimage_core.cli import paths_table
 from zimage_core.cli.sizes import in_bytes
 from zimage_core.errors import ZImageError, printable
+from zimage_core.formats import FORMATS
+from zimage_core.paths import crossover, has_triton
 
 NEEDED = ("torch", "numpy", "gguf", "safetensors", "tokenizers", "sentencepiece", "pillow")
 OPTIONAL = ("triton", "huggingface_hub")
@@ -28,17 +31,51 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         description="Show versions, devices and what would run where. Status 1: something needed is missing.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--paths", action="store_true", help="how each quantised format is multiplied on the GPU, and why"
+    )
+    parser.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help="with --paths: of another GPU than the one here, such as sm_75, sm_86, sm_89, sm_90, gfx1100",
+    )
+    parser.add_argument(
+        "--free",
+        type=float,
+        metavar="GB",
+        help="with --paths: free GPU memory in GB, default 8 or what is free",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Look at the machine; nothing is changed and nothing is downloaded."""
     facts = examine()
+    if args.paths or args.architecture is not None or args.free is not None:
+        return _paths(args, facts["devices"])
     if args.json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
     else:
         sys.stdout.write("\n".join(_lines(facts)) + "\n")
     return 1 if facts["problems"] else 0
+
+
+def _paths(args: argparse.Namespace, devices: list[dict[str, Any]]) -> int:
+    """Print the table of paths of the GPU here, of one asked for, or of a CPU."""
+    from zimage_core.checks import real
+
+    gpu = devices[1] if len(devices) > 1 else {}
+    architecture = args.architecture or gpu.get("architecture", "cpu")
+    free = real("--free", 8 if args.free is None else args.free, 0, 1e6) * 1e9
+    if args.free is None and args.architecture is None:
+        free = gpu.get("memory_free_bytes", free)
+    found = paths_table.paths(architecture, int(free))
+    if args.json:
+        report = {"architecture": architecture, "free_bytes": int(free), "paths": found}
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    else:
+        sys.stdout.write("\n".join(paths_table.lines(architecture, int(free), found)) + "\n")
+    return 0
 
 
 def examine() -> dict[str, Any]:
@@ -107,11 +144,21 @@ def _gpus(cpu: dict[str, Any]) -> list[dict[str, Any]]:
                 "name": f"cuda:{index}",
                 "title": properties.name,
                 "compute_capability": f"{properties.major}.{properties.minor}",
+                "architecture": _architecture(properties),
                 "memory_bytes": total,
                 "memory_free_bytes": free,
             }
         )
     return found
+
+
+def _architecture(properties: Any) -> str:
+    """sm_90; gfx942 on AMD."""
+    import torch
+
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def _embedded_model() -> tuple[dict[str, Any] | None, str]:
@@ -136,10 +183,20 @@ def _plan(devices: list[dict[str, Any]]) -> list[str]:
         "quantised weights stay packed in memory and are unpacked tile by tile"
     ]
     for device in devices[1:]:
-        plan.append(
-            f"{device['name']}: with --device {device['name']}, weights unpacked by torch; no kernels yet"
-        )
+        plan.append(f"{device['name']}: with --device {device['name']}, {_on_gpu(device['architecture'])}")
     return plan
+
+
+def _on_gpu(architecture: str) -> str:
+    """What happens to quantised weights on a GPU."""
+    if not has_triton():
+        return (
+            "quantised weights are unpacked by plain torch in float32, slowly; "
+            "install triton (pip install 'zimage-core[gpu]')"
+        )
+    most = crossover(FORMATS["Q4_K"], architecture)
+    few = f"up to {most} rows of x multiplied as they are (Q4_K), beyond that " if most else ""
+    return f"quantised weights stay packed; {few}unpacked for each product by a kernel; see --paths"
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:

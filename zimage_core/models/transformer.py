@@ -8,18 +8,20 @@ batch gives bit for bit what its members give alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from zimage_core.config import TransformerConfig
+from zimage_core.elementwise import gate_norm_residual, qk_norm_rope, rms_norm_modulate, silu_gate
 from zimage_core.errors import BadShape
 from zimage_core.models import sequence
+from zimage_core.models.conditioning import Conditioning
 from zimage_core.nn.attention import attention
 from zimage_core.nn.linear import Linear
 from zimage_core.nn.norm import RMSNorm
-from zimage_core.nn.rope import Rotation, rotate_interleaved, rotation
+from zimage_core.nn.rope import Rotation, rotation
 
 FREQUENCIES = 256
 """Length of the sinusoid that encodes the timestep."""
@@ -37,6 +39,10 @@ FP16_FFN_SCALE = 2.0**-7
 Both branches end in an RMSNorm, so a power of two taken out in front of v and w3 and told to that
 norm cancels exactly; only float16 uses it.
 """
+
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""`ZImageTransformer.step` or what stands for it."""
 
 
 def timestep_sinusoid(t: Tensor) -> Tensor:
@@ -79,8 +85,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, turn: Rotation, scale: float) -> Tensor:
         """x [..., L, dim] -> [..., L, dim], multiplied by `scale`."""
         per_head = (self.heads, -1)
-        q = rotate_interleaved(self.norm_q(self.to_q(x).unflatten(-1, per_head)), turn)
-        k = rotate_interleaved(self.norm_k(self.to_k(x).unflatten(-1, per_head)), turn)
+        q, k = self.to_q(x).unflatten(-1, per_head), self.to_k(x).unflatten(-1, per_head)
+        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, QK_NORM_EPS, *turn)
         v = self.to_v(x if scale == 1.0 else x * scale).unflatten(-1, per_head)
         out: Tensor = self.to_out[0](attention(q, k, v))
         return out
@@ -98,7 +104,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, scale: float) -> Tensor:
         """x [..., L, dim] -> [..., L, dim], multiplied by `scale`."""
         up = self.w3(x if scale == 1.0 else x * scale)
-        out: Tensor = self.w2(nn.functional.silu(self.w1(x)) * up)
+        out: Tensor = self.w2(silu_gate(self.w1(x), up))
         return out
 
 
@@ -122,22 +128,31 @@ class TransformerBlock(nn.Module):
             self.adaLN_modulation = nn.Sequential(Linear(config.adaln_dim, 4 * config.dim, bias=True))
         self.modulated = modulated
 
-    def forward(self, x: Tensor, turn: Rotation, temb: Tensor | None = None) -> Tensor:
-        """x [..., L, dim] -> [..., L, dim]; temb [..., adaln_dim] in a modulated block, else None."""
+    def modulation(self, temb: Tensor) -> Tensor:
+        """temb [..., adaln_dim] -> s and g of attention, then of the feed-forward, [..., 4 * dim]."""
+        out: Tensor = self.adaLN_modulation(temb)
+        return out
+
+    def forward(
+        self, x: Tensor, turn: Rotation, temb: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor:
+        """x [..., L, dim] -> [..., L, dim].
+
+        A modulated block is given temb [..., adaln_dim], or `modulation(temb)` computed before.
+        """
         half = x.dtype == torch.float16
         attn_scale, ffn_scale = (FP16_ATTENTION_SCALE, FP16_FFN_SCALE) if half else (1.0, 1.0)
-        if not self.modulated:
-            a = self.attention(self.attention_norm1(x), turn, attn_scale)
-            x = x + self.attention_norm2(a, attn_scale)
-            f = self.feed_forward(self.ffn_norm1(x), ffn_scale)
-            added: Tensor = self.ffn_norm2(f, ffn_scale)
-            return x + added
-        scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(temb).unsqueeze(-2).chunk(4, dim=-1)
-        a = self.attention(self.attention_norm1(x) * (1 + scale_msa), turn, attn_scale)
-        x = x + gate_msa.tanh() * self.attention_norm2(a, attn_scale)
-        f = self.feed_forward(self.ffn_norm1(x) * (1 + scale_mlp), ffn_scale)
-        gated: Tensor = gate_mlp.tanh() * self.ffn_norm2(f, ffn_scale)
-        return x + gated
+        scale_msa = gate_msa = scale_mlp = gate_mlp = None
+        if modulation is None and temb is not None:
+            modulation = self.modulation(temb)
+        if modulation is not None:
+            scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.unsqueeze(-2).chunk(4, dim=-1)
+        norm_in, norm_out = self.attention_norm1, self.attention_norm2
+        a = self.attention(rms_norm_modulate(x, norm_in.weight, norm_in.eps, scale_msa), turn, attn_scale)
+        x = gate_norm_residual(x, a, norm_out.weight, norm_out.eps, gate_msa, attn_scale)
+        norm_in, norm_out = self.ffn_norm1, self.ffn_norm2
+        f = self.feed_forward(rms_norm_modulate(x, norm_in.weight, norm_in.eps, scale_mlp), ffn_scale)
+        return gate_norm_residual(x, f, norm_out.weight, norm_out.eps, gate_mlp, ffn_scale)
 
 
 class FinalLayer(nn.Module):
@@ -148,10 +163,19 @@ class FinalLayer(nn.Module):
         self.linear = Linear(config.dim, config.patch_dim, bias=True)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.adaln_dim, config.dim, bias=True))
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        """x [..., L, dim], temb [..., adaln_dim] -> [..., L, patch_dim]."""
+    def modulation(self, temb: Tensor) -> Tensor:
+        """temb [..., adaln_dim] -> s, [..., dim]."""
+        out: Tensor = self.adaLN_modulation(temb)
+        return out
+
+    def forward(self, x: Tensor, temb: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
+        """x [..., L, dim] and temb [..., adaln_dim], or `modulation(temb)` -> [..., L, patch_dim]."""
+        if modulation is None:
+            if temb is None:
+                raise BadShape("final layer: needs the timestep embedding or its modulation")
+            modulation = self.modulation(temb)
         normed = nn.functional.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS)
-        out: Tensor = self.linear(normed * (1 + self.adaLN_modulation(temb).unsqueeze(-2)))
+        out: Tensor = self.linear(normed * (1 + modulation.unsqueeze(-2)))
         return out
 
 
@@ -184,7 +208,14 @@ class ZImageTransformer(nn.Module):
         """Device of the computation."""
         return self.x_pad_token.device
 
-    def forward(self, x: Sequence[Tensor], t: Tensor, cap_feats: Sequence[Tensor]) -> list[Tensor]:
+    def forward(
+        self,
+        x: Sequence[Tensor],
+        t: Tensor,
+        cap_feats: Sequence[Tensor],
+        conditioning: Conditioning | None = None,
+        step: Step | None = None,
+    ) -> list[Tensor]:
         """Run each picture alone, in order.
 
         Time and sign are those of diffusers: t is 0 for noise and 1 for a clean picture, and the
@@ -194,6 +225,8 @@ class ZImageTransformer(nn.Module):
             x: Latents, each [in_channels, 1, h, w] with even h and w; sizes may differ.
             t: Times in [0, 1], float32 [len(x)].
             cap_feats: Hidden states of the text encoder, each [L, cap_feat_dim], without padding.
+            conditioning: Remembers what is the same in every step of a run.
+            step: Runs in place of `step`, of the same meaning: one that is replayed from a graph.
 
         Returns:
             One [in_channels, 1, h, w] per picture, in the model's dtype.
@@ -206,45 +239,77 @@ class ZImageTransformer(nn.Module):
             raise BadShape(
                 f"transformer: got {len(x)} latents, {t.numel()} times and {len(cap_feats)} captions"
             )
+        known = Conditioning(self) if conditioning is None else conditioning
+        run = self.step if step is None else step
         return [
-            self.denoise(latent, time, caption)
+            self.denoise(latent, time, caption, known, run)
             for latent, time, caption in zip(x, t.flatten(), cap_feats, strict=True)
         ]
 
-    def denoise(self, latent: Tensor, t: Tensor, caption: Tensor) -> Tensor:
+    def denoise(self, latent: Tensor, t: Tensor, caption: Tensor, known: Conditioning, step: Step) -> Tensor:
         """One picture of `forward`; t is a scalar tensor."""
-        config = self.config
         self._check(latent, caption)
-        patch = config.patch_size
+        rows, cols = (side // self.config.patch_size for side in latent.shape[-2:])
+        sequence.check_lengths(self.config, rows, cols, len(caption))
+        text = known.caption(caption)
+        cos, sin = known.rotation(rows, cols, len(text))
+        return step(latent[:, 0].to(self.dtype), text, cos, sin, *known.modulation(t))
+
+    def step(
+        self, latent: Tensor, text: Tensor, cos: Tensor, sin: Tensor, blocks: Tensor, final: Tensor
+    ) -> Tensor:
+        """One call of the network on prepared tensors: no host work, so that a graph can hold it.
+
+        Args:
+            latent: [in_channels, h, w].
+            text: Refined caption [padded, dim].
+            cos: Cosines of the joint sequence [tokens, head_dim / 2] float32.
+            sin: Its sines.
+            blocks: Modulations, see `conditioning.Modulation`.
+            final: Of the final layer, likewise.
+
+        Returns:
+            [in_channels, 1, h, w].
+        """
+        config = self.config
         height, width = latent.shape[-2:]
-        rows, cols = height // patch, width // patch
-        image_pads, caption_pads = sequence.pad_count(rows * cols), sequence.pad_count(len(caption))
-        sequence.check_lengths(config, rows, cols, len(caption))
+        tokens = sequence.patchify(latent, config.patch_size)
+        image = self.all_x_embedder[config.patch_key](tokens)
+        pads = len(cos) - len(text) - len(image)
+        image = torch.cat((image, self.x_pad_token.expand(pads, -1)))
+        split = len(image)
+        for i, block in enumerate(self.noise_refiner):
+            image = block(image, (cos[:split], sin[:split]), modulation=blocks[i])
+        joint = torch.cat((image, text))  # the picture comes first in the joint sequence
+        for i, block in enumerate(self.layers, start=len(self.noise_refiner)):
+            joint = block(joint, (cos, sin), modulation=blocks[i])
+        out = self.all_final_layer[config.patch_key](joint[: len(tokens)], modulation=final)
+        return sequence.unpatchify(out, height, width, config.patch_size).unsqueeze(1)
 
-        caption_ids = sequence.caption_positions(len(caption) + caption_pads)
-        image_ids = sequence.image_positions(rows, cols, len(caption_ids))
-        # the picture comes first in the joint sequence
-        joint_turn = self.rotation(torch.cat((image_ids, caption_ids)))
-        split = len(image_ids)
-        image_turn = (joint_turn[0][:split], joint_turn[1][:split])
-        caption_turn = (joint_turn[0][split:], joint_turn[1][split:])
-
-        temb = self.t_embedder(t.reshape(1).float() * config.t_scale, self.dtype)[0]
-        image = self.all_x_embedder[config.patch_key](sequence.patchify(latent[:, 0], patch).to(self.dtype))
-        image = torch.cat((image, self.x_pad_token.expand(image_pads, -1)))
-        for block in self.noise_refiner:
-            image = block(image, image_turn, temb)
+    def refine(self, caption: Tensor) -> Tensor:
+        """Caption features [L, cap_feat_dim] -> tokens behind the context refiner [padded, dim]."""
         # normed before the cast: hidden states of a language model may exceed float16
         normed, project = self.cap_embedder[0](caption.to(self.device)), self.cap_embedder[1]
         text = project(normed.to(self.dtype))
-        text = torch.cat((text, self.cap_pad_token.expand(caption_pads, -1)))
+        text = torch.cat((text, self.cap_pad_token.expand(sequence.pad_count(len(text)), -1)))
+        turn = self.rotation(sequence.caption_positions(len(text)))
         for block in self.context_refiner:
-            text = block(text, caption_turn)
-        joint = torch.cat((image, text))
-        for block in self.layers:
-            joint = block(joint, joint_turn, temb)
-        tokens = self.all_final_layer[config.patch_key](joint[: rows * cols], temb)
-        return sequence.unpatchify(tokens, height, width, patch).unsqueeze(1)
+            text = block(text, turn)
+        refined: Tensor = text
+        return refined
+
+    def modulate(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Times [S] float32 -> modulations of blocks [S, blocks, 4 * dim], of the final layer [S, dim]."""
+        temb = self.t_embedder(times.to(self.device).float() * self.config.t_scale, self.dtype)
+        modulated = (*self.noise_refiner, *self.layers)
+        blocks = torch.stack([block.modulation(temb) for block in modulated], dim=1)
+        final = self.all_final_layer[self.config.patch_key].modulation(temb)  # type: ignore[operator]
+        return blocks, final
+
+    def joint_rotation(self, rows: int, cols: int, padded_caption: int) -> Rotation:
+        """Rotation of the joint sequence of a picture of rows x cols patches and a padded caption."""
+        image = sequence.image_positions(rows, cols, padded_caption)
+        return self.rotation(torch.cat((image, sequence.caption_positions(padded_caption))))
 
     def rotation(self, positions: Tensor) -> Rotation:
         """(t, h, w) of each token, int64 [L, 3] -> rotation on the model's device."""

@@ -34,6 +34,7 @@ class _Weighted(nn.Module):
         self._shape = (rows, columns)
         self._format: BlockFormat | None = None
         self._scale: Tensor | None = None
+        self._quant: QuantTensor | None = None
         nn.init.normal_(self.weight, std=std)
 
     def assign(self, quant: QuantTensor, dtype: torch.dtype | None = None) -> None:
@@ -54,17 +55,31 @@ class _Weighted(nn.Module):
         self.dtype = dtype or self.dtype
         if _DENSE.get(quant.format.name) == self.dtype and quant.scale is None:
             self.weight = nn.Parameter(quant.dequantize(self.dtype), requires_grad=False)
-            self.packed, self._format, self._scale = None, None, None
+            self.packed, self._format, self._scale, self._quant = None, None, None, None
             return
         self.weight = None
         self.packed, self._format, self._scale = quant.packed, quant.format, quant.scale
 
     @property
     def quant(self) -> QuantTensor | None:
-        """The packed weight, None when it is dense."""
+        """The packed weight, None when it is dense; one object as long as the bytes stay where they are."""
         if self.packed is None or self._format is None:
             return None
-        return QuantTensor(self.packed, self._format, self._shape, self._scale)
+        if (
+            self._quant is None
+            or self._quant.packed is not self.packed
+            or self._quant.scale is not self._scale
+        ):
+            self._quant = QuantTensor(self.packed, self._format, self._shape, self._scale)
+        return self._quant
+
+    def make_resident(self, dtype: torch.dtype) -> None:
+        """Replace the packed weight by a dense one on its device: faster, and larger (2 bytes a weight)."""
+        quant = self.quant
+        if quant is not None:
+            self.weight = nn.Parameter(quant.dequantize(dtype), requires_grad=False)
+            self.packed, self._format, self._scale, self._quant = None, None, None, None
+            self.dtype = dtype
 
     def _matrix(self) -> Tensor | QuantTensor:
         if self.weight is not None:

@@ -20,17 +20,23 @@ def timestep(sigma: float) -> torch.Tensor:
     return torch.tensor(sigma, dtype=torch.float32) * 1000
 
 
+def network_time(sigma: float) -> torch.Tensor:
+    """Noise level as the network's time, 0 for noise and 1 for a clean image: float32 scalar.
+
+    Computed as (1000 - 1000 sigma) / 1000 in float32 because diffusers does so; 1 - sigma can differ in the
+    last bit, which the network multiplies by 1000 before it takes sines.
+    """
+    return (1000 - timestep(sigma)) / 1000
+
+
 def velocity(denoise: Denoiser, latents: torch.Tensor, sigma: float, step: int) -> torch.Tensor:
     """d(latents)/d(sigma) at noise level sigma: the one place that knows the network's two conventions.
 
     The network was trained the other way round from the sampler, twice. Its time runs from 0 at pure noise to
     1 at the clean image, so it is fed 1 - sigma. Its output points from noise to image, clean - noise, while
     the path x = (1 - sigma) clean + sigma noise has the derivative noise - clean, so the output is negated.
-
-    The time is computed as (1000 - 1000 sigma) / 1000 in float32 because diffusers does so; 1 - sigma can
-    differ in the last bit, which the network multiplies by 1000 before it takes sines.
     """
-    return -denoise(latents, (1000 - timestep(sigma)) / 1000, step)
+    return -denoise(latents, network_time(sigma), step)
 
 
 def sample(

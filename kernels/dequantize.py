@@ -1,0 +1,61 @@
+"""Packed blocks to dense weights: one kernel body, a decoder for each format.
+
+A program reads a run of blocks as words, computes in float32 without contraction, so that every weight has
+the bits of the reference, and stores once, rounded to the result's dtype.
+Oracle: zimage_core.reference.dequantize. Tests: tests/kernels/test_dequantize.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from zimage_core.formats import BlockFormat
+from zimage_core.kernels import tiles
+from zimage_core.kernels.decode.table import DECODERS, lookup_table, words
+
+
+@triton.jit
+def _dequantize_kernel(
+    packed, out, table,                 # words, [blocks * WEIGHTS], codebook
+    blocks,
+    CODES: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, WEIGHTS: tl.constexpr,
+    GROUPS: tl.constexpr, SUB: tl.constexpr, AFFINE: tl.constexpr, ZERO: tl.constexpr, LOOKUP: tl.constexpr,
+    SB: tl.constexpr,                   # blocks a program
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * SB + tl.arange(0, SB)
+    live = block < blocks
+    base = packed + block * WORDS
+    code = CODES(base, live, table)
+    if LOOKUP:
+        level = tl.load(table + code)
+    else:
+        level = (code - ZERO).to(tl.float32)
+    parts = SCALES(base, live)
+    scale = parts[0][:, None]
+    if SUB:
+        scale = scale * parts[1].to(tl.float32)
+    weight = tl.reshape(level, (SB, GROUPS, WEIGHTS // GROUPS)) * scale[:, :, None]
+    if AFFINE:
+        if SUB:
+            weight -= (parts[2][:, None] * parts[3].to(tl.float32))[:, :, None]
+        else:
+            weight -= parts[1][:, None, None]
+    place = block[:, None] * WEIGHTS + tl.arange(0, WEIGHTS)[None, :]
+    tl.store(out + place, tl.reshape(weight, (SB, WEIGHTS)).to(out.dtype.element_ty), mask=live[:, None])
+
+
+def dequantize(packed: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) -> None:
+    """Fill `out` [..., K], contiguous float32, float16 or bfloat16, from uint8 [..., row bytes] on its device."""
+    blocks = out.numel() // fmt.weights
+    if not blocks:
+        return
+    table = lookup_table(fmt.name, packed.device)
+    source = words(packed, fmt.name)
+    per_program = tiles.dequantize_weights() // fmt.weights
+    _dequantize_kernel[(triton.cdiv(blocks, per_program),)](
+        source, out, source if table is None else table, blocks,
+        **DECODERS[fmt.name].constants(fmt.name), SB=per_program,
+        num_warps=tiles.DEQUANTIZE_WARPS, enable_fp_fusion=False,
+    )  # fmt: skip

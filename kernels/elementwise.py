@@ -1,0 +1,226 @@
+"""The element-wise steps of an S3-DiT block, each in one pass over memory.
+
+Norms: one program a row (a row of heads for q and k), the row is read once and stays in registers.
+Gate: one program a run of 2,048 elements. float32 inside, rounded once to the dtype of the result.
+Multiply-adds may be fused. Shapes are checked at the door, `zimage_core.elementwise`.
+Oracle: tests/helpers/fused.py, of zimage_core.reference.layers. Tests: tests/kernels/test_elementwise.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+HEAD_TILE = 1024
+"""Elements of q in one program, and as many of k: eight heads of 128, one 128-bit access a thread."""
+RUN = 2048
+"""Elements of one program of the gate: two 128-bit accesses a thread in half precision."""
+
+
+@triton.jit
+def _tanh(x):
+    """tanh of float32 without overflow at either end and without cancellation in the middle."""
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
+    square = x * x
+    # Taylor to x^9; the next term is below 2^-26 of the sum where size < 1/4
+    series = x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835)))))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(size < 0.25, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _rms_norm_modulate_kernel(
+    x, weight, scale, y,        # [rows, size], [size], [size] or None, [rows, size] contiguous
+    size, stride_x, eps,        # stride in elements
+    SIZE: tl.constexpr,         # size rounded up to a power of two
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # 64 bits before any multiplication
+    col = tl.arange(0, SIZE)
+    live = col < size
+    v = tl.load(x + row * stride_x + col, mask=live, other=0.0).to(tl.float32)
+    gain = tl.load(weight + col, mask=live, other=0.0).to(tl.float32)
+    if scale is not None:
+        gain = gain * (1.0 + tl.load(scale + col, mask=live, other=0.0).to(tl.float32))
+    inverse = tl.rsqrt(tl.sum(v * v) / size + eps)
+    tl.store(y + row * size + col, (v * inverse * gain).to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _gate_norm_residual_kernel(
+    x, branch, weight, gate, y,     # [rows, size] twice, [size], [size] or None, [rows, size] contiguous
+    size, stride_x, stride_b, eps,  # strides in elements
+    SIZE: tl.constexpr,             # size rounded up to a power of two
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, SIZE)
+    live = col < size
+    v = tl.load(branch + row * stride_b + col, mask=live, other=0.0).to(tl.float32)
+    base = tl.load(x + row * stride_x + col, mask=live, other=0.0).to(tl.float32)
+    gain = tl.load(weight + col, mask=live, other=0.0).to(tl.float32)
+    if gate is not None:
+        gain = gain * _tanh(tl.load(gate + col, mask=live, other=0.0).to(tl.float32))
+    inverse = tl.rsqrt(tl.sum(v * v) / size + eps)
+    tl.store(y + row * size + col, (base + v * inverse * gain).to(y.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _normed_and_turned(x, gain, cos, sin, size, eps, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    """x / rms(x) * gain with channels (2j, 2j + 1) turned by angle j; float32 [HEADS, SIZE]."""
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / size + eps)
+    y = x * inverse[:, None] * gain[None, :]
+    a, b = tl.split(tl.reshape(y, (HEADS, SIZE // 2, 2)))
+    cos, sin = cos[None, :], sin[None, :]
+    return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (HEADS, SIZE))
+
+
+@triton.jit
+def _qk_norm_rope_kernel(
+    q, k, q_weight, k_weight,   # [rows, heads, size] twice, [size] twice
+    cos, sin,                   # float32 [length, size / 2]; row r stands at place r % length
+    q_out, k_out,               # [rows, heads, size] contiguous
+    length, heads, size,
+    stride_q, stride_qh, stride_k, stride_kh,  # in elements
+    eps,
+    HEADS: tl.constexpr,        # heads of one program
+    SIZE: tl.constexpr,         # size rounded up to a power of two
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    col = tl.arange(0, SIZE)
+    pair = tl.arange(0, SIZE // 2)
+    wide = col < size
+    live = (head < heads)[:, None] & wide[None, :]
+    angle = (row % length) * (size // 2) + pair
+    half = pair < size // 2
+    c = tl.load(cos + angle, mask=half, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=half, other=0.0).to(tl.float32)
+    out = row * heads * size + head[:, None] * size + col[None, :]
+
+    at = row * stride_q + head.to(tl.int64)[:, None] * stride_qh + col[None, :]
+    v = tl.load(q + at, mask=live, other=0.0).to(tl.float32)
+    gain = tl.load(q_weight + col, mask=wide, other=0.0).to(tl.float32)
+    turned = _normed_and_turned(v, gain, c, s, size, eps, HEADS, SIZE)
+    tl.store(q_out + out, turned.to(q_out.dtype.element_ty), mask=live)
+
+    at = row * stride_k + head.to(tl.int64)[:, None] * stride_kh + col[None, :]
+    v = tl.load(k + at, mask=live, other=0.0).to(tl.float32)
+    gain = tl.load(k_weight + col, mask=wide, other=0.0).to(tl.float32)
+    turned = _normed_and_turned(v, gain, c, s, size, eps, HEADS, SIZE)
+    tl.store(k_out + out, turned.to(k_out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _silu_gate_kernel(
+    gate, up, y,                # [rows, size] twice, [rows, size] contiguous
+    size, stride_g, stride_u,   # strides in elements
+    runs, factor,               # programs a row
+    RUN: tl.constexpr,          # elements of one program
+):  # fmt: skip
+    program = tl.program_id(0)
+    row = (program // runs).to(tl.int64)
+    col = (program % runs).to(tl.int64) * RUN + tl.arange(0, RUN)
+    live = col < size
+    g = tl.load(gate + row * stride_g + col, mask=live, other=0.0).to(tl.float32)
+    u = tl.load(up + row * stride_u + col, mask=live, other=0.0).to(tl.float32)
+    # exp may become infinite, and the quotient 0, as it should
+    out = g / (1.0 + tl.exp(-g)) * u * factor
+    tl.store(y + row * size + col, out.to(y.dtype.element_ty), mask=live)
+
+
+def rms_norm_modulate(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, scale: torch.Tensor | None
+) -> torch.Tensor:
+    """x [..., D], weight [D], scale [D] or None -> x / rms(x) * weight * (1 + scale), contiguous."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.numel():
+        rows, size = _rows(x), x.shape[-1]
+        with torch.cuda.device_of(x):
+            _rms_norm_modulate_kernel[(rows.shape[0],)](
+                rows, weight.contiguous(), None if scale is None else scale.contiguous(), y,
+                size, rows.stride(0), eps, **_row_tile(size),
+            )  # fmt: skip
+    return y
+
+
+def gate_norm_residual(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    gate: torch.Tensor | None,
+    factor: float,
+) -> torch.Tensor:
+    """x, branch [..., D], weight [D], gate [D] or None -> x + tanh(gate) * norm(branch), contiguous."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.numel():
+        rows, branches, size = _rows(x), _rows(branch), x.shape[-1]
+        with torch.cuda.device_of(x):
+            _gate_norm_residual_kernel[(rows.shape[0],)](
+                rows, branches, weight.contiguous(), None if gate is None else gate.contiguous(), y,
+                size, rows.stride(0), branches.stride(0), eps * factor * factor, **_row_tile(size),
+            )  # fmt: skip
+    return y
+
+
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q, k [..., L, H, D], weights [D], cos and sin [L, D / 2] -> both normed and turned, contiguous."""
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
+    if q_out.numel():
+        length, heads, size = q.shape[-3:]
+        q, k = _dense_rows(q.flatten(0, -3)), _dense_rows(k.flatten(0, -3))
+        tile = triton.next_power_of_2(size)
+        at_once = min(triton.next_power_of_2(heads), max(1, HEAD_TILE // tile))
+        with torch.cuda.device_of(q):
+            _qk_norm_rope_kernel[(q.shape[0], triton.cdiv(heads, at_once))](
+                q, k, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
+                q_out, k_out, length, heads, size, q.stride(0), q.stride(1), k.stride(0), k.stride(1), eps,
+                HEADS=at_once, SIZE=tile, num_warps=_warps(at_once * tile, 256), enable_fp_fusion=True,
+            )  # fmt: skip
+    return q_out, k_out
+
+
+def silu_gate(gate: torch.Tensor, up: torch.Tensor, factor: float) -> torch.Tensor:
+    """gate, up [...] -> silu(gate) * up * factor in the dtype of gate, contiguous."""
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    if y.numel():
+        if gate.is_contiguous() and up.is_contiguous():
+            gates, ups = gate.view(1, -1), up.view(1, -1)
+        else:
+            gates, ups = _rows(gate), _rows(up)
+        rows, size = gates.shape
+        runs = triton.cdiv(size, RUN)
+        with torch.cuda.device_of(gate):
+            _silu_gate_kernel[(rows * runs,)](
+                gates, ups, y, size, gates.stride(0), ups.stride(0), runs, factor,
+                RUN=RUN, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+    return y
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., D] -> [rows, D] with adjacent columns; a copy only where the strides demand one."""
+    return _dense_rows(x.reshape(-1, x.shape[-1] if x.ndim else 1))
+
+
+def _dense_rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _row_tile(size: int) -> dict[str, int | bool]:
+    """Launch options of a program that holds one row."""
+    tile = triton.next_power_of_2(size)
+    return {"SIZE": tile, "num_warps": _warps(tile, 512), "enable_fp_fusion": True}
+
+
+def _warps(elements: int, share: int) -> int:
+    """Warps of a program of `elements`, about `share` for each: a power of two up to eight."""
+    return min(8, max(1, elements // share))

@@ -1,0 +1,87 @@
+"""Sizes that a launch chooses: weights a program, rows and columns of a tile, warps, stages."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+DEQUANTIZE_WARPS = 4
+REPACK_WARPS = 4
+ORDER = 8
+"""Tiles along N that run side by side and share a tile of x."""
+TABLE = Path(__file__).parent / "tiles.json"
+"""Written by hand from the analysis in docs/kernels.md, then by `python -m benchmarks.tune`."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BM rows of x by BN rows of W, `splits` programs along K."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+    splits: int = 1
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, where a program costs a millisecond whatever it does."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def dequantize_weights() -> int:
+    """Weights a program: 16 for each of 128 threads, so that stores are 128 bits wide."""
+    return 1 << 16 if interpreted() else 2048
+
+
+def repack_weights() -> int:
+    """Weights a program of the repacking kernel."""
+    return 1 << 16 if interpreted() else 2048
+
+
+def sum_elements() -> int:
+    """Elements a program of the kernel that adds partial sums."""
+    return 1 << 16 if interpreted() else 1024
+
+
+@cache
+def _table() -> dict[str, list[dict[str, int]]]:
+    found: dict[str, list[dict[str, int]]] = json.loads(TABLE.read_text("utf-8"))
+    return found
+
+
+@cache
+def architecture(device: torch.device) -> tuple[str, int]:
+    """("sm_90", multiprocessors) of a GPU, ("gfx942", ...) on AMD; ("cpu", 1) of a CPU."""
+    if device.type != "cuda":
+        return "cpu", 1
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def matmul_tile(count: int, arch: str) -> Tile:
+    """The tile of the fused kernel for `count` rows of x: the first entry of the table that is tall enough."""
+    entries = _table().get(arch) or _table()["default"]
+    entry = next((e for e in entries if count <= e["rows"]), entries[-1])
+    return Tile(entry["bm"], entry["bn"], entry["warps"], entry["stages"])
+
+
+def matmul(count: int, rows: int, width: int, device: torch.device) -> Tile:
+    """Tile and splits for x [count, width] and W [rows, width].
+
+    Splits double until every multiprocessor has two programs, while each keeps 512 weights of a row or more.
+    """
+    arch, processors = architecture(device)
+    tile = matmul_tile(count, arch)
+    programs = -(-count // tile.bm) * -(-rows // tile.bn)
+    splits = 1
+    while splits < 16 and programs * splits < 2 * processors and width >= 1024 * splits:
+        splits *= 2
+    return Tile(tile.bm, tile.bn, tile.warps, tile.stages, splits)

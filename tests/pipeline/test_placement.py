@@ -1,0 +1,54 @@
+"""make_resident: the largest weights first, under a budget, the same picture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers import tiny
+from zimage_core.errors import BadArgument
+from zimage_core.nn.linear import Linear
+from zimage_core.pipeline import ZImagePipeline
+
+
+@pytest.fixture
+def packed():
+    return ZImagePipeline.from_default(dtype=torch.bfloat16)  # Q8_0 files
+
+
+def linears(pipe):
+    return {n: m for n, m in pipe.transformer.named_modules() if isinstance(m, Linear)}
+
+
+def test_a_budget_is_kept_and_the_largest_come_first(packed):
+    before = {f"{n}.weight": m.quant.nbytes for n, m in linears(packed).items() if m.quant is not None}
+    assert before, "the embedded model holds packed weights"
+    everything = sum(ZImagePipeline.from_default(dtype=torch.bfloat16).make_resident(1 << 40).values())
+    grown = packed.make_resident(everything // 2)
+    assert 0 < sum(grown.values()) <= everything // 2
+    assert list(grown.values()) == sorted(grown.values(), reverse=True)
+    dense = {f"{n}.weight" for n, m in linears(packed).items() if m.quant is None and f"{n}.weight" in before}
+    assert dense == set(grown)
+    for name in grown:
+        weight = packed.transformer.get_parameter(name)
+        assert weight.dtype == torch.bfloat16
+        assert weight.numel() * 2 - before[name] == grown[name]
+
+
+def test_the_picture_is_nearly_the_same(packed):
+    """A dense bfloat16 weight is a rounded one; on a CPU the packed one is used unrounded."""
+    a = packed("a red circle", seed=1, num_inference_steps=2, output_type="np").images
+    assert packed.make_resident(1 << 40)
+    b = packed("a red circle", seed=1, num_inference_steps=2, output_type="np").images
+    assert float(abs(a - b).mean()) < 0.01
+    assert packed.make_resident(1 << 40) == {}
+
+
+def test_on_a_cpu_nothing_grows_by_itself(packed):
+    assert packed.make_resident() == {}
+
+
+@pytest.mark.parametrize("budget", [-1, 1.5, "much", True])
+def test_a_budget_that_is_none_is_refused(budget):
+    with pytest.raises(BadArgument, match="budget"):
+        tiny.pipeline().make_resident(budget)

@@ -1,0 +1,133 @@
+"""Replayed steps: inputs are copied in, results are the caller's own, one graph for each set of shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers import tiny
+from zimage_core import graphs
+from zimage_core.errors import Unsupported
+from zimage_core.graphs import MOST_GRAPHS, StepGraphs
+
+
+class Recorder:
+    """A graph that runs its work again in the same place: all that replaying means, without a GPU."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work, device):
+        self.recorded += 1
+        out = work()
+
+        def replay():
+            self.replayed += 1
+            out.copy_(work())
+
+        return replay, out
+
+
+def add(a, b):
+    return a + 2 * b
+
+
+def test_a_replay_computes_from_the_inputs_of_its_call():
+    recorder = Recorder()
+    step = StepGraphs(add, recorder)
+    for i in range(4):
+        a, b = torch.full((3,), float(i)), torch.ones(3)
+        assert torch.equal(step(a, b), a + 2)
+    assert (recorder.recorded, recorder.replayed) == (1, 4)
+
+
+def test_results_and_inputs_are_the_callers_own():
+    step = StepGraphs(add, Recorder())
+    a, b = torch.zeros(2), torch.ones(2)
+    first = step(a, b)
+    a.fill_(7)
+    second = step(a, b)
+    assert first.tolist() == [2, 2]
+    assert second.tolist() == [9, 9]
+
+
+def test_each_shape_and_dtype_has_a_graph_and_the_oldest_goes():
+    recorder = Recorder()
+    step = StepGraphs(add, recorder)
+    for n in range(1, MOST_GRAPHS + 2):
+        step(torch.zeros(n), torch.zeros(n))
+    assert len(step) == MOST_GRAPHS
+    step(torch.zeros(2), torch.zeros(2))  # still there
+    assert recorder.recorded == MOST_GRAPHS + 1
+    step(torch.zeros(1), torch.zeros(1))  # recorded anew
+    step(torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+    assert recorder.recorded == MOST_GRAPHS + 3
+
+
+def test_without_a_gpu_capture_is_refused_in_a_sentence():
+    pipe = tiny.pipeline()
+    with pytest.raises(Unsupported, match=r"CUDA GPU only, not on cpu"):
+        pipe.capture()
+    pipe.capture(False)
+    with pytest.raises(Unsupported, match="CUDA GPU only"):
+        StepGraphs(add)(torch.zeros(1), torch.zeros(1))
+
+
+def captured(pipe):
+    recorder = Recorder()
+    pipe._graphs = StepGraphs(pipe.transformer.step, recorder)
+    return recorder
+
+
+def test_a_captured_run_gives_the_same_latents():
+    pipe, plain = tiny.pipeline(), tiny.pipeline()
+    recorder = captured(pipe)
+    arguments = {"guidance_scale": 1.5, "negative_prompt": "b", "seed": 3, "output_type": "latent"}
+    for prompt in ("a", "a much longer prompt of some words"):
+        assert torch.equal(pipe(prompt, **arguments).images, plain(prompt, **arguments).images)
+    assert recorder.replayed == 2 * 8 * 2
+    assert 1 <= recorder.recorded <= 3  # one for each padded length of a caption
+
+
+def test_graphs_do_not_outlive_the_weights_they_read(monkeypatch):
+    pipe = tiny.pipeline()
+    captured(pipe)
+    pipe("a", seed=1, num_inference_steps=1)
+    monkeypatch.setattr(graphs.StepGraphs, "__call__", lambda self, *inputs: self.step(*inputs))
+    old = pipe._graphs
+    pipe.transformer = tiny.transformer(seed=5)
+    pipe("a", seed=1, num_inference_steps=1)
+    assert pipe._graphs is not old
+    old = pipe._graphs
+    pipe.to(torch.float16)
+    assert pipe._graphs is not old
+
+
+def test_a_step_does_no_work_on_the_host():
+    """Nothing is read back and nothing is brought from the host, so a graph can hold a step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class HostWork(TorchDispatchMode):
+        seen: set[str]
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    pipe = tiny.pipeline()
+    taken = []
+
+    def record(*inputs):
+        taken.append(inputs)
+        return pipe.transformer.step(*inputs)
+
+    pipe.transformer.forward(
+        [torch.randn(16, 1, 4, 4)], torch.tensor([0.5]), [torch.randn(7, 24)], step=record
+    )
+    mode = HostWork()
+    mode.seen = set()
+    with torch.no_grad(), mode:
+        pipe.transformer.step(*taken[0])
+    forbidden = ("_local_scalar_dense", "nonzero", "lift_fresh", "_to_copy.default_cpu", "arange", "unique")
+    assert not [name for name in mode.seen if any(bad in name for bad in forbidden)]
+    assert any("mm" in name for name in mode.seen), mode.seen  # the mode does see the work

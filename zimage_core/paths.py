@@ -1,0 +1,233 @@
+"""Which way a packed weight takes to a product: one pure function, and whether kernels run at all.
+
+    resident     dequantised once, when the model is loaded; torch's own product from then on
+    fused        decoded inside the product, from planes (kernels/planar.py): few rows of x
+    dequantise   dequantised into scratch for each product, then torch's own product: many rows of x
+    cpu          slab by slab in float32
+
+`choose` needs no device, no Triton and no tensor; `zimage doctor --paths` prints what it answers.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from zimage_core.errors import BadArgument, Unsupported
+from zimage_core.formats import BlockFormat, by_name
+
+if TYPE_CHECKING:
+    import torch
+
+MODES = ("auto", "resident", "fused", "dequantise")
+
+MODE = os.environ.get("ZIMAGE_PATH", "auto")
+"""What every packed product is asked for: auto, fused or dequantise (`make_resident` is the third)."""
+
+KERNELS = os.environ.get("ZIMAGE_KERNELS", "auto")
+"""auto: on GPUs where Triton is installed. off: never. on: everywhere, for tests in Triton's interpreter."""
+
+PLANAR_BITS = {
+    "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5, "Q2_K": 3.125, "Q3_K": 3.5625,
+    "Q4_K": 4.625, "Q5_K": 5.625, "Q6_K": 6.5625, "IQ4_NL": 4.5, "IQ4_XS": 4.3125,
+    "TQ2_0": 2.0625, "Q2_0": 2.25, "Q2_0_128": 2.125,
+}  # fmt: skip
+"""Bits a weight of the formats that have planes; tests/kernels hold it to kernels/planar.py.
+
+The others are dequantised: a grid format would grow two- to fivefold as planes, and its kernel would read as
+many bytes as dense weights of half the size.
+"""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the choice needs to know of a GPU.
+
+    Args:
+        tensor_flops: Of large bfloat16 products, float32 sums, per second.
+        bandwidth: Of a large copy, bytes per second.
+        efficiency: Of the fused kernel at many rows, over that of torch's product; 0 where Triton has no
+            tensor cores to offer.
+    """
+
+    tensor_flops: float
+    bandwidth: float
+    efficiency: float
+
+
+# rates: measured on an H200, taken from data sheets at the same fraction for the others; efficiencies: the
+# kernel's instructions over those that its tensor-core work leaves time for (docs/kernels.md)
+ARCHITECTURES = {
+    "sm_70": Architecture(80e12, 0.75e12, 0),
+    "sm_75": Architecture(24e12, 0.305e12, 0),  # Triton emits no tensor-core code for Turing
+    "sm_80": Architecture(250e12, 1.6e12, 0.6),
+    "sm_86": Architecture(24e12, 0.33e12, 0.85),
+    "sm_89": Architecture(155e12, 0.93e12, 0.85),
+    "sm_90": Architecture(790e12, 4.3e12, 0.6),
+    "sm_100": Architecture(1600e12, 7.0e12, 0.5),
+    "sm_120": Architecture(200e12, 1.6e12, 0.85),
+    "gfx942": Architecture(600e12, 4.0e12, 0.6),
+    "gfx1100": Architecture(80e12, 0.85e12, 0.6),
+    "gfx1201": Architecture(120e12, 0.58e12, 0.6),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A path, why it is taken, and the device memory it needs beside the packed weight, x and the result."""
+
+    path: str
+    reason: str
+    nbytes: int = 0
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it is not imported for the answer."""
+    return find_spec("triton") is not None
+
+
+def kernels_for(device: torch.device) -> bool:
+    """Whether tensors on `device` go through Triton kernels.
+
+    Raises:
+        BadArgument: The environment variable ZIMAGE_KERNELS is none of auto, on, off.
+    """
+    if KERNELS == "auto":
+        return device.type == "cuda" and has_triton()
+    if KERNELS not in ("on", "off"):
+        raise BadArgument(f"ZIMAGE_KERNELS is {KERNELS!r}; it must be auto, on or off")
+    return KERNELS == "on"
+
+
+def family(architecture: str) -> str:
+    """The key of ARCHITECTURES that is nearest to a GPU: sm_87 -> sm_86; BadArgument lists the known ones."""
+    if architecture in ARCHITECTURES:
+        return architecture
+    kind, number = architecture[:3], architecture[3:]
+    if kind == "sm_" and number.isdigit():
+        older = [int(k[3:]) for k in ARCHITECTURES if k.startswith("sm_") and int(k[3:]) <= int(number)]
+        if older:
+            return f"sm_{max(older)}"
+    if kind == "gfx":
+        return "gfx942" if number.startswith("9") else "gfx1201" if number.startswith("12") else "gfx1100"
+    raise BadArgument(
+        f"architecture {architecture!r} is not known; known are cpu, {', '.join(ARCHITECTURES)}"
+    )
+
+
+def crossover(fmt: BlockFormat, architecture: str) -> int:
+    """Rows of x up to which the fused kernel wins: dequantising costs what its lower efficiency does.
+
+    M* = T_dequantise / ((1 / e - 1) t_row); both times are proportional to N K, which cancels.
+    """
+    arch = ARCHITECTURES[family(architecture)]
+    if not arch.efficiency:
+        return 0
+    dequantise = (fmt.nbytes / fmt.weights + 2) / arch.bandwidth
+    row = 2 / arch.tensor_flops
+    return int(dequantise / ((1 / arch.efficiency - 1) * row))
+
+
+def planar_bytes(fmt: BlockFormat, rows: int, width: int) -> int:
+    """Bytes of the planes of a weight [rows, width]."""
+    return int(PLANAR_BITS[fmt.name] * rows * width / 8)
+
+
+def _why_not_fused(fmt: BlockFormat, width: int, architecture: str, dtype: str) -> str:
+    """Why the fused kernel cannot take this weight; empty if it can."""
+    if fmt.name not in PLANAR_BITS:
+        return f"{fmt.name} has no planar layout"
+    step = 128 if fmt.name == "Q2_0" else 64
+    if width % step:
+        return f"rows of {width} weights are no multiple of {step}"
+    if not ARCHITECTURES[family(architecture)].efficiency:
+        return f"Triton has no tensor cores to offer on {architecture}"
+    if dtype not in ("float16", "bfloat16"):
+        return f"{dtype} has no tensor cores; torch's own product is faster"
+    return ""
+
+
+@lru_cache(4096)
+def choose(
+    format_name: str,
+    rows: int,
+    width: int,
+    tokens: int,
+    architecture: str,
+    free_bytes: int,
+    mode: str = "auto",
+    dtype: str = "bfloat16",
+    planes: bool = False,
+) -> Choice:
+    """The path of x [tokens, width] times a packed W [rows, width].
+
+    Args:
+        format_name: As in `zimage_core.formats.FORMATS`.
+        rows: N.
+        width: K.
+        tokens: M.
+        architecture: "cpu", "sm_75" ... "sm_120", "gfx942" ...; others map to the nearest older one.
+        free_bytes: Of device memory that the path may take for itself.
+        mode: One of MODES; resident and fused say what is wanted and fail where it cannot be had.
+        dtype: Of x.
+        planes: Whether the planes of the weight exist already.
+
+    Raises:
+        UnknownFormat: No such format.
+        BadArgument: mode or architecture is not known, or a size is not positive.
+        Unsupported: The mode asks for a path that this weight, GPU or memory does not allow.
+    """
+    fmt = by_name(format_name)
+    if mode not in MODES:
+        raise BadArgument(f"path mode {mode!r} is not known; it must be one of {', '.join(MODES)}")
+    if min(rows, width) <= 0 or tokens < 0:
+        raise BadArgument(f"a product of x [{tokens}, {width}] and W [{rows}, {width}] has no positive size")
+    if architecture == "cpu":
+        return Choice("cpu", "no GPU: slab by slab in float32")
+    dense = rows * width * (4 if dtype == "float32" else 2)
+    if mode == "resident":
+        if dense > free_bytes:
+            raise Unsupported(
+                f"resident weights of {rows} x {width} need {dense} bytes and {free_bytes} are free; use auto"
+            )
+        return Choice("resident", "asked for", dense)
+    if fmt.weights == 1:
+        return Choice("dequantise", f"{fmt.name} needs a conversion only", dense)
+    obstacle = _why_not_fused(fmt, width, architecture, dtype)
+    repacked = 0 if obstacle or planes else planar_bytes(fmt, rows, width)
+    if not obstacle and repacked > free_bytes:
+        obstacle = f"the planes need {repacked} bytes and {free_bytes} are free"
+    if mode == "fused":
+        if obstacle:
+            raise Unsupported(f"the fused path was asked for, but {obstacle}; use auto")
+        return Choice("fused", "asked for", repacked)
+    if mode == "dequantise":
+        return Choice("dequantise", "asked for", dense)
+    if obstacle:
+        return Choice("dequantise", obstacle, dense)
+    most = crossover(fmt, architecture)
+    if tokens <= most:
+        return Choice("fused", f"{tokens} rows of x are at most {most}", repacked)
+    return Choice("dequantise", f"{tokens} rows of x are more than {most}", dense)
+
+
+def resident_set(sizes: dict[str, int], budget: int) -> list[str]:
+    """Names of the weights to keep dense under a budget, largest gain first.
+
+    Args:
+        sizes: Bytes that each weight grows by when it is dequantised.
+        budget: Bytes of growth allowed in all.
+
+    Returns:
+        In the order in which to dequantise them; equal sizes keep the order of `sizes`.
+    """
+    chosen, left = [], budget
+    for name, growth in sorted(sizes.items(), key=lambda item: -item[1]):
+        if growth <= left:
+            chosen.append(name)
+            left -= growth
+    return chosen
