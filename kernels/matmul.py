@@ -27,6 +27,7 @@ def _matmul_kernel(
     BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     SUB: tl.constexpr, AFFINE: tl.constexpr, ZERO: tl.constexpr,
     LOOKUP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,  # sixteen levels, a byte each
+    EXPONENT: tl.constexpr, FLOAT_SMALL: tl.constexpr,
     BIAS: tl.constexpr, PARTIAL: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -81,16 +82,21 @@ def _matmul_kernel(
                 level = code.to(tl.float32)
 
             word = tl.load(d + run * 32 // BLOCK * N + n, mask=live_n, other=0)
-            scale = half(word)[:, None]
+            if EXPONENT:
+                scale = (word.to(tl.int32) << 16).to(tl.float32, bitcast=True)[:, None]
+            else:
+                scale = half(word)[:, None]
             if AFFINE:
                 minimum = half(word >> 16)[:, None]
             if SUB:
                 tiny = tl.load(
                     small + (run * PER + g[None, :]) * N + n[:, None], mask=live_n[:, None], other=0
-                ).to(tl.int32)
-                if AFFINE:
+                )
+                if FLOAT_SMALL:
+                    scale *= half(tiny)
+                elif AFFINE:
                     scale *= (tiny & 255).to(tl.float32)
-                    minimum *= (tiny >> 8).to(tl.float32)
+                    minimum *= (tiny.to(tl.int32) >> 8).to(tl.float32)
                 else:
                     scale *= tiny.to(tl.float32)
             weight = tl.reshape(level, (BN, PER, GROUP)) * scale[:, :, None]
@@ -158,7 +164,7 @@ def matmul(
         size = tiles.sum_elements()
         _sum_kernel[(triton.cdiv(y.numel(), size),)](
             out, x if bias is None else bias, y, y.numel(), rows,
-            SPLITS=splits, BIAS=bias is not None, SIZE=size,
+            SPLITS=splits, BIAS=bias is not None, SIZE=size, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -170,5 +176,6 @@ def matmul_constants(fmt: BlockFormat) -> dict[str, object]:
     return {
         "LOW": low, "HIGH": high, "BITS": decoder.bits, "BLOCK": fmt.weights,
         "GROUP": min(32, fmt.weights // decoder.groups), "SUB": decoder.sub, "AFFINE": decoder.affine,
-        "ZERO": decoder.zero, "LOOKUP": decoder.lookup,
+        "ZERO": decoder.zero, "LOOKUP": decoder.lookup, "EXPONENT": decoder.exponent,
+        "FLOAT_SMALL": decoder.float_small,
     }  # fmt: skip

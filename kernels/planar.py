@@ -8,8 +8,10 @@ of a tile next to each other:
             uint8 [K / 32, N, 32]   whole codes (8 bits)
     crumbs  uint8 [K / 128, N, 32]  two bits of k, k + 32, k + 64, k + 96 of each 128 (2 and 3 bits; 6 above the nibble)
     bits    int32 [K / 32, N]       the top bit of each of 32 weights (3 and 5 bits)
-    d       int16 [K / block, N]    float16 scale of a block; with a minimum int32, its d in the high half
-    small   int8  [K / group, N]    scale of a group under d; with a minimum int16, its scale in the high byte
+    d       int16 [K / block, N]    float16 scale of a block (bfloat16 of MXFP4's powers of two); with a minimum
+                                    int32, its d in the high half
+    small   int8  [K / group, N]    scale of a group under d; with a minimum int16, its scale in the high byte;
+                                    int16 for the float16 scales of NVFP4
 
 Nothing is rounded, so fused and dequantised weights are the same numbers. Q4_K grows from 4.5 to 4.625 bits.
 Tests: tests/kernels/test_matmul.py.
@@ -51,7 +53,7 @@ class Planes(NamedTuple):
 def plane_shapes(fmt: BlockFormat, rows: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each plane of a weight [rows, width]."""
     decoder = DECODERS[fmt.name]
-    bits, pair = decoder.bits, decoder.affine
+    bits, pair, wide = decoder.bits, decoder.affine, decoder.affine or decoder.float_small
     group = fmt.weights // decoder.groups
     runs = width // 32 if bits == 8 else width // 64 if bits >= 4 else 0
     return {
@@ -59,7 +61,7 @@ def plane_shapes(fmt: BlockFormat, rows: int, width: int) -> dict[str, tuple[tup
         "crumbs": ((width // 128 if bits in (2, 3, 6) else 0, rows, 32), torch.uint8),
         "bits": ((width // 32 if bits in (3, 5) else 0, rows), torch.int32),
         "d": ((width // fmt.weights, rows), torch.int32 if pair else torch.int16),
-        "small": ((width // group if decoder.sub else 0, rows), torch.int16 if pair else torch.int8),
+        "small": ((width // group if decoder.sub else 0, rows), torch.int16 if wide else torch.int8),
     }
 
 
@@ -100,7 +102,7 @@ def _repack_kernel(
     N, K,
     CODES: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, WEIGHTS: tl.constexpr,
     GROUPS: tl.constexpr, SUB: tl.constexpr, AFFINE: tl.constexpr, ZERO: tl.constexpr, LOOKUP: tl.constexpr,
-    BITS: tl.constexpr,
+    BITS: tl.constexpr, EXPONENT: tl.constexpr, FLOAT_SMALL: tl.constexpr,
     SB: tl.constexpr,                   # blocks a program, an even number
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * SB + tl.arange(0, SB)
@@ -128,7 +130,10 @@ def _repack_kernel(
     parts = SCALES(base, live)
     b_row = block // per_row
     b_place = block % per_row * N + b_row
-    low = parts[0].to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
+    if EXPONENT:
+        low = (parts[0].to(tl.uint32, bitcast=True) >> 16).to(tl.int32)
+    else:
+        low = parts[0].to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
     if AFFINE:
         minimum = parts[2] if SUB else parts[1]
         high = minimum.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
@@ -142,6 +147,8 @@ def _repack_kernel(
         if AFFINE:
             both_scales = (parts[1] | (parts[3] << 8)).to(tl.int16)
             tl.store(small + s_place, both_scales, mask=live[:, None])
+        elif FLOAT_SMALL:
+            tl.store(small + s_place, parts[1].to(tl.float16).to(tl.int16, bitcast=True), mask=live[:, None])
         else:
             tl.store(small + s_place, parts[1].to(tl.int8), mask=live[:, None])
 
@@ -157,12 +164,20 @@ def repack(packed: torch.Tensor, fmt: BlockFormat) -> Planes:
     per_program = max(2, tiles.repack_weights() // fmt.weights)
     blocks = rows * width // fmt.weights
     if blocks:
-        decoder = DECODERS[fmt.name]
         _repack_kernel[(triton.cdiv(blocks, per_program),)](
             words(packed, fmt.name), *planes, rows, width,
-            **decoder.constants(fmt.name), BITS=decoder.bits, SB=per_program, num_warps=tiles.REPACK_WARPS,
+            **repack_constants(fmt), SB=per_program, num_warps=tiles.REPACK_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return planes
+
+
+def repack_constants(fmt: BlockFormat) -> dict[str, object]:
+    """The constexpr arguments of the repacking kernel that follow from the format."""
+    decoder = DECODERS[fmt.name]
+    return {
+        **decoder.constants(fmt.name), "BITS": decoder.bits,
+        "EXPONENT": decoder.exponent, "FLOAT_SMALL": decoder.float_small,
+    }  # fmt: skip
 
 
 def bits_per_weight(name: str) -> float:

@@ -20,8 +20,8 @@ SCRATCH_BYTES = 192 << 20
 """Most bytes of dense weights at a time; a larger matrix goes through in slabs of rows. The largest of the
 family as a file holds it is w1 or w3, 79 MB in bfloat16."""
 
-PLANES_MARGIN = 1 << 30
-"""Bytes of free device memory that planes must leave for activations."""
+PLANES_MARGIN = 4 << 30
+"""Bytes of free device memory that planes must leave for activations and for decoding a picture."""
 
 
 _NATIVE = {**DTYPES, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -132,7 +132,7 @@ def _product(
     if choice.path == "fused":
         from zimage_core.kernels.matmul import matmul
 
-        return matmul(x, planes, fmt, rows, bias)
+        return matmul(x, planes, fmt, rows, None if bias is None else bias.contiguous())
     own = None if bias is None else bias.to(x.dtype)
     if fmt.weights == 1:
         weight = _numbers(packed, fmt, x.dtype if scale is None else torch.float32)

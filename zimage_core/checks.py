@@ -221,6 +221,8 @@ def read_dtype(
 ) -> torch.dtype:
     """The dtype of the computation from its two spellings.
 
+    Default: float32 on a CPU, float16 on GPUs before Ampere, which only emulate bfloat16, else bfloat16.
+
     Raises:
         BadArgument: Not one of float32, float16, bfloat16, or two different ones.
     """
@@ -237,4 +239,7 @@ def read_dtype(
         )
     if chosen:
         return chosen[0]
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if device.type == "cpu":
+        return torch.float32
+    emulated = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+    return torch.float16 if emulated else torch.bfloat16

@@ -106,7 +106,8 @@ class Components(Placement):
                 so for those pass FlowMatchEulerScheduler(shift=6.0), which also sets 50 steps and
                 guidance 4.
             dtype: Of the computation: float32, float16, bfloat16, as torch dtype or name. Default:
-                float32 on a CPU, bfloat16 elsewhere. Weights stay packed as they are in every case.
+                float32 on a CPU, float16 on GPUs before Ampere, else bfloat16. Weights stay packed as they
+                are in every case.
             torch_dtype: Another name for it, as in diffusers.
             device: Where to compute.
             mmap: Use the weights in place; the files must then not change. False reads them into memory.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -30,15 +30,18 @@ MODE = os.environ.get("ZIMAGE_PATH", "auto")
 KERNELS = os.environ.get("ZIMAGE_KERNELS", "auto")
 """auto: on GPUs where Triton is installed. off: never. on: everywhere, for tests in Triton's interpreter."""
 
+HAS_TRITON = find_spec("triton") is not None
+"""Whether Triton is installed; it is not imported for the answer."""
+
 PLANAR_BITS = {
     "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5, "Q2_K": 3.125, "Q3_K": 3.5625,
     "Q4_K": 4.625, "Q5_K": 5.625, "Q6_K": 6.5625, "IQ4_NL": 4.5, "IQ4_XS": 4.3125,
-    "TQ2_0": 2.0625, "Q2_0": 2.25, "Q2_0_128": 2.125,
+    "TQ2_0": 2.0625, "MXFP4": 4.5, "NVFP4": 5.25, "Q2_0": 2.25, "Q2_0_128": 2.125,
 }  # fmt: skip
 """Bits a weight of the formats that have planes; tests/kernels hold it to kernels/planar.py.
 
-The others are dequantised: a grid format would grow two- to fivefold as planes, and its kernel would read as
-many bytes as dense weights of half the size.
+The others are dequantised: grid formats would grow two- to fivefold as planes of bytes, and base-3 digits
+and single bits cost more instructions than the traffic they save.
 """
 
 
@@ -84,12 +87,6 @@ class Choice:
     nbytes: int = 0
 
 
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed; it is not imported for the answer."""
-    return find_spec("triton") is not None
-
-
 def kernels_for(device: torch.device) -> bool:
     """Whether tensors on `device` go through Triton kernels.
 
@@ -97,7 +94,7 @@ def kernels_for(device: torch.device) -> bool:
         BadArgument: The environment variable ZIMAGE_KERNELS is none of auto, on, off.
     """
     if KERNELS == "auto":
-        return device.type == "cuda" and has_triton()
+        return device.type == "cuda" and HAS_TRITON
     if KERNELS not in ("on", "off"):
         raise BadArgument(f"ZIMAGE_KERNELS is {KERNELS!r}; it must be auto, on or off")
     return KERNELS == "on"

@@ -28,6 +28,8 @@ class Decoder:
         zero: level = code - zero.
         lookup: level = table[code]; the table holds sixteen.
         bits: Of a code in the planar layout of the fused kernel; 0 where there is none.
+        exponent: d is a power of two beyond float16; bfloat16 holds it.
+        float_small: The small scales are float16 numbers, not integers.
     """
 
     codes: Any
@@ -38,6 +40,8 @@ class Decoder:
     zero: int = 0
     lookup: bool = False
     bits: int = 0
+    exponent: bool = False
+    float_small: bool = False
 
     def constants(self, name: str) -> dict[str, Any]:
         """The constexpr arguments of a kernel that decodes blocks of the format `name`."""
@@ -78,8 +82,8 @@ DECODERS: dict[str, Decoder] = {
     "IQ1_M": Decoder(i_quants.iq1_m_codes, i_quants.iq1_m_scales, 16, sub=True),
     "TQ1_0": Decoder(small.tq1_0_codes, small.tq1_0_scales, zero=1),
     "TQ2_0": Decoder(small.tq2_0_codes, small.tq2_0_scales, zero=1, bits=2),
-    "MXFP4": Decoder(small.mxfp4_codes, small.mxfp4_scale, lookup=True),
-    "NVFP4": Decoder(small.nvfp4_codes, small.nvfp4_scales, 4, sub=True, lookup=True),
+    "MXFP4": Decoder(small.mxfp4_codes, small.mxfp4_scale, lookup=True, bits=4, exponent=True),
+    "NVFP4": Decoder(small.nvfp4_codes, small.nvfp4_scales, 4, sub=True, lookup=True, bits=4, float_small=True),
     "Q1_0": Decoder(small.q1_0_codes, legacy.scale),
     "Q2_0": Decoder(small.q2_0_codes, legacy.scale, zero=1, bits=2),
     "Q2_0_128": Decoder(small.q2_0_128_codes, legacy.scale, zero=1, bits=2),

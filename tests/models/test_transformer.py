@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from zimage_core.config import TransformerConfig
+from zimage_core.elementwise import gate_norm_residual
 from zimage_core.errors import BadShape
 from zimage_core.models.transformer import FP16_FFN_SCALE, ZImageTransformer, timestep_sinusoid
 
@@ -92,9 +93,12 @@ def test_without_the_scales_float16_overflows(monkeypatch):
 def test_a_power_of_two_taken_out_of_a_branch_changes_no_bit_in_float32():
     block = tiny().layers[0]
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(4))
-    plain = block.ffn_norm2(block.feed_forward(x, 1.0))
-    scaled = block.ffn_norm2(block.feed_forward(x, FP16_FFN_SCALE), FP16_FFN_SCALE)
-    assert torch.equal(plain, scaled)
+    norm = block.ffn_norm2
+    joined = [
+        gate_norm_residual(x, block.feed_forward(x, scale), norm.weight, norm.eps, None, scale)
+        for scale in (1.0, FP16_FFN_SCALE)
+    ]
+    assert torch.equal(*joined)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import tiny
+from zimage_core.checks import read_dtype
 from zimage_core.errors import BadArgument, Unsupported, ZImageError
 
 HUGE = 10**5000
@@ -158,3 +159,13 @@ def test_cfg_is_guidance_plus_one():
     a, b = (pipe("a", seed=1, num_inference_steps=2, output_type="latent", **k).images
             for k in ({"cfg": 3.5}, {"guidance_scale": 2.5}))  # fmt: skip
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")]
+)
+def test_the_default_dtype_is_one_that_the_gpu_has(capability, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert read_dtype(None, None, torch.device("cuda")) == getattr(torch, wanted)
+    assert read_dtype(None, None, torch.device("cpu")) == torch.float32
+    assert read_dtype("float32", None, torch.device("cuda")) == torch.float32

@@ -16,7 +16,7 @@ from zimage_core.cli import paths_table
 from zimage_core.cli.sizes import in_bytes
 from zimage_core.errors import ZImageError, printable
 from zimage_core.formats import FORMATS
-from zimage_core.paths import crossover, has_triton
+from zimage_core.paths import HAS_TRITON, crossover
 
 NEEDED = ("torch", "numpy", "gguf", "safetensors", "tokenizers", "sentencepiece", "pillow")
 OPTIONAL = ("triton", "huggingface_hub")
@@ -189,7 +189,7 @@ def _plan(devices: list[dict[str, Any]]) -> list[str]:
 
 def _on_gpu(architecture: str) -> str:
     """What happens to quantised weights on a GPU."""
-    if not has_triton():
+    if not HAS_TRITON:
         return (
             "quantised weights are unpacked by plain torch in float32, slowly; "
             "install triton (pip install 'zimage-core[gpu]')"

@@ -59,19 +59,17 @@ class _Weighted(nn.Module):
             return
         self.weight = None
         self.packed, self._format, self._scale = quant.packed, quant.format, quant.scale
+        self._quant = self.quant  # now, or a compiled graph would make it and be compiled again to find it
 
     @property
     def quant(self) -> QuantTensor | None:
         """The packed weight, None when it is dense; one object as long as the bytes stay where they are."""
         if self.packed is None or self._format is None:
             return None
-        if (
-            self._quant is None
-            or self._quant.packed is not self.packed
-            or self._quant.scale is not self._scale
-        ):
-            self._quant = QuantTensor(self.packed, self._format, self._shape, self._scale)
-        return self._quant
+        found = self._quant
+        if found is None or found.packed is not self.packed or found.scale is not self._scale:
+            self._quant = found = QuantTensor(self.packed, self._format, self._shape, self._scale)
+        return found
 
     def make_resident(self, dtype: torch.dtype) -> None:
         """Replace the packed weight by a dense one on its device: faster, and larger (2 bytes a weight)."""
@@ -94,6 +92,7 @@ class _Weighted(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         if self._scale is not None:
             self._scale = self._scale.to(fn(self._scale).device)  # moved, never rounded
+        self._quant = self.quant
         return self
 
 

@@ -33,14 +33,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        """Norm of x / scale, given x: a scale applied upstream cancels here to the last bit.
-
-        With `scale` a power of two, eps times its square makes the quotient the same as if the
-        input had never been scaled.
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> [..., size]."""
         if x.shape[-1] != self.weight.shape[0]:
             raise BadShape(f"RMSNorm: got rows of {x.shape[-1]}, the weight has {self.weight.shape[0]}")
         wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps * scale * scale)
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * inverse).to(x.dtype) * self.weight.to(x.dtype)

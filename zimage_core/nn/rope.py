@@ -1,7 +1,7 @@
-"""Rotary position embedding in the two conventions that the family uses.
+"""Rotary position embedding: the angles of both networks, and the text encoder's rotation.
 
-Su et al. 2021, arXiv 2104.09864, equation 34. The transformer rotates adjacent channels, the text
-encoder rotates channel j with channel j + D / 2; the names say which.
+Su et al. 2021, arXiv 2104.09864, equation 34. The transformer rotates adjacent channels, together with
+the norm in front (`elementwise.qk_norm_rope`); the text encoder rotates channel j with channel j + D / 2.
 """
 
 from __future__ import annotations
@@ -33,17 +33,6 @@ def rotation(positions: Tensor, dims: Sequence[int], theta: float) -> Rotation:
     ]
     angle = torch.cat(angles, dim=-1).float()
     return angle.cos(), angle.sin()
-
-
-def rotate_interleaved(x: Tensor, turn: Rotation) -> Tensor:
-    """Rotate channels (2j, 2j + 1) by angle j; float32 inside, dtype of x outside.
-
-    Shape:
-        x [..., L, H, D], turn of [L, D / 2] -> [..., L, H, D].
-    """
-    cos, sin = (t.unsqueeze(-2) for t in turn)
-    a, b = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def rotate_half(x: Tensor, turn: Rotation) -> Tensor:

@@ -1,0 +1,140 @@
+"""The standing list for a GPU, in order of importance, in parts that each write their results.
+
+    python -m benchmarks.gpu [--part 1 2 ...] [--out FOLDER] [--compile]     all parts: under nine minutes
+    python -m benchmarks.gpu --rehearse                                      tiny shapes, any device
+    python -m benchmarks.gpu --update-readme [--from results/gpu_part*.csv]  into standing.json and README.md
+
+A part begins no further case once its seconds are used up; what it has is on the disk. The figures of the
+standing list are printed at the end. `--update-readme --from` needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import cases, run, standing
+from benchmarks.records import RESULTS
+from benchmarks.timing import Ceilings
+from zimage_core.config import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cases that belong together.
+
+    Args:
+        text: What is measured.
+        seconds: After which no further case is begun.
+        work: Kinds of cases with their arguments.
+    """
+
+    text: str
+    seconds: float
+    work: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+_M = tuple(str(m) for m in (standing.FEW, standing.MANY))
+_BETWEEN = ("256", "512", "384", "128", "768", "1056", "64", "16", "2048", "1")
+PARTS = {
+    1: Part(
+        "dequantising in the main formats, the fused product for few and for many rows",
+        90,
+        (("dequant", ("--format", *standing.MAIN)), ("matmul", ("--m", *_M))),
+    ),
+    2: Part("a block and a step at full size", 150, (("block", ()), ("step", ("--repeats", "7")))),
+    3: Part("element-wise steps and attention", 60, (("elementwise", ()), ("attention", ()))),
+    4: Part("where fused and dequantised products cross", 80, (("matmul", ("--m", *_BETWEEN)),)),
+    5: Part("dequantising in every format", 110, (("dequant", ("--format", "all")),)),
+}
+TINY = ("--shape", "200x512", "--pixels", "64", "--repeats", "2", "--seconds", "0", "--most", "2")
+TINY_CONFIG = TransformerConfig(
+    dim=256, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=256, hidden_dim=512
+)
+
+
+def run_part(
+    number: int, given: argparse.Namespace, measured: Ceilings | None
+) -> tuple[list[dict[str, Any]], Ceilings]:
+    """One part; its rows and the ceilings, which the next part takes over."""
+    part = PARTS[number]
+    print(f"part {number}: {part.text}, {part.seconds:.0f} s", flush=True)
+    end = time.monotonic() + part.seconds
+    common = ["--repeats", "12", "--seconds", "0.25", "--most", "10"]
+    common += ["--out", str(given.out)] if given.out else []
+    common += ["--device", given.device] if given.device else []
+    common += ["--compile"] if given.compile else []
+    bench = None
+    for what, extra in part.work:
+        words = [*common, *extra, *(TINY if given.rehearse else ())]
+        if given.rehearse and "--m" in words:
+            words += ["--m", "5"]
+        namespace = run.parser().parse_args(words)
+        if bench is None:
+            namespace.out = given.out
+            bench = run.prepare(f"gpu_part{number}", namespace, measured)
+            measured, bench.deadline = bench.ceilings, end
+        bench.given = namespace
+        bench.effort = dataclasses.replace(bench.effort, repeats=namespace.repeats)
+        run.run(what, bench, TINY_CONFIG if given.rehearse else None)
+    assert bench is not None
+    return bench.results.rows, bench.ceilings
+
+
+def report(values: dict[str, float], gpu: str) -> None:
+    """Print the standing figures that this run holds."""
+    for figure in standing.updated(standing.load(), values, gpu, time.strftime("%Y-%m-%d")):
+        if figure["id"] in values:
+            print(f"{figure['text']:75} aim: {standing.aim(figure):16} {standing.measured(figure)}")
+
+
+def update(rows: Sequence[dict[str, Any]], gpu: str, date: str) -> None:
+    """Write the figures that the rows hold into standing.json and README.md."""
+    figures = standing.updated(standing.load(), standing.evaluate(rows), gpu, date)
+    standing.save(figures)
+    standing.write_readme(figures)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--part", nargs="*", type=int, choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", help="default cuda")
+    parser.add_argument("--compile", action="store_true", help="the plain contestants compiled too; slow")
+    parser.add_argument("--out", type=Path, help="folder of the results; default results/")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, nothing is taken over")
+    parser.add_argument("--update-readme", action="store_true")
+    parser.add_argument("--from", dest="files", nargs="*", type=Path, help="result files in place of a run")
+    given = parser.parse_args(argv)
+    if given.files:
+        rows, gpu, date = standing.from_files(given.files)
+    else:
+        if not torch.cuda.is_available() and not given.rehearse:
+            raise SystemExit("there is no GPU here: use --rehearse, or --update-readme --from FILES")
+        given.out = given.out or (None if given.rehearse else RESULTS)
+        rows, measured = [], None
+        for number in given.part:
+            found, measured = run_part(number, given, measured)
+            rows += found
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        date = time.strftime("%Y-%m-%d")
+    report(standing.evaluate(rows), gpu)
+    if given.update_readme and not given.rehearse:
+        update(rows, gpu, date)
+
+
+if __name__ == "__main__":
+    main()
+
+
+__all__ = ["PARTS", "cases", "main", "run_part"]

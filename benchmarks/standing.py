@@ -1,0 +1,215 @@
+"""The standing figures: what is aimed at, what was predicted, what was last measured.
+
+`standing.json` holds them, the table in README.md is made from it. A value comes out of the rows of result
+files alone, so it can be had again from the files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import cases
+from benchmarks.records import read
+from zimage_core.atomic import write_atomically
+
+DATA = Path(__file__).parent / "standing.json"
+README = Path(__file__).parent / "README.md"
+BEGIN = "<!-- standing figures: python -m benchmarks.gpu --update-readme -->"
+END = "<!-- end of the standing figures -->"
+
+Rows = Sequence[Mapping[str, Any]]
+MAIN = ("Q4_K", "Q6_K", "Q8_0")
+SHAPE = next(iter(cases.shapes()))
+FEW, MANY = cases.padded(cases.CAPTION), cases.stages()[0][1]
+
+
+def _pick(rows: Rows, contestant: str, column: str = "median_us", **where: Any) -> float | None:
+    """One number of the last row that fits and was timed."""
+    for row in reversed(rows):
+        fits = all(row.get(name) == value for name, value in where.items())
+        if fits and row["contestant"] == contestant and row["median_us"] != "" and row[column] != "":
+            return float(row[column])
+    return None
+
+
+def _over(first: float | None, second: float | None) -> float | None:
+    return first / second if first is not None and second else None
+
+
+def _dequantise(rows: Rows, name: str) -> float | None:
+    share = _pick(rows, "kernel", "of_ceiling", what="dequant", case=SHAPE, format=name)
+    return None if share is None else 100 * share
+
+
+def _others(rows: Rows) -> float | None:
+    names = {row["format"] for row in rows if row["what"] == "dequant"} - set(MAIN)
+    found = [share for name in names if (share := _dequantise(rows, name)) is not None]
+    return min(found, default=None)
+
+
+def _product(rows: Rows, contestant: str, m: int, column: str = "median_us") -> float | None:
+    return _pick(rows, contestant, column, what="matmul", case=SHAPE, format="Q4_K", m=m)
+
+
+def crossover(rows: Rows) -> float | None:
+    """Rows of x at which both ways take the same time, between the two measured points around it."""
+    counts = sorted({row["m"] for row in rows if row["what"] == "matmul" and row["m"] != ""})
+    before: tuple[int, float] | None = None
+    for m in counts:
+        ratio = _over(_product(rows, "fused", m), _product(rows, "dequantise + matmul", m))
+        if ratio is None:
+            continue
+        if ratio >= 1:
+            if before is None:
+                return float(m)
+            share = -math.log(before[1]) / (math.log(ratio) - math.log(before[1]))
+            return math.exp(math.log(before[0]) + share * (math.log(m) - math.log(before[0])))
+        before = (m, ratio)
+    return None
+
+
+def _block(rows: Rows, other: str) -> float | None:
+    where = {"what": "block", "format": "Q4_K", "m": MANY}
+    return _over(_pick(rows, other, **where), _pick(rows, "packed", **where))
+
+
+def _step(rows: Rows, contestant: str) -> float | None:
+    return _pick(rows, contestant, what="step", format="Q4_K", m=MANY)
+
+
+def _elementwise(name: str) -> Callable[[Rows], float | None]:
+    def value(rows: Rows) -> float | None:
+        where = {"what": "elementwise", "case": name, "m": MANY}
+        return _over(_pick(rows, "torch", **where), _pick(rows, "kernel", **where))
+
+    return value
+
+
+def _attention(rows: Rows) -> float | None:
+    where = {"what": "attention", "m": MANY}
+    names = {row["contestant"] for row in rows if row["what"] == "attention"} - {"nn.attention"}
+    best = min((t for name in names if (t := _pick(rows, name, **where)) is not None), default=None)
+    return _over(_pick(rows, "nn.attention", **where), best)
+
+
+def _milliseconds(us: float | None) -> float | None:
+    return None if us is None else us / 1e3
+
+
+FIGURES: dict[str, Callable[[Rows], float | None]] = {
+    "dequantise_q4_k": lambda rows: _dequantise(rows, "Q4_K"),
+    "dequantise_q4_k_us": lambda rows: _pick(rows, "kernel", what="dequant", case=SHAPE, format="Q4_K"),
+    "dequantise_q6_k": lambda rows: _dequantise(rows, "Q6_K"),
+    "dequantise_q8_0": lambda rows: _dequantise(rows, "Q8_0"),
+    "dequantise_others": _others,
+    "fused_32_ratio": lambda rows: _over(
+        _product(rows, "dequantise + matmul", FEW), _product(rows, "fused", FEW)
+    ),
+    "fused_32_us": lambda rows: _product(rows, "fused", FEW),
+    "dequantise_matmul_4128": lambda rows: _over(
+        _product(rows, "dequantise + matmul", MANY), _product(rows, "resident", MANY)
+    ),
+    "fused_4128_tflops": lambda rows: _product(rows, "fused", MANY, "tflops"),
+    "crossover": crossover,
+    "block_diffusers": lambda rows: _block(rows, "diffusers"),
+    "block_resident": lambda rows: _block(rows, "resident"),
+    "step_replayed": lambda rows: _milliseconds(_step(rows, "packed replayed")),
+    "step_eager": lambda rows: _over(_step(rows, "packed"), _step(rows, "packed replayed")),
+    **{f"elementwise_{name}": _elementwise(name) for name in cases.STREAMS},
+    "attention": _attention,
+}
+"""Value of each figure from the rows of one run, None where they do not hold it."""
+
+
+def load() -> list[dict[str, Any]]:
+    """The figures as `standing.json` has them."""
+    found: list[dict[str, Any]] = json.loads(DATA.read_text("utf-8"))
+    return found
+
+
+def save(figures: Sequence[Mapping[str, Any]], data: Path = DATA) -> None:
+    """One figure a line, in one step."""
+    lines = ",\n".join(f" {json.dumps(figure, ensure_ascii=False)}" for figure in figures)
+    write_atomically(data, f"[\n{lines}\n]\n".encode(), overwrite=True)
+
+
+def evaluate(rows: Rows) -> dict[str, float]:
+    """Every figure that the rows hold."""
+    values = {name: figure(rows) for name, figure in FIGURES.items()}
+    return {name: float(f"{value:.4g}") for name, value in values.items() if value is not None}
+
+
+def updated(
+    figures: Sequence[Mapping[str, Any]], values: Mapping[str, float], gpu: str, date: str
+) -> list[dict[str, Any]]:
+    """The figures with new values in place of the old."""
+    return [
+        {**figure, "measured": {"value": values[figure["id"]], "gpu": gpu, "date": date}}
+        if figure["id"] in values
+        else dict(figure)
+        for figure in figures
+    ]
+
+
+def from_files(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], str, str]:
+    """(rows, GPU, date) of result files of one GPU.
+
+    Raises:
+        SystemExit: A file is not of a GPU, or they are of two.
+    """
+    rows, gpus, dates = [], set(), set()
+    for path in sorted(paths):
+        about = json.loads(path.with_suffix(".json").read_text("utf-8"))["machine"]
+        gpus.add(about["gpu"])
+        dates.add(about["date"])
+        rows += read(path)
+    if len(gpus) != 1 or None in gpus:
+        raise SystemExit(f"standing figures come from result files of one GPU, these are of {gpus or 'none'}")
+    return rows, gpus.pop(), max(dates)
+
+
+def table(figures: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| figure | aim | predicted | last measured |", "| --- | --- | --- | --- |"]
+    for figure in figures:
+        predicted = figure["prediction"] or "none"
+        lines.append(f"| {figure['text']} | {aim(figure)} | {predicted} | {measured(figure)} |")
+    return "\n".join(lines)
+
+
+def aim(figure: Mapping[str, Any]) -> str:
+    """`at least 85 %`, or `none`."""
+    for word in ("least", "most"):
+        if word in figure:
+            return f"at {word} {figure[word]:g} {figure['unit']}"
+    return f"none ({figure['unit']})"
+
+
+def measured(figure: Mapping[str, Any]) -> str:
+    """Value, GPU and date, and whether the aim is met."""
+    found = figure["measured"]
+    if found is None:
+        return "not yet measured"
+    value = found["value"]
+    met = value >= figure.get("least", -math.inf) and value <= figure.get("most", math.inf)
+    missed = "" if met else ", missed"
+    return f"{value:g} {figure['unit']} ({found['gpu']}, {found['date']}){missed}"
+
+
+def in_readme(text: str, figures: Sequence[Mapping[str, Any]]) -> str:
+    """The page with the table between its two marks made anew; ValueError where a mark is missing."""
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"README.md must hold the marks {BEGIN} and {END} once")
+    return pattern.sub(lambda _: f"{BEGIN}\n{table(figures)}\n{END}", text)
+
+
+def write_readme(figures: Sequence[Mapping[str, Any]]) -> None:
+    """Put the table into benchmarks/README.md."""
+    page = in_readme(README.read_text("utf-8"), figures)
+    write_atomically(README, page.encode(), overwrite=True)

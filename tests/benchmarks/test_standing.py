@@ -1,0 +1,116 @@
+"""Defends: the page says what the data say, and the data what the result files say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import gpu, run, standing
+from benchmarks.records import COLUMNS, text
+from benchmarks.timing import Ceilings
+
+
+def test_the_table_in_the_readme_is_that_of_the_data():
+    page = standing.README.read_text("utf-8")
+    assert standing.in_readme(page, standing.load()) == page, "python -m benchmarks.gpu --update-readme"
+
+
+def test_every_figure_can_be_computed_and_every_computation_is_listed():
+    figures = standing.load()
+    assert [figure["id"] for figure in figures] == list(dict.fromkeys(figure["id"] for figure in figures))
+    assert {figure["id"] for figure in figures} == set(standing.FIGURES)
+    wanted = {"id", "text", "unit", "prediction", "measured"}
+    for figure in figures:
+        assert wanted <= set(figure) <= wanted | {"least", "most"}
+        assert figure["measured"] is None or set(figure["measured"]) == {"value", "gpu", "date"}
+
+
+def test_saving_changes_nothing(tmp_path):
+    path = tmp_path / "standing.json"
+    standing.save(standing.load(), path)
+    assert path.read_text("utf-8") == standing.DATA.read_text("utf-8")
+
+
+def row(what: str, contestant: str, us: float | str, **more) -> dict:
+    empty = dict.fromkeys(COLUMNS, "")
+    return empty | {"what": what, "contestant": contestant, "median_us": us, "format": "Q4_K"} | more
+
+
+def product(contestant: str, m: int, us: float | str) -> dict:
+    return row("matmul", contestant, us, m=m, case="w13", tflops=1.5)
+
+
+ROWS = [
+    row("dequant", "kernel", 25.0, case="w13", of_ceiling=0.9),
+    row("dequant", "kernel", 25.0, case="w13", of_ceiling=0.8, format="IQ3_S"),
+    row("dequant", "kernel", 25.0, case="w13", of_ceiling=0.75, format="TQ1_0"),
+    row("dequant", "kernel", "", case="w13", format="Q8_0", note="refused: error 1 is above 0"),
+    *(product("fused", m, us) for m, us in ((32, 10.0), (256, 40.0), (1024, 200.0), (4128, 700.0))),
+    *(product("dequantise + matmul", m, us) for m, us in ((32, 45.0), (256, 80.0), (1024, 100.0))),
+    product("dequantise + matmul", 4128, 420.0),
+    product("resident", 4128, 400.0),
+    row("block", "packed", 2000.0, m=4128),
+    row("block", "diffusers", 6000.0, m=4128),
+    row("step", "packed replayed", 80000.0, m=4128),
+    row("step", "packed", 88000.0, m=4128),
+]
+
+
+def test_values_come_from_the_rows_of_a_run():
+    values = standing.evaluate(ROWS)
+    assert values == {
+        "dequantise_q4_k": 90,
+        "dequantise_q4_k_us": 25,
+        "dequantise_others": 75,
+        "fused_32_ratio": 4.5,
+        "fused_32_us": 10,
+        "fused_4128_tflops": 1.5,
+        "dequantise_matmul_4128": 1.05,
+        "crossover": 512,  # 0.5 at 256 and 2 at 1024: 1 lies in the middle of the logarithms
+        "block_diffusers": 3,
+        "step_replayed": 80,
+        "step_eager": 1.1,
+    }
+
+
+def test_a_value_is_written_with_gpu_and_date_and_a_missed_aim_is_said(tmp_path):
+    path = tmp_path / "gpu_part1.csv"
+    path.write_text(text(ROWS))
+    about = {"machine": {"gpu": "NVIDIA H200", "date": "2026-12-01"}}
+    path.with_suffix(".json").write_text(json.dumps(about))
+    rows, name, date = standing.from_files([path])
+    figures = standing.updated(standing.load(), standing.evaluate(rows), name, date)
+    table = standing.table(figures)
+    assert "| 90 % (NVIDIA H200, 2026-12-01) |" in table
+    assert "not yet measured" in table
+    slow = standing.updated(figures, {"step_replayed": 95.0}, name, date)
+    assert "95 ms (NVIDIA H200, 2026-12-01), missed" in standing.table(slow)
+
+
+def test_figures_of_a_cpu_are_not_taken_over(tmp_path):
+    path = tmp_path / "gpu_part1.csv"
+    path.write_text(text(ROWS))
+    path.with_suffix(".json").write_text(json.dumps({"machine": {"gpu": None, "date": "2026-12-01"}}))
+    with pytest.raises(SystemExit, match="of one GPU"):
+        standing.from_files([path])
+
+
+def test_the_parts_fit_into_nine_minutes():
+    assert sum(part.seconds for part in gpu.PARTS.values()) <= 9 * 60 - 30
+
+
+def test_without_a_gpu_the_list_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="there is no GPU here"):
+        gpu.main(["--part", "1"])
+
+
+def test_a_rehearsal_runs_a_part_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "ceilings", lambda *_: Ceilings(1e10, {"float32": 1e11}))
+    before = standing.DATA.read_bytes(), standing.README.read_bytes()
+    gpu.main(["--rehearse", "--device", "cpu", "--part", "4", "--update-readme"])
+    assert "part 4" in capsys.readouterr().out
+    assert (standing.DATA.read_bytes(), standing.README.read_bytes()) == before
+    assert not list(tmp_path.iterdir())

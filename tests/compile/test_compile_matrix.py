@@ -1,0 +1,156 @@
+"""Defends: every kernel compiles for every architecture, without spills and within what a program may have.
+
+Compiled are all cells in bfloat16, and those in float16 and float32 on three architectures: the whole matrix
+takes longer than all other tests together. COMPILE_MATRIX=full compiles it, COMPILE_MATRIX=small bfloat16 only,
+on three architectures. The committed table is of the whole.
+
+The compiler runs in processes of its own: in this one kernels may be the interpreter's. Kernels are imported
+by fixtures, not at the top: tests/kernels has to decide first how they are defined.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+
+from tests.helpers.tree import ROOT
+from zimage_core.formats import FORMATS
+
+pytestmark = pytest.mark.compile
+
+EVERY = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100", "gfx1201"]
+PARTS = {
+    "full": [[]],
+    "usual": [
+        ["--dtype", "bfloat16"],
+        ["--dtype", "float16", "float32", "--target", "sm_75", "sm_80", "gfx942"],
+    ],
+    "small": [["--dtype", "bfloat16", "--target", "sm_80", "sm_90", "gfx942"]],
+}
+SIZE = os.environ.get("COMPILE_MATRIX", "usual")
+BLOCKS = {name for name, fmt in FORMATS.items() if fmt.weights > 1}
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | changes
+
+
+@pytest.fixture(scope="module")
+def matrix() -> ModuleType:
+    from benchmarks import compile_matrix
+
+    return compile_matrix
+
+
+@pytest.fixture(scope="module")
+def run(matrix, tmp_path_factory):
+    """The finished processes and the rows that they wrote."""
+    out = tmp_path_factory.mktemp("matrix") / "out.csv"
+    finished = []
+    for part in PARTS[SIZE]:
+        command = [sys.executable, "-m", "benchmarks.compile_matrix", "--out", str(out), "--resume", *part]
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert out.exists(), done.stdout + done.stderr
+        print(done.stdout)
+        finished.append(done)
+    return finished, matrix.read(out)
+
+
+def faults(matrix, rows) -> str:
+    """A line for each fault, with the cell's name."""
+    return "\n".join(
+        f"{matrix.name(cell)}: {fault}" for cell, row in rows.items() for fault in matrix.judge(cell, row)
+    )
+
+
+def test_every_cell_is_within_the_limits(matrix, run):
+    finished, rows = run
+    assert not faults(matrix, rows)
+    assert [done.returncode for done in finished] == [0] * len(finished), finished
+
+
+def test_no_cell_is_left_out(matrix, run):
+    _, rows = run
+    assert set(rows) == {cell for part in PARTS[SIZE] for cell in matrix.selected(matrix.parse(part))}
+    targets = {cell.target for cell in rows}
+    assert targets == set(PARTS["small"][0][3:] if SIZE == "small" else EVERY)
+    for target in targets:
+        here = [cell for cell in rows if cell.target == target]
+        dequantised = {cell.format for cell in here if cell.kernel == "dequantize"}
+        assert dequantised == BLOCKS, f"{target}: dequantise"
+        fused = {cell.format for cell in here if cell.kernel == "matmul"}
+        assert fused == (set() if target == "sm_75" else set(matrix.planar_formats())), f"{target}: fused"
+
+
+def test_the_committed_matrix_has_the_cells_of_today(matrix):
+    """A new tile, format or kernel needs `python -m benchmarks.compile_matrix`."""
+    committed = matrix.read(matrix.OUT)
+    assert set(committed) == set(matrix.cells())
+    assert not faults(matrix, committed)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "change", "fault"),
+    [
+        ("matmul", "sm_89", {}, None),
+        ("matmul", "sm_89", {"spills": 2}, "2 spills"),
+        ("matmul", "gfx942", {"spills": 1}, "1 spills"),
+        ("dequantize", "sm_75", {"stack": 8}, "8 bytes of stack"),
+        ("matmul", "sm_89", {"shared": 99 * 1024}, None),
+        ("matmul", "sm_89", {"shared": 99 * 1024 + 1}, "99 KB of shared memory, sm_89 has 99"),
+        ("matmul", "sm_90", {"shared": 200 * 1024}, None),
+        ("matmul", "sm_120", {"shared": 200 * 1024}, "200 KB of shared memory, sm_120 has 99"),
+        ("matmul", "gfx1100", {"shared": 65 * 1024}, "65 KB of shared memory, gfx1100 has 64"),
+        ("matmul", "sm_80", {"tensor_core": 0}, "no tensor-core instruction"),
+        ("dequantize", "sm_80", {"tensor_core": 0}, None),
+        ("matmul", "sm_75", {}, "a fused product on sm_75"),
+        ("silu_gate", "sm_90", {"failure": "OutOfResources"}, "OutOfResources"),
+    ],
+)
+def test_the_judge_sees(matrix, kernel, target, change, fault):
+    good = matrix.Row(registers=128, shared=32 << 10, tensor_core=64, instructions=900, loop=400)
+    cell = matrix.Cell(kernel, "Q4_K", "bfloat16", "", target)
+    assert matrix.judge(cell, replace(good, **change)) == ([fault] if fault else [])
+
+
+@pytest.mark.parametrize(("spills", "status"), [(0, 0), (4, 1)])
+def test_a_fault_is_named_and_ends_with_status_one(matrix, monkeypatch, capsys, spills, status):
+    def compile_all(wanted, jobs, seen):
+        for cell in wanted:
+            seen(cell, matrix.Row(spills=spills, tensor_core=1))
+
+    monkeypatch.setattr(matrix, "compile_all", compile_all)
+    monkeypatch.setattr(matrix.tiles, "interpreted", lambda: False)
+    assert matrix.main(["--kernel", "repack", "--format", "Q4_K", "--target", "sm_90"]) == status
+    assert ("repack Q4_K sm_90: 4 spills" in capsys.readouterr().out) == bool(spills)
+
+
+def test_a_compiler_that_fails_or_dies_is_a_row(matrix, tmp_path):
+    worker = matrix.Worker(tmp_path, 0)
+    cell = matrix.Cell("dequantize", "Q4_9", "float32", "", "sm_80")
+    try:
+        assert worker(cell).failure.startswith("KeyError")
+        worker.process.kill()
+        worker.process.join()
+        assert worker(cell).failure.startswith("the compiler died with status -9")
+        assert worker(cell).failure.startswith("KeyError"), "no new process took over"
+    finally:
+        worker.stop()
+
+
+def test_the_interpreter_is_refused_in_one_sentence():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compile_matrix"],
+        cwd=ROOT,
+        env=environment(TRITON_INTERPRET="1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "TRITON_INTERPRET" in done.stderr

@@ -1,0 +1,242 @@
+"""Defends: the path of a product follows from format, GPU, rows, memory and mode, and can be taken."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zimage_core import paths
+from zimage_core.errors import BadArgument, UnknownFormat, Unsupported
+from zimage_core.formats import FORMATS
+from zimage_core.paths import ARCHITECTURES, MODES, Choice, choose, crossover, family, resident_set
+
+NO_TENSOR_CORES = ("sm_70", "sm_72", "sm_75")
+ARCHS = ("cpu", *ARCHITECTURES, "sm_72", "sm_87", "sm_103", "sm_121", "gfx1151", "gfx950")
+ROWS = (0, 1, 16, 300, 900, 4096, 1 << 20)
+
+cases = st.fixed_dictionaries({
+    "format_name": st.sampled_from(list(FORMATS)),
+    "rows": st.sampled_from([1, 40, 3840]),
+    "width": st.sampled_from([1, 32, 64, 96, 256, 320, 3840, 10240]),
+    "tokens": st.sampled_from(ROWS),
+    "architecture": st.sampled_from(ARCHS),
+    "free_bytes": st.sampled_from([0, 1, 4096, 1 << 20, 1 << 40]),
+    "mode": st.sampled_from(MODES),
+    "dtype": st.sampled_from(["float16", "bfloat16", "float32"]),
+    "planes": st.booleans(),
+})  # fmt: skip
+
+
+def answer(**case: object) -> Choice | Unsupported:
+    """A choice, or the refusal; any other error is a failure."""
+    try:
+        return choose(**case)
+    except Unsupported as refusal:
+        return refusal
+
+
+def dense_bytes(case: dict) -> int:
+    return case["rows"] * case["width"] * (4 if case["dtype"] == "float32" else 2)
+
+
+def fused_is_possible(case: dict, free: int) -> bool:
+    """Said once more from the contract: planes, tensor cores, a half type, and room unless planes exist."""
+    name, width = case["format_name"], case["width"]
+    if name not in paths.PLANAR_BITS or width % (128 if name == "Q2_0" else 64):
+        return False
+    if case["architecture"] == "cpu" or case["architecture"] in NO_TENSOR_CORES or case["dtype"] == "float32":
+        return False
+    return case["planes"] or paths.PLANAR_BITS[name] * case["rows"] * width <= 8 * free
+
+
+@given(case=cases)
+def test_every_case_has_a_path_that_it_can_take_or_a_refusal(case):
+    found = answer(**case)
+    possible = fused_is_possible(case, case["free_bytes"])
+    if isinstance(found, Unsupported):
+        wants = case["mode"]
+        assert wants in ("resident", "fused"), "only what was asked for by name is refused"
+        assert case["architecture"] != "cpu"
+        if wants == "resident":
+            assert dense_bytes(case) > case["free_bytes"]
+        else:
+            assert not possible
+        return
+    assert found.path in ("resident", "fused", "dequantise", "cpu")
+    assert found.reason
+    assert (found.path == "cpu") == (case["architecture"] == "cpu")
+    if found.path == "fused":
+        assert possible
+        planes = paths.planar_bytes(FORMATS[case["format_name"]], case["rows"], case["width"])
+        assert found.nbytes == (0 if case["planes"] else planes) <= case["free_bytes"]
+    elif found.path == "cpu":
+        assert found.nbytes == 0
+    else:
+        assert found.nbytes == dense_bytes(case)
+    if found.path not in ("cpu", "dequantise"):
+        assert case["mode"] in ("auto", found.path)
+    if case["mode"] == "dequantise":
+        assert found.path in ("cpu", "dequantise")
+    if found.path == "dequantise" and FORMATS[case["format_name"]].weights > 1:
+        assert case["mode"] in ("auto", "dequantise")
+    if case["mode"] == "auto":
+        assert found.path != "resident", "weights are made resident when they are loaded, not on the way"
+
+
+@given(case=cases)
+def test_once_dequantised_more_rows_never_go_back(case):
+    case["mode"] = "auto"
+    taken = [choose(**{**case, "tokens": tokens}).path for tokens in ROWS]
+    assert sorted(taken, reverse=True) == taken, f"rows {ROWS} take {taken}"  # "fused" > "dequantise"
+
+
+@given(case=cases)
+def test_more_memory_never_takes_a_path_away(case):
+    order = ("dequantise", "fused")
+    taken = [
+        answer(**{**case, "mode": "auto", "free_bytes": free}) for free in (0, 1 << 12, 1 << 24, 1 << 40)
+    ]
+    ranks = [order.index(choice.path) for choice in taken if choice.path != "cpu"]
+    assert ranks == sorted(ranks)
+
+
+@given(case=cases)
+def test_what_is_possible_and_asked_for_is_done(case):
+    case["mode"] = "fused"
+    if fused_is_possible(case, case["free_bytes"]) and FORMATS[case["format_name"]].weights > 1:
+        assert choose(**case).path == "fused"
+    case["mode"] = "resident"
+    if case["architecture"] != "cpu" and dense_bytes(case) <= case["free_bytes"]:
+        assert choose(**case).path == "resident"
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"format_name": "IQ2_XXS"}, "IQ2_XXS has no planar layout"),
+        ({"architecture": "sm_75"}, "no tensor cores to offer on sm_75"),
+        ({"free_bytes": 10}, r"planes need 8524800 bytes and 10 are free"),
+        ({"width": 3872}, "rows of 3872 weights are no multiple of 64"),
+        ({"dtype": "float32"}, "float32 has no tensor cores"),
+        ({"mode": "resident", "free_bytes": 10}, r"3840 x 3840 need 29491200 bytes and 10 are free"),
+    ],
+)
+def test_a_refusal_names_what_is_in_the_way_and_what_to_do(changed, says):
+    case = {
+        "format_name": "Q4_K", "rows": 3840, "width": 3840, "tokens": 16, "architecture": "sm_90",
+        "free_bytes": 1 << 40, "mode": "fused", **changed,
+    }  # fmt: skip
+    with pytest.raises(Unsupported, match=says) as caught:
+        choose(**case)
+    assert "; use auto" in str(caught.value)
+    assert choose(**{**case, "mode": "auto"}).path == "dequantise"
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.weights == 1])
+def test_plain_numbers_are_converted_whatever_is_asked_of_blocks(name):
+    """A file of Q4_K has a few of them; asking for the fused path must not refuse the file."""
+    for mode in ("auto", "fused", "dequantise"):
+        assert choose(name, 40, 256, 1, "sm_90", 0, mode) == choose(name, 40, 256, 1, "sm_90", 1 << 40)
+        assert choose(name, 40, 256, 1, "sm_90", 0, mode).path == "dequantise"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        (("Q9_K", 40, 256, 1, "sm_90", 0), UnknownFormat, "Q9_K"),
+        (("Q4_K", 40, 256, 1, "sm_90", 0, "fast"), BadArgument, "'fast'.*auto, resident, fused, dequantise"),
+        (("Q4_K", 40, 256, 1, "sm_30", 0), BadArgument, "'sm_30' is not known; known are cpu, sm_70"),
+        (("Q4_K", 40, 256, 1, "mps", 0), BadArgument, "'mps'"),
+        (("Q4_K", 0, 256, 1, "sm_90", 0), BadArgument, "no positive size"),
+        (("Q4_K", 40, 0, 1, "sm_90", 0), BadArgument, "no positive size"),
+        (("Q4_K", 40, 256, -1, "sm_90", 0), BadArgument, "no positive size"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(arguments, error, says):
+    with pytest.raises(error, match=says):
+        choose(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "low", "high"), [("sm_90", 300, 600), ("sm_89", 900, 2000), ("sm_86", 400, 900)]
+)
+def test_rows_up_to_which_fused_q4_k_wins(architecture, low, high):
+    """A caption of 300 tokens is fused and a picture of 4,096 dequantised on an H100."""
+    most = crossover(FORMATS["Q4_K"], architecture)
+    assert low <= most <= high
+    for tokens, path in ((most, "fused"), (most + 1, "dequantise")):
+        assert choose("Q4_K", 3840, 3840, tokens, architecture, 1 << 40).path == path
+    assert choose("Q4_K", 3840, 3840, 4096, architecture, 1 << 40).path == "dequantise"
+
+
+@pytest.mark.parametrize("architecture", NO_TENSOR_CORES)
+def test_without_tensor_cores_nothing_is_fused(architecture):
+    assert crossover(FORMATS["Q4_K"], architecture) == 0
+    assert choose("Q4_K", 3840, 3840, 1, architecture, 1 << 40, planes=True).path == "dequantise"
+
+
+def test_a_gpu_takes_the_nearest_older_one():
+    known = {
+        "sm_72": "sm_70", "sm_87": "sm_86", "sm_88": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100",
+        "sm_121": "sm_120", "gfx90a": "gfx942", "gfx950": "gfx942", "gfx1030": "gfx1100",
+        "gfx1151": "gfx1100", "gfx1200": "gfx1201",
+    }  # fmt: skip
+    assert {name: family(name) for name in known} == known
+    assert all(family(name) == name for name in ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", ["", "cpu", "sm_", "sm_61", "sm_x", "mps", "SM_90"])
+def test_an_unknown_gpu_is_an_error_that_lists_the_known(name):
+    with pytest.raises(BadArgument, match=r"sm_90.*gfx942"):
+        family(name)
+
+
+sizes = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(0, 100), max_size=8)
+
+
+@given(sizes=sizes, budget=st.integers(0, 400))
+def test_a_resident_set_is_within_its_budget_largest_first(sizes, budget):
+    chosen = resident_set(sizes, budget)
+    growth = [sizes[name] for name in chosen]
+    assert sum(growth) <= budget
+    assert growth == sorted(growth, reverse=True)
+    assert len(set(chosen)) == len(chosen)
+    assert chosen == resident_set(dict(sizes), budget)
+    left = budget - sum(growth)
+    assert all(sizes[name] > left for name in set(sizes) - set(chosen)), "one more would have fitted"
+    bigger = [name for name in sizes if sizes[name] == max(sizes.values()) <= budget]
+    assert not bigger or chosen[0] == bigger[0]
+
+
+def test_a_resident_set_does_not_depend_on_the_order_of_distinct_sizes():
+    items = {"w1": 40, "w2": 39, "to_q": 15, "to_k": 14}
+    for budget in range(0, 110, 7):
+        answers = {tuple(resident_set(dict(order), budget)) for order in permutations(items.items())}
+        assert len(answers) == 1, f"budget {budget}: {answers}"
+
+
+@pytest.mark.parametrize(
+    ("value", "triton", "on_cpu", "on_gpu"),
+    [
+        ("auto", True, False, True),
+        ("auto", False, False, False),
+        ("off", True, False, False),
+        ("on", False, True, True),
+    ],
+)
+def test_kernels_run_on_gpus_with_triton_unless_told_otherwise(monkeypatch, value, triton, on_cpu, on_gpu):
+    monkeypatch.setattr(paths, "KERNELS", value)
+    monkeypatch.setattr(paths, "HAS_TRITON", triton)
+    assert paths.kernels_for(torch.device("cpu")) == on_cpu
+    assert paths.kernels_for(torch.device("cuda")) == on_gpu
+    assert not paths.kernels_for(torch.device("mps")) or value == "on"
+
+
+def test_another_value_of_the_variable_is_refused_at_the_first_weight(monkeypatch):
+    monkeypatch.setattr(paths, "KERNELS", "yes")
+    with pytest.raises(BadArgument, match="ZIMAGE_KERNELS is 'yes'; it must be auto, on or off"):
+        paths.kernels_for(torch.device("cpu"))
