@@ -114,6 +114,19 @@ def test_what_is_possible_and_asked_for_is_done(case):
         assert choose(**case).path == "resident"
 
 
+@pytest.mark.parametrize("name", paths.PLANAR_BITS)
+def test_memory_is_enough_to_the_byte(name):
+    """For planes of 40 rows, and for dense ones; planes that exist need nothing more."""
+    need = paths.planar_bytes(FORMATS[name], 40, 256)
+    arguments = (name, 40, 256, 1, "sm_90")
+    assert choose(*arguments, need) == Choice("fused", choose(*arguments, need).reason, need)
+    assert choose(*arguments, need - 1).path == "dequantise"
+    assert choose(*arguments, 0, planes=True).path == "fused"
+    assert choose(*arguments, 40 * 256 * 2, "resident").path == "resident"
+    with pytest.raises(Unsupported, match="need 20480 bytes and 20479 are free"):
+        choose(*arguments, 40 * 256 * 2 - 1, "resident")
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
@@ -240,3 +253,10 @@ def test_another_value_of_the_variable_is_refused_at_the_first_weight(monkeypatc
     monkeypatch.setattr(paths, "KERNELS", "yes")
     with pytest.raises(BadArgument, match="ZIMAGE_KERNELS is 'yes'; it must be auto, on or off"):
         paths.kernels_for(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", ["resident", "fast", ""])
+def test_a_wrong_path_in_the_environment_is_one_sentence(monkeypatch, value):
+    monkeypatch.setattr(paths, "MODE", value)
+    with pytest.raises(BadArgument, match=r"ZIMAGE_PATH is .* must be auto, fused or dequantise"):
+        paths.mode()

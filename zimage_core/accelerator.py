@@ -103,10 +103,10 @@ def _choose(x: Tensor, rows: int, fmt: BlockFormat, free: int, planes: bool, mod
 def _make_planes(x: Tensor, packed: Tensor, fmt: BlockFormat, cache: dict[str, Any]) -> Any:
     """The planes of a weight when x is the first that wants them and there is room; None otherwise."""
     rows = packed.shape[0]
-    if _choose(x, rows, fmt, 1 << 62, False, paths.MODE).path != "fused":
+    if _choose(x, rows, fmt, 1 << 62, False, paths.mode()).path != "fused":
         return None
     planes = None
-    if _choose(x, rows, fmt, _free_bytes(packed.device), False, paths.MODE).path == "fused":
+    if _choose(x, rows, fmt, _free_bytes(packed.device), False, paths.mode()).path == "fused":
         from zimage_core.kernels.planar import repack
 
         with torch.inference_mode(False):  # they outlive the caller's mode
@@ -128,7 +128,7 @@ def _product(
 ) -> Tensor:
     """x [M, K] -> [M, N] on the path that is chosen for it."""
     rows = packed.shape[0]
-    choice = _choose(x, rows, fmt, 0, bool(planes), paths.MODE if planes else "dequantise")
+    choice = _choose(x, rows, fmt, 0, bool(planes), paths.mode() if planes else "dequantise")
     if choice.path == "fused":
         from zimage_core.kernels.matmul import matmul
 

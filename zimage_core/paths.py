@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MODES = ("auto", "resident", "fused", "dequantise")
 
 MODE = os.environ.get("ZIMAGE_PATH", "auto")
-"""What every packed product is asked for: auto, fused or dequantise (`make_resident` is the third)."""
+"""What every packed product is asked for: auto, fused or dequantise. See `mode`."""
 
 KERNELS = os.environ.get("ZIMAGE_KERNELS", "auto")
 """auto: on GPUs where Triton is installed. off: never. on: everywhere, for tests in Triton's interpreter."""
@@ -100,6 +100,17 @@ def kernels_for(device: torch.device) -> bool:
     return KERNELS == "on"
 
 
+def mode() -> str:
+    """MODE, checked; resident is not asked for here but made, by `make_resident`.
+
+    Raises:
+        BadArgument: The environment variable ZIMAGE_PATH is none of auto, fused, dequantise.
+    """
+    if MODE not in MODES or MODE == "resident":
+        raise BadArgument(f"ZIMAGE_PATH is {MODE!r}; it must be auto, fused or dequantise")
+    return MODE
+
+
 def family(architecture: str) -> str:
     """The key of ARCHITECTURES that is nearest to a GPU: sm_87 -> sm_86; BadArgument lists the known ones."""
     if architecture in ARCHITECTURES:
@@ -169,7 +180,8 @@ def choose(
         tokens: M.
         architecture: "cpu", "sm_75" ... "sm_120", "gfx942" ...; others map to the nearest older one.
         free_bytes: Of device memory that the path may take for itself.
-        mode: One of MODES; resident and fused say what is wanted and fail where it cannot be had.
+        mode: One of MODES; resident and fused say what is wanted and fail where it cannot be had. Plain
+            numbers (F16, fp8) are always converted: there is nothing to fuse.
         dtype: Of x.
         planes: Whether the planes of the weight exist already.
 

@@ -259,9 +259,9 @@ def test_what_is_kept_from_inference_mode_serves_outside(mode, device, calls, mo
 
 
 def packed_layer(name: str, rows: int, width: int, device: torch.device, bias: bool = False) -> Linear:
-    layer = Linear(width, rows, bias=bias)
+    layer = Linear(width, rows, bias=bias).to(device)
     layer.assign(quant(name, rows, width, device))
-    return layer.to(device)
+    return layer
 
 
 def test_planes_are_made_once_and_leave_with_the_bytes(device, calls):
@@ -275,8 +275,8 @@ def test_planes_are_made_once_and_leave_with_the_bytes(device, calls):
     gone = weakref.ref(planes.codes)
     del planes
     layer._apply(torch.clone)  # as a move to another device does
-    assert layer.quant.cache == {}
     assert gone() is None
+    assert layer.quant.cache == {}
     assert torch.equal(layer(x), y)
     assert calls == {"repack": 2, "fused": 3}
 
