@@ -476,9 +476,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("TRITON_INTERPRET is set, so there is nothing to compile: unset it.", file=sys.stderr)
         return 2
     wanted = selected(given)
-    out = given.out or (OUT if len(wanted) == len(list(cells())) else None)
+    every = set(cells())
+    out = given.out or (OUT if len(wanted) == len(every) else None)
     start = time.monotonic()
-    found: dict[Cell, Row] = read(out) if given.resume and out and out.exists() else {}
+    found: dict[Cell, Row] = {}
+    if given.resume and out and out.exists():
+        found = {cell: row for cell, row in read(out).items() if cell in every}
     left = [cell for cell in wanted if cell not in found]
 
     def seen(cell: Cell, row: Row) -> None:

@@ -67,8 +67,12 @@ def architecture(device: torch.device) -> tuple[str, int]:
 
 
 def matmul_tile(count: int, arch: str) -> Tile:
-    """The tile of the fused kernel for `count` rows of x: the first entry of the table that is tall enough."""
-    entries = _table().get(arch) or _table()["default"]
+    """The tile of the fused kernel for `count` rows of x: the first entry of the table that is tall enough.
+
+    Other AMD GPUs take the entries of a relative: their compiler fails on the stages that NVIDIA's wants.
+    """
+    relative = "gfx942" if arch.startswith("gfx9") else "gfx1100" if arch.startswith("gfx") else "default"
+    entries = _table().get(arch) or _table()[relative]
     entry = next((e for e in entries if count <= e["rows"]), entries[-1])
     return Tile(entry["bm"], entry["bn"], entry["warps"], entry["stages"])
 

@@ -1,8 +1,8 @@
 """Defends: every kernel compiles for every architecture, without spills and within what a program may have.
 
 Compiled are all cells in bfloat16, and those in float16 and float32 on three architectures: the whole matrix
-takes longer than all other tests together. COMPILE_MATRIX=full compiles it, COMPILE_MATRIX=small bfloat16 only,
-on three architectures. The committed table is of the whole.
+takes longer than all other tests together. COMPILE_MATRIX=full compiles it; COMPILE_MATRIX=small compiles
+bfloat16 on three architectures. The committed table is of the whole.
 
 The compiler runs in processes of its own: in this one kernels may be the interpreter's. Kernels are imported
 by fixtures, not at the top: tests/kernels has to decide first how they are defined.
