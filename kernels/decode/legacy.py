@@ -59,4 +59,4 @@ def scale(base, live):
 def scale_and_offset(base, live):
     """d and -m of a block that begins with the two: [SB] each; w = d * code - (-m)."""
     word = tl.load(base, mask=live, other=0)
-    return half(word), -half(word >> 16)
+    return half(word), half(word >> 16) * -1.0  # a minus sign is 0 - x before Triton 3.9 and loses -0
