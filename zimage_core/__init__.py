@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         BadWeights,
         Busy,
         NonFinite,
+        OutOfMemory,
+        OverBudget,
         UnknownFormat,
         Unsupported,
         WrongModel,
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     )
     from zimage_core.formats import FORMATS
     from zimage_core.inspection import inspect_file
+    from zimage_core.memory.arena import MemoryPlan
     from zimage_core.ops import dequantize
     from zimage_core.pipeline import ZImagePipeline
     from zimage_core.quant_tensor import QuantTensor
@@ -40,7 +43,10 @@ __all__ = [
     "BadShape",
     "BadWeights",
     "Busy",
+    "MemoryPlan",
     "NonFinite",
+    "OutOfMemory",
+    "OverBudget",
     "QuantTensor",
     "UnknownFormat",
     "Unsupported",
@@ -58,6 +64,7 @@ __all__ = [
 
 _HOME = {  # public name -> module; whatever is not here is an error class
     "FORMATS": "formats",
+    "MemoryPlan": "memory.arena",
     "QuantTensor": "quant_tensor",
     "ZImagePipeline": "pipeline",
     "dequantize": "ops",

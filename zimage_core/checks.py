@@ -241,5 +241,6 @@ def read_dtype(
         return chosen[0]
     if device.type == "cpu":
         return torch.float32
-    emulated = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+    seen = device.type == "cuda" and torch.cuda.is_available()
+    emulated = seen and torch.cuda.get_device_capability(device)[0] < 8
     return torch.float16 if emulated else torch.bfloat16

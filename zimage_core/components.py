@@ -11,6 +11,10 @@ from zimage_core import sources
 from zimage_core.checks import read_device, read_dtype, read_path, shown
 from zimage_core.diagnose import guard_attention
 from zimage_core.errors import Unsupported, WrongModel
+from zimage_core.memory.budget import read_bytes
+from zimage_core.memory.plan import Plan, make_plan
+from zimage_core.memory.rates import Rates
+from zimage_core.memory.sizes import COMPONENTS, open_sizes
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
@@ -93,6 +97,8 @@ class Components(Placement):
         torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cpu",
         mmap: bool = True,
+        vram: int | str | None = None,
+        ram: int | str | None = None,
     ) -> Self:
         """A pipeline from files (GGUF or safetensors) or folders of shards; contents decide, not names.
 
@@ -111,6 +117,8 @@ class Components(Placement):
             torch_dtype: Another name for it, as in diffusers.
             device: Where to compute.
             mmap: Use the weights in place; the files must then not change. False reads them into memory.
+            vram: Limit of GPU memory, such as "6GiB" or "auto"; see `limit_memory`.
+            ram: Limit of host memory, likewise.
 
         Raises:
             BadArgument: A path is none; BadFile: a file cannot be read; WrongModel, BadWeights: it is another
@@ -120,12 +128,17 @@ class Components(Placement):
         kind = read_dtype(dtype, torch_dtype, where)
         paths = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         check_files({name: read_path(name, path) for name, path in paths.items()})
-        encoder = load_text_encoder(text_encoder, kind, where, mmap)
+        limited = vram is not None or ram is not None
+        home = torch.device("cpu") if limited else where  # under a limit, phases bring them to the device
+        encoder = load_text_encoder(text_encoder, kind, home, mmap)
         words = sources.find_tokenizer(tokenizer, weight_file(encoder))
-        net = load_transformer(transformer, kind, where, mmap)
-        decoder = load_vae(vae, torch.float32, where, mmap)
+        net = load_transformer(transformer, kind, home, mmap)
+        decoder = load_vae(vae, torch.float32, home, mmap)
         size = _sample_size(weight_file(net))
-        return cls(scheduler or FlowMatchEulerScheduler(), decoder, encoder, words, net, size)
+        pipe = cls(scheduler or FlowMatchEulerScheduler(), decoder, encoder, words, net, size)
+        if limited:
+            pipe.limit_memory(vram, ram, device=where)
+        return pipe
 
     @classmethod
     def from_pretrained(
@@ -141,6 +154,8 @@ class Components(Placement):
         torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cpu",
         mmap: bool = True,
+        vram: int | str | None = None,
+        ram: int | str | None = None,
         **others: Any,
     ) -> Self:
         """A pipeline from a folder, or from a repository of the Hugging Face Hub.
@@ -161,6 +176,8 @@ class Components(Placement):
             torch_dtype: See there.
             device: See there.
             mmap: See there.
+            vram: See there.
+            ram: See there.
             others: What code written for diffusers also gives. `low_cpu_mem_usage` and `use_safetensors`
                 ask for what is always so here; `revision`, `cache_dir`, `token` and `local_files_only` go
                 to the Hub. Another one with a value is refused.
@@ -188,6 +205,8 @@ class Components(Placement):
             torch_dtype=torch_dtype,
             device=device,
             mmap=mmap,
+            vram=vram,
+            ram=ram,
         )
 
     @classmethod
@@ -197,11 +216,15 @@ class Components(Placement):
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cpu",
+        vram: int | str | None = None,
+        ram: int | str | None = None,
     ) -> Self:
         """The nano model inside the package: small pictures of shapes and letters, offline."""
         found = sources.embedded()
         net, encoder, vae = (found.paths[part] for part in sources.COMPONENTS)
-        return cls.from_files(net, encoder, vae, dtype=dtype, torch_dtype=torch_dtype, device=device)
+        return cls.from_files(
+            net, encoder, vae, dtype=dtype, torch_dtype=torch_dtype, device=device, vram=vram, ram=ram
+        )
 
     @property
     def guidance_scale(self) -> float:
@@ -246,6 +269,52 @@ class Components(Placement):
         parts = {"transformer": self.transformer, "text_encoder": self.text_encoder, "vae": self.vae}
         found = {name: weight_file(part) for name, part in parts.items()}
         return {name: file for name, file in found.items() if file is not None}
+
+    def plan(
+        self,
+        width: int | None = None,
+        height: int | None = None,
+        images: int = 1,
+        caption_tokens: int = 128,
+        *,
+        vram: int | str | None = None,
+        ram: int | str | None = None,
+        rates: Rates | None = None,
+        guidance: bool | None = None,
+        steps: int | None = None,
+    ) -> Plan:
+        """What lies where in each phase of a run on a GPU, and how long it should take; nothing is run.
+
+        Args:
+            width: In pixels; default: this checkpoint's, like height, guidance and steps.
+            height: In pixels.
+            images: Pictures of the run.
+            caption_tokens: Of each caption, template included.
+            vram: GPU memory for the run, bytes or "6GiB"; None: without a limit.
+            ram: Host memory, likewise; None: enough.
+            rates: Of the machine, see `memory.rates.measure` and `known`; default: those known of sm_86.
+            guidance: Whether there is a negative side.
+            steps: Of the run.
+
+        Raises:
+            BadArgument: A number is out of range; OverBudget: the budget does not hold the least.
+            Unsupported: A network was built in memory; there is no header to plan from.
+        """
+        files, limits = self.files(), self.limits
+        if missing := [name for name in COMPONENTS if name not in files]:
+            raise Unsupported(f"plan: {' and '.join(missing)} came from no file; load it from one")
+        return make_plan(
+            open_sizes(files, str(self.dtype).removeprefix("torch.")),
+            limits.sample_size if width is None else width,
+            limits.sample_size if height is None else height,
+            images,
+            caption_tokens,
+            vram=None if vram is None else read_bytes("vram", vram),
+            ram=None if ram is None else read_bytes("ram", ram),
+            rates=rates,
+            guidance=limits.guidance > 0 if guidance is None else guidance,
+            steps=limits.steps if steps is None else steps,
+        )
 
     @property
     def components(self) -> dict[str, Any]:

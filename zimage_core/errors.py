@@ -6,6 +6,10 @@ A message is one sentence with four parts: where, what was found, what was wante
 from __future__ import annotations
 
 from os import PathLike, fspath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def printable(text: object, limit: int = 200) -> str:
@@ -60,9 +64,27 @@ class Unsupported(ZImageError):
     """A combination that could exist and is not implemented; the message names the way round."""
 
 
+class OverBudget(ZImageError):
+    """A memory budget does not hold the least that a run needs; the message says what would fit."""
+
+
 class NonFinite(ZImageError):
     """NaN or infinity in the computation; the message names the place where it first appeared."""
 
 
 class Busy(ZImageError):
     """The pipeline is running in another thread, or was called again from its own callback."""
+
+
+class OutOfMemory(ZImageError):
+    """The denoised latents could not be decoded in the memory of the device.
+
+    Args:
+        message: The sentence.
+        latents: The finished latents of the run, [B, 16, h, w] float32 on the CPU, as `output_type="latent"`
+            gives them: nothing has to be denoised again.
+    """
+
+    def __init__(self, message: str, latents: Tensor) -> None:
+        self.latents = latents
+        super().__init__(message)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,8 +14,9 @@ from zimage_core.batch import Batch, make_batch
 from zimage_core.checks import StepCallback
 from zimage_core.components import Components
 from zimage_core.diagnose import checked, explain, watch
-from zimage_core.errors import BadArgument, Busy, NonFinite
+from zimage_core.errors import BadArgument, Busy, NonFinite, OutOfMemory
 from zimage_core.models.conditioning import Conditioning
+from zimage_core.models.vae_tiles import ways_to_decode
 from zimage_core.png import file_identity
 from zimage_core.result import Clock, Timings, ZImageResult, peak_memory, to_output
 from zimage_core.run import Run, call_back, describe, encoding, prepare
@@ -141,6 +144,8 @@ class ZImagePipeline(Components):
             BadArgument: Any argument outside its range, before a weight is touched.
             Busy: Another run of this object has not ended.
             BadFile: A model file changed since it was opened.
+            OverBudget: The memory budget does not hold the least that this picture needs.
+            OutOfMemory: The GPU cannot hold the decoding, not even in tiles; the error carries the latents.
             NonFinite: NaN or infinity; names the step, the block and, if a weight is to blame, the tensor.
         """
         given = dict(locals())  # every argument by its name, before any other local exists
@@ -168,17 +173,20 @@ class ZImagePipeline(Components):
             file.check_unchanged()
         identities = {name: file_identity(file.places) for name, file in files.items()}
         self._interrupt, self._guidance_scale, self._num_timesteps = False, run.scale, run.steps
+        self._begin(run)
         positive, negative = self._encode(run.batch, run.encoding, run.debug)
         encoded = clock.lap()
         denoise = Guided(
             self._network(run), positive, negative, run.scale,
             run.cfg_normalization, run.cfg_truncation, self.transformer.dtype,
         )  # fmt: skip
-        latents = self._denoise(run, denoise, clock)
+        with self._phase("denoise"):
+            latents = self._denoise(run, denoise, clock)
         steps = clock.steps()
         images: Any = latents.cpu()
         if run.output_type != "latent":
-            images = to_output(self._decode(latents, run.debug), run.output_type)
+            with self._phase("decode"):
+                images = to_output(self._decode(latents, run.debug), run.output_type)
         timings = Timings(encoded, steps, decode=clock.lap(), total=clock.total())
         return ZImageResult(
             images=images,
@@ -188,6 +196,7 @@ class ZImagePipeline(Components):
             peak_memory=peak_memory(self.device),
             settings=describe(run, self.scheduler.shift, self.dtype),
             interrupted=self._interrupt,
+            memory=None if self._arena is None else self._arena.report(),
             files=identities,
             places={name: file.places for name, file in files.items()},
         )
@@ -207,10 +216,23 @@ class ZImagePipeline(Components):
                     known[text] = self._caption(text, options, debug).to(where)
             return [known[text] for text in texts or ()]
 
-        return (
-            features(batch.prompts, batch.prompt_embeds),
-            features(batch.negative_prompts, batch.negative_prompt_embeds),
-        )
+        given = (batch.prompt_embeds, batch.negative_prompt_embeds)
+        texts = (batch.prompts, batch.negative_prompts)
+        words = any(text and embeds is None for text, embeds in zip(texts, given, strict=True))
+        with self._phase("encode") if words else nullcontext():
+            return features(texts[0], given[0]), features(texts[1], given[1])
+
+    def _begin(self, run: Run) -> None:
+        """Plan the run where memory is limited."""
+        if self._arena is None:
+            return
+        batch = run.batch
+        tokens = [len(each) for each in (*(batch.prompt_embeds or ()), *(batch.negative_prompt_embeds or ()))]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of cut prompts: encoding says it again
+            for text in {*(batch.prompts or ()), *(batch.negative_prompts or ())}:
+                tokens.append(len(prompt_ids(self.tokenizer, text, **run.encoding)))
+        self._arena.begin(run.width, run.height, batch.images, max(1, *tokens, 1), run.scale > 0, run.steps)
 
     def _caption(self, text: str, options: dict[str, Any], debug: bool) -> torch.Tensor:
         """One prompt -> [L, cap_feat_dim]."""
@@ -264,10 +286,44 @@ class ZImagePipeline(Components):
             raise NonFinite(f"{error}; {reason}") from None
 
     def _decode(self, latents: torch.Tensor, debug: bool) -> torch.Tensor:
-        """Latents [B, 16, h, w] -> pixels [B, 3, 8 h, 8 w] float32 about [-1, 1]; one picture at a time."""
+        """Latents [B, 16, h, w] -> pixels [B, 3, 8 h, 8 w] float32 about [-1, 1]; one picture at a time.
+
+        Where the memory of a GPU is too small: in smaller and smaller tiles, then with whole maps on the CPU.
+        The pictures are the same.
+        """
         config = self.vae.config
-        pictures = []
-        for latent in latents / config.scaling_factor + config.shift_factor:
-            z = latent[None]
-            pictures.append(checked(self.vae, "VAE", partial(self.vae.decode, z), debug))
+        h, w = latents.shape[2:]
+        size = f"a picture of {config.spatial_factor * w} x {config.spatial_factor * h}"
+        ways = ways_to_decode(h, w, self.vae.tile)
+        if self._arena is not None and self._arena.keep is not None:
+            ways = [{"tile": self.vae.tile, "keep": self._arena.keep}]
+        left = [z[None] for z in latents / config.scaling_factor + config.shift_factor]
+        pictures: list[torch.Tensor] = []
+        while left:
+            try:
+                decode = partial(self.vae.decode, left[0], **ways[0])
+                pictures.append(checked(self.vae, "VAE", decode, debug))
+                del left[0]
+                continue
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition(". ")[0]
+            # behind the handler: the exception held the frames that held the memory
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if len(ways) == 1:
+                raise OutOfMemory(
+                    f"VAE: no memory to decode {size}, not even in the smallest tiles ({reason}); the "
+                    "finished latents are in the attribute `latents` of this error: save them, then free "
+                    "memory or call pipe.vae.to('cpu'), and pipe.vae.decode(error.latents / "
+                    "pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor) gives pixels in [-1, 1]",
+                    latents.cpu(),
+                )
+            if not ways[0]:  # the first time
+                warnings.warn(
+                    f"VAE: no memory to decode {size} with tile = {self.vae.tile}; it is decoded again in "
+                    "smaller tiles, which takes longer and gives the same picture; "
+                    "pipe.enable_vae_tiling() before the run saves the failed attempt",
+                    stacklevel=4,
+                )
+            del ways[0]
         return torch.cat(pictures)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
+    from zimage_core.memory.arena import MemoryReport
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -78,6 +80,7 @@ class ZImageResult:
             GPU the highest allocation there. 0 where the system does not tell.
         settings: Of each picture: prompt, steps, guidance and so on, as they go into a PNG.
         interrupted: The callback stopped the run, the pictures are unfinished.
+        memory: Under a memory budget: the plan that was followed and what was streamed.
         files: Component -> name, size and hash of its file as it was in the run; see `png.file_identity`.
         places: Component -> paths of its file, or of its index and shards.
     """
@@ -89,6 +92,7 @@ class ZImageResult:
     peak_memory: int
     settings: tuple[dict[str, Any], ...]
     interrupted: bool = False
+    memory: MemoryReport | None = None
     files: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 

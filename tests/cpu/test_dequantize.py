@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -135,11 +136,15 @@ def test_scratch_made_in_inference_mode_serves_outside_it():
 
 def test_scratch_stays_small():
     """A matrix of 16 M weights must not leave more than a few tiles of scratch behind."""
-    device = torch.device("cpu")
-    for fmt in FORMATS.values():
-        packed = torch.zeros(fmt.row_bytes(1 << 20), dtype=torch.uint8).view(1, -1)
-        fast(packed, fmt)
-    assert workspaces.workspace("tile", device).nbytes <= 8 << 20
+
+    def held() -> int:
+        for fmt in FORMATS.values():
+            packed = torch.zeros(fmt.row_bytes(1 << 20), dtype=torch.uint8).view(1, -1)
+            fast(packed, fmt)
+        return workspaces.workspace("tile", torch.device("cpu")).nbytes
+
+    with ThreadPoolExecutor(1) as fresh:  # scratch belongs to a thread; this one's may have grown elsewhere
+        assert fresh.submit(held).result() <= 8 << 20
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ def test_cfg_is_guidance_plus_one():
     ("capability", "wanted"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((12, 0), "bfloat16")]
 )
 def test_the_default_dtype_is_one_that_the_gpu_has(capability, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert read_dtype(None, None, torch.device("cuda")) == getattr(torch, wanted)
     assert read_dtype(None, None, torch.device("cpu")) == torch.float32

@@ -62,6 +62,10 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--dtype", choices=DTYPES, default="auto", help="arithmetic of the networks (default: auto)"
     )
     model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    model.add_argument(
+        "--vram", metavar="BYTES", help="limit of GPU memory: 6GiB, auto, least; see `zimage plan`"
+    )
+    model.add_argument("--ram", metavar="BYTES", help="limit of host memory, such as 4GiB")
     picture = parser.add_argument_group("picture")
     picture.add_argument(
         "-W", "--width", type=int, metavar="N", help="pixels (default: the model's own size)"
@@ -241,6 +245,9 @@ def _load(args: argparse.Namespace) -> ZImagePipeline:
         options["torch_dtype"] = _dtype(args.dtype)
     if args.device is not None:
         options["device"] = args.device
+    for name in ("vram", "ram"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
     parts = {name: getattr(args, name) for name in (*PARTS, "tokenizer") if getattr(args, name) is not None}
     if args.model is not None:
         return ZImagePipeline.from_pretrained(args.model, **parts, **options)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zimage_core.config import AutoencoderConfig
 from zimage_core.errors import BadShape
+from zimage_core.models.vae_tiles import decode_tiled
 from zimage_core.nn.attention import attention
 from zimage_core.nn.linear import Linear
 
@@ -196,8 +197,11 @@ class Autoencoder(nn.Module):
     """Flux-style variational autoencoder.
 
     Latents here are the VAE's own; the transformer sees (z - shift_factor) * scaling_factor, which
-    the pipeline computes.
+    the pipeline computes. `tile` makes `decode` go through the decoder in tiles of that many latents a side,
+    which takes less memory and gives the same picture; see `vae_tiles`.
     """
+
+    tile: int | None = None
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -237,13 +241,24 @@ class Autoencoder(nn.Module):
         noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
         return mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """z [B, latent_channels, h, w], not scaled -> picture [B, 3, 8 h, 8 w] about [-1, 1], not clamped."""
+    def decode(self, z: Tensor, tile: int | None = None, keep: torch.device | None = None) -> Tensor:
+        """z [B, latent_channels, h, w], not scaled -> picture [B, 3, 8 h, 8 w] about [-1, 1], not clamped.
+
+        Args:
+            z: Latents.
+            tile: Latents a side of a tile, in place of the attribute `tile`.
+            keep: With tiles: where maps of the whole picture are kept; see `vae_tiles.decode_tiled`.
+
+        Raises:
+            BadShape: z is something else.
+        """
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
             raise BadShape(
                 f"VAE decode: got {tuple(z.shape)}, wanted latents [B, {self.config.latent_channels}, h, w]"
             )
-        out: Tensor = self.decoder(z.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        z = z.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        tile = tile or self.tile
+        out: Tensor = self.decoder(z) if tile is None else decode_tiled(self.decoder, z, tile, keep)
         return out
 
     forward = decode

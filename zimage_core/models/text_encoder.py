@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zimage_core.config import TextEncoderConfig
 from zimage_core.errors import BadShape
+from zimage_core.models.block_source import RESIDENT, BlockSource
 from zimage_core.nn.attention import attention
 from zimage_core.nn.linear import Embedding, Linear
 from zimage_core.nn.norm import RMSNorm
@@ -100,6 +101,12 @@ class TextEncoder(nn.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers - 1))
+        self.stream: BlockSource = RESIDENT
+
+    @property
+    def blocks(self) -> tuple[Layer, ...]:
+        """The layers in their order."""
+        return tuple(self.layers)  # type: ignore[arg-type]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,10 +130,12 @@ class TextEncoder(nn.Module):
         if ids.ndim != 1 or len(ids) == 0:
             raise BadShape(f"text encoder: got ids of shape {tuple(ids.shape)}, wanted [L] with L >= 1")
         stream = torch.float32 if self.dtype == torch.float16 else self.dtype
-        x: Tensor = self.embed_tokens(ids.to(self.device)).to(stream)
+        # the table may stay on the host while the layers are elsewhere: a few of its rows are read
+        x: Tensor = self.embed_tokens(ids.to(self.embed_tokens.device)).to(self.device, stream)
         turn = self.rotation(len(ids))
-        for layer in self.layers:
-            x = layer(x, turn, self.dtype)
+        for i, layer in enumerate(self.layers):
+            with self.stream.block(i):
+                x = layer(x, turn, self.dtype)
         return x
 
     def rotation(self, length: int) -> Rotation:

@@ -17,6 +17,7 @@ from zimage_core.config import TransformerConfig
 from zimage_core.elementwise import gate_norm_residual, qk_norm_rope, rms_norm_modulate, silu_gate
 from zimage_core.errors import BadShape
 from zimage_core.models import sequence
+from zimage_core.models.block_source import RESIDENT, BlockSource
 from zimage_core.models.conditioning import Conditioning
 from zimage_core.nn.attention import attention
 from zimage_core.nn.linear import Linear
@@ -197,6 +198,12 @@ class ZImageTransformer(nn.Module):
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.layers = nn.ModuleList(TransformerBlock(config, modulated=True) for _ in range(config.n_layers))
+        self.stream: BlockSource = RESIDENT
+
+    @property
+    def blocks(self) -> tuple[TransformerBlock, ...]:
+        """The blocks of a step in their order: noise refiner, then layers."""
+        return (*self.noise_refiner, *self.layers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -279,10 +286,12 @@ class ZImageTransformer(nn.Module):
         image = torch.cat((image, self.x_pad_token.expand(pads, -1)))
         split = len(image)
         for i, block in enumerate(self.noise_refiner):
-            image = block(image, (cos[:split], sin[:split]), modulation=blocks[i])
+            with self.stream.block(i):
+                image = block(image, (cos[:split], sin[:split]), modulation=blocks[i])
         joint = torch.cat((image, text))  # the picture comes first in the joint sequence
         for i, block in enumerate(self.layers, start=len(self.noise_refiner)):
-            joint = block(joint, (cos, sin), modulation=blocks[i])
+            with self.stream.block(i):
+                joint = block(joint, (cos, sin), modulation=blocks[i])
         out = self.all_final_layer[config.patch_key](joint[: len(tokens)], modulation=final)
         return sequence.unpatchify(out, height, width, config.patch_size).unsqueeze(1)
 
@@ -301,8 +310,7 @@ class ZImageTransformer(nn.Module):
     def modulate(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """Times [S] float32 -> modulations of blocks [S, blocks, 4 * dim], of the final layer [S, dim]."""
         temb = self.t_embedder(times.to(self.device).float() * self.config.t_scale, self.dtype)
-        modulated = (*self.noise_refiner, *self.layers)
-        blocks = torch.stack([block.modulation(temb) for block in modulated], dim=1)
+        blocks = torch.stack([block.modulation(temb) for block in self.blocks], dim=1)
         final = self.all_final_layer[self.config.patch_key].modulation(temb)  # type: ignore[operator]
         return blocks, final
 

@@ -71,6 +71,15 @@ class _Weighted(nn.Module):
             self._quant = found = QuantTensor(self.packed, self._format, self._shape, self._scale)
         return found
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is, dense or packed."""
+        return self._matrix().device
+
+    def place(self, quant: QuantTensor) -> None:
+        """Read the same packed weight from another place: a slot of a stream, or its file again."""
+        self.packed, self._scale, self._quant = quant.packed, quant.scale, quant
+
     def make_resident(self, dtype: torch.dtype) -> None:
         """Replace the packed weight by a dense one on its device: faster, and larger (2 bytes a weight)."""
         quant = self.quant

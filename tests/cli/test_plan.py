@@ -1,0 +1,121 @@
+"""`zimage plan` reads headers, loads no torch, and says what fits in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.tree import ROOT
+from tests.test_lean_import import HEAVY
+
+NANO = ROOT / "zimage_core" / "assets" / "nano"
+FILES = (
+    "--transformer", NANO / "transformer.gguf", "--text-encoder", NANO / "text_encoder.gguf",
+    "--vae", NANO / "vae.safetensors",
+)  # fmt: skip
+
+
+def test_one_budget_gives_a_table_bars_and_reasons(zimage):
+    outcome = zimage("plan", "--vram", "40MB", "-W", 512, "-H", 512)
+    assert outcome.status == 0
+    assert outcome.err == ""
+    lines = outcome.out.splitlines()
+    assert lines[0].startswith("512 x 512 px, 1 picture, caption of 128 tokens, 8 steps, bfloat16")
+    assert "budget 40 MB" in lines[2]
+    assert [line.split()[0] for line in lines[4:8]] == ["network", "text", "transformer", "vae"]
+    assert any(line.startswith("denoise ") for line in lines)
+    assert any(line.startswith("expected: encode ") for line in lines)
+    assert lines[-1].startswith("- ")
+
+
+def test_without_a_budget_each_common_card_has_a_line(zimage):
+    out = zimage("plan").out
+    assert [line.split()[0] for line in out.splitlines() if "GiB" in line] == [
+        "4",
+        "6",
+        "8",
+        "12",
+        "16",
+        "24",
+    ]
+    assert "no limit peak" in out
+
+
+def test_json_is_the_plan(zimage):
+    data = json.loads(zimage("plan", "--vram", "100MB", "-W", 256, "-H", 128, "-n", 2, "--json").out)
+    assert (data["width"], data["height"], data["images"], data["vram"]) == (256, 128, 2, 100_000_000)
+    assert {phase["name"] for phase in data["phases"]} == {"encode", "denoise", "decode"}
+    assert data["peak"] <= data["vram"]
+    cards = json.loads(zimage("plan", "--json").out)
+    assert list(cards) == ["4 GiB", "6 GiB", "8 GiB", "12 GiB", "16 GiB", "24 GiB", "no limit"]
+
+
+def test_files_folder_and_default_are_the_same_model(zimage):
+    words = ("plan", "--vram", "1GiB", "-W", 256, "-H", 256)
+    default = zimage(*words).out
+    assert zimage(*words, *FILES).out == default
+    assert zimage(*words, "--model", NANO).out == default
+
+
+def test_a_diffusers_folder_is_read(zimage, model):
+    outcome = zimage("plan", "--model", model, "--vram", "1GiB", "-W", 64, "-H", 64, "--dtype", "float32")
+    assert outcome.status == 0
+    assert "everything stays on the device" in outcome.out
+
+
+def test_a_budget_too_small_is_one_line(zimage):
+    outcome = zimage("plan", "--vram", "10MB")
+    assert outcome.status == 1
+    assert "10 MB of GPU memory are given and 1024 x 1024 px need at least" in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--vram", "lots"), "--vram: got lots, wanted bytes"),
+        (("--ram", "-1"), "--ram: got -1"),
+        (("-W", "100"), "width: got 100, wanted a multiple of 16"),
+        (("-n", "0"), "--count: got 0"),
+        (("--link", "0"), "--link: got 0"),
+        (("--architecture", "sm_1x"), "not known"),
+        (("--transformer", "x"), "give --text-encoder and --vae too"),
+    ],
+)
+def test_a_wrong_word_is_named(zimage, words, message):
+    outcome = zimage("plan", *words)
+    assert outcome.status == 2
+    assert message in outcome.error
+
+
+def test_a_wrong_file_is_named(zimage):
+    outcome = zimage("plan", *FILES[:4], "--vae", FILES[1])
+    assert outcome.status == 1
+    assert "where FLUX.1's VAE is wanted" in outcome.error
+
+
+def test_a_terminal_without_block_characters_gets_ascii():
+    def shown(encoding):
+        run = subprocess.run(
+            [sys.executable, "-m", "zimage_core.cli.main", "plan", "--vram", "1GiB"],
+            capture_output=True, check=True, cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        return run.stdout.decode("utf-8")
+
+    assert "█" in shown("utf-8")
+    plain = shown("ascii")
+    assert plain.isascii()
+    assert "\\u" not in plain
+    assert "# weights  = slots" in plain
+
+
+def test_it_runs_without_torch_and_numpy():
+    code = (
+        "import sys\nfrom zimage_core.cli.main import main\nmain(['plan', '--vram', '1GiB'])\n"
+        "print(' '.join(sys.modules), file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not HEAVY & {name.partition(".")[0] for name in run.stderr.split()}

@@ -1,0 +1,110 @@
+"""Full-size Z-Image headers without files: what `memory.sizes` reads of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.formats import FORMATS
+from zimage_core.memory.explain import in_bytes, in_seconds
+from zimage_core.memory.plan import make_plan
+from zimage_core.memory.rates import PCIE, Rates
+from zimage_core.memory.sizes import Sizes, sizes_of
+from zimage_core.weights import names
+from zimage_core.weights.card import ModelCard
+
+Rule = Callable[[str], str]
+
+
+def q4_k_m(name: str) -> str:
+    """As most files called Q4_K_M: refiners and embedders are left in bfloat16."""
+    if not name.startswith("layers."):
+        return "BF16"
+    return "Q5_K" if ".qkv." in name else "Q6_K" if ".w2." in name else "Q4_K"
+
+
+def q3_k_s(name: str) -> str:
+    return "Q3_K" if "layers." in name or "refiner." in name else "BF16"
+
+
+def plain(format_name: str) -> Rule:
+    """Blocks in one format, the rest in bfloat16."""
+    return lambda name: format_name if "layers." in name or "refiner." in name else "BF16"
+
+
+def q4_k_encoder(name: str) -> str:
+    return "Q6_K" if name.startswith("token_embd") else "Q4_K"
+
+
+def _file(table: names.Table, rule: Rule) -> SimpleNamespace:
+    tensors = {}
+    for name, shape in names.checkpoint_shapes(table).items():
+        two = len(shape) == 2 and name.endswith(".weight")
+        tensors[name] = SimpleNamespace(format=FORMATS[rule(name) if two else "F32"], shape=shape)
+    return SimpleNamespace(path="made up", tensors=tensors)
+
+
+def full_size(transformer: Rule = q4_k_m, encoder: Rule = q4_k_encoder, dtype: str = "bfloat16") -> Sizes:
+    configs = (TransformerConfig(), TextEncoderConfig(), AutoencoderConfig())
+    tables = (
+        names.transformer_table(configs[0], "fused"),
+        names.text_encoder_table(configs[1], "gguf"),
+        names.autoencoder_table(configs[2], "bfl"),
+    )
+    layouts, parts = ("fused", "gguf", "bfl"), ("transformer", "text_encoder", "vae")
+    rules = (transformer, encoder, lambda name: "F32")
+    files = {part: _file(table, rule) for part, table, rule in zip(parts, tables, rules, strict=True)}
+    cards = {
+        part: ModelCard(part, "", "", layout=layout, config=config)
+        for part, layout, config in zip(parts, layouts, configs, strict=True)
+    }
+    return sizes_of(files, cards, dtype)
+
+
+# dense 16-bit peak of the data sheet in TFLOP/s (float32 sums), memory in GB/s, link in bytes/s; the model
+# takes 70 % of the first and 90 % of the second
+CARDS = {
+    "RTX 2060, PCIe 3": ("sm_75", 25.8, 336, PCIE[3]),
+    "RTX 3060, PCIe 4": ("sm_86", 25.5, 360, PCIE[4]),
+    "RTX 4060, PCIe 4 x8": ("sm_89", 30.2, 272, PCIE[3]),
+    "RTX 4070, PCIe 4": ("sm_89", 58.3, 504, PCIE[4]),
+    "RTX 4090, PCIe 4": ("sm_89", 165, 1008, PCIE[4]),
+    "H100, PCIe 5": ("sm_90", 989, 3350, PCIE[5]),
+}
+QUANTISATIONS = {
+    "Q3_K_S": q3_k_s, "Q4_0": plain("Q4_0"), "Q4_K_M": q4_k_m, "Q6_K": plain("Q6_K"), "Q8_0": plain("Q8_0"),
+}  # fmt: skip
+
+
+def card_table(px: tuple[int, ...] = (1024, 512)) -> list[str]:
+    """Markdown: step at the floor (all that can be is streamed) over a step with everything resident."""
+    head = ["card", "px", "compute", *QUANTISATIONS]
+    rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for card, (architecture, peak, bandwidth, link) in CARDS.items():
+        rates = Rates(
+            0.7e12 * peak, 0.7e12 * peak / 3, 0.9e9 * bandwidth, link, link / 2, architecture=architecture
+        )
+        for side in px:
+            cells, compute = [], 0.0
+            for rule in QUANTISATIONS.values():
+                sizes = full_size(rule, dtype="float16" if architecture == "sm_75" else "bfloat16")
+                floor = make_plan(sizes, side, side, rates=rates).floor
+                times = make_plan(sizes, side, side, vram=floor, rates=rates).times
+                compute = max(compute, times.compute)
+                cells.append(f"{in_seconds(times.transfer)}, x{times.step / times.compute:.2f}")
+            rows.append(f"| {card} | {side} | {in_seconds(compute)} | {' | '.join(cells)} |")
+    return rows
+
+
+def floor_table() -> list[str]:
+    """Markdown: smallest budgets."""
+    rows = [f"| | {' | '.join(QUANTISATIONS)} |", "|" + "---|" * (len(QUANTISATIONS) + 1)]
+    for side in (512, 768, 1024, 1536, 2048):
+        floors = [in_bytes(make_plan(full_size(rule), side, side).floor) for rule in QUANTISATIONS.values()]
+        rows.append(f"| {side} px | {' | '.join(floors)} |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join([*card_table(), "", *floor_table()]))

@@ -1,0 +1,220 @@
+"""A pipeline under a budget: each phase brings its network to the device and takes it away again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from zimage_core.errors import BadArgument, Unsupported
+from zimage_core.memory.attach import bring, stream_model, take_back, unstream
+from zimage_core.memory.budget import read_bytes
+from zimage_core.memory.job import RUNTIME
+from zimage_core.memory.plan import Component, Plan, make_plan
+from zimage_core.memory.rates import Rates, known
+from zimage_core.memory.sizes import COMPONENTS, open_sizes
+from zimage_core.memory.stream import Stream
+from zimage_core.memory.traffic import Traffic
+from zimage_core.models.autoencoder import Autoencoder
+from zimage_core.models.text_encoder import TextEncoder
+from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.nn.linear import Linear
+from zimage_core.weights.load import weight_file
+
+NETWORK_OF = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
+SPARE = 512 << 20
+"""Bytes of free GPU memory that "auto" leaves: the driver, libraries and gaps between allocations."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a pipeline may take.
+
+    Args:
+        vram: GPU memory for its tensors: bytes, "6GiB", "auto" for what is free when a run begins, or "least"
+            for the smallest that the picture allows.
+        ram: Host memory of the process: bytes or "8GiB"; None for as much as it likes. On a CPU it is the
+            limit that counts; weights beyond it are read from their files in every step.
+    """
+
+    vram: int | str | None = None
+    ram: int | str | None = None
+
+    def __post_init__(self) -> None:
+        """BadArgument for what is no amount of bytes."""
+        if self.vram is not None and self.vram not in ("auto", "least"):
+            read_bytes("vram", self.vram)
+        if self.ram is not None:
+            read_bytes("ram", self.ram)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What a run under a budget was to do, and did.
+
+    Args:
+        plan: Made for its sizes.
+        traffic: Network -> what was streamed of it.
+    """
+
+    plan: Plan
+    traffic: Mapping[str, Traffic]
+
+
+class Arena:
+    """The device memory that three networks share, one after the other.
+
+    Networks are loaded on the CPU and go back there; between runs those stay that the plan keeps.
+
+    Args:
+        networks: By name: text_encoder, transformer, vae; each from a file.
+        device: Where to compute.
+        budget: Of all runs.
+
+    Raises:
+        BadArgument: vram for a CPU, or no budget at all.
+        Unsupported: A network was built in memory; there is no file to plan or to stream from.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], device: torch.device, budget: MemoryPlan) -> None:
+        files = {name: weight_file(networks[name]) for name in COMPONENTS}
+        if missing := [name for name, file in files.items() if file is None]:
+            raise Unsupported(f"a memory budget needs files: {' and '.join(missing)} came from none")
+        if device.type == "cpu" and (budget.vram is not None or budget.ram is None):
+            raise BadArgument("vram is memory of a GPU: on a CPU give ram alone, such as ram='4GiB'")
+        if device.type != "cpu" and budget.vram is None:
+            budget = replace(budget, vram="auto")
+        self.device = device
+        self.budget = budget
+        self._networks = networks
+        dtype = str(networks["transformer"].dtype).removeprefix("torch.")
+        self._sizes = open_sizes({name: file for name, file in files.items() if file is not None}, dtype)
+        self._plan: Plan | None = None
+        self._there: dict[str, tuple[Any, ...]] = {}
+        self._traffic: dict[str, Traffic] = {}
+
+    def begin(self, width: int, height: int, images: int, tokens: int, guidance: bool, steps: int) -> Plan:
+        """Plan a run and follow that plan from now on.
+
+        Raises:
+            OverBudget: The budget does not hold the least that this picture needs.
+        """
+        picture = (self._sizes, width, height, images, tokens)
+        rest: dict[str, Any] = {"rates": self._rates(), "guidance": guidance, "steps": steps}
+        vram, ram = self._amounts()
+        if self.budget.vram == "least":
+            vram = make_plan(*picture, **rest).floor
+        self._plan = make_plan(*picture, vram=vram, ram=ram, **rest)
+        for name in list(self._there):
+            if self._there[name] != _key(self._plan.component(name)):
+                self._take_away(name)
+        vae = self._networks["vae"]
+        if isinstance(vae, Autoencoder):
+            vae.tile = self._plan.tile
+        return self._plan
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Inside, the network of "encode", "denoise" or "decode" is ready to run."""
+        if self._plan is None:  # a call outside a run, such as encode_prompt
+            self.begin(1024, 1024, 1, 512, False, 8)
+        component = self._the_plan().component(NETWORK_OF[name])
+        self._bring(component)
+        try:
+            yield
+        finally:
+            if not component.kept:
+                self._take_away(component.name)
+
+    def report(self) -> MemoryReport | None:
+        """Of the run that ended; None before the first."""
+        if self._plan is None:
+            return None
+        return MemoryReport(self._plan, dict(self._traffic))
+
+    def close(self) -> None:
+        """Everything back to the host."""
+        for name in list(self._there):
+            self._take_away(name)
+
+    @property
+    def keep(self) -> torch.device | None:
+        """Where the VAE keeps maps of the whole picture; None for the device."""
+        return torch.device("cpu") if self._plan is not None and self._plan.maps_on_host else None
+
+    def _the_plan(self) -> Plan:
+        if self._plan is None:
+            raise BadArgument("arena: no run was begun")
+        return self._plan
+
+    def _bring(self, component: Component) -> None:
+        key = _key(component)
+        if self._there.get(component.name) == key:
+            return
+        network = self._networks[component.name]
+        if not isinstance(network, (ZImageTransformer, TextEncoder)):
+            bring(network, self.device)
+        else:
+            stream_model(
+                network, component.resident_blocks, self.device,
+                slots=max(1, component.slots), ring=max(1, self._the_plan().ring),
+            )  # fmt: skip
+        if not any(phase.planes for phase in self._the_plan().phases):
+            _forbid_planes(network)
+        self._there[component.name] = key
+
+    def _take_away(self, name: str) -> None:
+        network = self._networks[name]
+        self._there.pop(name, None)
+        if not isinstance(network, (ZImageTransformer, TextEncoder)):
+            take_back(network)
+            return
+        stream = network.stream
+        if isinstance(stream, Stream):
+            self._traffic[name] = stream.traffic()
+        unstream(network)
+
+    def _amounts(self) -> tuple[int | None, int | None]:
+        """vram and ram in bytes; on a CPU the host memory plays the device's part."""
+        ram = None if self.budget.ram is None else read_bytes("ram", self.budget.ram)
+        if self.device.type == "cpu":
+            sizes = self._sizes
+            table = sum(part.host for part in (sizes.text_encoder, sizes.transformer, sizes.vae))
+            return max(1, (ram or 0) - RUNTIME - table), None
+        if self.budget.vram == "least":
+            return None, ram
+        if self.budget.vram == "auto":
+            free = torch.cuda.mem_get_info(self.device)[0]
+            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            held = sum(_bytes_on(self._networks[name], self.device) for name in self._there)
+            return max(1, free + cached + held - SPARE), ram
+        return read_bytes("vram", self.budget.vram), ram
+
+    def _rates(self) -> Rates:
+        if self.device.type == "cpu":
+            return known("sm_86")
+        from zimage_core.accelerator import architecture
+
+        return known(architecture(self.device))
+
+
+def _key(component: Component) -> tuple[Any, ...]:
+    """What has to be the same for a network to stay as it is."""
+    return component.kept, component.resident_blocks, component.slots
+
+
+def _bytes_on(network: nn.Module, device: torch.device) -> int:
+    tensors = (*network.parameters(), *network.buffers())
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
+
+
+def _forbid_planes(network: nn.Module) -> None:
+    """The budget has no room for copies of weights in another layout."""
+    for module in network.modules():
+        quant = module.quant if isinstance(module, Linear) else None
+        if quant is not None:
+            quant.cache.setdefault("planes", None)

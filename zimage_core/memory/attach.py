@@ -1,0 +1,169 @@
+"""Attach a stream to a model and take it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from zimage_core.errors import BadArgument
+from zimage_core.memory.blocks import Mapped, describe, in_file, sources_of
+from zimage_core.memory.device import Backend, backend_for
+from zimage_core.memory.stream import READERS, RING, SLOTS, Stream
+from zimage_core.models.block_source import RESIDENT, Resident
+from zimage_core.models.text_encoder import TextEncoder
+from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.nn.linear import Embedding, Linear
+from zimage_core.quant_tensor import QuantTensor
+from zimage_core.weights.load import weight_file
+
+_HOST = torch.device("cpu")
+
+Streamable = ZImageTransformer | TextEncoder
+
+
+@dataclass
+class _Homes:
+    """Where everything was that was moved."""
+
+    tensors: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
+    packed: list[tuple[Linear | Embedding, QuantTensor]] = field(default_factory=list)
+
+    def restore(self) -> None:
+        for module, name, tensor in self.tensors:
+            setattr(module, name, tensor)
+        for module, quant in self.packed:
+            module.place(quant)
+
+
+_HOMES: WeakKeyDictionary[nn.Module, _Homes] = WeakKeyDictionary()
+
+
+def stream_model(
+    model: Streamable,
+    resident: Collection[int] = (),
+    device: torch.device | str = "cpu",
+    *,
+    slots: int = SLOTS,
+    ring: int = RING,
+    readers: int = READERS,
+    wrap: bool | None = None,
+    backend: Backend | None = None,
+) -> Stream:
+    """Put a model that was loaded on the CPU on a device, all but the blocks that are streamed to it.
+
+    No mapped page is read from then on, so that a file that is cut meanwhile is an error and no crash:
+    what stays is read into memory, on the CPU as well. A packed table of token embeddings goes to host
+    memory, since a few of its rows are wanted. The model keeps the tensors that it had for `unstream`; until
+    then it must not be moved, cast or made resident.
+
+    Args:
+        model: With its packed weights on the host.
+        resident: Indices in `model.blocks` of those that stay on the device.
+        device: Where to compute.
+        slots: See `Stream`, like the next two.
+        ring: See there.
+        readers: See there.
+        wrap: See there; default: a transformer runs many times, a text encoder once or twice.
+        backend: Of the device, where another than its usual one is wanted.
+
+    Returns:
+        The stream, which is `model.stream` too.
+
+    Raises:
+        BadFile: The file was changed or cannot be read.
+        BadArgument: The model is streamed already, is not on the CPU, or an argument is out of range.
+        Unsupported: Nothing is streamed to such a device.
+    """
+    if not isinstance(model.stream, Resident):
+        raise BadArgument("stream: this model is streamed already; unstream it first")
+    backend = backend or backend_for(device)
+    blocks = describe(model.blocks, weight_file(model), backend.device)
+    wrap = isinstance(model, ZImageTransformer) if wrap is None else wrap
+    stream = Stream(blocks, resident, backend, slots, ring, readers, wrap)
+    streamed = set(stream.streamed)
+    keep = {segment.linear for block in blocks if block.index in streamed for segment in block.segments}
+    homes = _Homes()
+    files = sources_of(weight_file(model))
+    try:
+        for module in model.modules():
+            if module not in keep:
+                place = _HOST if isinstance(module, Embedding) else backend.device
+                _move_packed(module, place, files, homes)
+            _move_dense(module, backend.device, files, homes)
+    except BaseException:
+        homes.restore()
+        stream.close()
+        raise
+    _HOMES[model] = homes
+    model.stream = stream
+    return stream
+
+
+def unstream(model: Streamable) -> None:
+    """Close a model's stream and put everything back on the host, where it was; without one, do nothing."""
+    stream = model.stream
+    if isinstance(stream, Stream):
+        stream.close()
+        model.stream = RESIDENT
+        _HOMES.pop(model, _Homes()).restore()
+
+
+def bring(model: nn.Module, device: torch.device) -> None:
+    """Put a whole model on a device for a while; `take_back` undoes it. No mapped page is read from then on.
+
+    Raises:
+        BadFile: Its file was changed or cannot be read.
+    """
+    homes = _Homes()
+    files = sources_of(weight_file(model))
+    try:
+        for module in model.modules():
+            _move_packed(module, device, files, homes)
+            _move_dense(module, device, files, homes)
+    except BaseException:
+        homes.restore()
+        raise
+    _HOMES[model] = homes
+
+
+def take_back(model: nn.Module) -> None:
+    """Put what `bring` moved back where it was; without that, do nothing."""
+    _HOMES.pop(model, _Homes()).restore()
+
+
+def _move_packed(module: nn.Module, device: torch.device, files: Sequence[Mapped], homes: _Homes) -> None:
+    quant = module.quant if isinstance(module, (Linear, Embedding)) else None
+    if quant is None or not isinstance(module, (Linear, Embedding)):
+        return
+    packed = _moved(quant.packed, device, files)
+    if packed is not quant.packed:
+        homes.packed.append((module, quant))
+        scale = None if quant.scale is None else quant.scale.to(device)
+        module.place(QuantTensor(packed, quant.format, quant.shape, scale))
+
+
+def _move_dense(module: nn.Module, device: torch.device, files: Sequence[Mapped], homes: _Homes) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        moved = _moved(parameter.detach(), device, files)
+        if moved.device != parameter.device or moved.data_ptr() != parameter.data_ptr():
+            homes.tensors.append((module, name, parameter))
+            setattr(module, name, nn.Parameter(moved, requires_grad=False))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if name != "packed" and buffer.device != device:
+            homes.tensors.append((module, name, buffer))
+            setattr(module, name, buffer.to(device))
+
+
+def _moved(tensor: Tensor, device: torch.device, files: Sequence[Mapped]) -> Tensor:
+    """On the device, and no view of a file: a page of one that was cut would end the process."""
+    source, offset = in_file(tensor, files)
+    if source is not None:
+        copy = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        source.check_unchanged()
+        source.read_into(offset, copy.numpy().data)
+        tensor = copy.view(tensor.dtype).view(tensor.shape)
+    return tensor.to(device)

@@ -1,0 +1,55 @@
+"""Bytes as people write them, and what a run may take."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from zimage_core.errors import BadArgument, printable
+
+_UNITS = {
+    "": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "kib": 1 << 10, "mib": 1 << 20,
+    "gib": 1 << 30, "tib": 1 << 40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+}  # fmt: skip
+_AMOUNT = re.compile(r"\s*(\d{1,18}(?:\.\d{0,9})?|\.\d{1,9})\s*([a-z]{0,3})\s*", re.IGNORECASE)
+MOST = 1 << 50
+
+
+def read_bytes(name: str, value: object) -> int:
+    """A number of bytes: 6442450944, "6GiB", "6GB", "6g"; G alone is GiB, as memory is sold.
+
+    Args:
+        name: Of the argument, for the message.
+        value: Whole number or text.
+
+    Raises:
+        BadArgument: It is neither, or not from 1 byte to 1 PiB.
+    """
+    count = 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        count = value
+    elif isinstance(value, str) and (match := _AMOUNT.fullmatch(value)):
+        unit = _UNITS.get(match[2].lower())
+        count = 0 if unit is None else int(float(match[1]) * unit)
+    if not 1 <= count <= MOST:
+        shown = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else printable(value, 60)
+        raise BadArgument(f"{name}: got {shown}, wanted bytes up to 1 PiB, such as 6GiB, 6GB or 6442450944")
+    return count
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may take.
+
+    Args:
+        vram: Bytes of GPU memory for our allocations; the driver's own context is not among them.
+        ram: Bytes of host memory, None for as much as it likes.
+    """
+
+    vram: int
+    ram: int | None = None
+
+    @classmethod
+    def read(cls, vram: object, ram: object = None) -> Budget:
+        """From numbers or texts; see `read_bytes`."""
+        return cls(read_bytes("vram", vram), None if ram is None else read_bytes("ram", ram))

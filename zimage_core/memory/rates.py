@@ -1,0 +1,167 @@
+"""How fast a machine copies and multiplies: measured in a moment, or known from a table.
+
+Nothing of torch is imported before `measure` is called.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from zimage_core.errors import BadArgument
+from zimage_core.paths import ARCHITECTURES, family
+
+if TYPE_CHECKING:
+    import torch
+
+PCIE = {3: 12.3e9, 4: 25e9, 5: 52e9}
+"""Bytes a second from pinned host memory through 16 lanes of each generation, as assumed; 8 lanes of one
+generation are 16 of the one before."""
+DISK = 3.5e9
+"""Bytes a second from an NVMe disk, as assumed."""
+PAGEABLE = 0.5
+"""Speed of a copy from ordinary memory over one from pinned memory, as assumed: the driver copies twice."""
+
+# generation of the slot that cards of a family stand in
+_SLOT = {
+    "sm_70": 3, "sm_75": 3, "sm_80": 4, "sm_86": 4, "sm_89": 4, "sm_90": 5, "sm_100": 5, "sm_120": 5,
+    "gfx942": 5, "gfx1100": 4, "gfx1201": 5,
+}  # fmt: skip
+_TF32 = 1 / 3
+"""Rate of float32 convolutions over bfloat16 products where TF32 exists: half the peak, and less of it."""
+_NO_TF32 = 1 / 5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the expected times are computed from.
+
+    Args:
+        flops: Of large 16-bit products with float32 sums, per second.
+        flops32: Of float32 convolutions and products, per second.
+        bandwidth: Of a copy within device memory, bytes read and written per second.
+        link: From pinned host memory to the device, bytes per second.
+        pageable: From ordinary host memory, bytes per second.
+        disk: From the file to host memory, bytes per second.
+        architecture: As `paths` knows it.
+        source: "measured", or what they were taken from.
+    """
+
+    flops: float
+    flops32: float
+    bandwidth: float
+    link: float
+    pageable: float
+    disk: float = DISK
+    architecture: str = "sm_86"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse rates that no time can be divided by."""
+        for name in ("flops", "flops32", "bandwidth", "link", "pageable", "disk"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise BadArgument(f"rates: {name} is {getattr(self, name)!r}, wanted a positive number")
+
+
+def known(architecture: str, link: float | None = None) -> Rates:
+    """Rates of a family of GPUs, from the table of `paths` and the slot that it usually stands in.
+
+    Args:
+        architecture: "sm_86", "gfx1100" ...; others map to the nearest older one.
+        link: Bytes per second from host memory, if known.
+
+    Raises:
+        BadArgument: The architecture is not known, or the link not positive.
+    """
+    name = family(architecture)
+    found, slot = ARCHITECTURES[name], _SLOT[name]
+    speed = PCIE[slot] if link is None else link
+    wide = _TF32 if name.startswith("sm_") and int(name[3:]) >= 80 else _NO_TF32
+    return Rates(
+        flops=found.tensor_flops,
+        flops32=found.tensor_flops * wide,
+        bandwidth=found.bandwidth,
+        link=speed,
+        pageable=speed * PAGEABLE,
+        architecture=architecture,
+        source=f"table of {name}, " + (f"PCIe {slot} x16 assumed" if link is None else "link as given"),
+    )
+
+
+def measure(device: str | torch.device, seconds: float = 0.05) -> Rates:
+    """Rates of this machine by small timed runs.
+
+    Args:
+        device: A CUDA GPU, or the CPU: then both links are a copy in memory.
+        seconds: For each of four to five runs, about.
+    """
+    import torch
+
+    where = torch.device(device)
+    return _measure_gpu(where, seconds) if where.type == "cuda" else _measure_cpu(seconds)
+
+
+def _measure_cpu(seconds: float) -> Rates:
+    import torch
+
+    source = torch.empty(32 << 20, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy = source.numel() / _timed(lambda: target.copy_(source), seconds, lambda: None)
+    side = 768
+    x = torch.ones(side, side)
+    product = 2 * side**3 / _timed(lambda: x @ x, seconds, lambda: None)
+    return Rates(product, product, 2 * copy, copy, copy, architecture="cpu", source="measured")
+
+
+def _measure_gpu(device: torch.device, seconds: float) -> Rates:
+    import torch
+
+    from zimage_core.accelerator import architecture
+
+    def wait() -> None:
+        torch.cuda.synchronize(device)
+
+    size = 64 << 20
+    on_device = torch.empty(size, dtype=torch.uint8, device=device)
+    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    ordinary = torch.empty(size, dtype=torch.uint8)
+    other = torch.empty_like(on_device)
+    half = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    side = 4096
+
+    def product(dtype: torch.dtype) -> float:
+        x = torch.ones(side, side, dtype=dtype, device=device)
+        return 2 * side**3 / _timed(lambda: x @ x, seconds, wait)
+
+    def copy(source: torch.Tensor) -> float:
+        return size / _timed(lambda: on_device.copy_(source, non_blocking=True), seconds, wait)
+
+    found = Rates(
+        flops=product(half),
+        flops32=product(torch.float32),
+        bandwidth=2 * copy(other),
+        link=copy(pinned),
+        pageable=copy(ordinary),
+        architecture=architecture(device),
+        source="measured",
+    )
+    # convolutions use TF32 where there is one, plain products do not unless asked to
+    wide = known(found.architecture).flops32 / known(found.architecture).flops
+    return replace(found, flops32=max(found.flops32, found.flops * wide))
+
+
+def _timed(work: Callable[[], object], seconds: float, wait: Callable[[], None]) -> float:
+    """Seconds that one call of `work` takes, the best of those that fit into the time."""
+    work()
+    wait()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        work()
+        wait()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now >= end:
+            return max(best, 1e-9)

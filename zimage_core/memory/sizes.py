@@ -1,0 +1,307 @@
+"""What the parts of a pipeline weigh, from headers alone: no tensor is read, torch is not loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.errors import BadArgument, BadWeights, printable
+from zimage_core.formats import FORMATS
+from zimage_core.memory.activations import FLOAT32, ITEMSIZE
+from zimage_core.paths import PLANAR_BITS, crossover, planar_bytes
+from zimage_core.weights import names
+from zimage_core.weights.card import ModelCard, check_compatible, require
+from zimage_core.weights.files import open_weights
+from zimage_core.weights.folders import locate
+from zimage_core.weights.identify import identify
+from zimage_core.weights.source import WeightFile
+
+COMPONENTS = ("transformer", "text_encoder", "vae")
+SCRATCH_BYTES = 192 << 20
+"""As `accelerator.SCRATCH_BYTES`, which lives beside tensors."""
+STACKS = ("noise_refiner", "layers")
+"""Lists of blocks that can be streamed, in the order of `ZImageTransformer.blocks`."""
+DENSE_STREAMS = False
+"""Whether matrices stored in the dtype of the computation can be streamed too; `memory.blocks` leaves those,
+dense parameters of their layers, on the device."""
+_NATIVE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The weight of one Linear layer.
+
+    Args:
+        format: Name in `zimage_core.formats`.
+        rows: Outputs.
+        width: Inputs.
+        scaled: Whether a scale lies beside it (fp8).
+    """
+
+    format: str
+    rows: int
+    width: int
+    scaled: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """As the file holds it."""
+        return FORMATS[self.format].row_bytes(self.width) * self.rows
+
+    @property
+    def weights(self) -> int:
+        """Numbers in it."""
+        return self.rows * self.width
+
+    def scratch(self, dtype: str) -> int:
+        """Bytes that a product with it needs for its dense form."""
+        item = ITEMSIZE[dtype]
+        if FORMATS[self.format].weights > 1:
+            return min(SCRATCH_BYTES, self.weights * item)
+        if self.scaled:  # in float32, then multiplied, then rounded
+            return self.weights * (2 * FLOAT32 + item)
+        return 0 if _NATIVE.get(self.format) == dtype else self.weights * item
+
+    def planes(self, tokens: int, architecture: str) -> int:
+        """Bytes of its planes if a product with so many rows of x would use them, else 0."""
+        if self.format not in PLANAR_BITS or self.width % (128 if self.format == "Q2_0" else 64):
+            return 0
+        fmt = FORMATS[self.format]
+        return planar_bytes(fmt, self.rows, self.width) if tokens <= crossover(fmt, architecture) else 0
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is moved at once: the Linear weights of one block, packed as in the file.
+
+    Args:
+        name: As a module, "layers.3".
+        matrices: Its weights; none where all of them stay on the device in any case.
+    """
+
+    name: str
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes moved."""
+        return sum(matrix.nbytes for matrix in self.matrices)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network.
+
+    Args:
+        name: "transformer", "text_encoder" or "vae".
+        config: Its sizes.
+        blocks: In the order in which they run, as the network's `blocks`; the VAE has none.
+        always: Bytes that lie on the device as long as the network runs: norms, biases, embedders, adaptive
+            norms, context refiner; of the VAE its decoder in float32.
+        host: Bytes that may stay in host memory: the table of tokens, the VAE's encoder.
+        matrices: Linear weights among `always`, with the name of their module.
+    """
+
+    name: str
+    config: TransformerConfig | TextEncoderConfig | AutoencoderConfig
+    blocks: tuple[Block, ...]
+    always: int
+    host: int
+    matrices: tuple[tuple[str, Matrix], ...] = ()
+
+    @property
+    def streamable(self) -> int:
+        """Bytes of all blocks."""
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return self.streamable + self.always + self.host
+
+    def scratch(self, dtype: str) -> int:
+        """Bytes of dense weights at a time, at most."""
+        return max((matrix.scratch(dtype) for _, matrix in matrices(self)), default=0)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The three networks of a pipeline, and the dtype that their small tensors are kept in."""
+
+    transformer: Part
+    text_encoder: Part
+    vae: Part
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return self.transformer.nbytes + self.text_encoder.nbytes + self.vae.nbytes
+
+
+def read_sizes(paths: Mapping[str, str | PathLike[str]], dtype: str = "bfloat16") -> Sizes:
+    """Sizes from files.
+
+    Args:
+        paths: "transformer", "text_encoder" and "vae" -> file or folder, as for loading.
+        dtype: Of the computation.
+
+    Raises:
+        BadFile, UnknownFormat, WrongModel, BadWeights: As loading them would.
+    """
+    with ExitStack() as stack:
+        files, cards = {}, {}
+        for name in COMPONENTS:
+            place, stated, binding = locate(paths[name], name)
+            files[name] = file = stack.enter_context(open_weights(place))
+            card = identify(file, name, stated)
+            if card.problem and stated is not None and not binding:
+                card = identify(file, name)  # a config.json beside a loose file may be another model's
+            require(card, name, file.path)
+            cards[name] = card
+        where = {name: file.path for name, file in files.items()}
+        configs = {name: card.config for name, card in cards.items()}
+        check_compatible(**configs, paths=where)  # type: ignore[arg-type]  # `require` saw to their kinds
+        return sizes_of(files, cards, dtype)
+
+
+def open_sizes(files: Mapping[str, WeightFile], dtype: str = "bfloat16") -> Sizes:
+    """Sizes from files that are open already, as a pipeline's are."""
+    return sizes_of(files, {name: identify(file, name) for name, file in files.items()}, dtype)
+
+
+def sizes_of(files: Mapping[str, WeightFile], cards: Mapping[str, ModelCard], dtype: str) -> Sizes:
+    """Sizes from open files and what they are.
+
+    Raises:
+        BadArgument: The dtype is none of float32, float16, bfloat16.
+    """
+    if dtype not in ITEMSIZE:
+        raise BadArgument(f"dtype: got {printable(dtype, 40)!r}, wanted one of {', '.join(ITEMSIZE)}")
+    parts = {name: _part(name, files[name], cards[name], dtype) for name in COMPONENTS}
+    return Sizes(**parts, dtype=dtype)
+
+
+def folder_files(folder: str | PathLike[str]) -> dict[str, str]:
+    """The three networks of a folder: diffusers' layout, or loose files told apart by their contents.
+
+    Raises:
+        BadFile: The folder cannot be read; BadArgument: one of the networks is not there, or twice.
+    """
+    from zimage_core.inspection import inspect_file
+
+    place = Path(folder)
+    if all((place / name).is_dir() for name in COMPONENTS):
+        return {name: str(place / name) for name in COMPONENTS}
+    parts = inspect_file(place).parts
+    found: dict[str, str] = {}
+    for name in COMPONENTS:
+        paths = [part.path for part in parts if part.kind == name]
+        if len(paths) != 1:
+            what = name.replace("_", " ")
+            state = "no" if not paths else f"{len(paths)}"
+            raise BadArgument(f"{printable(place)} holds {state} {what}; wanted one: give its file instead")
+        found[name] = paths[0]
+    return found
+
+
+def _part(name: str, file: WeightFile, card: ModelCard, dtype: str) -> Part:
+    config, read = card.config, _Reader(file, card.prefix, dtype)
+    if isinstance(config, TransformerConfig):
+        return _transformer(config, names.transformer_table(config, card.layout), read)
+    if isinstance(config, TextEncoderConfig):
+        return _text_encoder(config, names.text_encoder_table(config, card.layout), read)
+    if isinstance(config, AutoencoderConfig):
+        wide = _Reader(file, card.prefix, "float32")
+        return _vae(config, names.autoencoder_table(config, card.layout), wide)
+    raise BadWeights(f"{printable(file.path)}: the size of the {name.replace('_', ' ')} cannot be told")
+
+
+class _Reader:
+    """Matrices of an open file, by their entries."""
+
+    def __init__(self, file: WeightFile, prefix: str, dtype: str) -> None:
+        self.file, self.prefix, self.dtype = file, prefix, dtype
+
+    def matrix(self, entry: names.Entry) -> Matrix | None:
+        """The weight of a Linear layer; None for anything else."""
+        if len(entry.shape) != 2 or not entry.module.endswith(".weight"):
+            return None
+        name = self.prefix + entry.checkpoint
+        stem = name.removesuffix(".weight")
+        scaled = any(stem + end in self.file.tensors for end in (".scale_weight", ".weight_scale"))
+        return Matrix(self.file.tensors[name].format.name, *entry.shape, scaled)
+
+    def streams(self, matrix: Matrix) -> bool:
+        """Whether it can be moved block by block."""
+        return DENSE_STREAMS or matrix.scaled or _NATIVE.get(matrix.format) != self.dtype
+
+    def small(self, entry: names.Entry) -> int:
+        """Bytes of a tensor that is kept dense in the dtype of the computation."""
+        return _count(entry.shape) * ITEMSIZE[self.dtype]
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _transformer(config: TransformerConfig, table: names.Table, read: _Reader) -> Part:
+    counts = {"noise_refiner": config.n_refiner_layers, "layers": config.n_layers}
+    inside: dict[str, list[Matrix]] = {f"{stack}.{i}": [] for stack in STACKS for i in range(counts[stack])}
+    always, beside = 0, []
+    for entry in table:
+        if entry.module.startswith("siglip_"):
+            continue  # the vision branch of an Omni checkpoint is not loaded
+        matrix = read.matrix(entry)
+        block = ".".join(entry.module.split(".")[:2])
+        if matrix is None:
+            always += read.small(entry)
+        elif block in inside and ".adaLN_modulation." not in entry.module and read.streams(matrix):
+            inside[block].append(matrix)
+        else:  # adaptive norms of all steps go through their matrices once, before the first block
+            always += matrix.nbytes
+            beside.append((entry.module, matrix))
+    blocks = tuple(Block(name, tuple(found)) for name, found in inside.items())
+    return Part("transformer", config, blocks, always, 0, tuple(beside))
+
+
+def _text_encoder(config: TextEncoderConfig, table: names.Table, read: _Reader) -> Part:
+    inside: list[list[Matrix]] = [[] for _ in range(config.num_layers - 1)]
+    always, host, beside = 0, 0, []
+    for entry in table:
+        matrix = read.matrix(entry)
+        if matrix is None:
+            always += read.small(entry)
+        elif entry.module == "embed_tokens.weight":
+            host += matrix.nbytes  # few of its rows are read, wherever it lies
+        elif read.streams(matrix):
+            inside[int(entry.module.split(".")[1])].append(matrix)
+        else:
+            always += matrix.nbytes
+            beside.append((entry.module, matrix))
+    blocks = tuple(Block(f"layers.{i}", tuple(found)) for i, found in enumerate(inside))
+    return Part("text_encoder", config, blocks, always, host, tuple(beside))
+
+
+def _vae(config: AutoencoderConfig, table: names.Table, read: _Reader) -> Part:
+    """Convolutions in float32, whatever the file holds; pictures from text need the decoder alone."""
+    halves = {"decoder": 0, "encoder": 0}
+    for entry in table:
+        matrix = read.matrix(entry)
+        halves[entry.module.partition(".")[0]] += read.small(entry) if matrix is None else matrix.nbytes
+    return Part("vae", config, (), halves["decoder"], halves["encoder"])
+
+
+def matrices(part: Part) -> Iterator[tuple[str, Matrix]]:
+    """Every Linear weight of a network with the name of its module or block."""
+    yield from part.matrices
+    for block in part.blocks:
+        for matrix in block.matrices:
+            yield block.name, matrix

@@ -1,0 +1,344 @@
+"""The VAE's decoder in tiles: the picture of the whole decoder, in less memory, without a seam.
+
+Tiles that are decoded apart differ in tone, because each GroupNorm then sees the mean and variance of its
+tile instead of the picture's, and blending only hides that. Here tiles go through the decoder layer by layer:
+every norm gets the statistics of the whole picture and every 3x3 convolution a pixel of the neighbours, so
+the result is that of the whole decoder up to rounding, for every tile size, and nothing needs blending.
+
+What has to exist as a whole are two maps at a time: the one that a residual block adds to, and the one
+between its convolutions. The rest (what is normalised and activated, the doubled map in front of the last
+block) exists for one tile only. The middle block, where every position looks at every other, runs whole; it
+has the size of the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from zimage_core.config import AutoencoderConfig
+
+if TYPE_CHECKING:
+    from zimage_core.models.autoencoder import Decoder, ResnetBlock, UpBlock, Upsample
+
+TILE = 32
+"""Latents a side that tiling starts with: 256 pixels. Larger ones are hardly faster."""
+SMALLEST = 16
+"""Below this the maps that exist as a whole outweigh a tile by far, so that nothing is won any more."""
+STEP = 8
+"""Between the tile sizes that `tile_for` tries."""
+FLOAT = 4
+"""Bytes of a float32."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of a map, and how much of it the tiles before it have covered.
+
+    Args:
+        top: First row.
+        left: First column.
+        bottom: Row behind the last.
+        right: Column behind the last.
+        skip_rows: Rows at the top that belong to the tile above.
+        skip_columns: Columns at the left that belong to the tile to the left.
+    """
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+    skip_rows: int = 0
+    skip_columns: int = 0
+
+    def times(self, n: int) -> Tile:
+        """The same part of a map with `n` times as many rows and columns."""
+        return Tile(*(n * value for value in self._values()))
+
+    def halved(self) -> Tile:
+        """The same part of a map with half the rows and columns."""
+        return Tile(*(value // 2 for value in self._values()))
+
+    @property
+    def new(self) -> tuple[slice, slice]:
+        """Rows and columns of the map that this tile is the first to cover."""
+        return slice(self.top + self.skip_rows, self.bottom), slice(self.left + self.skip_columns, self.right)
+
+    def _values(self) -> tuple[int, ...]:
+        return self.top, self.left, self.bottom, self.right, self.skip_rows, self.skip_columns
+
+
+def layout(h: int, w: int, tile: int) -> list[Tile]:
+    """Tiles of one size, at most `tile` a side, that cover h x w; each place is new in exactly one of them.
+
+    As few as possible, as small as that number allows, and the last of a row or column moved inwards.
+    """
+    rows, columns = _spans(h, tile), _spans(w, tile)
+    return [Tile(a, c, b, d, skip_a, skip_c) for a, b, skip_a in rows for c, d, skip_c in columns]
+
+
+def _spans(length: int, tile: int) -> list[tuple[int, int, int]]:
+    """(start, stop, places that the span before has covered) along one side."""
+    count = -(-length // tile)
+    size = -(-length // count)
+    starts = [min(i * size, length - size) for i in range(count)]
+    return [(start, start + size, i * size - start) for i, start in enumerate(starts)]
+
+
+@torch.no_grad()
+def decode_tiled(decoder: Decoder, z: Tensor, tile: int, keep: torch.device | None = None) -> Tensor:
+    """What `decoder(z)` gives up to rounding, one picture and one tile at a time.
+
+    No gradients: maps are changed in place.
+
+    Args:
+        decoder: Its modules are called, so hooks on them see every tile.
+        z: Latents.
+        tile: Latents a side, at least 1.
+        keep: Where the maps of the whole picture are kept. Default: with z. With the CPU for a decoder on a
+            GPU little more than a tile is needed there, and each map travels a few times.
+
+    Shape:
+        z [B, latent_channels, h, w] -> [B, 3, 8 h, 8 w].
+    """
+    tiles = layout(z.shape[2], z.shape[3], tile)
+    if len(tiles) == 1:
+        pictures = [decoder(z[i : i + 1]) for i in range(len(z))]
+    else:
+        pictures = [_decode_one(decoder, z[i : i + 1], tiles, keep or z.device) for i in range(len(z))]
+    return torch.cat(pictures) if len(pictures) > 1 else pictures[0]
+
+
+def _decode_one(decoder: Decoder, z: Tensor, tiles: list[Tile], keep: torch.device) -> Tensor:
+    x = _Map(decoder.mid_block(decoder.conv_in(z)).to(keep), z.device)
+    for i, block in enumerate(cast("list[UpBlock]", decoder.up_blocks), 2):
+        for resnet in block.resnets:
+            x = _residual(cast("ResnetBlock", resnet), x, tiles)
+        for up in block.upsamplers:
+            tiles = [t.times(2) for t in tiles]
+            x = _Map(x.data, z.device, cast("Upsample", up))
+            if i < len(decoder.up_blocks):
+                x = _whole_map(x, tiles)
+    out = z.new_empty((1, decoder.conv_out.out_channels, *x.size))
+    scale, shift = _affine(decoder.conv_norm_out, x, tiles)
+    for t in tiles:
+        rows, columns = t.new
+        out[..., rows, columns] = _inner(decoder.conv_out(_framed(x.read(t, 1), t, scale, shift)), t)
+    return out
+
+
+class _Map:
+    """A map [1, C, H, W] of the whole picture, or one that is upsampled tile by tile as it is read.
+
+    Args:
+        data: The map; with `up` the one of half the side.
+        device: Where tiles are wanted.
+        up: What makes the wanted map of `data`.
+    """
+
+    def __init__(self, data: Tensor, device: torch.device, up: Upsample | None = None) -> None:
+        self.data, self.device, self.up = data, device, up
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        n = 1 if self.up is None else 2
+        return n * self.data.shape[2], n * self.data.shape[3]
+
+    def empty(self, channels: int) -> _Map:
+        """A new one of this size, kept in the same place."""
+        data = torch.empty(
+            (1, channels, *self.size),
+            dtype=self.data.dtype, device=self.data.device, memory_format=torch.channels_last,
+        )  # fmt: skip
+        return _Map(data, self.device)
+
+    def read(self, t: Tile, rim: int) -> Tensor:
+        """The tile with `rim` more rows and columns around it, as far as the map reaches."""
+        height, width = self.size
+        top, left = max(t.top - rim, 0), max(t.left - rim, 0)
+        bottom, right = min(t.bottom + rim, height), min(t.right + rim, width)
+        if self.up is None:
+            return self.data[..., top:bottom, left:right].to(self.device)
+        half = t.halved()
+        rows, columns = half.bottom - half.top + 2, half.right - half.left + 2
+        source = _Map(self.data, self.device).read(half, 1)
+        framed, inside = _frame(source, half, rows, columns)
+        inside.copy_(source)
+        # from row t.top - 2 on, of which the outermost lacks its neighbour
+        out: Tensor = self.up(framed)
+        return out[..., top - t.top + 2 : bottom - t.top + 2, left - t.left + 2 : right - t.left + 2]
+
+
+def _frame(part: Tensor, t: Tile, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Zeros [1, C, rows, columns] for a tile with a rim of 1, and the view of them where `part` belongs.
+
+    The rim of a tile at the edge of the picture stays zero, which is how the convolutions pad.
+    """
+    frame = torch.empty(
+        (1, part.shape[1], rows, columns),
+        dtype=part.dtype, device=part.device, memory_format=torch.channels_last,
+    ).zero_()  # fmt: skip
+    a, b = int(t.top == 0), int(t.left == 0)
+    return frame, frame[..., a : a + part.shape[2], b : b + part.shape[3]]
+
+
+def _framed(part: Tensor, t: Tile, scale: Tensor, shift: Tensor) -> Tensor:
+    """silu(part * scale + shift) in a frame of zeros, for a convolution."""
+    frame, inside = _frame(part, t, t.bottom - t.top + 2, t.right - t.left + 2)
+    torch.addcmul(shift, part, scale, out=inside)
+    nn.functional.silu(inside, inplace=True)
+    return frame
+
+
+def _inner(framed: Tensor, t: Tile) -> Tensor:
+    """Without the rim, which a convolution filled with wrong values, and without what is not new."""
+    return framed[..., 1 + t.skip_rows : -1, 1 + t.skip_columns : -1]
+
+
+def _whole_map(x: _Map, tiles: list[Tile]) -> _Map:
+    """Upsampled once instead of at each reading; only in front of the last block is that too large."""
+    out = x.empty(x.data.shape[1])
+    for t in tiles:
+        rows, columns = t.new
+        out.data[..., rows, columns] = x.read(t, 0)[..., t.skip_rows :, t.skip_columns :]
+    return out
+
+
+def _residual(block: ResnetBlock, x: _Map, tiles: list[Tile]) -> _Map:
+    """`block(x)`; x itself is changed where it can be."""
+    scale, shift = _affine(block.norm1, x, tiles)
+    between = x.empty(block.conv1.out_channels)
+    in_place = x.up is None and block.conv_shortcut is None
+    out = x if in_place else x.empty(block.conv1.out_channels)
+    for t in tiles:
+        rows, columns = t.new
+        part = x.read(t, 1)
+        if not in_place:
+            side = part if block.conv_shortcut is None else block.conv_shortcut(part)
+            a, b = int(t.top > 0) + t.skip_rows, int(t.left > 0) + t.skip_columns
+            core = side[..., a : a + rows.stop - rows.start, b : b + columns.stop - columns.start]
+            out.data[..., rows, columns] = core
+            del side, core
+        framed = _framed(part, t, scale, shift)
+        del part
+        between.data[..., rows, columns] = _inner(block.conv1(framed), t)
+        del framed
+    scale, shift = _affine(block.norm2, between, tiles)
+    for t in tiles:
+        rows, columns = t.new
+        change = _inner(block.conv2(_framed(between.read(t, 1), t, scale, shift)), t)
+        out.data[..., rows, columns] += change.to(out.data.device)
+        del change
+    return out
+
+
+def _affine(norm: nn.GroupNorm, x: _Map, tiles: list[Tile]) -> tuple[Tensor, Tensor]:
+    """Scale and shift [1, C, 1, 1] that are this norm for this map, in float32.
+
+    Mean and variance of each tile in float32, put together in float64 about the mean of the whole: sums of
+    squares would lose digits where the mean is large.
+    """
+    found = []
+    for t in tiles:
+        part = x.read(t, 0)[..., t.skip_rows :, t.skip_columns :]
+        groups = part.float().view(1, norm.num_groups, -1, *part.shape[2:])
+        found.append(torch.stack(torch.var_mean(groups, dim=(0, 2, 3, 4), correction=0)))
+        del part, groups
+    sizes = [(t.bottom - t.top - t.skip_rows) * (t.right - t.left - t.skip_columns) for t in tiles]
+    weight = torch.tensor(sizes, dtype=torch.float64)[:, None] / sum(sizes)
+    variances, means = torch.stack(found).cpu().double().unbind(1)
+    mean = (weight * means).sum(0)
+    variance = (weight * (variances + (means - mean).square())).sum(0)
+    width = norm.num_channels // norm.num_groups
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(width) * norm.weight.cpu().double()
+    shift = norm.bias.cpu().double() - mean.repeat_interleave(width) * scale
+    return tuple(v.float().to(x.device).view(1, -1, 1, 1) for v in (scale, shift))  # type: ignore[return-value]
+
+
+def decode_bytes(
+    config: AutoencoderConfig, h: int, w: int, tile: int | None = None, apart: bool = False
+) -> int:
+    """Most bytes of tensors alive at a time while one picture is decoded in float32, without the weights.
+
+    What a library takes for itself inside a convolution comes on top.
+
+    Args:
+        config: Sizes of the autoencoder.
+        h: Latents from top to bottom.
+        w: Latents from left to right.
+        tile: Latents a side; None: the whole decoder at once.
+        apart: Maps of the whole picture are kept elsewhere (`keep` of `decode_tiled`) and not counted.
+    """
+    widths = config.block_out_channels[::-1]
+    latents = config.latent_channels * h * w
+    middle = 8 * widths[0] * h * w  # the attention's input, tokens, q, k, v, and what comes of them
+    tiles = [] if tile is None else layout(h, w, tile)
+    stages = _tiled(config, h, w, tiles[0], apart) if len(tiles) > 1 else _whole(config, h, w)
+    return FLOAT * (2 * latents + max(middle, *stages))
+
+
+def tile_for(config: AutoencoderConfig, h: int, w: int, budget: int, apart: bool = False) -> int | None:
+    """The largest tile whose `decode_bytes` are within the budget; None: the whole decoder is.
+
+    Where nothing fits this is `SMALLEST`: ask `decode_bytes` whether that is enough.
+    """
+    if decode_bytes(config, h, w, None) <= budget:
+        return None
+    sizes = range(max(SMALLEST, max(h, w) // STEP * STEP), SMALLEST, -STEP)
+    return next((t for t in sizes if decode_bytes(config, h, w, t, apart) <= budget), SMALLEST)
+
+
+def ways_to_decode(h: int, w: int, tile: int | None) -> list[dict[str, Any]]:
+    """Arguments for `Autoencoder.decode`, each of which needs less memory than those before it.
+
+    First as it is, `tile` being the attribute of the autoencoder; then in tiles, halved down to `SMALLEST`;
+    at last with the maps of the whole picture on the CPU.
+    """
+    start = max(h, w) if tile is None else min(tile, max(h, w))
+    sizes = [size for size in (2**n for n in range(20, 0, -1)) if SMALLEST <= size < start]
+    last = {"tile": min(start, SMALLEST), "keep": torch.device("cpu")}
+    return [{}, *({"tile": size} for size in sizes), last]
+
+
+def _whole(config: AutoencoderConfig, h: int, w: int) -> Iterator[int]:
+    """Numbers alive at the fullest points of `Decoder.forward`."""
+    widths = config.block_out_channels[::-1]
+    for i, (c_in, c) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True)):
+        area = 4**i * h * w
+        held = c_in * area  # `Decoder.forward` holds what it gave to the block
+        # first residual block: norm and its silu, the same of the second norm; then the blocks that follow it
+        yield held + area * max(2 * c_in, c_in + c, 3 * c)
+        yield held + area * (c + 3 * c)
+        if i + 1 < len(widths):
+            yield held + area * (c + 4 * c + 4 * c)
+        else:
+            yield area * 3 * c
+
+
+def _tiled(config: AutoencoderConfig, h: int, w: int, first: Tile, apart: bool) -> Iterator[int]:
+    """Numbers alive at the fullest points of `decode_tiled`."""
+    widths = config.block_out_channels[::-1]
+    last = len(widths) - 1
+    whole = int(not apart)
+    end = 0
+    for i, (c_in, c) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True)):
+        area, height, width = 4**i * h * w, 2**i * first.bottom, 2**i * first.right
+        rim, rim2 = (height + 2) * (width + 2), (height + 4) * (width + 4)
+        half = (height // 2 + 2) * (width // 2 + 2)
+        given = c_in * area
+        upsampling = c_in * (2 * rim2 + half * (1 + int(apart)))
+        maps = 2 * c * area  # the residual sum and what is between the convolutions
+        if 0 < i < last:
+            yield whole * (given // 4 + given) + upsampling
+            maps += given if c_in != c else 0  # else changed in place
+        elif i:  # upsampled at each reading
+            maps += given // 4
+            yield whole * maps + max(upsampling, c_in * rim2 + max(c_in, c) * rim)
+        yield whole * maps + rim * max(c_in + c, 2 * c, 2 * c_in * int(apart))
+        end = whole * c * area + config.out_channels * area + 2 * c * rim
+    yield end
