@@ -20,14 +20,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class LiveBytes(TorchDispatchMode):
     """Sums the storages made since it was entered.
 
+    Args:
+        without: Type of a device whose tensors are not counted.
+
     Attributes:
         live: Bytes alive now.
         peak: Most bytes alive at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, without: str = "") -> None:
         super().__init__()
         self.live = self.peak = 0
+        self._without = without
         self._known: dict[int, int] = {}
 
     def ignore(self, *tensors: torch.Tensor) -> None:
@@ -38,7 +42,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != self._without:
                 self._see(tensor, tensor.untyped_storage().nbytes())
         self.peak = max(self.peak, self.live)
         return out

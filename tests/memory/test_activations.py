@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from tests.helpers.live_bytes import LiveBytes, as_the_kernels, on_meta
-from tests.helpers.model_files import TOY_VAE
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.memory import activations
-from zimage_core.models import vae_tiles
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
@@ -146,14 +144,6 @@ def test_tiles_take_less_and_smaller_ones_less_still():
     assert whole > sizes[0]
     assert sizes == sorted(sizes, reverse=True)
     assert activations.decode_bytes(config, 128, 128, 16, apart=True) < sizes[-1] / 2
-
-
-@pytest.mark.parametrize("config", [AutoencoderConfig(), TOY_VAE], ids=["full", "toy"])
-def test_a_decode_takes_what_its_own_module_says(config):
-    for rows, cols in ((32, 32), (128, 96), (200, 64), (256, 256)):
-        for tile, apart in ((None, False), (120, False), (64, False), (24, False), (16, False), (16, True)):
-            here = activations.decode_bytes(config, rows, cols, tile, apart)
-            assert here == vae_tiles.decode_bytes(config, rows, cols, tile, apart), (rows, cols, tile, apart)
 
 
 def test_the_count_sees_views_and_ends_of_life():

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tests.helpers import tiny
+from tests.helpers.live_bytes import LiveBytes
 from zimage_core.config import AutoencoderConfig
+from zimage_core.memory.activations import decode_bytes
 from zimage_core.models import vae_tiles
 from zimage_core.models.autoencoder import Autoencoder
-from zimage_core.models.vae_tiles import SMALLEST, decode_bytes, layout, tile_for, ways_to_decode
+from zimage_core.models.vae_tiles import layout, ways_to_decode
 from zimage_core.pipeline import ZImagePipeline
 
 # Same float32 sums in another order. The tiny VAE's random weights give values about 5; measured 2e-5. The
@@ -167,32 +166,6 @@ def test_a_bad_weight_is_seen_by_hooks_in_tiles_too(vae):
             assert module in seen, name
 
 
-class Live(TorchDispatchMode):
-    """Counts bytes of storages that are alive, but for those on the meta device."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = {t.untyped_storage()._cdata for t in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self.known:
-                    self.known.add(key)
-                    self.now += size
-                    weakref.finalize(storage, self.drop, key, size)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def drop(self, key, size):
-        self.now -= size
-        self.known.discard(key)
-
-
 REAL = AutoencoderConfig()
 NANO = AutoencoderConfig(block_out_channels=(32, 32, 64, 64))
 
@@ -200,7 +173,9 @@ NANO = AutoencoderConfig(block_out_channels=(32, 32, 64, 64))
 def peak(config, h, w, tile, keep=None):
     with FakeTensorMode():  # shapes only: nothing is computed
         vae = Autoencoder(config).requires_grad_(False)
-        with Live(vae.parameters()) as live:
+        live = LiveBytes(without="meta")
+        live.ignore(*vae.parameters())
+        with live:
             z = torch.empty(1, config.latent_channels, h, w)
             vae.decode(z, tile, keep)
     return live.peak
@@ -232,21 +207,6 @@ def test_tiles_take_less_than_half_of_the_whole_at_1024_and_little_with_maps_els
     whole, tiled, apart = (decode_bytes(REAL, 128, 128, *way) for way in ((None,), (32,), (32, True)))
     assert tiled < whole / 2
     assert apart < whole / 10
-
-
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 40_000), st.booleans())
-def test_the_tile_chosen_fits_and_none_larger_does(h, w, mebibytes, apart):
-    budget = mebibytes << 20
-    tile = tile_for(REAL, h, w, budget, apart)
-    if tile is None:
-        assert decode_bytes(REAL, h, w) <= budget
-        return
-    assert decode_bytes(REAL, h, w) > budget
-    assert tile >= SMALLEST
-    fits = decode_bytes(REAL, h, w, tile, apart) <= budget
-    assert fits or tile == SMALLEST
-    larger = range(tile + 8, max(h, w) + 1, 8)
-    assert all(decode_bytes(REAL, h, w, t, apart) > budget for t in larger), (h, w, tile)
 
 
 @pytest.mark.parametrize(

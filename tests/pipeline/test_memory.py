@@ -106,6 +106,21 @@ def test_after_an_error_the_networks_are_back_and_a_run_works(wanted):
     assert torch.equal(draw(pipe).images, wanted)
 
 
+def test_each_report_is_of_its_own_run():
+    pipe = open_with(least_ram())
+    moved = [draw(pipe).memory.traffic["transformer"].bytes_moved for _ in range(3)]
+    assert moved[0] > 0
+    assert max(moved) < 1.5 * min(moved)
+
+
+def test_tiles_end_with_the_budget():
+    pipe = open_with("2GiB")
+    pipe._arena.budget = MemoryPlan(ram=least_ram())
+    draw(pipe)
+    pipe.limit_memory()
+    assert pipe.vae.tile is None
+
+
 def test_lifting_the_budget_gives_the_plain_pipeline_back(wanted):
     pipe = open_with(least_ram())
     draw(pipe)

@@ -146,8 +146,8 @@ def decode_bytes(
 ) -> int:
     """Most bytes alive in a float32 VAE decode of one picture, the picture among them.
 
-    As `models.vae_tiles.decode_bytes`, which lives beside tensors: tiles go through the decoder layer by
-    layer, and two maps of the whole picture are kept.
+    In tiles (`models.vae_tiles`) it goes through the decoder layer by layer, and two maps of the whole
+    picture are kept. What a library takes for itself inside a convolution comes on top.
 
     Args:
         config: Of the VAE.

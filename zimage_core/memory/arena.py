@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zimage_core.errors import BadArgument, Unsupported
+from zimage_core.errors import BadArgument, OverBudget, Unsupported
 from zimage_core.memory.attach import bring, stream_model, take_back, unstream
 from zimage_core.memory.budget import read_bytes
 from zimage_core.memory.job import RUNTIME
@@ -96,6 +96,14 @@ class Arena:
         self._plan: Plan | None = None
         self._there: dict[str, tuple[Any, ...]] = {}
         self._traffic: dict[str, Traffic] = {}
+        self._tile = self._vae.tile
+
+    @property
+    def _vae(self) -> Autoencoder:
+        vae = self._networks["vae"]
+        if not isinstance(vae, Autoencoder):
+            raise BadArgument(f"arena: the vae is {type(vae).__name__}, wanted Autoencoder")
+        return vae
 
     def begin(self, width: int, height: int, images: int, tokens: int, guidance: bool, steps: int) -> Plan:
         """Plan a run and follow that plan from now on.
@@ -108,20 +116,27 @@ class Arena:
         vram, ram = self._amounts()
         if self.budget.vram == "least":
             vram = make_plan(*picture, **rest).floor
-        self._plan = make_plan(*picture, vram=vram, ram=ram, **rest)
+        plan = make_plan(*picture, vram=vram, ram=ram, **rest)
+        if plan.maps_on_host and self.device.type == "cpu":
+            raise OverBudget(
+                f"ram={self.budget.ram} does not hold the decoding of {width} x {height} pixels, not even in "
+                "tiles; give more or make a smaller picture"
+            )
+        self._plan = plan
         for name in list(self._there):
-            if self._there[name] != _key(self._plan.component(name)):
+            if self._there[name] != _key(plan.component(name)):
                 self._take_away(name)
-        vae = self._networks["vae"]
-        if isinstance(vae, Autoencoder):
-            vae.tile = self._plan.tile
-        return self._plan
+        self._vae.tile = self._tile if plan.tile is None else plan.tile
+        self._traffic.clear()
+        for stream in self._streams().values():
+            stream.traffic(clear=True)
+        return plan
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Inside, the network of "encode", "denoise" or "decode" is ready to run."""
         if self._plan is None:  # a call outside a run, such as encode_prompt
-            self.begin(1024, 1024, 1, 512, False, 8)
+            self.begin(16, 16, 1, 512, False, 1)
         component = self._the_plan().component(NETWORK_OF[name])
         self._bring(component)
         try:
@@ -134,17 +149,25 @@ class Arena:
         """Of the run that ended; None before the first."""
         if self._plan is None:
             return None
-        return MemoryReport(self._plan, dict(self._traffic))
+        staying = {name: stream.traffic() for name, stream in self._streams().items()}
+        return MemoryReport(self._plan, {**self._traffic, **staying})
 
     def close(self) -> None:
         """Everything back to the host."""
         for name in list(self._there):
             self._take_away(name)
+        self._vae.tile = self._tile
 
     @property
     def keep(self) -> torch.device | None:
         """Where the VAE keeps maps of the whole picture; None for the device."""
         return torch.device("cpu") if self._plan is not None and self._plan.maps_on_host else None
+
+    def _streams(self) -> dict[str, Stream]:
+        """Of the networks that are on the device now."""
+        networks = {name: self._networks[name] for name in self._there}
+        found = {name: getattr(network, "stream", None) for name, network in networks.items()}
+        return {name: stream for name, stream in found.items() if isinstance(stream, Stream)}
 
     def _the_plan(self) -> Plan:
         if self._plan is None:

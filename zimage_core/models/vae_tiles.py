@@ -13,14 +13,11 @@ has the size of the latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-
-from zimage_core.config import AutoencoderConfig
 
 if TYPE_CHECKING:
     from zimage_core.models.autoencoder import Decoder, ResnetBlock, UpBlock, Upsample
@@ -29,10 +26,6 @@ TILE = 32
 """Latents a side that tiling starts with: 256 pixels. Larger ones are hardly faster."""
 SMALLEST = 16
 """Below this the maps that exist as a whole outweigh a tile by far, so that nothing is won any more."""
-STEP = 8
-"""Between the tile sizes that `tile_for` tries."""
-FLOAT = 4
-"""Bytes of a float32."""
 
 
 @dataclass(frozen=True)
@@ -260,39 +253,6 @@ def _affine(norm: nn.GroupNorm, x: _Map, tiles: list[Tile]) -> tuple[Tensor, Ten
     return tuple(v.float().to(x.device).view(1, -1, 1, 1) for v in (scale, shift))  # type: ignore[return-value]
 
 
-def decode_bytes(
-    config: AutoencoderConfig, h: int, w: int, tile: int | None = None, apart: bool = False
-) -> int:
-    """Most bytes of tensors alive at a time while one picture is decoded in float32, without the weights.
-
-    What a library takes for itself inside a convolution comes on top.
-
-    Args:
-        config: Sizes of the autoencoder.
-        h: Latents from top to bottom.
-        w: Latents from left to right.
-        tile: Latents a side; None: the whole decoder at once.
-        apart: Maps of the whole picture are kept elsewhere (`keep` of `decode_tiled`) and not counted.
-    """
-    widths = config.block_out_channels[::-1]
-    latents = config.latent_channels * h * w
-    middle = 8 * widths[0] * h * w  # the attention's input, tokens, q, k, v, and what comes of them
-    tiles = [] if tile is None else layout(h, w, tile)
-    stages = _tiled(config, h, w, tiles[0], apart) if len(tiles) > 1 else _whole(config, h, w)
-    return FLOAT * (2 * latents + max(middle, *stages))
-
-
-def tile_for(config: AutoencoderConfig, h: int, w: int, budget: int, apart: bool = False) -> int | None:
-    """The largest tile whose `decode_bytes` are within the budget; None: the whole decoder is.
-
-    Where nothing fits this is `SMALLEST`: ask `decode_bytes` whether that is enough.
-    """
-    if decode_bytes(config, h, w, None) <= budget:
-        return None
-    sizes = range(max(SMALLEST, max(h, w) // STEP * STEP), SMALLEST, -STEP)
-    return next((t for t in sizes if decode_bytes(config, h, w, t, apart) <= budget), SMALLEST)
-
-
 def ways_to_decode(h: int, w: int, tile: int | None) -> list[dict[str, Any]]:
     """Arguments for `Autoencoder.decode`, each of which needs less memory than those before it.
 
@@ -303,42 +263,3 @@ def ways_to_decode(h: int, w: int, tile: int | None) -> list[dict[str, Any]]:
     sizes = [size for size in (2**n for n in range(20, 0, -1)) if SMALLEST <= size < start]
     last = {"tile": min(start, SMALLEST), "keep": torch.device("cpu")}
     return [{}, *({"tile": size} for size in sizes), last]
-
-
-def _whole(config: AutoencoderConfig, h: int, w: int) -> Iterator[int]:
-    """Numbers alive at the fullest points of `Decoder.forward`."""
-    widths = config.block_out_channels[::-1]
-    for i, (c_in, c) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True)):
-        area = 4**i * h * w
-        held = c_in * area  # `Decoder.forward` holds what it gave to the block
-        # first residual block: norm and its silu, the same of the second norm; then the blocks that follow it
-        yield held + area * max(2 * c_in, c_in + c, 3 * c)
-        yield held + area * (c + 3 * c)
-        if i + 1 < len(widths):
-            yield held + area * (c + 4 * c + 4 * c)
-        else:
-            yield area * 3 * c
-
-
-def _tiled(config: AutoencoderConfig, h: int, w: int, first: Tile, apart: bool) -> Iterator[int]:
-    """Numbers alive at the fullest points of `decode_tiled`."""
-    widths = config.block_out_channels[::-1]
-    last = len(widths) - 1
-    whole = int(not apart)
-    end = 0
-    for i, (c_in, c) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True)):
-        area, height, width = 4**i * h * w, 2**i * first.bottom, 2**i * first.right
-        rim, rim2 = (height + 2) * (width + 2), (height + 4) * (width + 4)
-        half = (height // 2 + 2) * (width // 2 + 2)
-        given = c_in * area
-        upsampling = c_in * (2 * rim2 + half * (1 + int(apart)))
-        maps = 2 * c * area  # the residual sum and what is between the convolutions
-        if 0 < i < last:
-            yield whole * (given // 4 + given) + upsampling
-            maps += given if c_in != c else 0  # else changed in place
-        elif i:  # upsampled at each reading
-            maps += given // 4
-            yield whole * maps + max(upsampling, c_in * rim2 + max(c_in, c) * rim)
-        yield whole * maps + rim * max(c_in + c, 2 * c, 2 * c_in * int(apart))
-        end = whole * c * area + config.out_channels * area + 2 * c * rim
-    yield end
