@@ -13,6 +13,7 @@ from torch import nn
 from zimage_core.errors import BadArgument, OverBudget, Unsupported
 from zimage_core.memory.attach import bring, stream_model, take_back, unstream
 from zimage_core.memory.budget import read_bytes
+from zimage_core.memory.explain import in_bytes
 from zimage_core.memory.job import RUNTIME
 from zimage_core.memory.plan import Component, Plan, make_plan
 from zimage_core.memory.rates import Rates, known
@@ -116,6 +117,14 @@ class Arena:
         vram, ram = self._amounts()
         if self.budget.vram == "least":
             vram = make_plan(*picture, **rest).floor
+        if self.device.type == "cpu" and vram is not None:
+            floor = make_plan(*picture, **rest).floor
+            if vram < floor:
+                raise OverBudget(
+                    f"ram={self.budget.ram} is too little for {width} x {height} pixels: at least "
+                    f"{in_bytes(floor + self._around())} of host memory are needed; give more or make a "
+                    "smaller picture"
+                )
         plan = make_plan(*picture, vram=vram, ram=ram, **rest)
         if plan.maps_on_host and self.device.type == "cpu":
             raise OverBudget(
@@ -205,9 +214,7 @@ class Arena:
         """vram and ram in bytes; on a CPU the host memory plays the device's part."""
         ram = None if self.budget.ram is None else read_bytes("ram", self.budget.ram)
         if self.device.type == "cpu":
-            sizes = self._sizes
-            table = sum(part.host for part in (sizes.text_encoder, sizes.transformer, sizes.vae))
-            return max(1, (ram or 0) - RUNTIME - table), None
+            return max(1, (ram or 0) - self._around()), None
         if self.budget.vram == "least":
             return None, ram
         if self.budget.vram == "auto":
@@ -216,6 +223,11 @@ class Arena:
             held = sum(_bytes_on(self._networks[name], self.device) for name in self._there)
             return max(1, free + cached + held - SPARE), ram
         return read_bytes("vram", self.budget.vram), ram
+
+    def _around(self) -> int:
+        """Bytes of host memory on a CPU beside what the plan counts: Python, torch, tables of tokens."""
+        sizes = self._sizes
+        return RUNTIME + sum(part.host for part in (sizes.text_encoder, sizes.transformer, sizes.vae))
 
     def _rates(self) -> Rates:
         if self.device.type == "cpu":
