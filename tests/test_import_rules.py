@@ -33,7 +33,8 @@ DOORS: dict[str, set[str]] = {
     "placement": {"checks", "graphs", "memory", "models", "nn", "paths"},
     "weights": {"formats", "quant_tensor", "nn", "models", "config"},
     "memory": {
-        "accelerator", "config", "formats", "inspection", "models", "nn", "paths", "quant_tensor", "weights",
+        "accelerator", "atomic", "config", "formats", "inspection", "models", "nn", "paths", "quant_tensor",
+        "weights",
     },
     "text": {"config"},
     "sampling": {"config"},

@@ -71,7 +71,7 @@ def no_thread_is_left():
 
 
 def our_threads():
-    return [t.name for t in threading.enumerate() if t.name.startswith("zimage-")]
+    return [t.name for t in threading.enumerate() if t.name.startswith(("zimage-feed", "zimage-read"))]
 
 
 def ringed(**options):
@@ -233,7 +233,7 @@ def test_ctrl_c_while_threads_are_started(dit, wanted, monkeypatch):
         count = [0]
 
         def start(thread, place=place, count=count):
-            if thread.name.startswith("zimage-"):
+            if thread.name.startswith(("zimage-feed", "zimage-read")):
                 count[0] += 1
                 if count[0] > place:
                     raise KeyboardInterrupt

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers import tiny
-from zimage_core.errors import BadArgument, OverBudget, Unsupported
+from zimage_core.errors import BadArgument, BadFile, OverBudget, Unsupported
 from zimage_core.memory.arena import MemoryPlan
 from zimage_core.memory.job import RUNTIME
 from zimage_core.models.block_source import RESIDENT
@@ -33,7 +33,7 @@ def open_with(ram):
 
 
 def feeders():
-    return [t.name for t in threading.enumerate() if t.name.startswith("zimage-")]
+    return [t.name for t in threading.enumerate() if t.name.startswith(("zimage-feed", "zimage-read"))]
 
 
 def least_ram() -> int:
@@ -170,3 +170,13 @@ def test_a_budget_on_a_gpu_is_kept_and_changes_no_bit(vram):
     result = draw(pipe)
     assert torch.equal(result.images, plain)
     assert torch.cuda.max_memory_allocated() - before <= result.memory.plan.peak
+
+
+def test_the_timeline_is_written_once_and_not_over_another_file(tmp_path):
+    result = draw(open_with(least_ram()))
+    assert any("transformer" in line for line in result.memory.summary())
+    page = tmp_path / "out.html"
+    result.memory.save_timeline(page)
+    assert "compute of block" in page.read_text()
+    with pytest.raises(BadFile, match="exists"):
+        result.memory.save_timeline(page)

@@ -66,6 +66,9 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--vram", metavar="BYTES", help="limit of GPU memory: 6GiB, auto, least; see `zimage plan`"
     )
     model.add_argument("--ram", metavar="BYTES", help="limit of host memory, such as 4GiB")
+    model.add_argument(
+        "--profile", metavar="FILE", help="with a limit: write when weights were moved, a page of HTML"
+    )
     picture = parser.add_argument_group("picture")
     picture.add_argument(
         "-W", "--width", type=int, metavar="N", help="pixels (default: the model's own size)"
@@ -139,12 +142,16 @@ def _make(
         result = _draw(pipeline, args, prompts[number // args.count], (seed + number) % 2**64, progress)
         progress.finish()
         result.save(path, force=args.force, metadata=not args.no_metadata)
+        if args.profile is not None and result.memory is not None:
+            result.memory.save_timeline(args.profile, overwrite=args.force or number > 0)
         records.append(_record(result, path))
         if not args.json:
             sys.stdout.write(f"{printable(path, 4096)}\n")
             sys.stdout.flush()
         if not args.quiet:
             progress.say(_summary(result))
+            for line in result.memory.summary() if result.memory is not None else ():
+                progress.say(line)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -194,6 +201,8 @@ def _check(args: argparse.Namespace, prompts: list[str], seed: int) -> None:
         checks.prompts("prompt", prompt)
     if args.negative is not None:
         checks.prompts("negative", args.negative)
+    if args.profile is not None and args.vram is None and args.ram is None:
+        raise BadArgument("--profile: without --vram or --ram nothing is moved; give one of them")
     given = [name for name in PARTS if getattr(args, name) is not None]
     if args.model is None and 0 < len(given) < len(PARTS):
         missing = [name for name in PARTS if name not in given]

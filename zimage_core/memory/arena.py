@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
+from zimage_core.atomic import write_atomically
 from zimage_core.errors import BadArgument, OverBudget, Unsupported
+from zimage_core.memory import timeline
 from zimage_core.memory.attach import bring, stream_model, take_back, unstream
 from zimage_core.memory.budget import read_bytes
 from zimage_core.memory.explain import in_bytes
@@ -64,6 +67,19 @@ class MemoryReport:
 
     plan: Plan
     traffic: Mapping[str, Traffic]
+
+    def summary(self) -> list[str]:
+        """A line for each network that was streamed."""
+        return [timeline.summary(name, each) for name, each in self.traffic.items() if each.bytes_moved]
+
+    def save_timeline(self, path: str | PathLike[str], overwrite: bool = False) -> None:
+        """Write a page of HTML that shows when blocks were read, copied, waited for and computed.
+
+        Raises:
+            BadFile: The path exists, or cannot be written.
+        """
+        text = timeline.page(self.traffic, self.plan.reasons)
+        write_atomically(path, text.encode(), overwrite)
 
 
 class Arena:
