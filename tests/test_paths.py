@@ -260,3 +260,14 @@ def test_a_wrong_path_in_the_environment_is_one_sentence(monkeypatch, value):
     monkeypatch.setattr(paths, "MODE", value)
     with pytest.raises(BadArgument, match=r"ZIMAGE_PATH is .* must be auto, fused or dequantise"):
         paths.mode()
+
+
+@pytest.mark.parametrize(
+    ("found", "enough"), [("3.6.0", True), ("3.10.1", True), ("4.0", True), ("3.2.0", False), ("git", True)]
+)
+def test_a_triton_that_is_too_old_counts_as_none(monkeypatch, found, enough):
+    monkeypatch.setattr(paths, "find_spec", lambda name: object())
+    monkeypatch.setattr(paths, "version", lambda package: found)
+    assert paths.find_triton() == enough
+    monkeypatch.setattr(paths, "find_spec", lambda name: None)
+    assert not paths.find_triton()

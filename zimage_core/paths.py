@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,23 @@ MODE = os.environ.get("ZIMAGE_PATH", "auto")
 KERNELS = os.environ.get("ZIMAGE_KERNELS", "auto")
 """auto: on GPUs where Triton is installed. off: never. on: everywhere, for tests in Triton's interpreter."""
 
-HAS_TRITON = find_spec("triton") is not None
-"""Whether Triton is installed; it is not imported for the answer."""
+OLDEST_TRITON = (3, 6)
+
+
+def find_triton() -> bool:
+    """Whether a Triton that is new enough for the kernels is installed; it is not imported for the answer."""
+    if find_spec("triton") is None:
+        return False
+    for package in ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"):
+        try:
+            numbers = version(package).split(".")[:2]
+            return tuple(int(number) for number in numbers) >= OLDEST_TRITON
+        except (PackageNotFoundError, ValueError):
+            continue
+    return True  # built by hand
+
+
+HAS_TRITON = find_triton()
 
 PLANAR_BITS = {
     "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5, "Q2_K": 3.125, "Q3_K": 3.5625,

@@ -196,7 +196,7 @@ def test_a_pipeline_without_files_has_no_headers():
         tiny.pipeline().plan(vram="1GiB")
 
 
-# the table of shared/spec/ecosystem.md, 3.2: dense 16-bit peak in TFLOP/s, seconds of compute at 70 % of it,
+# hand arithmetic for common cards: dense 16-bit peak in TFLOP/s, seconds of compute at 70 % of it,
 # link, seconds to move each quantisation once
 CARDS = {
     "RTX 2060": (25.8, 3.13, PCIE[3], (0.24, 0.30, 0.41, 0.53, 1.00)),

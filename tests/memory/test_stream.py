@@ -205,7 +205,7 @@ def test_a_run_broken_off_anywhere_leaves_a_stream_that_works(dit, wanted):
     assert not stream.closed
 
 
-def test_ctrl_c_while_a_block_is_awaited(dit, wanted, monkeypatch):
+def test_ctrl_c_while_a_block_is_awaited(dit, wanted, monkeypatch, interruptible):
     stream = stream_model(dit, (), **ringed(slots=2))
     stuck, real = threading.Event(), os.preadv
 

@@ -126,6 +126,7 @@ def test_sigint_at_200_random_times(tmp_path):
 import os, random, signal, threading, torch
 torch.set_num_threads(1)
 from tests.helpers import tiny
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
 pipe = tiny.pipeline()
 call = lambda: pipe("a", seed=5, output_type="latent").images
 want = call(); hits = 0

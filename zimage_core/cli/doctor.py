@@ -192,7 +192,7 @@ def _on_gpu(architecture: str) -> str:
     if not HAS_TRITON:
         return (
             "quantised weights are unpacked by plain torch in float32, slowly; "
-            "install triton (pip install 'zimage-core[gpu]')"
+            "install Triton 3.6 or newer (pip install 'zimage-core[gpu]')"
         )
     most = crossover(FORMATS["Q4_K"], architecture)
     few = f"up to {most} rows of x multiplied as they are (Q4_K), beyond that " if most else ""
