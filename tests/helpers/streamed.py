@@ -1,21 +1,28 @@
-"""Small packed models on disk, to be streamed: several blocks, formats that differ between layers."""
+"""Small packed models on disk, of several blocks and formats, and what it takes to stream them."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from tests.helpers.model_files import TOY_DIT, encoder_metadata, stored, toy_encoder, write_gguf
+from zimage_core.memory.blocks import in_file, sources_of
+from zimage_core.memory.device import HostBackend
+from zimage_core.memory.stream import Stream
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.weights import names
+from zimage_core.weights.load import weight_file
 
 DIT = replace(TOY_DIT, n_layers=5, n_refiner_layers=2)
 """7 blocks in a step."""
 ENCODER = toy_encoder(num_layers=6)
 """5 layers that run."""
+TIMEOUT = 20
+"""Seconds after which a thread counts as stuck."""
 
 
 def transformer_file(folder: Path, matrix: str = "Q4_K", other: str = "Q8_0") -> Path:
@@ -48,3 +55,24 @@ def draw(model: ZImageTransformer, steps: int = 2, images: int = 1, seed: int = 
 @torch.no_grad()
 def encode(model: TextEncoder, ids: tuple[int, ...] = (1, 2, 63, 5)) -> torch.Tensor:
     return model(torch.tensor(ids)).cpu()
+
+
+def our_threads():
+    return [t.name for t in threading.enumerate() if t.name.startswith(("zimage-feed", "zimage-read"))]
+
+
+def ringed(**options):
+    """Through a ring of several chunks a block, as on a GPU."""
+    return {"backend": HostBackend(direct=False), "ring": 1 << 18, **options}
+
+
+def at_home(model):
+    """The packed weights of streamed blocks are views of the map again."""
+    streamed = model.stream.streamed if isinstance(model.stream, Stream) else range(len(model.blocks))
+    files = sources_of(weight_file(model))
+    return all(
+        in_file(m.packed, files)[0] is not None
+        for i in streamed
+        for name, m in model.blocks[i].named_modules()
+        if getattr(m, "packed", None) is not None and "adaLN" not in name
+    )

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.blocks import assert_same_bits, packed_rows
+from tests.helpers.blocks import assert_same_bits, packed_rows, six_bit_scales
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.kernels import tiles
 from zimage_core.kernels.decode.table import DECODERS
@@ -31,14 +31,6 @@ every_decoder = pytest.mark.parametrize("fmt", [FORMATS[name] for name in DECODE
 HALVES = [
     sign | bits for bits in (0, 1, 0x3FF, 0x400, 0x3C00, 0x7BFF, 0x7C00, 0x7E01) for sign in (0, 0x8000)
 ]
-
-
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> torch.device:
-    """The interpreter's tensors, or the GPU's; one session has only one of them."""
-    if request.param == "cpu" and not tiles.interpreted():
-        pytest.skip("kernels are compiled here")
-    return torch.device(request.param)
 
 
 def run(
@@ -116,23 +108,8 @@ def test_scales_at_the_ends_of_their_range(fmt, device):
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
 def test_every_code_under_every_six_bit_scale(name, device):
-    """Sub-block j of block b has scale s = (b + 8 j) % 64 and minimum 63 - s, and holds every code."""
     fmt = FORMATS[name]
-    packed = np.zeros((64, fmt.nbytes), np.uint8)
-    blocks = as_blocks(packed, fmt)[:, 0]
-    blocks["d"], blocks["dmin"] = 1, 1
-    s = ((np.arange(64)[:, None] + 8 * np.arange(8)) % 64).astype(np.uint8)
-    m = 63 - s
-    low, high = slice(0, 4), slice(4, 8)
-    blocks["scales"][:, 0:4] = s[:, low] | (s[:, high] >> 4 << 6)
-    blocks["scales"][:, 4:8] = m[:, low] | (m[:, high] >> 4 << 6)
-    blocks["scales"][:, 8:12] = (s[:, high] & 15) | (m[:, high] & 15) << 4
-    i = np.arange(128, dtype=np.uint8)
-    blocks["qs"] = i % 16 | (15 - i % 16) << 4
-    if name == "Q5_K":
-        blocks["qh"] = np.arange(32) // 16 * 255
-    codes = 32 if name == "Q5_K" else 16
-    every = {float(scale * q - (63 - scale)) for scale in range(64) for q in range(codes)}
+    packed, every = six_bit_scales(fmt)
     assert set(reference(packed, fmt).ravel().tolist()) == every
     check(packed, fmt, device)
 

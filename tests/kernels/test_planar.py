@@ -61,14 +61,6 @@ STEP = {name: 128 if bits in (2, 3, 6) else 64 for name, (bits, *_) in LAYOUT.it
 every_planar = pytest.mark.parametrize("fmt", [FORMATS[name] for name in LAYOUT], ids=LAYOUT)
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> torch.device:
-    """The interpreter's tensors, or the GPU's; one session has only one of them."""
-    if request.param == "cpu" and not tiles.interpreted():
-        pytest.skip("kernels are compiled here")
-    return torch.device(request.param)
-
-
 def read_planes(planes: Planes, fmt: BlockFormat, width: int) -> np.ndarray:
     """Weights [N, K] in float64, which holds every product and difference here exactly."""
     bits, zero, group, minimum = LAYOUT[fmt.name]

@@ -109,7 +109,7 @@ def over_budget(job: Job, vram: int, floor: int) -> str:
     dense = _unquantised(job)
     if dense and floor - dense * (1 - COMMON) <= vram:
         fits.append(f"a quantisation of its {in_bytes(dense)} of plain matrices too, which are not streamed")
-    hint = f"what would fit is {' or '.join(fits)}" if fits else "no smaller picture would fit either"
+    hint = f"what would fit is {' or '.join(fits)}" if fits else "give as much, no smaller picture would fit"
     return (
         f"plan: {in_bytes(vram)} of GPU memory are given and {job.width} x {job.height} px need at least "
         f"{in_bytes(floor)} ({phase}, all blocks streamed, VAE in tiles); {hint}"

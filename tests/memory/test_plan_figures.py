@@ -1,0 +1,209 @@
+"""What a plan says, in figures and words: published arithmetic, advice on a small budget, wrong arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers import tiny
+from tests.helpers.model_headers import card_table, full_size, plain, q3_k_s, q4_k_m
+from tests.helpers.tree import ROOT
+from zimage_core.config import TransformerConfig
+from zimage_core.errors import BadArgument, OverBudget, Unsupported
+from zimage_core.memory import work
+from zimage_core.memory.budget import Budget, read_bytes
+from zimage_core.memory.job import LEAST_RING, PLANES_MARGIN, RING, RUNTIME, Job
+from zimage_core.memory.plan import make_plan
+from zimage_core.memory.rates import PCIE, Rates, known, measure
+from zimage_core.memory.sizes import COMPONENTS, SCRATCH_BYTES
+
+GIB = 1 << 30
+Q4_K_M, Q3_K_S = full_size(q4_k_m), full_size(q3_k_s)
+
+# hand arithmetic for common cards: dense 16-bit peak in TFLOP/s, seconds of compute at 70 % of it,
+# link, seconds to move each quantisation once
+CARDS = {
+    "RTX 2060": (25.8, 3.13, PCIE[3], (0.24, 0.30, 0.41, 0.53, 1.00)),
+    "RTX 3060": (25.5, 3.17, PCIE[4], (0.12, 0.15, 0.20, 0.26, 0.49)),
+    "RTX 4060": (30.2, 2.68, PCIE[3], (0.23, 0.30, 0.40, 0.53, 0.98)),
+    "RTX 4070": (58.3, 1.39, PCIE[4], (0.12, 0.15, 0.20, 0.26, 0.49)),
+    "RTX 4090": (165, 0.49, PCIE[4], (0.12, 0.15, 0.20, 0.26, 0.49)),
+    "A100": (312, 0.26, PCIE[4], (0.12, 0.15, 0.20, 0.26, 0.49)),
+    "H100": (989, 0.08, PCIE[5], (0.06, 0.07, 0.10, 0.13, 0.24)),
+}
+FILES = (2.9e9, 3.68e9, 5.0e9, 6.58e9, 12.3e9)
+
+
+def test_a_pipeline_without_files_has_no_headers():
+    with pytest.raises(Unsupported, match="came from no file"):
+        tiny.pipeline().plan(vram="1GiB")
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_published_arithmetic_comes_out(card):
+    peak, compute, link, transfers = CARDS[card]
+    flops = work.step_flops(TransformerConfig(), 128, 128, 128)
+    assert flops / (0.7 * peak * 1e12) == pytest.approx(compute, rel=0.05)
+    for nbytes, seconds in zip(FILES, transfers, strict=True):
+        assert nbytes / link == pytest.approx(seconds, rel=0.05, abs=0.005)
+    # a bandwidth without end leaves the products alone, as that table does
+    rates = Rates(0.7 * peak * 1e12, peak * 1e12, 1e18, link, link)
+    plan = make_plan(Q3_K_S, 1024, 1024, vram=make_plan(Q3_K_S, 1024, 1024).floor, rates=rates)
+    assert plan.times.compute == pytest.approx(compute, rel=0.05)
+    streamed = plan.component("transformer").streamed
+    assert plan.times.transfer == pytest.approx(streamed / link)
+    assert 0.88 < streamed / Q3_K_S.transformer.nbytes < 1, "context refiner and adaptive norms stay"
+
+
+def test_the_published_operations_come_out():
+    for px, tera in {512: 13.7, 768: 30.4, 1024: 56.6, 1536: 149, 2048: 321}.items():
+        assert work.step_flops(TransformerConfig(), px // 8, px // 8, 128) == pytest.approx(
+            tera * 1e12, rel=0.01
+        )
+
+
+@pytest.mark.parametrize(("rule", "most"), [(q4_k_m, 3.0e9), (q3_k_s, 2.5e9), (plain("Q8_0"), 2.5e9)])
+def test_1024_px_need_little_and_the_transfers_hide(rule, most):
+    sizes = full_size(rule)
+    floor = make_plan(sizes, 1024, 1024).floor
+    assert floor <= most
+    for architecture in ("sm_86", "sm_75", "sm_89"):
+        plan = make_plan(sizes, 1024, 1024, vram=floor, rates=known(architecture))
+        assert plan.component("transformer").streamed > 2e9
+        assert plan.times.hidden, f"{architecture}: {plan.times}"
+        assert plan.times.step <= 1.03 * plan.times.compute
+
+
+def test_a_fast_card_and_a_small_picture_wait_for_the_link():
+    plan = make_plan(Q4_K_M, 512, 512, vram=int(2.3e9), rates=known("sm_89"))
+    assert not plan.times.hidden
+    assert "wait for the link" in " ".join(plan.reasons)
+
+
+def test_a_small_budget_says_what_would_fit():
+    with pytest.raises(OverBudget) as caught:
+        make_plan(Q4_K_M, 1024, 1024, vram=2 * 10**9)
+    text = str(caught.value)
+    assert "2 GB of GPU memory are given and 1024 x 1024 px need at least 2.28 GB" in text
+    assert "\n" not in text
+    width = int(text.partition("a picture of ")[2].split()[0])
+    assert make_plan(Q4_K_M, width, width, vram=2 * 10**9).peak <= 2 * 10**9
+    with pytest.raises(OverBudget):
+        make_plan(Q4_K_M, width + 16, width + 16, vram=2 * 10**9)
+    assert "a quantisation of its 1.42 GB of plain matrices" in text
+
+
+def test_pictures_keep_their_shape_in_the_advice():
+    with pytest.raises(OverBudget, match="a picture of") as caught:
+        make_plan(Q3_K_S, 2048, 1024, vram=900 << 20)
+    width, _, height = str(caught.value).partition("a picture of ")[2].split()[:3]
+    assert int(width) / int(height) == pytest.approx(2, rel=0.1)
+
+
+def test_short_host_memory_reads_from_disk_and_too_little_is_refused():
+    roomy = make_plan(Q3_K_S, 1024, 1024, vram=2 * GIB)
+    tight = make_plan(Q3_K_S, 1024, 1024, vram=2 * GIB, ram=2 * GIB)
+    ample = make_plan(Q3_K_S, 1024, 1024, vram=2 * GIB, ram=8 * GIB)
+    assert not roomy.from_disk
+    assert tight.from_disk
+    assert not ample.from_disk
+    assert ample.times == roomy.times
+    assert tight.times.transfer == pytest.approx(roomy.times.transfer * 25 / 3.5)
+    assert tight.times.hidden, "an NVMe disk is quick enough for this card"
+    assert "read it from disk" in tight.reasons[-1]
+    assert make_plan(Q3_K_S, 256, 256, vram=2 * GIB, ram=RUNTIME + RING).ring == LEAST_RING
+    with pytest.raises(OverBudget, match="of host memory are given"):
+        make_plan(Q3_K_S, 1024, 1024, vram=2 * GIB, ram=GIB // 2)
+
+
+def test_the_table_in_the_documentation_is_what_the_plan_says():
+    """`python -m tests.helpers.model_headers` prints it."""
+    texts = [path.read_text("utf-8") for path in (ROOT / "docs").glob("memory*.md")]
+    assert any("\n".join(card_table()) in text for text in texts)
+
+
+def test_a_plan_becomes_json():
+    plan = make_plan(Q4_K_M, 1024, 768, 2, vram=6 * GIB, guidance=True)
+    data = json.loads(json.dumps(plan.to_json()))
+    assert data["peak"] == plan.peak
+    assert data["phases"][1]["peak"] == plan.phase("denoise").peak
+    assert data["components"][0]["name"] == "text_encoder"
+    assert data["seconds"] > data["times"]["encode"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"width": 1000}, "width: got 1000, wanted a multiple of 16"),
+        ({"height": 0}, "height: got 0"),
+        ({"images": 0}, "images: got 0"),
+        ({"caption_tokens": 0}, "caption tokens: got 0"),
+        ({"steps": -1}, "steps: got -1"),
+    ],
+)
+def test_a_wrong_number_is_named(change, words):
+    with pytest.raises(BadArgument, match=words):
+        make_plan(**{"sizes": Q3_K_S, "width": 512, "height": 512, **change})
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("6GiB", 6 << 30), ("6GB", 6 * 10**9), ("6g", 6 << 30), ("6G", 6 << 30), (" 1.5 gib ", 3 << 29),
+        ("123456", 123456), (123456, 123456), ("800MiB", 800 << 20), ("0.5TB", 5 * 10**11), ("1 k", 1024),
+    ],
+)  # fmt: skip
+def test_bytes_as_people_write_them(text, count):
+    assert read_bytes("vram", text) == count
+    assert Budget.read(text, text) == Budget(count, count)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "six", "6 gig", "-1", "1e9", "6GiB/s", "0", "9999TiB", True, None, 2**90, 0]
+)
+def test_bytes_that_are_none(text):
+    with pytest.raises(BadArgument, match="wanted bytes"):
+        read_bytes("vram", text)
+
+
+@given(st.text(max_size=20))
+def test_no_text_does_more_than_be_refused(text):
+    with contextlib.suppress(BadArgument):
+        assert 1 <= read_bytes("vram", text) <= 1 << 50
+
+
+def test_rates_are_known_or_measured():
+    here = measure("cpu", 0.002)
+    assert all(0 < getattr(here, name) < math.inf for name in ("flops", "bandwidth", "link", "pageable"))
+    assert here.source == "measured"
+    assert known("sm_86").link == PCIE[4]
+    assert known("sm_87", 1e9).link == 1e9
+    with pytest.raises(BadArgument, match="not known"):
+        known("sm_12x")
+    with pytest.raises(BadArgument, match="link is"):
+        known("sm_86", -1.0)
+
+
+def test_numbers_that_live_beside_tensors_are_the_same_here():
+    from zimage_core import accelerator
+    from zimage_core.cli import sizes as shown
+    from zimage_core.memory import activations, explain, stream
+    from zimage_core.models import sequence
+
+    assert (SCRATCH_BYTES, PLANES_MARGIN) == (accelerator.SCRATCH_BYTES, accelerator.PLANES_MARGIN)
+    assert activations.PAD_MULTIPLE == sequence.PAD_MULTIPLE
+    assert RING == stream.RING
+    for count in (0, 5, 999, 12_345, 10**9):
+        assert explain.in_bytes(count) == shown.in_bytes(count)
+
+
+def test_a_plan_is_made_quickly_enough_to_be_asked_for_often():
+    """Bounded by the ways that it tries, not by time: machines are busy."""
+    job = Job(Q4_K_M, 1024, 1024, 1, 128, False, 8, known("sm_86"))
+    assert len(job.ways()) < 20
+    assert COMPONENTS == ("transformer", "text_encoder", "vae")
