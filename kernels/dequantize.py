@@ -54,8 +54,9 @@ def dequantize(packed: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) -> Non
     table = lookup_table(fmt.name, packed.device)
     source = words(packed, fmt.name)
     per_program = tiles.dequantize_weights() // fmt.weights
-    _dequantize_kernel[(triton.cdiv(blocks, per_program),)](
-        source, out, source if table is None else table, blocks,
-        **DECODERS[fmt.name].constants(fmt.name), SB=per_program,
-        num_warps=tiles.DEQUANTIZE_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(packed):  # Triton launches on the current device
+        _dequantize_kernel[(triton.cdiv(blocks, per_program),)](
+            source, out, source if table is None else table, blocks,
+            **DECODERS[fmt.name].constants(fmt.name), SB=per_program,
+            num_warps=tiles.DEQUANTIZE_WARPS, enable_fp_fusion=False,
+        )  # fmt: skip

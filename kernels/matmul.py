@@ -153,19 +153,21 @@ def matmul(
     splits = triton.cdiv(all_steps, steps)
     out = y if splits == 1 else torch.empty(splits, count, rows, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(count, tile.bm) * triton.cdiv(rows, tile.bn), splits)
-    _matmul_kernel[grid](
-        x, *planes, x if bias is None else bias, out,
-        count, rows, width, steps, x.stride(0), rows,
-        **matmul_constants(fmt), BIAS=bias is not None and splits == 1, PARTIAL=splits > 1,
-        WIDE=tiles.interpreted() or x.dtype == torch.float32, BM=tile.bm, BN=tile.bn, ORDER=tiles.ORDER,
-        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _matmul_kernel[grid](
+            x, *planes, x if bias is None else bias, out,
+            count, rows, width, steps, x.stride(0), rows,
+            **matmul_constants(fmt), BIAS=bias is not None and splits == 1, PARTIAL=splits > 1,
+            WIDE=tiles.interpreted() or x.dtype == torch.float32, BM=tile.bm, BN=tile.bn, ORDER=tiles.ORDER,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        )  # fmt: skip
     if splits > 1:
         size = tiles.sum_elements()
-        _sum_kernel[(triton.cdiv(y.numel(), size),)](
-            out, x if bias is None else bias, y, y.numel(), rows,
-            SPLITS=splits, BIAS=bias is not None, SIZE=size, enable_fp_fusion=True,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            _sum_kernel[(triton.cdiv(y.numel(), size),)](
+                out, x if bias is None else bias, y, y.numel(), rows,
+                SPLITS=splits, BIAS=bias is not None, SIZE=size, enable_fp_fusion=True,
+            )  # fmt: skip
     return y
 
 

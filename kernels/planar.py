@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from zimage_core.formats import FORMATS, BlockFormat
+from zimage_core.formats import BlockFormat
 from zimage_core.kernels import tiles
 from zimage_core.kernels.decode.table import DECODERS, words
 
@@ -71,17 +71,6 @@ def can_repack(fmt: BlockFormat, width: int) -> bool:
     if decoder is None or not decoder.bits:
         return False
     return width % step_weights(decoder.bits) == 0 and width % fmt.weights == 0
-
-
-def planar_bytes(fmt: BlockFormat, rows: int, width: int) -> int:
-    """Bytes of the planes of a weight [rows, width]."""
-    total = 0
-    for shape, dtype in plane_shapes(fmt, rows, width).values():
-        count = dtype.itemsize
-        for side in shape:
-            count *= side
-        total += count
-    return total
 
 
 @triton.jit
@@ -164,10 +153,11 @@ def repack(packed: torch.Tensor, fmt: BlockFormat) -> Planes:
     per_program = max(2, tiles.repack_weights() // fmt.weights)
     blocks = rows * width // fmt.weights
     if blocks:
-        _repack_kernel[(triton.cdiv(blocks, per_program),)](
-            words(packed, fmt.name), *planes, rows, width,
-            **repack_constants(fmt), SB=per_program, num_warps=tiles.REPACK_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(packed):  # Triton launches on the current device
+            _repack_kernel[(triton.cdiv(blocks, per_program),)](
+                words(packed, fmt.name), *planes, rows, width,
+                **repack_constants(fmt), SB=per_program, num_warps=tiles.REPACK_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
     return planes
 
 
@@ -178,8 +168,3 @@ def repack_constants(fmt: BlockFormat) -> dict[str, object]:
         **decoder.constants(fmt.name), "BITS": decoder.bits,
         "EXPONENT": decoder.exponent, "FLOAT_SMALL": decoder.float_small,
     }  # fmt: skip
-
-
-def bits_per_weight(name: str) -> float:
-    """Storage cost in planes: 4.625 for Q4_K."""
-    return 8 * planar_bytes(FORMATS[name], 1, 1024) / 1024

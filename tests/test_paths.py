@@ -271,3 +271,13 @@ def test_a_triton_that_is_too_old_counts_as_none(monkeypatch, found, enough):
     assert paths.find_triton() == enough
     monkeypatch.setattr(paths, "find_spec", lambda name: None)
     assert not paths.find_triton()
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((6, 1), False), ((7, 0), True), ((9, 0), True)])
+def test_a_gpu_that_triton_does_not_know_goes_through_torch(monkeypatch, capability, runs):
+    monkeypatch.setattr(paths, "KERNELS", "auto")
+    monkeypatch.setattr(paths, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert paths.kernels_for(torch.device("cuda")) == runs

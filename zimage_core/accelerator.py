@@ -16,12 +16,8 @@ from zimage_core import paths
 from zimage_core.cpu.numbers import DTYPES
 from zimage_core.formats import FORMATS, BlockFormat
 
-SCRATCH_BYTES = 192 << 20
-"""Most bytes of dense weights at a time; a larger matrix goes through in slabs of rows. The largest of the
-family as a file holds it is w1 or w3, 79 MB in bfloat16."""
-
-PLANES_MARGIN = 4 << 30
-"""Bytes of free device memory that planes must leave for activations and for decoding a picture."""
+SCRATCH_BYTES = paths.SCRATCH_BYTES
+PLANES_MARGIN = paths.PLANES_MARGIN
 
 
 _NATIVE = {**DTYPES, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -106,7 +102,10 @@ def _make_planes(x: Tensor, packed: Tensor, fmt: BlockFormat, cache: dict[str, A
     if _choose(x, rows, fmt, 1 << 62, False, paths.mode()).path != "fused":
         return None
     planes = None
-    if _choose(x, rows, fmt, _free_bytes(packed.device), False, paths.mode()).path == "fused":
+    free = _free_bytes(packed.device)
+    if paths.mode() == "fused":
+        _choose(x, rows, fmt, free, False, "fused")  # says what is missing
+    if paths.planar_bytes(fmt, rows, x.shape[1]) <= free:
         from zimage_core.kernels.planar import repack
 
         with torch.inference_mode(False):  # they outlive the caller's mode
@@ -182,6 +181,11 @@ def _scratch(device: torch.device, nbytes: int) -> Tensor:
     return found[:nbytes]
 
 
+def hand_over_scratch(device: torch.device, stream: int) -> Tensor | None:
+    """This thread's scratch of a stream, from now on the caller's: a graph holds its address."""
+    return _local.scratch.pop((device, stream), None)
+
+
 @torch.library.custom_op("zimage::dequantize", mutates_args=())
 def _dequantize_op(packed: Tensor, format_name: str, dtype: torch.dtype) -> Tensor:
     dense = _dequantize(packed, FORMATS[format_name], dtype)
@@ -214,12 +218,5 @@ def _linear_op(
 
 
 @_linear_op.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    format_name: str,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    planes: list[Tensor],
-) -> Tensor:
+def _(x: Tensor, packed: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))

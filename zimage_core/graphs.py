@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zimage_core.accelerator import hand_over_scratch
 from zimage_core.errors import Unsupported
 
 WARM_UP = 2
@@ -22,6 +23,16 @@ MOST_GRAPHS = 4
 Step = Callable[..., Tensor]
 Recorder = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
 """(work, device) -> (replay, the result that each replay overwrites)."""
+
+
+class _Graph:
+    """A recorded graph and the scratch whose address is in it."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, scratch: Tensor | None) -> None:
+        self.graph, self.scratch = graph, scratch
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def record(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
@@ -42,9 +53,10 @@ def record(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # the same stream, so that scratch which belongs to it is not allocated anew inside the graph
-    with torch.cuda.graph(graph, stream=stream):
+    # thread_local: another pipeline's threads may copy and allocate meanwhile
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         out = work()
-    return graph.replay, out
+    return _Graph(graph, hand_over_scratch(out.device, stream.cuda_stream)), out
 
 
 class _Recorded:

@@ -49,6 +49,13 @@ def find_triton() -> bool:
 
 HAS_TRITON = find_triton()
 
+SCRATCH_BYTES = 192 << 20
+"""Most bytes of dense weights at a time; a larger matrix of blocks goes through in slabs of rows. The largest
+of the family as a file holds it is w1 or w3, 79 MB in bfloat16."""
+
+PLANES_MARGIN = 4 << 30
+"""Bytes of free device memory that planes must leave for activations and for decoding a picture."""
+
 PLANAR_BITS = {
     "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5, "Q2_K": 3.125, "Q3_K": 3.5625,
     "Q4_K": 4.625, "Q5_K": 5.625, "Q6_K": 6.5625, "IQ4_NL": 4.5, "IQ4_XS": 4.3125,
@@ -77,8 +84,8 @@ class Architecture:
     efficiency: float
 
 
-# rates: measured on an H200, taken from data sheets at the same fraction for the others; efficiencies: the
-# kernel's instructions over those that its tensor-core work leaves time for (docs/kernels.md)
+# assumed, not measured here: rates from data sheets at a usual fraction of the peak; efficiencies from
+# the kernel's instructions over those that its tensor-core work leaves time for (docs/kernels.md)
 ARCHITECTURES = {
     "sm_70": Architecture(80e12, 0.75e12, 0),
     "sm_75": Architecture(24e12, 0.305e12, 0),  # Triton emits no tensor-core code for Turing
@@ -103,6 +110,15 @@ class Choice:
     nbytes: int = 0
 
 
+def _compiles(device: torch.device) -> bool:
+    """Whether Triton compiles for a GPU: from Volta on, and on AMD."""
+    import torch
+
+    if torch.compiler.is_compiling() or torch.version.hip is not None:
+        return True
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (7, 0)
+
+
 def kernels_for(device: torch.device) -> bool:
     """Whether tensors on `device` go through Triton kernels.
 
@@ -110,7 +126,7 @@ def kernels_for(device: torch.device) -> bool:
         BadArgument: The environment variable ZIMAGE_KERNELS is none of auto, on, off.
     """
     if KERNELS == "auto":
-        return device.type == "cuda" and HAS_TRITON
+        return device.type == "cuda" and HAS_TRITON and _compiles(device)
     if KERNELS not in ("on", "off"):
         raise BadArgument(f"ZIMAGE_KERNELS is {KERNELS!r}; it must be auto, on or off")
     return KERNELS == "on"
@@ -148,6 +164,8 @@ def crossover(fmt: BlockFormat, architecture: str) -> int:
 
     M* = T_dequantise / ((1 / e - 1) t_row); both times are proportional to N K, which cancels.
     """
+    if architecture == "cpu":
+        return 0
     arch = ARCHITECTURES[family(architecture)]
     if not arch.efficiency:
         return 0

@@ -182,6 +182,7 @@ class ZImagePipeline(Components):
         )  # fmt: skip
         with self._phase("denoise"):
             latents = self._denoise(run, denoise, clock)
+        del denoise  # and what it remembers of the run, before the decoder needs the memory
         steps = clock.steps()
         images: Any = latents.cpu()
         if run.output_type != "latent":

@@ -32,6 +32,7 @@ class Placement:
     transformer: ZImageTransformer
     _graphs: StepGraphs | None = None
     _arena: Arena | None = None
+    _as_loaded = True
 
     @property
     def device(self) -> torch.device:
@@ -58,6 +59,7 @@ class Placement:
         self._forget_graphs()
         for target in (*where, *(t for t in (device, dtype) if t is not None)):
             if isinstance(target, torch.dtype):
+                self._as_loaded = False
                 kind = read_dtype(target, None, self.device)
                 self.transformer.to(kind)
                 self.text_encoder.to(kind)
@@ -120,6 +122,7 @@ class Placement:
         chosen = resident_set(growth, budget)
         for name in chosen:
             layers[name].make_resident(self.dtype)
+            self._as_loaded = False
         self._forget_graphs()
         return {name: growth[name] for name in chosen}
 
@@ -155,6 +158,11 @@ class Placement:
         if self.transformer.device.type != "cpu":
             raise Unsupported(
                 "limit_memory: the networks are on the GPU already; give vram= when the pipeline is opened"
+            )
+        if not self._as_loaded:
+            raise Unsupported(
+                "limit_memory: weights were made resident or cast, so a plan from the files would be wrong; "
+                "open the pipeline anew with vram= or ram="
             )
         networks = {"text_encoder": self.text_encoder, "transformer": self.transformer, "vae": self.vae}
         self._arena = Arena(networks, where, MemoryPlan(vram, ram))

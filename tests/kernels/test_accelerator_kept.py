@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from tests.helpers.linear import HALF, assert_product, packed_layer, quant, random_x
 from zimage_core import accelerator, ops, paths
-from zimage_core.kernels import planar
 from zimage_core.nn.linear import Linear
 
 # the interpreter computes in NumPy, which warns of overflow and NaN in masked elements
@@ -94,7 +93,7 @@ def test_a_second_weight_does_not_meet_the_planes_of_the_first(device):
 
 def test_without_room_for_planes_the_weight_is_dequantised(device, calls, monkeypatch):
     weight, x = quant("Q4_K", 16, 256, device), random_x(3, 256, device=device)
-    need = planar.planar_bytes(weight.format, 16, 256)
+    need = paths.planar_bytes(weight.format, 16, 256)
     monkeypatch.setattr(accelerator, "_free_bytes", lambda device: need - 1)
     assert_product(ops.linear(x, weight), x, weight)
     assert calls == {"dequantise": 1}

@@ -17,9 +17,7 @@ from zimage_core.kernels import tiles
 from zimage_core.kernels.decode.table import DECODERS
 from zimage_core.kernels.planar import (
     Planes,
-    bits_per_weight,
     can_repack,
-    planar_bytes,
     plane_shapes,
     repack,
 )
@@ -199,10 +197,8 @@ def test_bytes_are_counted_without_making_planes(fmt, device):
     planes = run(torch.from_numpy(random_rows(fmt, 5, width)).to(device), fmt)
     assert planes.nbytes == sum(p.numel() * p.element_size() for p in planes)
     for rows, steps in ((5, 1), (1, 1), (3, 7), (3840, 10)):
-        wanted = planar_bytes(fmt, rows, steps * width)
-        assert paths.planar_bytes(fmt, rows, steps * width) == wanted
-    assert planar_bytes(fmt, 5, width) == planes.nbytes
-    assert paths.PLANAR_BITS[fmt.name] == bits_per_weight(fmt.name)
+        assert paths.planar_bytes(fmt, rows, steps * width) * 5 == planes.nbytes * rows * steps
+    assert paths.PLANAR_BITS[fmt.name] == 8 * planes.nbytes / (5 * width)
     for name, (shape, dtype) in plane_shapes(fmt, 5, width).items():
         assert getattr(planes, name).shape == shape
         assert getattr(planes, name).dtype == dtype
@@ -212,7 +208,7 @@ def test_tables_agree_on_the_formats_with_planes():
     fused = {name for name, decoder in DECODERS.items() if decoder.bits}
     assert fused == set(paths.PLANAR_BITS) == set(LAYOUT)
     assert {name: DECODERS[name].bits for name in fused} == {name: LAYOUT[name][0] for name in fused}
-    assert bits_per_weight("Q4_K") == 4.625
+    assert paths.PLANAR_BITS["Q4_K"] == 4.625
 
 
 def test_paths_and_kernel_agree_on_the_widths_with_planes():

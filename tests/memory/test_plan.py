@@ -14,10 +14,11 @@ from tests.helpers.tree import ROOT
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import OverBudget
 from zimage_core.memory import residency
-from zimage_core.memory.job import PLANES_MARGIN, RING, RUNTIME
+from zimage_core.memory.job import RING, RUNTIME
 from zimage_core.memory.plan import PHASES, make_plan
 from zimage_core.memory.rates import known
 from zimage_core.memory.sizes import Block, Matrix, Part, Sizes, folder_files, read_sizes
+from zimage_core.paths import PLANES_MARGIN
 from zimage_core.pipeline import ZImagePipeline
 
 GIB = 1 << 30

@@ -87,3 +87,12 @@ def test_captions_of_dropped_tensors_are_never_mixed_up(model):
         got = model([latent], torch.tensor([0.5]), [caption], known)[0]
         assert torch.equal(got, model([latent], torch.tensor([0.5]), [caption])[0])
         del caption
+
+
+def test_captions_of_inference_mode_are_remembered_too(model):
+    """Such tensors count no versions."""
+    with torch.inference_mode():
+        latent, caption = inputs()
+        known = Conditioning(model, [0.5])
+        a, b = (model([latent], torch.tensor([0.5]), [caption], known)[0] for _ in range(2))
+    assert torch.equal(a, b)

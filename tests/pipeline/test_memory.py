@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from tests.helpers import tiny
+from zimage_core import paths
 from zimage_core.errors import BadArgument, BadFile, OverBudget, Unsupported
+from zimage_core.memory import arena
 from zimage_core.memory.arena import MemoryPlan
 from zimage_core.memory.job import RUNTIME
 from zimage_core.models.block_source import RESIDENT
@@ -123,6 +125,33 @@ def test_tiles_end_with_the_budget():
     assert pipe.vae.tile is None
 
 
+def test_only_the_decoder_is_brought(monkeypatch):
+    """The encoder of the VAE has no part in a run, and the plan does not count it."""
+    pipe, brought = open_with("2GiB"), []
+    real = arena.bring
+
+    def bring(module, *rest):
+        brought.append(module)
+        real(module, *rest)
+
+    monkeypatch.setattr(arena, "bring", bring)
+    draw(pipe)
+    assert brought == [pipe.vae.decoder]
+
+
+@pytest.mark.parametrize("change", [lambda p: p.make_resident(1 << 30), lambda p: p.to(torch.bfloat16)])
+def test_weights_that_are_not_the_files_any_more_are_refused(change):
+    pipe = ZImagePipeline.from_default()
+    change(pipe)
+    with pytest.raises(Unsupported, match="open the pipeline anew"):
+        pipe.limit_memory(ram="2GiB")
+
+
+def test_times_on_a_cpu_are_those_of_the_cpu():
+    report = draw(open_with("2GiB")).memory
+    assert report.plan.rates.architecture == "cpu"
+
+
 def test_lifting_the_budget_gives_the_plain_pipeline_back(wanted):
     pipe = open_with(least_ram())
     draw(pipe)
@@ -161,7 +190,8 @@ def test_an_amount_that_is_none_is_refused(amount):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("vram", ["least", "auto", "1GiB"])
-def test_a_budget_on_a_gpu_is_kept_and_changes_no_bit(vram):
+def test_a_budget_on_a_gpu_is_kept_and_changes_no_bit(vram, monkeypatch):
+    monkeypatch.setattr(paths, "MODE", "dequantise")  # a budget may have no room for planes
     plain = draw(ZImagePipeline.from_default(device="cuda")).images
     pipe = ZImagePipeline.from_default(device="cuda", vram=vram)
     torch.cuda.empty_cache()

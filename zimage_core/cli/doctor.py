@@ -13,10 +13,10 @@ from typing import Any
 
 from zimage_core import __version__
 from zimage_core.cli import paths_table
-from zimage_core.cli.sizes import in_bytes
 from zimage_core.errors import ZImageError, printable
 from zimage_core.formats import FORMATS
 from zimage_core.paths import HAS_TRITON, crossover
+from zimage_core.units import in_bytes
 
 NEEDED = ("torch", "numpy", "gguf", "safetensors", "tokenizers", "sentencepiece", "pillow")
 OPTIONAL = ("triton", "huggingface_hub")
@@ -194,6 +194,8 @@ def _on_gpu(architecture: str) -> str:
             "quantised weights are unpacked by plain torch in float32, slowly; "
             "install Triton 3.6 or newer (pip install 'zimage-core[gpu]')"
         )
+    if architecture.startswith("sm_") and int(architecture[3:]) < 70:
+        return "quantised weights are unpacked by plain torch in float32, slowly: Triton needs Volta or newer"
     most = crossover(FORMATS["Q4_K"], architecture)
     few = f"up to {most} rows of x multiplied as they are (Q4_K), beyond that " if most else ""
     return f"quantised weights stay packed; {few}unpacked for each product by a kernel; see --paths"

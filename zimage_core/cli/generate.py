@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from zimage_core.atomic import check_destination
 from zimage_core.cli.progress import Progress
-from zimage_core.cli.sizes import in_bytes
 from zimage_core.errors import BadArgument, BadFile, printable
+from zimage_core.units import in_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +143,7 @@ def _make(
         progress.finish()
         result.save(path, force=args.force, metadata=not args.no_metadata)
         if args.profile is not None and result.memory is not None:
-            result.memory.save_timeline(args.profile, overwrite=args.force or number > 0)
+            result.memory.save_timeline(args.profile, overwrite=args.force)
         records.append(_record(result, path))
         if not args.json:
             sys.stdout.write(f"{printable(path, 4096)}\n")
@@ -203,6 +203,10 @@ def _check(args: argparse.Namespace, prompts: list[str], seed: int) -> None:
         checks.prompts("negative", args.negative)
     if args.profile is not None and args.vram is None and args.ram is None:
         raise BadArgument("--profile: without --vram or --ram nothing is moved; give one of them")
+    if args.profile is not None:
+        if len(prompts) * args.count > 1:
+            raise BadArgument("--profile shows one run; ask for one picture")
+        check_destination(args.profile, args.force)
     given = [name for name in PARTS if getattr(args, name) is not None]
     if args.model is None and 0 < len(given) < len(PARTS):
         missing = [name for name in PARTS if name not in given]

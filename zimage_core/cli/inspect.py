@@ -7,9 +7,9 @@ import json
 import sys
 from typing import Any
 
-from zimage_core.cli.sizes import in_bytes, in_count
 from zimage_core.errors import ZImageError, printable
 from zimage_core.inspection import Inspection, dumps, inspect_file
+from zimage_core.units import in_bytes, in_count
 
 _QUIET_KEYS = ("tokenizer.chat_template",)  # long and never used
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from zimage_core.cli.sizes import in_bytes
 from zimage_core.errors import Unsupported
 from zimage_core.formats import FORMATS
 from zimage_core.paths import Choice, choose, crossover
+from zimage_core.units import in_bytes
 
 ROWS, WIDTH = 10240, 3840
 """The widest matrix of S3-DiT, w1 and w3."""
@@ -29,7 +29,7 @@ def paths(architecture: str, free_bytes: int, mode: str = "auto") -> list[dict[s
         found.append(
             {
                 "format": fmt.name,
-                "crossover": 0 if architecture == "cpu" else crossover(fmt, architecture),
+                "crossover": crossover(fmt, architecture),
                 "paths": dict(zip(TOKENS, (choice.path for choice in choices), strict=True)),
                 "reason": choices[-1].reason,
                 "nbytes": max(choice.nbytes for choice in choices),

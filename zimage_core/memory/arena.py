@@ -16,10 +16,9 @@ from zimage_core.errors import BadArgument, OverBudget, Unsupported
 from zimage_core.memory import timeline
 from zimage_core.memory.attach import bring, stream_model, take_back, unstream
 from zimage_core.memory.budget import read_bytes
-from zimage_core.memory.explain import in_bytes
 from zimage_core.memory.job import RUNTIME
 from zimage_core.memory.plan import Component, Plan, make_plan
-from zimage_core.memory.rates import Rates, known
+from zimage_core.memory.rates import Rates, known, measure
 from zimage_core.memory.sizes import COMPONENTS, open_sizes
 from zimage_core.memory.stream import Stream
 from zimage_core.memory.traffic import Traffic
@@ -27,6 +26,7 @@ from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Linear
+from zimage_core.units import in_bytes
 from zimage_core.weights.load import weight_file
 
 NETWORK_OF = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
@@ -114,6 +114,8 @@ class Arena:
         self._there: dict[str, tuple[Any, ...]] = {}
         self._traffic: dict[str, Traffic] = {}
         self._tile = self._vae.tile
+        self._planes = False
+        self._measured: Rates | None = None
 
     @property
     def _vae(self) -> Autoencoder:
@@ -130,17 +132,16 @@ class Arena:
         """
         picture = (self._sizes, width, height, images, tokens)
         rest: dict[str, Any] = {"rates": self._rates(), "guidance": guidance, "steps": steps}
+        without = make_plan(*picture, **rest)  # a limit
         vram, ram = self._amounts()
         if self.budget.vram == "least":
-            vram = make_plan(*picture, **rest).floor
-        if self.device.type == "cpu" and vram is not None:
-            floor = make_plan(*picture, **rest).floor
-            if vram < floor:
-                raise OverBudget(
-                    f"ram={self.budget.ram} is too little for {width} x {height} pixels: at least "
-                    f"{in_bytes(floor + self._around())} of host memory are needed; give more or make a "
-                    "smaller picture"
-                )
+            vram = without.floor
+        if self.device.type == "cpu" and vram is not None and vram < without.floor:
+            raise OverBudget(
+                f"ram={self.budget.ram} is too little for {width} x {height} pixels: at least "
+                f"{in_bytes(without.floor + self._around())} of host memory are needed; give more or make a "
+                "smaller picture"
+            )
         plan = make_plan(*picture, vram=vram, ram=ram, **rest)
         if plan.maps_on_host and self.device.type == "cpu":
             raise OverBudget(
@@ -148,8 +149,10 @@ class Arena:
                 "tiles; give more or make a smaller picture"
             )
         self._plan = plan
+        # all that would be made or none: what makes them does not know the budget
+        self._planes = plan.phase("encode").planes == without.phase("encode").planes
         for name in list(self._there):
-            if self._there[name] != _key(plan.component(name)):
+            if self._there[name] != self._key(plan.component(name)):
                 self._take_away(name)
         self._vae.tile = self._tile if plan.tile is None else plan.tile
         self._traffic.clear()
@@ -194,24 +197,28 @@ class Arena:
         found = {name: getattr(network, "stream", None) for name, network in networks.items()}
         return {name: stream for name, stream in found.items() if isinstance(stream, Stream)}
 
+    def _key(self, component: Component) -> tuple[Any, ...]:
+        """What has to be the same for a network to stay as it is."""
+        return component.kept, component.resident_blocks, component.slots, self._planes
+
     def _the_plan(self) -> Plan:
         if self._plan is None:
             raise BadArgument("arena: no run was begun")
         return self._plan
 
     def _bring(self, component: Component) -> None:
-        key = _key(component)
+        key = self._key(component)
         if self._there.get(component.name) == key:
             return
         network = self._networks[component.name]
         if not isinstance(network, (ZImageTransformer, TextEncoder)):
-            bring(network, self.device)
+            bring(self._vae.decoder, self.device, weight_file(network))
         else:
             stream_model(
                 network, component.resident_blocks, self.device,
                 slots=max(1, component.slots), ring=max(1, self._the_plan().ring),
             )  # fmt: skip
-        if not any(phase.planes for phase in self._the_plan().phases):
+        if not self._planes:
             _forbid_planes(network)
         self._there[component.name] = key
 
@@ -219,7 +226,7 @@ class Arena:
         network = self._networks[name]
         self._there.pop(name, None)
         if not isinstance(network, (ZImageTransformer, TextEncoder)):
-            take_back(network)
+            take_back(self._vae.decoder)
             return
         stream = network.stream
         if isinstance(stream, Stream):
@@ -237,6 +244,7 @@ class Arena:
             free = torch.cuda.mem_get_info(self.device)[0]
             cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             held = sum(_bytes_on(self._networks[name], self.device) for name in self._there)
+            held += sum(stream.device_bytes for stream in self._streams().values())
             return max(1, free + cached + held - SPARE), ram
         return read_bytes("vram", self.budget.vram), ram
 
@@ -247,15 +255,11 @@ class Arena:
 
     def _rates(self) -> Rates:
         if self.device.type == "cpu":
-            return known("sm_86")
+            self._measured = self._measured or measure("cpu")
+            return self._measured
         from zimage_core.accelerator import architecture
 
         return known(architecture(self.device))
-
-
-def _key(component: Component) -> tuple[Any, ...]:
-    """What has to be the same for a network to stay as it is."""
-    return component.kept, component.resident_blocks, component.slots
 
 
 def _bytes_on(network: nn.Module, device: torch.device) -> int:

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from zimage_core.errors import BadArgument
 from zimage_core.memory.blocks import Mapped, describe, in_file, sources_of
 from zimage_core.memory.device import Backend, backend_for
-from zimage_core.memory.stream import READERS, RING, SLOTS, Stream
+from zimage_core.memory.job import RING
+from zimage_core.memory.stream import READERS, SLOTS, Stream
 from zimage_core.models.block_source import RESIDENT, Resident
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Embedding, Linear
 from zimage_core.quant_tensor import QuantTensor
 from zimage_core.weights.load import weight_file
+from zimage_core.weights.source import WeightFile
 
 _HOST = torch.device("cpu")
 
@@ -56,7 +58,7 @@ def stream_model(
     """Put a model that was loaded on the CPU on a device, all but the blocks that are streamed to it.
 
     No mapped page is read from then on, so that a file that is cut meanwhile is an error and no crash:
-    what stays is read into memory, on the CPU as well. A packed table of token embeddings goes to host
+    what stays is read into memory, on the CPU as well. The table of token embeddings goes to host
     memory, since a few of its rows are wanted. The model keeps the tensors that it had for `unstream`; until
     then it must not be moved, cast or made resident.
 
@@ -90,10 +92,10 @@ def stream_model(
     files = sources_of(weight_file(model))
     try:
         for module in model.modules():
+            place = _HOST if isinstance(module, Embedding) else backend.device
             if module not in keep:
-                place = _HOST if isinstance(module, Embedding) else backend.device
                 _move_packed(module, place, files, homes)
-            _move_dense(module, backend.device, files, homes)
+            _move_dense(module, place, files, homes)
     except BaseException:
         homes.restore()
         stream.close()
@@ -112,14 +114,19 @@ def unstream(model: Streamable) -> None:
         _HOMES.pop(model, _Homes()).restore()
 
 
-def bring(model: nn.Module, device: torch.device) -> None:
-    """Put a whole model on a device for a while; `take_back` undoes it. No mapped page is read from then on.
+def bring(model: nn.Module, device: torch.device, file: WeightFile | None) -> None:
+    """Put a whole module on a device for a while; `take_back` undoes it. No mapped page is read from then on.
+
+    Args:
+        model: The module.
+        device: Where to.
+        file: That its weights came from.
 
     Raises:
         BadFile: Its file was changed or cannot be read.
     """
     homes = _Homes()
-    files = sources_of(weight_file(model))
+    files = sources_of(file)
     try:
         for module in model.modules():
             _move_packed(module, device, files, homes)

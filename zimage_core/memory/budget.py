@@ -1,9 +1,8 @@
-"""Bytes as people write them, and what a run may take."""
+"""Bytes as people write them."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from zimage_core.errors import BadArgument, printable
 
@@ -35,21 +34,3 @@ def read_bytes(name: str, value: object) -> int:
         shown = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else printable(value, 60)
         raise BadArgument(f"{name}: got {shown}, wanted bytes up to 1 PiB, such as 6GiB, 6GB or 6442450944")
     return count
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a run may take.
-
-    Args:
-        vram: Bytes of GPU memory for our allocations; the driver's own context is not among them.
-        ram: Bytes of host memory, None for as much as it likes.
-    """
-
-    vram: int
-    ram: int | None = None
-
-    @classmethod
-    def read(cls, vram: object, ram: object = None) -> Budget:
-        """From numbers or texts; see `read_bytes`."""
-        return cls(read_bytes("vram", vram), None if ram is None else read_bytes("ram", ram))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from zimage_core.memory.job import AT_ONCE, Job
+from zimage_core.units import in_bytes, in_seconds
 
 if TYPE_CHECKING:
     from zimage_core.memory.plan import Plan
@@ -14,22 +15,6 @@ COMMON = 4.5 / 16
 """Bits a weight of a common quantisation over those of bfloat16."""
 FINEST = 2.0625 / 16
 """Bits a weight of the smallest usual quantisation over those of bfloat16."""
-
-
-def in_bytes(count: float) -> str:
-    """3456789 -> 3.46 MB, as `cli.sizes`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def in_seconds(seconds: float) -> str:
-    """0.0123 -> 12 ms; 3.14 -> 3.1 s."""
-    if seconds < 0.0995:
-        return f"{seconds * 1000:.2g} ms"
-    return f"{seconds:.2g} s" if seconds < 99.5 else f"{seconds:.0f} s"
 
 
 def reasons(job: Job, plan: Plan) -> tuple[str, ...]:

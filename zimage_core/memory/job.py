@@ -26,12 +26,10 @@ WORKSPACE = {"sm_90": 32 << 20, "sm_100": 32 << 20}
 """Bytes that the library of products takes for itself, by family; 9 MiB elsewhere. Source: PyTorch, notes on
 CUDA semantics, cuBLAS workspaces."""
 _WORKSPACE = 9 << 20
-PLANES_MARGIN = 4 << 30
-"""As `accelerator.PLANES_MARGIN`, which lives beside tensors."""
 RUNTIME = 800 << 20
 """Host memory of Python, torch and the driver, about."""
 RING = 128 << 20
-"""Bytes of the pinned ring that weights pass through, as `memory.stream.RING`."""
+"""Bytes of the pinned ring that weights pass through, between files and the device."""
 LEAST_RING = 32 << 20
 """Bytes of it where host memory is short."""
 MAP_PASSES = 6
@@ -75,7 +73,8 @@ class Job:
                 raise BadArgument(f"{name}: got {side}, wanted a multiple of {self.multiple}")
         self.rows, self.cols = height // vae.spatial_factor, width // vae.spatial_factor
         self.scratch = max(part.scratch(sizes.dtype) for part in (self.net, self.encoder))
-        self.workspace = WORKSPACE.get(family(rates.architecture), _WORKSPACE)
+        gpu = rates.architecture != "cpu"
+        self.workspace = WORKSPACE.get(family(rates.architecture), _WORKSPACE) if gpu else 0
         self.encode_live = encode_bytes(encoder, caption, self.dtype, self.captions)
         self.denoise_live = denoise_bytes(
             net, self.rows, self.cols, caption, self.dtype, images, self.captions, steps

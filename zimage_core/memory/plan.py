@@ -12,10 +12,11 @@ from typing import Any
 from zimage_core.errors import OverBudget
 from zimage_core.memory import explain, residency
 from zimage_core.memory.activations import collected_bytes, decode_bytes
-from zimage_core.memory.job import AT_ONCE, LEAST_RING, PLANES_MARGIN, RING, RUNTIME, Job, Way, bytes_of
+from zimage_core.memory.job import AT_ONCE, LEAST_RING, RING, RUNTIME, Job, Way, bytes_of
 from zimage_core.memory.rates import Rates, known
 from zimage_core.memory.residency import Residency
 from zimage_core.memory.sizes import Sizes
+from zimage_core.paths import PLANES_MARGIN
 
 PHASES = ("encode", "denoise", "decode")
 
@@ -172,12 +173,8 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Of the whole run."""
-        return (
-            self.times.encode
-            + self.times.first_step
-            + (self.steps - 1) * self.times.step
-            + (self.times.decode)
-        )
+        later = (self.steps - 1) * self.times.step
+        return self.times.encode + self.times.first_step + later + self.times.decode
 
     def component(self, name: str) -> Component:
         """By its name."""
@@ -328,14 +325,15 @@ def _with_host(job: Job, plan: Plan, ram: int | None) -> Plan:
     ring, out = RING, collected_bytes(job.vae_config, job.rows, job.cols, job.images)
     if plan.maps_on_host:
         out += decode_bytes(job.vae_config, job.rows, job.cols, plan.tile)
-    if ram is not None and RUNTIME + ring + out > ram:
+    table = 0 if plan.resident else plan.component("text_encoder").host
+    fixed = {"Python and torch": RUNTIME, "the table of tokens": table, "the pictures": out}
+    if ram is not None and sum(fixed.values()) + ring > ram:
         ring = LEAST_RING
-    need = RUNTIME + ring + out
+    wanted = {**fixed, "the pinned ring": ring}
+    need = sum(wanted.values())
     if ram is not None and need > ram:
-        wanted = {"Python and torch": RUNTIME, "the pinned ring": ring, "the pictures": out}
         raise OverBudget(explain.over_host(ram, wanted))
-    passing = 0 if plan.resident else plan.component("transformer").streamed
-    from_disk = ram is not None and passing > ram - need
+    from_disk = ram is not None and plan.component("transformer").streamed > ram - need
     return replace(plan, ram=ram, ring=ring, ram_need=need, from_disk=from_disk)
 
 

@@ -12,7 +12,7 @@ from zimage_core.config import AutoencoderConfig, TextEncoderConfig, Transformer
 from zimage_core.errors import BadArgument, BadWeights, printable
 from zimage_core.formats import FORMATS
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
-from zimage_core.paths import PLANAR_BITS, crossover, planar_bytes
+from zimage_core.paths import PLANAR_BITS, SCRATCH_BYTES, crossover, planar_bytes
 from zimage_core.weights import names
 from zimage_core.weights.card import ModelCard, check_compatible, require
 from zimage_core.weights.files import open_weights
@@ -21,13 +21,8 @@ from zimage_core.weights.identify import identify
 from zimage_core.weights.source import WeightFile
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
-SCRATCH_BYTES = 192 << 20
-"""As `accelerator.SCRATCH_BYTES`, which lives beside tensors."""
 STACKS = ("noise_refiner", "layers")
 """Lists of blocks that can be streamed, in the order of `ZImageTransformer.blocks`."""
-DENSE_STREAMS = False
-"""Whether matrices stored in the dtype of the computation can be streamed too; `memory.blocks` leaves those,
-dense parameters of their layers, on the device."""
 _NATIVE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -237,8 +232,8 @@ class _Reader:
         return Matrix(self.file.tensors[name].format.name, *entry.shape, scaled)
 
     def streams(self, matrix: Matrix) -> bool:
-        """Whether it can be moved block by block."""
-        return DENSE_STREAMS or matrix.scaled or _NATIVE.get(matrix.format) != self.dtype
+        """Whether it can be moved block by block: `memory.blocks` leaves dense parameters on the device."""
+        return matrix.scaled or _NATIVE.get(matrix.format) != self.dtype
 
     def small(self, entry: names.Entry) -> int:
         """Bytes of a tensor that is kept dense in the dtype of the computation."""

@@ -15,10 +15,9 @@ from zimage_core.errors import BadArgument, Busy
 from zimage_core.memory.blocks import Block
 from zimage_core.memory.device import Backend, Mark
 from zimage_core.memory.feeder import CHUNKS, Feeder, Life, ring_bytes
+from zimage_core.memory.job import RING
 from zimage_core.memory.traffic import Meter, Traffic
 
-RING = 128 << 20
-"""Bytes of pinned host memory between files and the device."""
 READERS = 3
 """Threads: one fills PCIe 3 from the page cache, three PCIe 4."""
 SLOTS = 3

@@ -57,7 +57,8 @@ class Conditioning:
 
     def caption(self, features: Tensor) -> Tensor:
         """Caption features [L, cap_feat_dim] -> refined tokens [padded, dim]."""
-        key = (id(features), features._version)
+        # tensors of inference mode count no versions, and may not be changed outside of it
+        key = (id(features), 0 if features.is_inference() else features._version)
         if key not in self._captions:
             # the features are kept, so that their id stays theirs
             self._captions[key] = (features, self._transformer.refine(features))

@@ -78,7 +78,7 @@ class Guided:
         captions = self.positive
         if scale > 0:
             members, captions = members * 2, captions + self.negative
-        out = self.network(members, time.to(latents.device).expand(len(members)), captions)
+        out = self.network(members, time.expand(len(members)), captions)
         out = [prediction.float().squeeze(1) for prediction in out]
         if scale > 0:
             count = len(latents)

@@ -6,8 +6,8 @@ from __future__ import annotations
 def in_bytes(count: float) -> str:
     """3456789 -> 3.46 MB; powers of ten, as file managers show."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        if abs(count) < 999.5:
+            return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
 
@@ -19,3 +19,10 @@ def in_count(count: float) -> str:
             return f"{count:.3g}{unit}"
         count /= 1000
     return f"{count:.3g} G"
+
+
+def in_seconds(seconds: float) -> str:
+    """0.0123 -> 12 ms; 3.14 -> 3.1 s."""
+    if seconds < 0.0995:
+        return f"{seconds * 1000:.2g} ms"
+    return f"{seconds:.2g} s" if seconds < 99.5 else f"{seconds:.0f} s"
