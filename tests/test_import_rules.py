@@ -56,6 +56,15 @@ DOORS: dict[str, set[str]] = {
         "batch", "components", "checks", "diagnose", "models", "png", "result", "run", "sampling", "text",
     },
     "assets": set(),
+    "quantize": {"codebooks", "cpu", "formats", "quant_tensor", "atomic"},
+    "export": {
+        "atomic", "config", "cpu", "formats", "inspection", "models", "nn", "quant_tensor", "quantize", "units",
+        "weights",
+    },
+    "study": {
+        "atomic", "checks", "components", "config", "cpu", "export", "formats", "inspection", "models", "nn",
+        "pipeline", "png", "quant_tensor", "quantize", "result", "run", "sources", "text", "units", "weights",
+    },
 }  # fmt: skip
 REACH_KERNELS = ("accelerator", "elementwise")
 EVERYTHING = {"cli", "zimage_core"}  # the two ends of the house; zimage_core itself is __init__.py

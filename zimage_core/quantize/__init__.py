@@ -1,0 +1,1 @@
+"""Encoders: float weights to the bytes of every block format, and importance matrices."""

@@ -1,0 +1,1 @@
+"""What quantising does to pictures: calibration, comparison, recipes searched under a budget."""
