@@ -56,7 +56,7 @@ DOORS: dict[str, set[str]] = {
         "batch", "components", "checks", "diagnose", "models", "png", "result", "run", "sampling", "text",
     },
     "assets": set(),
-    "quantize": {"codebooks", "cpu", "formats", "quant_tensor", "atomic"},
+    "quantize": {"codebooks", "cpu", "formats", "quant_tensor", "atomic", "weights"},
     "export": {
         "atomic", "config", "cpu", "formats", "inspection", "models", "nn", "quant_tensor", "quantize", "units",
         "weights",
@@ -72,7 +72,9 @@ DATA_ONLY = {"errors", "atomic", "formats", "codebooks", "config", "png", "inspe
 """Rooms that load the standard library alone; a third party's package waits inside a function."""
 WITH_TENSORS = {"load", "scan"}
 """The files of weights/ that compute; the others read headers, and `zimage inspect` loads them."""
-PLANS = {"__init__", "activations", "budget", "explain", "job", "plan", "rates", "residency", "sizes", "work"}
+PLANS = {
+    "__init__", "activations", "budget", "explain", "job", "plan", "rates", "residency", "sizes", "times", "work",
+}  # fmt: skip
 """The files of memory/ that plan, for `zimage plan`; the others move weights."""
 NEVER = {
     "reference": {"torch", "triton"},
