@@ -1,0 +1,60 @@
+"""What every encoder needs: the shape of one, bits into bytes, fields into blocks.
+
+The reverse of reference/bits.py and reference/blocks.py, in torch and on any device. Codes are uint8
+[n, count], one row a block; the layouts `planes` and `consecutive` are those of docs/formats.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zimage_core.formats import BlockFormat
+
+Encoder = Callable[[Tensor, Tensor | None], Tensor]
+"""(weights float32 [n, K] contiguous, importance float32 [n, K] or [1, K] or None) -> uint8 [n, row bytes].
+
+K is a whole number of blocks, and blocks are encoded independently of each other. An encoder minimises
+sum(importance * (weights - decoded)^2), None meaning ones; it gives finite blocks for every finite input.
+"""
+
+F16_MAX = 65504.0
+
+
+def pack_planes(codes: Tensor, run: int, bits: int) -> Tensor:
+    """Codes [n, m] below 2^bits -> bytes [n, m * bits / 8], in runs of `run` bytes.
+
+    The lowest bits of a run hold its first `run` codes, the next bits the following ones.
+    """
+    count = 8 // bits
+    planes = codes.view(len(codes), -1, count, run)
+    packed = planes[:, :, 0].clone()
+    for i in range(1, count):
+        packed |= planes[:, :, i] << (bits * i)
+    return packed.view(len(codes), -1)
+
+
+def pack_consecutive(codes: Tensor, bits: int) -> Tensor:
+    """Codes [n, m] below 2^bits -> bytes [n, m * bits / 8]; neighbours share a byte, the first lowest."""
+    return pack_planes(codes, 1, bits)
+
+
+def to_half(values: Tensor) -> Tensor:
+    """Float32 -> the nearest float16, at most 65504 in magnitude so that no scale becomes infinite."""
+    return values.clamp(-F16_MAX, F16_MAX).to(torch.float16)
+
+
+def assemble(fmt: BlockFormat, **fields: Tensor) -> Tensor:
+    """Fields of n blocks, each [n, count] or [n] of any type of the right width -> bytes [n, nbytes]."""
+    parts = []
+    for field in fmt.fields:
+        value = fields[field.name]
+        parts.append(value.reshape(len(value), -1).contiguous().view(torch.uint8))
+    return torch.cat(parts, dim=1)
+
+
+def rows_of(blocks: Tensor, x: Tensor) -> Tensor:
+    """Bytes [blocks, nbytes] of the weights x [n, K] as rows [n, row bytes]."""
+    return blocks.view(len(x), -1)

@@ -1,0 +1,178 @@
+"""The one door to the encoders: float weights to the bytes of a block format, slab by slab.
+
+A slab is some ten thousand weights, so that the tens of passes which a search makes over them stay in
+a core's cache and scratch is a few megabytes however large the tensor is. Blocks are independent:
+where slabs begin and which thread takes them changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zimage_core.cpu.pool import spread
+from zimage_core.errors import BadArgument, BadShape, BadWeights, Unsupported
+from zimage_core.formats import BlockFormat, by_name
+from zimage_core.quantize import k_quants, legacy, numbers, small
+from zimage_core.quantize.blocks import F16_MAX, Encoder
+
+ENCODERS: dict[str, Encoder] = {
+    **numbers.ENCODERS,
+    **legacy.ENCODERS,
+    **k_quants.ENCODERS,
+    **small.ENCODERS,
+}
+
+SLAB = 1 << 16
+"""Weights a slab on a CPU."""
+GPU_SLAB = 1 << 22
+"""Weights a slab elsewhere, where a launch costs as much as a million weights."""
+SLABS_A_TURN = 16
+"""Slabs between two calls of `progress`, and between two chances for Ctrl-C."""
+
+Box = tuple[slice, slice]
+"""Rows and columns of a slab."""
+
+
+def quantize(
+    weights: Tensor,
+    fmt: BlockFormat | str,
+    importance: Tensor | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Encode rows of weights, minimising sum(importance * (weights - decoded)^2).
+
+    Without importance the legacy formats, TQ1_0, TQ2_0, MXFP4 and plain numbers are the bytes that
+    `gguf.quants.quantize` gives; every other case is searched (docs/quantizing.md). Magnitudes beyond
+    what a block can hold come out as its largest value.
+
+    Args:
+        weights: Any float type [..., K], any device; each float type is widened or narrowed to float32.
+        fmt: A format or its name ("Q4_K").
+        importance: Float [K], not negative: what an error in each input channel costs. Only ratios count.
+        progress: Called in the caller's thread with the number of weights done since its last call.
+
+    Returns:
+        uint8 [..., row bytes] on the same device; the same bits for any grouping of rows.
+
+    Raises:
+        UnknownFormat: No format of that name.
+        Unsupported: The format has no encoder (integers, fp8).
+        BadShape: K is not a whole number of blocks, or importance is not [K].
+        BadArgument: weights or importance have another type, importance is negative or not finite.
+        BadWeights: NaN or infinity among the weights, or a number that F16 cannot hold.
+    """
+    fmt = fmt if isinstance(fmt, BlockFormat) else by_name(fmt)
+    encoder = ENCODERS.get(fmt.name)
+    if encoder is None:
+        raise Unsupported(f"{fmt.name} has no encoder; use one of {', '.join(ENCODERS)}")
+    if not weights.is_floating_point():
+        raise BadArgument(
+            f"{fmt.name}: weights must be floating point, not {weights.dtype}; convert them first"
+        )
+    if not weights.ndim:
+        raise BadShape(f"{fmt.name}: weights need at least one axis, found a scalar")
+    k = weights.shape[-1]
+    row_bytes = fmt.row_bytes(k)
+    costs = _checked_importance(importance, k, weights.device, fmt)
+    out = torch.empty((*weights.shape[:-1], row_bytes), dtype=torch.uint8, device=weights.device)
+    if not out.numel():
+        return out
+    with torch.no_grad():
+        _encode_all(weights.detach().reshape(-1, k), out.view(-1, row_bytes), fmt, encoder, costs, progress)
+    return out
+
+
+def _checked_importance(
+    importance: Tensor | None, k: int, device: torch.device, fmt: BlockFormat
+) -> Tensor | None:
+    """Float32 [1, K], or None."""
+    if importance is None:
+        return None
+    if importance.shape != (k,):
+        raise BadShape(
+            f"{fmt.name}: importance must have one number for each of the {k} weights of a row, "
+            f"not the shape {tuple(importance.shape)}; it may belong to another tensor"
+        )
+    if not importance.is_floating_point():
+        raise BadArgument(f"{fmt.name}: importance must be floating point, not {importance.dtype}")
+    costs = importance.detach().to(device, torch.float32)
+    bad = ~(costs.isfinite() & (costs >= 0))
+    if bad.any():
+        first = int(bad.nonzero()[0, 0])
+        raise BadArgument(
+            f"{fmt.name}: importance must be finite and not negative; {int(bad.sum())} of {k} numbers are not, "
+            f"the first is {float(costs[first])} at index {first}; collect it again"
+        )
+    return costs[None]
+
+
+def _encode_all(
+    rows: Tensor,
+    out: Tensor,
+    fmt: BlockFormat,
+    encoder: Encoder,
+    costs: Tensor | None,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """rows [n, K] -> out [n, row bytes]."""
+    on_cpu = rows.device.type == "cpu"
+    boxes = _boxes(rows.shape, fmt, SLAB if on_cpu else GPU_SLAB)
+    limit = F16_MAX + 16 if fmt.name == "F16" else float("inf")  # 65520 is the first that rounds to infinity
+
+    def encode(box: Box) -> None:
+        x = rows[box].to(torch.float32).contiguous()
+        if not (x.abs().amax() < limit):  # NaN too
+            raise _bad_weights(rows, limit, fmt)
+        columns = box[1]
+        packed = encoder(x, None if costs is None else costs[:, columns])
+        out[box[0], fmt.row_bytes(columns.start) : fmt.row_bytes(columns.stop)] = packed
+
+    for first in range(0, len(boxes), SLABS_A_TURN):
+        turn = boxes[first : first + SLABS_A_TURN]
+
+        def share(start: int, stop: int, turn: list[Box] = turn) -> None:
+            for box in turn[start:stop]:
+                encode(box)
+
+        if on_cpu:
+            spread(share, len(turn), multiple=1)
+        else:
+            share(0, len(turn))
+        if progress is not None:
+            progress(sum((r.stop - r.start) * (c.stop - c.start) for r, c in turn))
+
+
+def _boxes(shape: torch.Size, fmt: BlockFormat, slab: int) -> list[Box]:
+    """Slabs of at most about `slab` weights: whole rows, or whole blocks of one row where it is longer."""
+    n, k = shape
+    width = min(k, max(slab // fmt.weights, 1) * fmt.weights)
+    height = max(slab // width, 1)
+    return [
+        (slice(r, min(r + height, n)), slice(c, min(c + width, k)))
+        for r in range(0, n, height)
+        for c in range(0, k, width)
+    ]
+
+
+def _bad_weights(rows: Tensor, limit: float, fmt: BlockFormat) -> BadWeights:
+    """The error that counts the values no block can hold; read row by row to stay within memory."""
+    count, first = 0, ""
+    for i, row in enumerate(rows):
+        bad = ~(row.to(torch.float32).abs() < limit)
+        found = int(bad.sum())
+        if found and not count:
+            j = int(bad.nonzero()[0, 0])
+            first = f"{float(row[j])} in row {i}, column {j}"
+        count += found
+    if limit < float("inf"):
+        return BadWeights(
+            f"{count} of {rows.numel()} weights are beyond the range of {fmt.name}, the first is {first}; use BF16"
+        )
+    return BadWeights(
+        f"{count} of {rows.numel()} weights are NaN, infinite or beyond float32, the first is {first}; "
+        f"{fmt.name} cannot hold them, so mend the source"
+    )

@@ -1,0 +1,218 @@
+"""The best scale, or scale and minimum, for a run of weights: the search that every format shares.
+
+Runs are columns: weight i of all runs of a slab lies in row i of a [length, runs] tensor. Operations
+then go along memory, a scale a run broadcasts without strides, and sums over a run vectorise.
+
+Given codes q, the best s and b of x ~ s * q + b solve a two by two system of weighted sums; given s
+and b the best codes are the nearest ones. The search tries starting points around the one that the
+extremes give, solves for each, keeps the best, and alternates the two steps from there (Lloyd 1982).
+Sums, not residuals, tell which is best: they are needed anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-6
+"""The least importance of a weight, relative to the mean of its block: nothing is left undefined."""
+TINY = 1e-30
+
+Nearest = Callable[[Tensor], Tensor]
+"""Moves each number of a tensor to the nearest level, in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Weighted sums over each run, [runs]: of the levels q, of q^2 and of q * y."""
+
+    q: Tensor
+    qq: Tensor
+    qy: Tensor
+
+    def take(self, other: Moments, mask: Tensor) -> None:
+        """Become `other` where the mask is 1.0, in place."""
+        for mine, theirs in ((self.q, other.q), (self.qq, other.qq), (self.qy, other.qy)):
+            mine.lerp_(theirs, mask)
+
+
+def nearest_integer(low: int, high: int) -> Nearest:
+    """Integers low..high."""
+
+    def move(values: Tensor) -> Tensor:
+        return values.round_().clamp_(low, high)
+
+    return move
+
+
+def reciprocal(s: Tensor) -> Tensor:
+    """1 / s, and 0 where s is 0 or so small that 1 / s is not finite."""
+    return s.reciprocal().nan_to_num_(0.0, 0.0, 0.0)
+
+
+class Runs:
+    """Runs of weights as columns, their importance, and scratch for the search.
+
+    Args:
+        x: float32 [length, runs].
+        w: float32 like x, positive, or None for ones.
+        centred: Subtract each run's weighted mean first: sums then do not cancel when a run lies far from
+            zero. For formats with a minimum.
+    """
+
+    def __init__(self, x: Tensor, w: Tensor | None, *, centred: bool = False) -> None:
+        self.x, self.w = x, w
+        self.weight = torch.full_like(x[0], len(x)) if w is None else w.sum(0)
+        self._codes, self._one, self._two = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+        self.centre: Tensor | None = None
+        self.y = x
+        if centred:
+            self.centre = self._sum(x) / self.weight
+            self.y = x - self.centre
+            self.total = self._sum(self.y)  # what rounding left
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return (values if self.w is None else torch.mul(values, self.w, out=self._one)).sum(0)
+
+    def levels(self, s: Tensor, beta: Tensor | None, nearest: Nearest) -> Tensor:
+        """Nearest levels of (y - beta) / s: [length, runs], valid until the next call; s and beta [runs]."""
+        inverse = reciprocal(s)
+        if beta is None:
+            torch.mul(self.y, inverse, out=self._codes)
+        else:
+            torch.addcmul(-beta * inverse, self.y, inverse, out=self._codes)
+        return nearest(self._codes)
+
+    def moments(self, q: Tensor) -> Moments:
+        """Sums for levels q [length, runs]."""
+        if self.w is None:
+            weighted, sq = q, q.sum(0)
+        else:
+            weighted = torch.mul(q, self.w, out=self._one)
+            sq = weighted.sum(0)
+        sqq = torch.mul(weighted, q, out=self._two).sum(0)
+        return Moments(sq, sqq, torch.mul(weighted, self.y, out=self._two).sum(0))
+
+    def squares(self) -> Tensor:
+        """The sum of y^2 over each run: the error when everything is 0."""
+        return self._sum(torch.mul(self.y, self.y, out=self._two))
+
+
+def symmetric_gain(m: Moments) -> tuple[Tensor, Tensor]:
+    """The best s of y ~ s * q, and by how much it lowers the error: [runs] each."""
+    s = m.qy / m.qq.clamp(min=TINY)
+    return s, s * m.qy
+
+
+def fit_symmetric(runs: Runs, starts: Sequence[Tensor], nearest: Nearest, rounds: int = 2) -> Tensor:
+    """The best scale [runs] found from starting scales [runs] each, improved `rounds` times."""
+    best, gain = torch.zeros_like(runs.weight), torch.full_like(runs.weight, -1.0)
+
+    def consider(start: Tensor) -> None:
+        s, found = symmetric_gain(runs.moments(runs.levels(start, None, nearest)))
+        better = (found > gain).to(gain.dtype)
+        best.lerp_(s, better)
+        torch.maximum(gain, found, out=gain)
+
+    for start in starts:
+        consider(start)
+    for _ in range(rounds):
+        consider(best)
+    return best
+
+
+def solve_affine(runs: Runs, m: Moments, *, floor_at_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The best s and beta of y ~ s * q + beta and how much they lower the error, [runs] each.
+
+    With floor_at_zero the offset beta + centre is at most 0.
+    """
+    assert_centre = runs.centre if runs.centre is not None else torch.zeros_like(runs.weight)
+    mean = m.q / runs.weight
+    spread = m.qq - m.q * mean
+    slope = m.qy - runs.total * mean
+    s = slope / spread.clamp(min=TINY)
+    s *= spread > 1e-6 * m.qq
+    beta = runs.total / runs.weight - s * mean
+    gain = s * slope
+    if floor_at_zero:
+        above = ((beta + assert_centre) > 0).to(s.dtype)
+        through = (m.qy + assert_centre * m.q) / m.qq.clamp(min=TINY)  # the line through 0
+        s = s.lerp(through, above)
+        beta = beta.lerp(-assert_centre, above)
+        gain = gain.lerp(lowering(runs, m, s, beta), above)
+    return s, beta, gain
+
+
+def lowering(runs: Runs, m: Moments, s: Tensor, beta: Tensor) -> Tensor:
+    """By how much y ~ s * q + beta lowers the error, for any s and beta."""
+    return 2 * (s * m.qy + beta * runs.total) - s * s * m.qq - beta * (2 * s * m.q + beta * runs.weight)
+
+
+def fit_affine(
+    runs: Runs, top: int, cuts: Sequence[tuple[float, float]], *, floor_at_zero: bool, rounds: int = 2
+) -> tuple[Tensor, Tensor]:
+    """The best scale and offset [runs] of y ~ s * q + beta, q in 0..top.
+
+    Args:
+        runs: Centred runs.
+        top: The largest code.
+        cuts: Starting points: how many steps of the full range to cut off below and above.
+        floor_at_zero: The offset beta + centre is at most 0.
+        rounds: Of improving the best.
+    """
+    low, high = runs.y.amin(0), runs.y.amax(0)
+    if floor_at_zero and runs.centre is not None:
+        low = torch.minimum(low, -runs.centre)
+        high = torch.maximum(high, low)
+    step = (high - low) / top
+    nearest = nearest_integer(0, top)
+    best, offset = torch.zeros_like(step), low.clone()
+    gain = torch.full_like(step, -torch.inf)
+
+    def consider(s: Tensor, beta: Tensor) -> None:
+        m = runs.moments(runs.levels(s, beta, nearest))
+        s, beta, found = solve_affine(runs, m, floor_at_zero=floor_at_zero)
+        better = (found > gain).to(gain.dtype)
+        best.lerp_(s, better)
+        offset.lerp_(beta, better)
+        torch.maximum(gain, found, out=gain)
+
+    for below, above in cuts:
+        consider(step * (1 - (below + above) / top), low + below * step)
+    for _ in range(rounds):
+        consider(best.clone(), offset.clone())
+    return best, offset
+
+
+def exponents(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Powers of two p and 1 / p, [n], such that x [n, m] / p lies within [-2, 2] and reaches 1 where not 0."""
+    _, exponent = torch.frexp(x.abs().amax(1))
+    bits = (exponent - 1).clamp_(-126, 126)
+    return ((bits + 127) << 23).view(torch.float32), ((127 - bits) << 23).view(torch.float32)
+
+
+def columns(blocks: Tensor, length: int) -> Tensor:
+    """Blocks [n, m * length] -> runs as columns [length, m * n], run j of block i in column j * n + i."""
+    n = len(blocks)
+    return blocks.view(n, -1, length).permute(2, 1, 0).contiguous().view(length, -1)
+
+
+def blocks_of(runs: Tensor, n: int) -> Tensor:
+    """The reverse of `columns`: [length, m * n] -> [n, m * length]."""
+    return runs.view(len(runs), -1, n).permute(2, 1, 0).reshape(n, -1)
+
+
+def cost_columns(x: Tensor, importance: Tensor | None, weights: int, length: int) -> Tensor | None:
+    """Importance of each weight as columns, mean 1 in each block of `weights`, at least FLOOR; None stays."""
+    if importance is None:
+        return None
+    blocks = importance.reshape(-1, weights)
+    _, inverse = exponents(blocks)
+    blocks = blocks * inverse[:, None]
+    mean = blocks.mean(1, keepdim=True)
+    blocks = torch.where(mean > 0, blocks / mean.clamp(min=TINY), 1.0).clamp_(min=FLOOR)
+    rows = blocks.view(len(importance), -1).expand(len(x), -1)
+    return columns(rows.reshape(-1, weights), length)

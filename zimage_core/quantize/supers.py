@@ -1,0 +1,175 @@
+"""Scales of sub-blocks as small integers under float16 scales of the super-block (the K formats).
+
+What the sub-blocks want is known from `rounding`: a scale, and a minimum, each a real number. Here both
+become integers: the super-block's scale is the one of several under which rounded scales cost least,
+then least squares for it given the integers, then each integer against its neighbours with all weights
+rounded anew, and again. Per-run vectors are [sub-blocks, blocks] here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zimage_core.quantize.blocks import F16_MAX
+from zimage_core.quantize.rounding import (
+    TINY,
+    Moments,
+    Nearest,
+    Runs,
+    lowering,
+    nearest_integer,
+    reciprocal,
+    solve_affine,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """Super-blocks of w = d * scale * q - dmin * least: d, dmin [n]; scale, least [subs, n]; q as columns."""
+
+    d: Tensor
+    dmin: Tensor
+    scale: Tensor
+    least: Tensor
+    codes: Tensor
+
+
+def as_half(d: Tensor, power: Tensor) -> Tensor:
+    """d [n] in units of `power`, moved to where d * power is a finite float16."""
+    real = (d * power).clamp_(-F16_MAX, F16_MAX).to(torch.float16).to(torch.float32)
+    return real / power
+
+
+class AffineSearch:
+    """One slab of super-blocks with minima.
+
+    Args:
+        runs: Centred runs, subs * n of them, ordered as `columns` does.
+        power: The unit of the weights [n].
+        top: Largest code of a weight.
+        limit: Largest code of a scale and of a minimum.
+    """
+
+    def __init__(self, runs: Runs, power: Tensor, top: int, limit: int) -> None:
+        self.runs, self.power, self.limit = runs, power, limit
+        self.n = len(power)
+        self.nearest: Nearest = nearest_integer(0, top)
+
+    def _wide(self, values: Tensor) -> Tensor:
+        """[n] -> [subs * n]."""
+        return values.expand(self.runs.weight.numel() // self.n, self.n).reshape(-1)
+
+    def _beta(self, dmin: Tensor, least: Tensor) -> Tensor:
+        return -(dmin * least) - self.centre
+
+    @property
+    def centre(self) -> Tensor:
+        """The mean of each run."""
+        return self.runs.centre  # type: ignore[return-value]
+
+    def least_for(self, m: Moments, s: Tensor, dmin: Tensor) -> Tensor:
+        """The best code of the minimum for scales s: [runs]."""
+        runs = self.runs
+        wanted = (s * m.q - runs.total) / runs.weight - self.centre
+        return (wanted * reciprocal(dmin)).round_().clamp_(0, self.limit)
+
+    def recode(self, m: Moments, wanted: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Integers near the wanted scales, their minima, and the lowering; the weights' codes stay."""
+        base = (wanted * reciprocal(d)).round_()
+        best, least, gain = base, base, None
+        for shift in (0, -1, 1):
+            scale = (base + shift).clamp_(0, self.limit)
+            s = d * scale
+            low = self.least_for(m, s, dmin)
+            found = lowering(self.runs, m, s, self._beta(dmin, low))
+            if gain is None:
+                best, least, gain = scale, low, found
+            else:
+                better = (found > gain).to(found.dtype)
+                best, least, gain = (
+                    best.lerp(scale, better),
+                    least.lerp(low, better),
+                    torch.maximum(gain, found),
+                )
+        return best, least, gain  # type: ignore[return-value]
+
+    def refit(self, m: Moments, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+        """Least squares for d and dmin [n], as float16 numbers, all codes fixed."""
+        runs, c = self.runs, self.centre
+        y_total, q = runs.total + c * runs.weight, m.q
+        qx = m.qy + c * q
+
+        def total(values: Tensor) -> Tensor:
+            return values.view(-1, self.n).sum(0)
+
+        a = total(scale * scale * m.qq)
+        b = total(scale * least * q)
+        e = total(least * least * runs.weight)
+        p, r = total(scale * qx), total(least * y_total)
+        det = a * e - b * b
+        solvable = (det > 1e-6 * a * e).to(a.dtype)
+        det = det.clamp(min=TINY)
+        d = (p / a.clamp(min=TINY)).lerp((p * e - r * b) / det, solvable)
+        dmin = (-r / e.clamp(min=TINY)).lerp((p * b - r * a) / det, solvable)
+        return as_half(d.clamp_(min=0), self.power), as_half(dmin.clamp_(min=0), self.power)
+
+    def start(
+        self, m: Moments, s: Tensor, beta: Tensor, divisors: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The best of several d and dmin, the largest scale and minimum over each divisor."""
+        peak = s.view(-1, self.n).amax(0)
+        floor = (-(beta + self.centre)).view(-1, self.n).amax(0).clamp_(min=0)
+        d = dmin = torch.zeros_like(peak)
+        scale = least = torch.zeros_like(s)
+        best = torch.full_like(peak, -torch.inf)
+        for over_s in divisors:
+            for over_m in divisors:
+                one, two = as_half(peak / over_s, self.power), as_half(floor / over_m, self.power)
+                integers, lows, gain = self.recode(m, s, self._wide(one), self._wide(two))
+                found = gain.view(-1, self.n).sum(0)
+                better = (found > best).to(found.dtype)
+                d, dmin = d.lerp(one, better), dmin.lerp(two, better)
+                wide = self._wide(better)
+                scale, least = scale.lerp(integers, wide), least.lerp(lows, wide)
+                best = torch.maximum(best, found)
+        return d, dmin, scale, least
+
+    def neighbours(
+        self, m: Moments, d: Tensor, dmin: Tensor, scale: Tensor, shifts: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Moments]:
+        """Each scale against its neighbours, the weights rounded anew for each."""
+        wide_d, wide_m = self._wide(d), self._wide(dmin)
+        best, least, gain, kept = scale, scale, torch.full_like(scale, -torch.inf), m
+        for i, shift in enumerate(shifts):
+            tried = (scale + shift).clamp_(0, self.limit)
+            s = wide_d * tried
+            low = self.least_for(m, s, wide_m)
+            fresh = self.runs.moments(self.runs.levels(s, self._beta(wide_m, low), self.nearest))
+            low = self.least_for(fresh, s, wide_m)
+            found = lowering(self.runs, fresh, s, self._beta(wide_m, low))
+            if i == 0:
+                best, least, gain, kept = tried, low, found, fresh
+            else:
+                better = (found > gain).to(found.dtype)
+                best, least = best.lerp(tried, better), least.lerp(low, better)
+                gain = torch.maximum(gain, found)
+                kept.take(fresh, better)
+        return best, least, kept
+
+    def run(
+        self, s: Tensor, beta: Tensor, divisors: Sequence[float], shifts: Sequence[int], rounds: int
+    ) -> Affine:
+        """From the scales and offsets that the runs want to finished super-blocks."""
+        m = self.runs.moments(self.runs.levels(s, beta, self.nearest))
+        d, dmin, scale, least = self.start(m, s, beta, divisors)
+        for _ in range(rounds):
+            d, dmin = self.refit(m, scale, least)
+            scale, least, m = self.neighbours(m, d, dmin, scale, shifts)
+        s, beta = self._wide(d) * scale, self._beta(self._wide(dmin), least)
+        codes = self.runs.levels(s, beta, self.nearest)
+        shape = (-1, self.n)
+        return Affine(d * self.power, dmin * self.power, scale.view(shape), least.view(shape), codes)
