@@ -1,0 +1,243 @@
+"""A recipe says which type each tensor gets: lines `PATTERN [LAYERS] = TYPE`, the first match wins.
+
+    # more bits where the residual stream is written
+    cap_embedder.* = source
+    *.feed_forward.w2.weight [first 1/8] = Q6_K
+    *.attention.qkv.weight [0-3,29] = Q5_K
+    * = Q4_K
+
+Patterns are whole tensor names with `*`, `?` and `[...]` of a shell, dots included. A type is a name of
+zimage_core.formats; `source` keeps what the checkpoint has (float32 becomes F16). LAYERS picks blocks by the
+number in the name: numbers and ranges, `first 1/N`, `last 1/N`, or `spread`: the first and the last eighth
+and every third between. Tensors of one dimension and pad tokens are always F32, whatever a recipe says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from os import PathLike, fspath
+from pathlib import Path
+
+from zimage_core.atomic import write_atomically
+from zimage_core.errors import BadArgument, BadFile, printable
+from zimage_core.formats import FORMATS, BlockFormat
+
+SOURCE = "source"
+"""The word for: as the checkpoint has it."""
+
+NOT_STORED = ("F8_E4M3", "F8_E5M2", "Q2_0_128", "F64", "I8", "I16", "I32", "I64")
+TYPES = tuple(name for name in FORMATS if name not in NOT_STORED)
+"""Types that a recipe may name."""
+
+MAX_RECIPE_BYTES = 1 << 20
+MAX_RULES = 10_000
+
+_RULE = re.compile(r"(?P<pattern>\S+)(?:\s+\[(?P<layers>[^\]]*)\])?\s*=\s*(?P<type>\S+)")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blk|noise_refiner|context_refiner)\.(\d{1,4})\.")
+_SHARE = re.compile(r"(first|last) 1/([1-9]\d?)")
+_RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
+
+Layers = Callable[[int, int], bool]
+"""(layer, number of layers) -> whether a rule applies."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a recipe.
+
+    Args:
+        pattern: Shell pattern of tensor names.
+        type: A name in `TYPES`, or "source".
+        layers: Which blocks, as written between the brackets; "" for all.
+
+    Raises:
+        BadArgument: An unknown type, or layers that are none of the forms above.
+    """
+
+    pattern: str
+    type: str
+    layers: str = ""
+
+    def __post_init__(self) -> None:
+        if self.type != SOURCE and self.type not in TYPES:
+            raise BadArgument(
+                f"unknown type {printable(self.type, 40)!r}; known are {', '.join(TYPES)}, source"
+            )
+        layer_set(self.layers)
+
+    def applies(self, name: str, n_layers: int) -> bool:
+        """Whether the tensor `name`, in a stack of `n_layers` blocks, gets this rule's type."""
+        if not fnmatchcase(name, self.pattern):
+            return False
+        if not self.layers:
+            return True
+        number = layer_of(name)
+        return number is not None and layer_set(self.layers)(number, n_layers)
+
+    def __str__(self) -> str:
+        return f"{self.pattern}{f' [{self.layers}]' if self.layers else ''} = {self.type}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Rules in order.
+
+    Args:
+        name: For people and for the file's metadata: "Q4_K_M".
+        rules: The first that applies decides.
+        remarks: Lines of comment on top of the written file.
+        file_type: llama.cpp's number for the mix (`general.file_type`), where it has one.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    remarks: tuple[str, ...] = ()
+    file_type: int | None = None
+
+    def type_of(self, name: str, n_layers: int) -> str:
+        """The type for a tensor; BadArgument where no rule applies."""
+        for rule in self.rules:
+            if rule.applies(name, n_layers):
+                return rule.type
+        raise BadArgument(
+            f"the recipe {printable(self.name, 60)!r} has no rule for {printable(name, 120)}; "
+            "end it with a line `* = TYPE`"
+        )
+
+    def text(self) -> str:
+        """The recipe as a file."""
+        return "\n".join([*(f"# {line}" for line in self.remarks), *map(str, self.rules)]) + "\n"
+
+    @classmethod
+    def of_types(cls, name: str, types: Mapping[str, str], remarks: tuple[str, ...] = ()) -> Recipe:
+        """A recipe that gives each of these tensors its type and keeps every other one as it is."""
+        rules = tuple(Rule(_literal(tensor), fmt) for tensor, fmt in types.items())
+        return cls(name, (*rules, Rule("*", SOURCE)), remarks)
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the block that a tensor belongs to."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
+
+
+def use_more_bits(layer: int, n_layers: int) -> bool:
+    """The blocks that llama-quantize thinks worth more: both ends, and every third between.
+
+    Source: llama.cpp, src/llama-quant.cpp.
+    """
+    eighth = n_layers // 8
+    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
+
+
+def layer_set(text: str) -> Layers:
+    """The meaning of what stands between the brackets; BadArgument where it has none."""
+    if not text:
+        return lambda layer, n: True
+    if text == "spread":
+        return use_more_bits
+    if share := _SHARE.fullmatch(text):
+        part = int(share[2])
+        if share[1] == "first":
+            return lambda layer, n: layer < n // part
+        return lambda layer, n: layer >= (part - 1) * n // part
+    wanted: set[int] = set()
+    for piece in text.split(","):
+        found = _RANGE.fullmatch(piece.strip())
+        if not found:
+            raise BadArgument(
+                f"layers [{printable(text, 60)}]: wanted numbers and ranges such as 0-3,29, "
+                "or `first 1/8`, `last 1/8`, `spread`"
+            )
+        wanted.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return lambda layer, n: layer in wanted
+
+
+def read_recipe(path: str | PathLike[str]) -> Recipe:
+    """A recipe file.
+
+    Raises:
+        BadFile: It cannot be read, or a line is not a rule; the message has the line's number.
+    """
+    place = Path(path)
+    try:
+        with place.open("rb") as file:
+            data = file.read(MAX_RECIPE_BYTES + 1)
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise BadFile(path, f"the recipe cannot be read: {reason}") from None
+    except ValueError:
+        raise BadFile(path, "not a recipe: it is not UTF-8 text") from None
+    if len(data) > MAX_RECIPE_BYTES:
+        raise BadFile(path, f"not a recipe: larger than {MAX_RECIPE_BYTES} bytes")
+    return parse_recipe(text, place.stem, fspath(path))
+
+
+def parse_recipe(text: str, name: str, path: str = "recipe") -> Recipe:
+    """A recipe from its text; see `read_recipe`."""
+    rules: list[Rule] = []
+    remarks: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip()
+        if stripped.startswith("#"):
+            if not rules:
+                remarks.append(stripped[1:].strip())
+            continue
+        stripped = stripped.partition(" #")[0].strip()
+        if not stripped:
+            continue
+        match = _RULE.fullmatch(stripped)
+        if match is None:
+            shown = printable(stripped, 80)
+            raise BadFile(path, f"line {number}: {shown!r} is no rule", "write PATTERN [LAYERS] = TYPE")
+        try:
+            kind = match["type"] if match["type"].lower() != SOURCE else SOURCE
+            rules.append(
+                Rule(match["pattern"], kind if kind == SOURCE else kind.upper(), match["layers"] or "")
+            )
+        except BadArgument as error:
+            raise BadFile(path, f"line {number}: {error}") from None
+        if len(rules) > MAX_RULES:
+            raise BadFile(path, f"line {number}: more than {MAX_RULES} rules")
+    if not rules:
+        raise BadFile(path, "not a recipe: it has no rule", "write lines such as `* = Q4_K`")
+    return Recipe(printable(name, 100), tuple(rules), tuple(remarks))
+
+
+def write_recipe(recipe: Recipe, path: str | PathLike[str], overwrite: bool = False) -> None:
+    """Write a recipe as a text file that `read_recipe` reads.
+
+    Raises:
+        BadFile: The file exists and may not be replaced, or cannot be written.
+    """
+    write_atomically(path, recipe.text().encode(), overwrite)
+
+
+def _literal(name: str) -> str:
+    """A pattern for exactly this name."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+# --- rows that no block divides ----------------------------------------------------------
+
+FALLBACKS = {
+    **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "NVFP4"), "Q4_0"),
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+}
+"""Type -> the one with blocks of 32 for rows that blocks of the first do not divide. Source: llama.cpp,
+tensor_type_fallback; NVFP4 and Q1_0 are ours."""
+
+
+def fitting(name: str, k: int) -> BlockFormat:
+    """The type of that name where it divides rows of k weights, else its fallback, else F16."""
+    for candidate in (name, FALLBACKS.get(name, "F16"), "F16"):
+        if k % FORMATS[candidate].weights == 0:
+            return FORMATS[candidate]
+    return FORMATS["F16"]
