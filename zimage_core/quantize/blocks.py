@@ -46,6 +46,11 @@ def to_half(values: Tensor) -> Tensor:
     return values.clamp(-F16_MAX, F16_MAX).to(torch.float16)
 
 
+def as_half(d: Tensor, power: Tensor) -> Tensor:
+    """d [..., n] in units of `power` [n], moved to where d * power is a finite float16."""
+    return to_half(d * power).to(torch.float32) / power
+
+
 def assemble(fmt: BlockFormat, **fields: Tensor) -> Tensor:
     """Fields of n blocks, each [n, count] or [n] of any type of the right width -> bytes [n, nbytes]."""
     parts = []

@@ -25,7 +25,7 @@ ENCODERS: dict[str, Encoder] = {
     **small.ENCODERS,
 }
 
-SLAB = 1 << 16
+SLAB = 1 << 18
 """Weights a slab on a CPU."""
 GPU_SLAB = 1 << 22
 """Weights a slab elsewhere, where a launch costs as much as a million weights."""

@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from zimage_core.formats import FORMATS
+from zimage_core.quantize.affine_scales import Affine, AffineSearch
 from zimage_core.quantize.blocks import Encoder, assemble, pack_planes, rows_of, to_half
-from zimage_core.quantize.rounding import Runs, blocks_of, columns, cost_columns, exponents, fit_affine
-from zimage_core.quantize.supers import Affine, AffineSearch
+from zimage_core.quantize.rounding import (
+    Runs,
+    blocks_of,
+    columns,
+    cost_columns,
+    exponents,
+    fit_affine,
+    nearest_integer,
+)
+from zimage_core.quantize.signed_scales import SignedSearch, peaks
 
 _CUTS = tuple(product((-0.1, 0.2, 0.5, 0.9), repeat=2))
 
@@ -100,4 +109,45 @@ def _q5_k(x: Tensor, importance: Tensor | None) -> Tensor:
     return rows_of(packed, x)
 
 
-ENCODERS: dict[str, Encoder] = {"Q2_K": _q2_k, "Q4_K": _q4_k, "Q5_K": _q5_k}
+_Q3_STARTS = (-4.6, -4.2, -3.8, -3.4, -3.0, 3.6, 3.2, 2.8, 2.4)
+_Q6_STARTS = (-33, -32.4, -31.8, -31.2, -30.6, -30, 32, 31.4, 30.8, 30.2, 29.6)
+
+
+def _signed(x: Tensor, importance: Tensor | None, half: int, limit: int, starts, divisors, rounds=2):
+    blocks = x.view(-1, 256)
+    power, inverse = exponents(blocks)
+    costs = cost_columns(x, importance, 256, 16)
+    runs = Runs(columns(blocks * inverse[:, None], 16), costs)
+    peak = peaks(runs.x)
+    search = SignedSearch(runs, power, nearest_integer(-half, half - 1), limit)
+    return search.run([peak / t for t in starts], divisors, rounds)
+
+
+def _q3_k(x: Tensor, importance: Tensor | None) -> Tensor:
+    found = _signed(x, importance, 4, 32, _Q3_STARTS, (-32, -30, -28, 31, 29))
+    codes = blocks_of((found.levels + 4).to(torch.uint8), len(found.d))
+    scale = (found.scale.t() + 32).to(torch.uint8)
+    packed = assemble(
+        FORMATS["Q3_K"],
+        d=to_half(found.d),
+        hmask=pack_planes(codes >> 2, 32, 1),
+        qs=pack_planes(codes & 3, 32, 2),
+        scales=torch.cat([pack_planes(scale & 15, 8, 4), pack_planes(scale >> 4, 4, 2)], 1),
+    )
+    return rows_of(packed, x)
+
+
+def _q6_k(x: Tensor, importance: Tensor | None) -> Tensor:
+    found = _signed(x, importance, 32, 128, _Q6_STARTS, (-128, -125, -121, -117, 127))
+    codes = blocks_of((found.levels + 32).to(torch.uint8), len(found.d))
+    packed = assemble(
+        FORMATS["Q6_K"],
+        d=to_half(found.d),
+        ql=pack_planes(codes & 15, 64, 4),
+        qh=pack_planes(codes >> 4, 32, 2),
+        scales=found.scale.t().to(torch.int8),
+    )
+    return rows_of(packed, x)
+
+
+ENCODERS: dict[str, Encoder] = {"Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zimage_core.quantize.blocks import F16_MAX
+from zimage_core.quantize.blocks import as_half
 from zimage_core.quantize.rounding import (
     TINY,
     Moments,
@@ -23,7 +23,6 @@ from zimage_core.quantize.rounding import (
     lowering,
     nearest_integer,
     reciprocal,
-    solve_affine,
 )
 
 
@@ -36,12 +35,6 @@ class Affine:
     scale: Tensor
     least: Tensor
     codes: Tensor
-
-
-def as_half(d: Tensor, power: Tensor) -> Tensor:
-    """d [n] in units of `power`, moved to where d * power is a finite float16."""
-    real = (d * power).clamp_(-F16_MAX, F16_MAX).to(torch.float16).to(torch.float32)
-    return real / power
 
 
 class AffineSearch:
