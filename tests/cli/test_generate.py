@@ -244,7 +244,7 @@ def test_an_empty_standard_input_is_no_prompt(zimage, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_found_before_drawing(zimage, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "zimage-1.png").mkdir()
-    monkeypatch.setattr("zimage_core.cli.generate._load", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("zimage_core.cli.generate.load_pipeline", lambda _: pytest.fail("loaded"))
     outcome = zimage("generate", "a", "--seed", 1, "--force")
     assert outcome.status == 1
 

@@ -6,14 +6,23 @@ import argparse
 import json
 import secrets
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from zimage_core.atomic import check_destination
+from zimage_core.cli.model_options import (
+    add_model,
+    add_picture,
+    check_model,
+    load_pipeline,
+    picture_arguments,
+    read_prompts,
+    read_text,
+    warnings_as_lines,
+)
 from zimage_core.cli.progress import Progress
-from zimage_core.errors import BadArgument, BadFile, printable
+from zimage_core.errors import BadArgument, printable
 from zimage_core.units import in_bytes
 
 if TYPE_CHECKING:
@@ -23,11 +32,6 @@ if TYPE_CHECKING:
     from zimage_core.result import ZImageResult
 
 MAX_COUNT = 100_000
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-PARTS = ("transformer", "text_encoder", "vae")
-MAX_PROMPT_FILE = 16 << 20
-MAX_WARNING = 100_000
-"""Characters of a warning: one on a cut prompt shows all that is lost before it says what to do."""
 _EPILOG = """\
 Without a model the one that comes inside the package is used.
 PROMPT - reads one prompt from standard input; --prompts FILE makes pictures of every line of a file.
@@ -50,50 +54,12 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", dest="named_prompt", metavar="TEXT", help="the same as PROMPT")
     parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="DIR", help="model folder, or a repository org/repo[:Q4_K_M]")
-    model.add_argument("--transformer", metavar="FILE", help="GGUF or safetensors")
-    model.add_argument("--text-encoder", metavar="FILE", help="GGUF or safetensors")
-    model.add_argument("--vae", metavar="FILE", help="safetensors or GGUF")
-    model.add_argument(
-        "--tokenizer", metavar="FILE", help="file or folder, where the text encoder brings none"
-    )
-    model.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="arithmetic of the networks (default: auto)"
-    )
-    model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cpu)")
-    model.add_argument(
-        "--vram", metavar="BYTES", help="limit of GPU memory: 6GiB, auto, least; see `zimage plan`"
-    )
-    model.add_argument("--ram", metavar="BYTES", help="limit of host memory, such as 4GiB")
+    model = add_model(parser)
     model.add_argument(
         "--profile", metavar="FILE", help="with a limit: write when weights were moved, a page of HTML"
     )
-    picture = parser.add_argument_group("picture")
-    picture.add_argument(
-        "-W", "--width", type=int, metavar="N", help="pixels (default: the model's own size)"
-    )
-    picture.add_argument(
-        "-H", "--height", type=int, metavar="N", help="pixels (default: the model's own size)"
-    )
-    picture.add_argument(
-        "--steps", type=int, metavar="N", help="denoising steps (default: the model's own, Turbo 8)"
-    )
-    scale = picture.add_mutually_exclusive_group()
-    scale.add_argument(
-        "--guidance", type=float, metavar="X", help="guidance scale, 0 is none (default: the model's)"
-    )
-    scale.add_argument(
-        "--cfg", type=float, metavar="X", help="the same counted from 1, as in ComfyUI: guidance + 1"
-    )
-    picture.add_argument("--negative", metavar="TEXT", help="what not to draw; only with guidance")
+    picture = add_picture(parser)
     picture.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn, and printed)")
-    picture.add_argument(
-        "--max-length",
-        type=int,
-        metavar="N",
-        help="prompt tokens that are read, template included, up to 1504 (default: 512)",
-    )
     picture.add_argument(
         "-n", "--count", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)"
     )
@@ -120,9 +86,7 @@ def run(args: argparse.Namespace) -> int:
         check_destination(name, overwrite=args.force)
 
     records: list[dict[str, Any]] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")  # whatever PYTHONWARNINGS says: a warning is a line, not an error
-        warnings.showwarning = _show_warning
+    with warnings_as_lines():
         try:
             _make(args, prompts, seed, names, records)
         finally:  # what was written before a failure is reported too
@@ -136,7 +100,7 @@ def _make(
 ) -> None:
     """Load the model, draw picture after picture, write each before the next and add its record."""
     progress = Progress(quiet=args.quiet)
-    pipeline = _load(args)
+    pipeline = load_pipeline(args)
     for number, path in enumerate(names):
         progress.start(f"picture {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
         result = _draw(pipeline, args, prompts[number // args.count], (seed + number) % 2**64, progress)
@@ -162,32 +126,11 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
         if args.prompt != "-":
             return [args.prompt]
-        text = _read("-").rstrip("\r\n")
+        text = read_text("-").rstrip("\r\n")
         if not text:
             raise BadArgument("standard input is empty; a prompt was expected there")
         return [text]
-    lines = [line.strip() for line in _read(args.prompts).splitlines()]
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise BadArgument(f"--prompts {printable(args.prompts)}: no prompt in it; one a line was expected")
-    return prompts
-
-
-def _read(name: str) -> str:
-    """Text of a file or of standard input, in UTF-8."""
-    if name == "-":
-        data = sys.stdin.buffer.read(MAX_PROMPT_FILE + 1)
-        name = "standard input"
-    else:
-        from zimage_core.text.files import read_bytes
-
-        data = read_bytes(name)
-    if len(data) > MAX_PROMPT_FILE:
-        raise BadFile(name, f"holds more than {MAX_PROMPT_FILE >> 20} MiB of prompts")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadFile(name, f"is not text in UTF-8: byte {error.start} is invalid") from None
+    return read_prompts(args.prompts)
 
 
 def _check(args: argparse.Namespace, prompts: list[str], seed: int) -> None:
@@ -207,19 +150,7 @@ def _check(args: argparse.Namespace, prompts: list[str], seed: int) -> None:
         if len(prompts) * args.count > 1:
             raise BadArgument("--profile shows one run; ask for one picture")
         check_destination(args.profile, args.force)
-    given = [name for name in PARTS if getattr(args, name) is not None]
-    if args.model is None and 0 < len(given) < len(PARTS):
-        missing = [name for name in PARTS if name not in given]
-        raise BadArgument(
-            f"{' and '.join(map(_option, given))} alone cannot draw: "
-            f"give {' and '.join(map(_option, missing))} too, or --model FOLDER"
-        )
-    if args.tokenizer is not None and args.model is None and not given:
-        raise BadArgument("--tokenizer goes with --model or with the files of the three networks")
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    check_model(args)
 
 
 def _names(args: argparse.Namespace, count: int, seed: int) -> list[Path]:
@@ -250,31 +181,6 @@ def _candidates(folder: Path, stem: str) -> Iterator[Path]:
         yield folder / f"{stem}-{number}.png"
 
 
-def _load(args: argparse.Namespace) -> ZImagePipeline:
-    from zimage_core.pipeline import ZImagePipeline
-
-    options: dict[str, Any] = {}
-    if args.dtype != "auto":
-        options["torch_dtype"] = _dtype(args.dtype)
-    if args.device is not None:
-        options["device"] = args.device
-    for name in ("vram", "ram"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
-    parts = {name: getattr(args, name) for name in (*PARTS, "tokenizer") if getattr(args, name) is not None}
-    if args.model is not None:
-        return ZImagePipeline.from_pretrained(args.model, **parts, **options)
-    if not parts:
-        return ZImagePipeline.from_default(**options)
-    return ZImagePipeline.from_files(**parts, **options)
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
-
-
 def _draw(
     pipeline: ZImagePipeline, args: argparse.Namespace, prompt: str, seed: int, progress: Progress
 ) -> ZImageResult:
@@ -282,20 +188,11 @@ def _draw(
         progress.step(step + 1, pipe.num_timesteps)
         return tensors
 
-    options: dict[str, Any] = {
-        "height": args.height,
-        "width": args.width,
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance,
-        "cfg": args.cfg,
-        "negative_prompt": args.negative,
-        "max_sequence_length": args.max_length,
-    }
     result = pipeline(
         prompt=prompt,
         seed=seed,
         callback_on_step_end=on_step,
-        **{name: value for name, value in options.items() if value is not None},
+        **picture_arguments(args),
     )
     return cast("ZImageResult", result)
 
@@ -326,9 +223,3 @@ def _summary(result: ZImageResult) -> str:
         f"seed {result.seed}: text {timings.encode:.2f} s, {len(timings.steps)} steps {steps:.2f} s{pace}, "
         f"decoding {timings.decode:.2f} s, memory {in_bytes(result.peak_memory)}"
     )
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **named: object) -> None:
-    """A warning of the library as one line; those of other packages are for developers."""
-    if issubclass(category, UserWarning):
-        sys.stderr.write(f"warning: {printable(message, MAX_WARNING)}\n")
