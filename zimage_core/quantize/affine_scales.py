@@ -18,8 +18,9 @@ from zimage_core.quantize.blocks import as_half
 from zimage_core.quantize.rounding import (
     TINY,
     Moments,
-    Nearest,
     Runs,
+    SuperBlocks,
+    centre_of,
     lowering,
     nearest_integer,
     reciprocal,
@@ -37,7 +38,7 @@ class Affine:
     codes: Tensor
 
 
-class AffineSearch:
+class AffineSearch(SuperBlocks):
     """One slab of super-blocks with minima.
 
     Args:
@@ -48,21 +49,11 @@ class AffineSearch:
     """
 
     def __init__(self, runs: Runs, power: Tensor, top: int, limit: int) -> None:
-        self.runs, self.power, self.limit = runs, power, limit
-        self.n = len(power)
-        self.nearest: Nearest = nearest_integer(0, top)
-
-    def _wide(self, values: Tensor) -> Tensor:
-        """[n] -> [subs * n]."""
-        return values.expand(self.runs.weight.numel() // self.n, self.n).reshape(-1)
+        super().__init__(runs, power, nearest_integer(0, top))
+        self.centre, self.limit = centre_of(runs), limit
 
     def _beta(self, dmin: Tensor, least: Tensor) -> Tensor:
         return -(dmin * least) - self.centre
-
-    @property
-    def centre(self) -> Tensor:
-        """The mean of each run."""
-        return self.runs.centre  # type: ignore[return-value]
 
     def least_for(self, m: Moments, s: Tensor, dmin: Tensor) -> Tensor:
         """The best code of the minimum for scales s: [runs]."""
@@ -72,23 +63,17 @@ class AffineSearch:
 
     def recode(self, m: Moments, wanted: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Integers near the wanted scales, their minima, and the lowering; the weights' codes stay."""
-        base = (wanted * reciprocal(d)).round_()
-        best, least, gain = base, base, None
-        for shift in (0, -1, 1):
-            scale = (base + shift).clamp_(0, self.limit)
+        wished = wanted * reciprocal(d)
+
+        def tried(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            scale = scale.clamp_(0, self.limit)
             s = d * scale
-            low = self.least_for(m, s, dmin)
-            found = lowering(self.runs, m, s, self._beta(dmin, low))
-            if gain is None:
-                best, least, gain = scale, low, found
-            else:
-                better = (found > gain).to(found.dtype)
-                best, least, gain = (
-                    best.lerp(scale, better),
-                    least.lerp(low, better),
-                    torch.maximum(gain, found),
-                )
-        return best, least, gain  # type: ignore[return-value]
+            least = self.least_for(m, s, dmin)
+            return scale, least, lowering(self.runs, m, s, self._beta(dmin, least))
+
+        down, up = tried(wished.floor()), tried(wished.ceil())
+        better = (up[2] > down[2]).to(wished.dtype)
+        return down[0].lerp_(up[0], better), down[1].lerp_(up[1], better), torch.maximum(down[2], up[2])
 
     def refit(self, m: Moments, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
         """Least squares for d and dmin [n], as float16 numbers, all codes fixed."""
@@ -96,9 +81,7 @@ class AffineSearch:
         y_total, q = runs.total + c * runs.weight, m.q
         qx = m.qy + c * q
 
-        def total(values: Tensor) -> Tensor:
-            return values.view(-1, self.n).sum(0)
-
+        total = self.total
         a = total(scale * scale * m.qq)
         b = total(scale * least * q)
         e = total(least * least * runs.weight)
@@ -110,32 +93,22 @@ class AffineSearch:
         dmin = (-r / e.clamp(min=TINY)).lerp((p * b - r * a) / det, solvable)
         return as_half(d.clamp_(min=0), self.power), as_half(dmin.clamp_(min=0), self.power)
 
-    def start(
-        self, m: Moments, s: Tensor, beta: Tensor, divisors: Sequence[float]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The best of several d and dmin, the largest scale and minimum over each divisor."""
+    def start(self, m: Moments, s: Tensor, beta: Tensor, divisors: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Integer scales and minima under the best d and dmin: the largest of each over each divisor."""
+        over = torch.tensor(divisors, device=s.device)
         peak = s.view(-1, self.n).amax(0)
         floor = (-(beta + self.centre)).view(-1, self.n).amax(0).clamp_(min=0)
-        d = dmin = torch.zeros_like(peak)
-        scale = least = torch.zeros_like(s)
-        best = torch.full_like(peak, -torch.inf)
-        for over_s in divisors:
-            for over_m in divisors:
-                one, two = as_half(peak / over_s, self.power), as_half(floor / over_m, self.power)
-                integers, lows, gain = self.recode(m, s, self._wide(one), self._wide(two))
-                found = gain.view(-1, self.n).sum(0)
-                better = (found > best).to(found.dtype)
-                d, dmin = d.lerp(one, better), dmin.lerp(two, better)
-                wide = self._wide(better)
-                scale, least = scale.lerp(integers, wide), least.lerp(lows, wide)
-                best = torch.maximum(best, found)
-        return d, dmin, scale, least
+        d = as_half(peak / over.repeat_interleave(len(over))[:, None], self.power)
+        dmin = as_half(floor / over.repeat(len(over))[:, None], self.power)
+        scale, least, gain = self.recode(m, s, self.wide(d), self.wide(dmin))
+        best = self.wide(self.total(gain).argmax(0, keepdim=True))
+        return scale.gather(0, best)[0], least.gather(0, best)[0]
 
     def neighbours(
         self, m: Moments, d: Tensor, dmin: Tensor, scale: Tensor, shifts: Sequence[int]
     ) -> tuple[Tensor, Tensor, Moments]:
         """Each scale against its neighbours, the weights rounded anew for each."""
-        wide_d, wide_m = self._wide(d), self._wide(dmin)
+        wide_d, wide_m = self.wide(d), self.wide(dmin)
         best, least, gain, kept = scale, scale, torch.full_like(scale, -torch.inf), m
         for i, shift in enumerate(shifts):
             tried = (scale + shift).clamp_(0, self.limit)
@@ -158,11 +131,12 @@ class AffineSearch:
     ) -> Affine:
         """From the scales and offsets that the runs want to finished super-blocks."""
         m = self.runs.moments(self.runs.levels(s, beta, self.nearest))
-        d, dmin, scale, least = self.start(m, s, beta, divisors)
+        scale, least = self.start(m, s, beta, divisors)
+        d, dmin = self.refit(m, scale, least)
         for _ in range(rounds):
-            d, dmin = self.refit(m, scale, least)
             scale, least, m = self.neighbours(m, d, dmin, scale, shifts)
-        s, beta = self._wide(d) * scale, self._beta(self._wide(dmin), least)
+            d, dmin = self.refit(m, scale, least)
+        s, beta = self.wide(d) * scale, self._beta(self.wide(dmin), least)
         codes = self.runs.levels(s, beta, self.nearest)
         shape = (-1, self.n)
         return Affine(d * self.power, dmin * self.power, scale.view(shape), least.view(shape), codes)

@@ -104,8 +104,8 @@ def _checked_importance(
     if bad.any():
         first = int(bad.nonzero()[0, 0])
         raise BadArgument(
-            f"{fmt.name}: importance must be finite and not negative; {int(bad.sum())} of {k} numbers are not, "
-            f"the first is {float(costs[first])} at index {first}; collect it again"
+            f"{fmt.name}: importance must be finite and not negative; {int(bad.sum())} of {k} numbers "
+            f"are not, the first is {float(costs[first])} at index {first}; collect it again"
         )
     return costs[None]
 
@@ -170,7 +170,8 @@ def _bad_weights(rows: Tensor, limit: float, fmt: BlockFormat) -> BadWeights:
         count += found
     if limit < float("inf"):
         return BadWeights(
-            f"{count} of {rows.numel()} weights are beyond the range of {fmt.name}, the first is {first}; use BF16"
+            f"{count} of {rows.numel()} weights are beyond the range of {fmt.name}, the first is {first}; "
+            "use BF16"
         )
     return BadWeights(
         f"{count} of {rows.numel()} weights are NaN, infinite or beyond float32, the first is {first}; "

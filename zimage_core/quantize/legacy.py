@@ -13,9 +13,33 @@ import torch
 from torch import Tensor
 
 from zimage_core.formats import FORMATS, BlockFormat
-from zimage_core.quantize.blocks import Encoder, assemble, pack_consecutive, pack_planes, rows_of, to_half
+from zimage_core.quantize.blocks import (
+    Encoder,
+    as_half,
+    assemble,
+    pack_consecutive,
+    pack_planes,
+    rows_of,
+    to_half,
+)
+from zimage_core.quantize.rounding import (
+    Runs,
+    blocks_of,
+    centre_of,
+    columns,
+    cost_columns,
+    exponents,
+    fit_affine,
+    fit_symmetric,
+    nearest_integer,
+    peaks,
+)
+from zimage_core.quantize.starts import CUTS, PEAKS
 
 Plain = Callable[[Tensor, int], tuple[Tensor, ...]]
+"""(blocks [n, 32], bits) -> codes uint8 [n, 32], d and perhaps m."""
+Searched = Callable[[Tensor, int, Tensor], tuple[Tensor, ...]]
+"""(weights [rows, K], bits, importance) -> the same."""
 
 
 def inverse_of(d: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +54,7 @@ def half_away(x: Tensor) -> Tensor:
 
 
 def codes_of(values: Tensor, usable: Tensor, top: int) -> Tensor:
-    """Truncate to 0..top as uint8; 0 in blocks without a usable scale, as ggml's conversions happen to give."""
+    """Truncate to 0..top as uint8; 0 in blocks without a usable scale, as conversion of NaN gives there."""
     if not usable.all():
         values = values.nan_to_num_(0.0).mul_(usable)
     return values.clamp_(0, top).to(torch.uint8)
@@ -64,26 +88,72 @@ def _pack(fmt: BlockFormat, codes: Tensor, d: Tensor, m: Tensor | None = None) -
     return assemble(fmt, **fields)
 
 
-def _encode(name: str, plain: Plain, bits: int, x: Tensor, importance: Tensor | None) -> Tensor:
-    return rows_of(_pack(FORMATS[name], *plain(x.view(-1, 32), bits)), x)
+def _runs(x: Tensor, importance: Tensor, *, centred: bool) -> tuple[Runs, Tensor]:
+    """Blocks as runs in units of a power of two [n]."""
+    blocks = x.view(-1, 32)
+    power, inverse = exponents(blocks)
+    costs = cost_columns(x, importance, 32, 32)
+    return Runs(columns(blocks * inverse[:, None], 32), costs, centred=centred), power
 
 
-def _q8_0(x: Tensor, importance: Tensor | None) -> Tensor:
-    """d = max / 127, codes rounded."""
+def _searched_symmetric(x: Tensor, bits: int, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and d of the least weighted error found."""
+    half = 1 << (bits - 1)
+    runs, power = _runs(x, importance, centred=False)
+    nearest, peak = nearest_integer(-half, half - 1), peaks(runs.x)
+    d = as_half(fit_symmetric(runs, [peak / level for level in PEAKS[bits]], nearest), power)
+    levels = runs.levels(d, None, nearest) + half
+    return blocks_of(levels.to(torch.uint8), len(power)), d * power
+
+
+def _searched_affine(x: Tensor, bits: int, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, d and m of the least weighted error found."""
+    top = (1 << bits) - 1
+    runs, power = _runs(x, importance, centred=True)
+    s, beta = fit_affine(runs, top, CUTS[bits], floor_at_zero=False)
+    d = as_half(s, power)
+    nearest, centre = nearest_integer(0, top), centre_of(runs)
+    moments = runs.moments(runs.levels(d, beta, nearest))
+    m = as_half((runs.total - d * moments.q) / runs.weight + centre, power)
+    codes = runs.levels(d, m - centre, nearest)
+    return blocks_of(codes.to(torch.uint8), len(power)), d * power, m * power
+
+
+def _encode(
+    name: str, plain: Plain, searched: Searched, bits: int, x: Tensor, importance: Tensor | None
+) -> Tensor:
+    found = plain(x.view(-1, 32), bits) if importance is None else searched(x, bits, importance)
+    return rows_of(_pack(FORMATS[name], *found), x)
+
+
+def _plain_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of largest magnitude becomes 127 * d, the others are rounded."""
     blocks = x.view(-1, 32)
     d = blocks.abs().amax(1, keepdim=True) / 127
     inverse, usable = inverse_of(d)
     codes = half_away(blocks * inverse)
     if not usable.all():
         codes = codes.nan_to_num_(0.0).mul_(usable)
-    codes = codes.clamp_(-127, 127).to(torch.int8)
+    return codes.clamp_(-127, 127).to(torch.int8), d
+
+
+def _searched_bytes(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of -127..127 and d of the least weighted error found."""
+    runs, power = _runs(x, importance, centred=False)
+    nearest, peak = nearest_integer(-127, 127), peaks(runs.x)
+    d = as_half(fit_symmetric(runs, [peak / level for level in PEAKS[8]], nearest), power)
+    return blocks_of(runs.levels(d, None, nearest).to(torch.int8), len(power)), d * power
+
+
+def _q8_0(x: Tensor, importance: Tensor | None) -> Tensor:
+    codes, d = _plain_bytes(x) if importance is None else _searched_bytes(x, importance)
     return rows_of(assemble(FORMATS["Q8_0"], d=to_half(d), qs=codes), x)
 
 
 ENCODERS: dict[str, Encoder] = {
-    "Q4_0": partial(_encode, "Q4_0", _symmetric, 4),
-    "Q4_1": partial(_encode, "Q4_1", _affine, 4),
-    "Q5_0": partial(_encode, "Q5_0", _symmetric, 5),
-    "Q5_1": partial(_encode, "Q5_1", _affine, 5),
+    "Q4_0": partial(_encode, "Q4_0", _symmetric, _searched_symmetric, 4),
+    "Q4_1": partial(_encode, "Q4_1", _affine, _searched_affine, 4),
+    "Q5_0": partial(_encode, "Q5_0", _symmetric, _searched_symmetric, 5),
+    "Q5_1": partial(_encode, "Q5_1", _affine, _searched_affine, 5),
     "Q8_0": _q8_0,
 }

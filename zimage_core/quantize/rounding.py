@@ -101,10 +101,43 @@ class Runs:
         return self._sum(torch.mul(self.y, self.y, out=self._two))
 
 
+def centre_of(runs: Runs) -> Tensor:
+    """The mean of each run [runs] that was subtracted from it, or zeros."""
+    return torch.zeros_like(runs.weight) if runs.centre is None else runs.centre
+
+
+class SuperBlocks:
+    """Runs that are the sub-blocks of n super-blocks: run j of super-block i is column j * n + i.
+
+    Args:
+        runs: As `columns` orders them.
+        power: The unit of the weights [n].
+        nearest: Moves numbers to the levels of a weight.
+    """
+
+    def __init__(self, runs: Runs, power: Tensor, nearest: Nearest) -> None:
+        self.runs, self.power, self.nearest = runs, power, nearest
+        self.n = len(power)
+
+    def wide(self, values: Tensor) -> Tensor:
+        """A number of each super-block for each of its runs: [..., n] -> [..., subs * n]."""
+        return values.repeat(*[1] * (values.ndim - 1), self.runs.weight.numel() // self.n)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the runs of each super-block: [..., subs * n] -> [..., n]."""
+        return values.view(*values.shape[:-1], -1, self.n).sum(-2)
+
+
 def symmetric_gain(m: Moments) -> tuple[Tensor, Tensor]:
     """The best s of y ~ s * q, and by how much it lowers the error: [runs] each."""
     s = m.qy / m.qq.clamp(min=TINY)
     return s, s * m.qy
+
+
+def peaks(x: Tensor) -> Tensor:
+    """The number of largest magnitude of each column [runs], with its sign."""
+    high, low = x.amax(0), x.amin(0)
+    return torch.where(high + low > 0, high, low)
 
 
 def fit_symmetric(runs: Runs, starts: Sequence[Tensor], nearest: Nearest, rounds: int = 2) -> Tensor:
@@ -129,7 +162,7 @@ def solve_affine(runs: Runs, m: Moments, *, floor_at_zero: bool) -> tuple[Tensor
 
     With floor_at_zero the offset beta + centre is at most 0.
     """
-    assert_centre = runs.centre if runs.centre is not None else torch.zeros_like(runs.weight)
+    centre = centre_of(runs)
     mean = m.q / runs.weight
     spread = m.qq - m.q * mean
     slope = m.qy - runs.total * mean
@@ -138,10 +171,10 @@ def solve_affine(runs: Runs, m: Moments, *, floor_at_zero: bool) -> tuple[Tensor
     beta = runs.total / runs.weight - s * mean
     gain = s * slope
     if floor_at_zero:
-        above = ((beta + assert_centre) > 0).to(s.dtype)
-        through = (m.qy + assert_centre * m.q) / m.qq.clamp(min=TINY)  # the line through 0
+        above = ((beta + centre) > 0).to(s.dtype)
+        through = (m.qy + centre * m.q) / m.qq.clamp(min=TINY)  # the line through 0
         s = s.lerp(through, above)
-        beta = beta.lerp(-assert_centre, above)
+        beta = beta.lerp(-centre, above)
         gain = gain.lerp(lowering(runs, m, s, beta), above)
     return s, beta, gain
 
@@ -164,8 +197,8 @@ def fit_affine(
         rounds: Of improving the best.
     """
     low, high = runs.y.amin(0), runs.y.amax(0)
-    if floor_at_zero and runs.centre is not None:
-        low = torch.minimum(low, -runs.centre)
+    if floor_at_zero:
+        low = torch.minimum(low, -centre_of(runs))
         high = torch.maximum(high, low)
     step = (high - low) / top
     nearest = nearest_integer(0, top)
@@ -188,7 +221,7 @@ def fit_affine(
 
 
 def exponents(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Powers of two p and 1 / p, [n], such that x [n, m] / p lies within [-2, 2] and reaches 1 where not 0."""
+    """Powers of two p and 1 / p, [n]: the largest magnitude of x / p, x [n, m], is in [1, 2) or 0."""
     _, exponent = torch.frexp(x.abs().amax(1))
     bits = (exponent - 1).clamp_(-126, 126)
     return ((bits + 127) << 23).view(torch.float32), ((127 - bits) << 23).view(torch.float32)

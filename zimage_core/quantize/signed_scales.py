@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from zimage_core.quantize.blocks import as_half
-from zimage_core.quantize.rounding import TINY, Moments, Nearest, Runs, fit_symmetric, reciprocal
+from zimage_core.quantize.rounding import (
+    TINY,
+    Moments,
+    Nearest,
+    Runs,
+    SuperBlocks,
+    peaks,
+    fit_symmetric,
+    reciprocal,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +33,7 @@ class Signed:
     levels: Tensor
 
 
-def peaks(x: Tensor) -> Tensor:
-    """The number of largest magnitude of each column [runs], with its sign."""
-    high, low = x.amax(0), x.amin(0)
-    return torch.where(high + low > 0, high, low)
-
-
-class SignedSearch:
+class SignedSearch(SuperBlocks):
     """One slab of super-blocks without minima.
 
     Args:
@@ -41,37 +44,29 @@ class SignedSearch:
     """
 
     def __init__(self, runs: Runs, power: Tensor, nearest: Nearest, limit: int) -> None:
-        self.runs, self.power, self.nearest, self.limit = runs, power, nearest, limit
-        self.n = len(power)
-
-    def _wide(self, values: Tensor) -> Tensor:
-        """[..., n] -> [..., subs * n]."""
-        return values.repeat(*[1] * (values.ndim - 1), self.runs.weight.numel() // self.n)
-
-    def _total(self, values: Tensor) -> Tensor:
-        """[..., subs * n] -> [..., n], summed over the sub-blocks."""
-        return values.unflatten(-1, (-1, self.n)).sum(-2)
+        super().__init__(runs, power, nearest)
+        self.limit = limit
 
     def start(self, m: Moments, s: Tensor, divisors: Sequence[float]) -> tuple[Tensor, Tensor]:
         """The best of several d [n]: the extreme scale over each divisor; and the scales under it."""
         over = torch.tensor(divisors, device=s.device)[:, None]
         d = as_half(peaks(s.view(-1, self.n)) / over, self.power)
-        scale = self._integers(s, self._wide(d))
-        step = self._wide(d) * scale
-        best = self._total(step * (2 * m.qy - step * m.qq)).argmax(0, keepdim=True)
-        return d.gather(0, best)[0], scale.gather(0, self._wide(best))[0]
+        scale = self._integers(s, self.wide(d))
+        step = self.wide(d) * scale
+        best = self.total(step * (2 * m.qy - step * m.qq)).argmax(0, keepdim=True)
+        return d.gather(0, best)[0], scale.gather(0, self.wide(best))[0]
 
     def _integers(self, s: Tensor, d: Tensor) -> Tensor:
         return (s * reciprocal(d)).round_().clamp_(-self.limit, self.limit - 1)
 
     def refit(self, m: Moments, scale: Tensor) -> Tensor:
         """Least squares for d [n], as float16 numbers, all codes fixed."""
-        d = self._total(scale * m.qy) / self._total(scale * scale * m.qq).clamp(min=TINY)
+        d = self.total(scale * m.qy) / self.total(scale * scale * m.qq).clamp(min=TINY)
         return as_half(d, self.power)
 
     def neighbours(self, d: Tensor, scale: Tensor, shifts: Sequence[int]) -> tuple[Tensor, Moments]:
         """Each scale against its neighbours, the weights rounded anew for each."""
-        wide = self._wide(d)
+        wide = self.wide(d)
         best, kept, gain = scale, None, torch.full_like(scale, -torch.inf)
         for shift in shifts:
             tried = (scale + shift).clamp_(-self.limit, self.limit - 1)
@@ -94,5 +89,5 @@ class SignedSearch:
         for _ in range(rounds):
             d = self.refit(m, scale)
             scale, m = self.neighbours(d, scale, (0, -1, 1))
-        levels = self.runs.levels(self._wide(d) * scale, None, self.nearest)
+        levels = self.runs.levels(self.wide(d) * scale, None, self.nearest)
         return Signed(d * self.power, scale.view(-1, self.n), levels)

@@ -1,0 +1,31 @@
+"""Where the searches for a scale begin, as data.
+
+Chosen one by one from fine grids: each is the point that lowered the mean error of the runs most, on
+Gaussian and Student-t weights with and without importance, given the points before it; then each was
+exchanged for a better one where there was one. What the next point would gain: docs/quantizing.md.
+"""
+
+from __future__ import annotations
+
+Cuts = tuple[tuple[float, float], ...]
+
+# fmt: off
+CUTS: dict[int, Cuts] = {
+    2: ((-0.3, 0.1), (0, 0.5), (0, 0.9), (0.1, -0.1), (0.2, 0.4), (0.3, -0.3), (0.3, 0.3), (0.4, 0.8),
+        (0.5, 0.3), (0.6, 0.2), (0.8, 0.1), (1.1, 0.1)),
+    4: ((-0.4, 0), (-0.4, 0.4), (-0.2, 0.4), (0, -0.2), (0, 0.2), (0, 0.8), (0, 1.25), (0.2, -0.4),
+        (0.2, 0.2), (0.2, 0.6), (0.4, 0), (0.4, 0.6), (0.6, -0.2), (0.6, 0.4), (1, 0.2), (1.5, 0)),
+    5: ((-0.4, 0), (-0.4, 0.4), (-0.2, -0.2), (0, -0.4), (0, 0.2), (0, 0.4), (0, 0.8), (0, 1.25),
+        (0.2, 0), (0.2, 0.2), (0.4, -0.4), (0.4, -0.2), (0.4, 0), (0.6, 0.8), (0.8, 0.4), (1, 0)),
+}
+"""Bits of a code -> steps of the full range to cut off below and above (`rounding.fit_affine`)."""
+
+PEAKS: dict[int, tuple[float, ...]] = {
+    3: (-5.4, -4.8, -4.4, -4.1, -3.9, -3.65, -3.3, -3, 4.3),
+    4: (-10.8, -10, -9.4, -9, -8.6, -8.3, -8, -7.7, -6.9, -6, 7.2, 8.5),
+    5: (-17.7, -16.8, -16.3, -16.05, -15.8, -14.2, -13, 12, 13.9, 14.7, 15, 15.3),
+    6: (-33, -32.6, -32.1, -31.7, -30.8, -29.4, -28, -27, -25.2, -23.8, -22.9, -22, 20.8, 26, 28.9, 30, 31.2),
+    8: (-127.3, -127, -126.5, -126, -125, 127.2, 126.7, 126.3, 125.5, 124.5),
+}
+"""Bits of a code -> the levels that the weight of largest magnitude is tried on (`rounding.fit_symmetric`)."""
+# fmt: on
