@@ -36,15 +36,15 @@ class Progress:
             self._out.write(f"\r\x1b[K{label} ...")
             self._out.flush()
 
-    def step(self, done: int, total: int) -> None:
-        """`done` of `total` steps are finished."""
+    def step(self, done: int, total: int, what: str = "steps", each: str = "a step") -> None:
+        """`done` of `total` steps (or what they are called) are finished."""
         if self._out is None:
             return
         now = time.perf_counter()
         if done == 1:
             self._first = now  # the first step carries the text encoder and warm-up: not typical
         pace = (now - self._first) / (done - 1) if done > 1 else now - self._started
-        text = f"{self._label} {done}/{total} steps, {pace:.2f} s a step"
+        text = f"{self._label} {done}/{total} {what}, {pace:.2f} s {each}"
         if self._terminal:
             filled = WIDTH * done // max(total, 1)
             bar = "#" * filled + "." * (WIDTH - filled)

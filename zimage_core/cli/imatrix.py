@@ -1,0 +1,155 @@
+"""`zimage imatrix --prompts FILE`: how large the inputs of each weight matrix are as pictures are drawn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zimage_core.atomic import check_destination
+from zimage_core.cli.model_options import (
+    add_model,
+    add_picture,
+    check_model,
+    load_pipeline,
+    picture_arguments,
+    read_prompts,
+    warnings_as_lines,
+)
+from zimage_core.cli.progress import Progress
+from zimage_core.errors import printable
+from zimage_core.units import in_bytes
+
+if TYPE_CHECKING:
+    from zimage_core.quantize.imatrix import Imatrix
+
+FORMATS = ("gguf", "dat")
+_EPILOG = """\
+Without a model the one that comes inside the package is used. Ctrl-C ends the collection and writes nothing;
+with --partial the file of the last whole prompt stays.
+"""
+
+
+def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "imatrix",
+        parents=[common],
+        help="collect an importance matrix for `zimage quantize`",
+        description="Draw a picture of every prompt and write how large the inputs of each weight were.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help="a prompt a line, UTF-8; - is standard input"
+    )
+    parser.add_argument(
+        "--component",
+        choices=("transformer", "text_encoder", "both"),
+        default="transformer",
+        help="whose weights (default: transformer); the text encoder alone needs no denoising",
+    )
+    parser.add_argument(
+        "--merge", action="append", default=[], metavar="FILE", help="add what this one holds"
+    )
+    add_model(parser)
+    picture = add_picture(parser)
+    picture.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-o", "--output", default="imatrix.gguf", metavar="FILE", help="default: imatrix.gguf"
+    )
+    output.add_argument(
+        "--format", choices=FORMATS, help="gguf, or dat of older llama.cpp (default: by the name, else gguf)"
+    )
+    output.add_argument("--partial", action="store_true", help="write the file after every prompt")
+    output.add_argument("--force", action="store_true", help="replace a file that exists")
+    output.add_argument("--json", action="store_true", help="print what was collected as JSON")
+    output.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what can be checked, load, collect, write."""
+    prompts = read_prompts(args.prompts)
+    check_destination(args.output, args.force)
+    _check(args, prompts)
+
+    from zimage_core.quantize.imatrix import read_imatrix, write_imatrix
+
+    others = [read_imatrix(path) for path in args.merge]
+    progress = Progress(quiet=args.quiet)
+    began = time.perf_counter()
+    overwrite = args.force
+
+    def write(imatrix: Imatrix) -> Imatrix:
+        nonlocal overwrite
+        for other in others:
+            imatrix = imatrix.merge(other)
+        write_imatrix(args.output, imatrix, args.format, overwrite)
+        overwrite = True  # the next one replaces our own
+        return imatrix
+
+    def on_prompt(done: int, imatrix: Imatrix) -> None:
+        progress.step(done, len(prompts), "prompts", "a prompt")
+        if args.partial and done < len(prompts):
+            write(imatrix)
+
+    with warnings_as_lines():
+        if not args.partial:
+            progress.say(f"{printable(args.output)} is written at the end; Ctrl-C before writes nothing")
+        imatrix = write(_collect(args, prompts, progress, on_prompt))
+    _report(args, imatrix, time.perf_counter() - began, progress)
+    return 0
+
+
+def _check(args: argparse.Namespace, prompts: list[str]) -> None:
+    """What the pipeline would refuse after the model is loaded is refused here, before."""
+    from zimage_core import checks
+
+    check_model(args)
+    checks.seed(args.seed, None)
+    checks.guidance(args.guidance, args.cfg, 0.0)
+    for prompt in prompts:
+        checks.prompts("prompt", prompt)
+
+
+def _collect(args: argparse.Namespace, prompts: list[str], progress: Progress, on_prompt: Any) -> Imatrix:
+    from zimage_core.study.collect import COMPONENTS, collect_imatrix
+
+    pipeline = load_pipeline(args)
+    progress.start("collecting")
+    imatrix = collect_imatrix(
+        pipeline,
+        prompts,
+        seed=args.seed,
+        components=COMPONENTS if args.component == "both" else (args.component,),
+        dataset="standard input" if args.prompts == "-" else Path(args.prompts).name,
+        on_prompt=on_prompt,
+        **picture_arguments(args),
+    )
+    progress.finish()
+    return imatrix
+
+
+def _report(args: argparse.Namespace, imatrix: Imatrix, seconds: float, progress: Progress) -> None:
+    rows = max(sums.count for sums in imatrix.entries.values())
+    size = Path(args.output).stat().st_size
+    if args.json:
+        entries = {
+            name: {"channels": sums.width, "rows": sums.count} for name, sums in imatrix.entries.items()
+        }
+        record = {
+            "path": args.output, "bytes": size, "pictures": imatrix.chunks, "seconds": seconds,
+            "datasets": list(imatrix.datasets), "edges": list(imatrix.edges), "tensors": entries,
+        }  # fmt: skip
+        sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        return
+    sys.stdout.write(f"{printable(args.output, 4096)}\n")
+    progress.say(
+        f"{len(imatrix.entries)} tensors, {imatrix.chunks} pictures, up to {rows} rows a tensor, "
+        f"{in_bytes(size)}, {seconds:.1f} s"
+    )
