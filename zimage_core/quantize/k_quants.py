@@ -24,7 +24,6 @@ from zimage_core.quantize.signed_scales import SignedSearch
 from zimage_core.quantize.starts import CUTS, PEAKS, Cuts
 
 
-
 @dataclass(frozen=True, slots=True)
 class _Affine:
     """How a format with minima is laid out and how far it is searched.

@@ -18,8 +18,8 @@ from zimage_core.quantize.rounding import (
     Nearest,
     Runs,
     SuperBlocks,
-    peaks,
     fit_symmetric,
+    peaks,
     reciprocal,
 )
 

@@ -27,5 +27,5 @@ PEAKS: dict[int, tuple[float, ...]] = {
     6: (-33, -32.6, -32.1, -31.7, -30.8, -29.4, -28, -27, -25.2, -23.8, -22.9, -22, 20.8, 26, 28.9, 30, 31.2),
     8: (-127.3, -127, -126.5, -126, -125, 127.2, 126.7, 126.3, 125.5, 124.5),
 }
-"""Bits of a code -> the levels that the weight of largest magnitude is tried on (`rounding.fit_symmetric`)."""
+"""Bits of a code -> levels that the weight of largest magnitude is tried on (`rounding.fit_symmetric`)."""
 # fmt: on
