@@ -3,6 +3,8 @@
 The bytes go to a new file in the same folder, are flushed to the disk and take the final name in one step.
 A reader never sees half a file, and a failed write leaves what stood there before. SIGKILL can leave a
 temporary file `.NAME.part-PID-N`; the next write of the same name removes it when that process is gone.
+
+Work that takes minutes keeps its own temporary file (`export/unfinished.py`) and takes the last step here.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import errno
 import itertools
 import os
 import re
+import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
 from zimage_core.errors import BadFile
 
 _live: set[Path] = set()  # temporary files of this process, for remove_unfinished()
+_kept: dict[Path, str] = {}  # unfinished files that a later call goes on with, and what to say of them
 _serial = itertools.count()  # two threads may write the same name
 
 
@@ -77,8 +81,7 @@ def write_atomically(
                 out.write(chunk)
             out.flush()
             os.fsync(out.fileno())
-        _claim(temporary, target, overwrite)
-        _sync_folder(target.parent)
+        publish(temporary, target, overwrite)
     except OSError as error:
         raise BadFile(target, f"could not be written ({_reason(error)})") from None
     finally:
@@ -86,11 +89,47 @@ def write_atomically(
         _live.discard(temporary)
 
 
-def remove_unfinished() -> None:
-    """Remove the temporary files of writes in progress; for a process that is about to end."""
+def remove_unfinished() -> list[str]:
+    """Remove the temporary files of writes in progress; for a process that is about to end.
+
+    Returns:
+        A sentence for each unfinished file that stays, because the same command goes on with it.
+    """
     for temporary in list(_live):
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink()
+    return list(_kept.values())
+
+
+def publish(temporary: Path, target: Path, overwrite: bool) -> None:
+    """Give a finished file or folder its name in one step.
+
+    Raises:
+        BadFile: The name was taken meanwhile and `overwrite` is false.
+        OSError: The system refuses.
+    """
+    if temporary.is_dir():
+        temporary.rename(target)  # fails where anything but an empty folder stands there
+    else:
+        _claim(temporary, target, overwrite)
+    _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def unfinished(temporary: Path, remark: str = "") -> Iterator[None]:
+    """While this holds, the end of the process removes `temporary`; with a remark it stays and is told of."""
+    if remark:
+        _kept[temporary] = remark
+    else:
+        _live.add(temporary)
+    try:
+        yield
+    finally:
+        _live.discard(temporary)
+        _kept.pop(temporary, None)
 
 
 def _claim(temporary: Path, target: Path, overwrite: bool) -> None:

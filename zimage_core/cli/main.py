@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     import argparse
 
     from zimage_core import __version__
-    from zimage_core.cli import doctor, generate, inspect, plan
+    from zimage_core.cli import doctor, generate, imatrix, inspect, plan
 
     parser = _parser_class()(
         prog="zimage",
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for verb in (generate, inspect, plan, doctor):
+    for verb in (generate, inspect, plan, imatrix, doctor):
         verb.add_parser(verbs, common)
     return parser
 
@@ -125,7 +125,7 @@ def _report(error: BaseException, debug: bool, status: int, prefix: str = "") ->
 
 
 def _handle_signals() -> None:
-    """Ctrl-C and SIGTERM end the process at once: no traceback, no unfinished file.
+    """Ctrl-C and SIGTERM end the process at once: no traceback, no unfinished file but what can be resumed.
 
     The process ends inside the handler. An exception instead would have to travel through foreign code
     (imports, callbacks, destructors) that prints or swallows it.
@@ -135,10 +135,12 @@ def _handle_signals() -> None:
         try:
             # not there yet while the module is being imported: then there is nothing to remove
             clean = getattr(sys.modules.get("zimage_core.atomic"), "remove_unfinished", None)
-            if clean is not None:
-                clean()
+            remarks = clean() if clean is not None else []
+            # past Python's buffers, which may be in use below us
             if os.isatty(2):
-                os.write(2, b"\n")  # past Python's buffers, which may be in use below us
+                os.write(2, b"\n")
+            for remark in remarks:
+                os.write(2, f"{remark}\n".encode("utf-8", "backslashreplace"))
         finally:
             os._exit(128 + number)
 

@@ -2,7 +2,8 @@
 
 Transformers follow the image branch of the llama-quantize that ComfyUI-GGUF patches (tools/lcpp.patch): it
 knows no layers, qkv and the output of the feed-forward network get more bits throughout. That gives the
-sizes of the published files to three digits: Q3_K_M 4.12, Q4_K_M 4.98, Q5_K_M 5.52, Q8_0 7.22 GB. IQ types; for those the bumps of llama.cpp's language models are taken over.
+sizes of the published files to three digits: Q3_K_M 4.12, Q4_K_M 4.98, Q5_K_M 5.52 GB. It refuses IQ types;
+for those the bumps of llama.cpp's language models are taken over.
 
 Text encoders follow llama.cpp itself (src/llama-quant.cpp, llama_tensor_get_type_impl) for a model with four
 or more query heads per key head, as Qwen3-4B has. Where llama-quantize gives other types when it has an

@@ -1,0 +1,259 @@
+"""A checkpoint of any layout, read tensor by tensor under the names of any other layout.
+
+Two tables of weights/names.py, joined by module, tell which rows of which stored tensors make each tensor of
+the wanted layout: fused qkv from three, or three from one. Bytes are read with pread, slab by slab; a map of
+the file would count every page that was touched as memory of this process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.errors import BadWeights, Unsupported, WrongModel, printable
+from zimage_core.formats import BlockFormat
+from zimage_core.quant_tensor import QuantTensor
+from zimage_core.weights import names, storage
+from zimage_core.weights.card import WANTED, require
+from zimage_core.weights.files import open_weights
+from zimage_core.weights.folders import locate
+from zimage_core.weights.identify import identify
+from zimage_core.weights.load import open_component
+
+SLAB = 1 << 24
+"""Weights that are dense in memory at one time."""
+
+TEXT_ENDS = {"hf": ("norm.weight", "lm_head.weight"), "gguf": ("output_norm.weight", "output.weight")}
+"""Final norm and output matrix of a language model, which no picture needs and other programs do."""
+
+MODEL_PREFIX = "model."
+"""Hugging Face's, before every tensor of a language model but lm_head."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows start..stop of axis 0, of `of` in all, of a stored tensor; 0..1 of 1 is the whole of it."""
+
+    name: str
+    start: int = 0
+    stop: int = 1
+    of: int = 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor of the wanted layout: its parts one below the other."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows that blocks run along."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def columns(self) -> int:
+        """Weights in a row."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def weights(self) -> int:
+        """Numbers in all."""
+        return math.prod(self.shape)
+
+
+class Checkpoint:
+    """An open model of one network; a context manager that closes it.
+
+    Args:
+        path: GGUF or safetensors file, index of shards, folder of a component or of a pipeline.
+        component: "transformer", "text_encoder" or "vae"; None takes what the file is, and of a pipeline's
+            folder the transformer.
+
+    Raises:
+        BadFile, UnknownFormat: It cannot be opened.
+        WrongModel, BadWeights: Not a sound model of that network.
+        Unsupported: Weights stored in a way that is not read.
+    """
+
+    def __init__(self, path: str | PathLike[str], component: str | None = None) -> None:
+        self.component = component or _component(path)
+        self.file, self.card = open_component(path, self.component)
+        try:
+            require(self.card, self.component, self.file.path)
+            self.stated = locate(path, self.component)[1]
+            self.folder = Path(fspath(path)) if Path(fspath(path)).is_dir() else Path(fspath(path)).parent
+        except BaseException:
+            self.file.close()
+            raise
+        scaled = (
+            name.removesuffix(suffix) + ".weight"
+            for name in self.file.tensors
+            for suffix in storage.SCALE_SUFFIXES
+            if name.endswith(suffix)
+        )
+        self._scaled = set(scaled) & set(self.file.tensors)
+
+    @property
+    def config(self) -> Any:
+        """Sizes of the network."""
+        return self.card.config
+
+    def targets(self, layout: str, prefix: str = "") -> list[Target]:
+        """The tensors of `layout` (one of weights/names.py), each made of stored ones.
+
+        Tensors that no layout has a name for (norm_final) are left out.
+
+        Raises:
+            Unsupported: Rows would have to change places (a llama between Hugging Face and GGUF).
+        """
+        stored = {entry.module: entry for entry in _table(self.component, self.config, self.card.layout)}
+        found: list[Target] = []
+        for name, entries in names.sources(_table(self.component, self.config, layout)).items():
+            mine = [stored[entry.module] for entry in entries]
+            if any(self.card.prefix + entry.checkpoint not in self.file.tensors for entry in mine):
+                continue  # the last layer of a text encoder, which is never run
+            if layout != self.card.layout and any(e.heads for e in (*mine, *entries)):
+                raise Unsupported(
+                    f"{printable(self.file.path)}: a llama's query and key rows lie in another order there; "
+                    "convert it with llama.cpp's convert_hf_to_gguf.py"
+                )
+            parts = _joined([_part(self.card.prefix + e.checkpoint, e) for e in mine])
+            found.append(Target(prefix + name, entries[0].stored_shape, parts))
+        return found + (self._text_ends(layout, prefix) if self.component == "text_encoder" else [])
+
+    def _text_ends(self, layout: str, prefix: str) -> list[Target]:
+        found = []
+        for mine, theirs in zip(TEXT_ENDS[self.card.layout], TEXT_ENDS[layout], strict=True):
+            for name in (self.card.prefix + mine, mine):
+                if name in self.file.tensors:
+                    outside = theirs == TEXT_ENDS["hf"][1]
+                    shape = self.file.tensors[name].shape
+                    found.append(Target(theirs if outside else prefix + theirs, shape, (Part(name),)))
+                    break
+        return found
+
+    def format_of(self, target: Target) -> BlockFormat | None:
+        """The one format that all parts are stored in, or None."""
+        found = {self.file.tensors[part.name].format.name: part for part in target.parts}
+        return self.file.tensors[target.parts[0].name].format if len(found) == 1 else None
+
+    def formats_of(self, target: Target) -> set[str]:
+        """Names of the formats that the parts are stored in."""
+        return {self.file.tensors[part.name].format.name for part in target.parts}
+
+    def is_scaled(self, target: Target) -> bool:
+        """Whether a scale beside a part multiplies its numbers (fp8)."""
+        return any(part.name in self._scaled for part in target.parts)
+
+    def raw(self, target: Target) -> Iterator[bytearray]:
+        """The stored bytes, little-endian, in pieces of whole rows."""
+        for part in target.parts:
+            info = self.file.tensors[part.name]
+            first, size = self._span(part)
+            width = info.format.row_bytes(info.shape[-1] if info.shape else 1)
+            step = max(1, (SLAB * 4) // width) * width
+            for start in range(0, size, step):
+                data = self.file.source_of(part.name).read_at(first + start, min(step, size - start))
+                yield self._native(data, info.format)
+
+    def dense(self, target: Target) -> Iterator[Tensor]:
+        """The numbers, float32 [rows, K], a slab at a time; scales are applied."""
+        for part in target.parts:
+            info = self.file.tensors[part.name]
+            columns = info.shape[-1] if info.shape else 1
+            width = info.format.row_bytes(columns)
+            first, size = self._span(part)
+            scale = self._scale(part)
+            step = max(1, SLAB // columns)
+            for row in range(0, size // width, step):
+                count = min(step, size // width - row)
+                data = self.file.source_of(part.name).read_at(first + row * width, count * width)
+                packed = torch.frombuffer(self._native(data, info.format), dtype=torch.uint8)
+                rows = scale if scale is None or scale.numel() == 1 else scale[row : row + count]
+                yield QuantTensor(packed.view(count, width), info.format, (count, columns), rows).dequantize()
+
+    def _span(self, part: Part) -> tuple[int, int]:
+        """Offset in the file and number of bytes."""
+        info = self.file.tensors[part.name]
+        return (
+            info.offset + info.nbytes * part.start // part.of,
+            info.nbytes * (part.stop - part.start) // part.of,
+        )
+
+    def _scale(self, part: Part) -> Tensor | None:
+        """float32: one number, or one for each row of the part."""
+        if part.name not in self._scaled:
+            return None
+        scale = storage.scaled_tensor(self.file, part.name).scale
+        if scale is None or scale.numel() == 1:
+            return scale
+        return scale[len(scale) * part.start // part.of : len(scale) * part.stop // part.of]
+
+    def _native(self, data: bytearray, fmt: BlockFormat) -> bytearray:
+        if not self.file.swapped:
+            return data
+        size = int(fmt.fields[0].code[1:])
+        flipped = torch.frombuffer(data, dtype=torch.uint8).view(-1, size).flip(1).contiguous()
+        return bytearray(flipped.numpy().tobytes())
+
+    def close(self) -> None:
+        """Let the file go."""
+        self.file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _component(path: str | PathLike[str]) -> str:
+    """Which network a file or folder holds."""
+    if (Path(fspath(path)) / "model_index.json").is_file():
+        return "transformer"
+    with open_weights(path) as file:
+        card = identify(file)
+    if card.kind not in WANTED:
+        problem = f": {card.problem}" if card.problem else ""
+        wanted = "a Z-Image transformer, text encoder or VAE is wanted"
+        raise WrongModel(file.path, f"this is {card.title}{problem}", wanted)
+    return card.kind
+
+
+def _table(component: str, config: object, layout: str) -> names.Table:
+    """Every parameter that a file of the network has a name for."""
+    if component == "transformer" and isinstance(config, TransformerConfig):
+        return names.transformer_table(config, layout)
+    if component == "text_encoder" and isinstance(config, TextEncoderConfig):
+        # one layer more, since that table leaves the last one out
+        return names.text_encoder_table(replace(config, num_layers=config.num_layers + 1), layout)
+    if component == "vae" and isinstance(config, AutoencoderConfig):
+        return names.autoencoder_table(config, layout)
+    raise BadWeights(f"the size of the {component.replace('_', ' ')} cannot be told from the file")
+
+
+def _part(name: str, entry: names.Entry) -> Part:
+    return Part(name) if entry.rows is None else Part(name, *entry.rows, entry.total_rows)
+
+
+def _joined(parts: list[Part]) -> tuple[Part, ...]:
+    """Neighbouring rows of one tensor as one part."""
+    joined = [parts[0]]
+    for part in parts[1:]:
+        last = joined[-1]
+        if part.name == last.name and part.start == last.stop:
+            joined[-1] = replace(last, stop=part.stop)
+        else:
+            joined.append(part)
+    return tuple(joined)

@@ -1,0 +1,81 @@
+"""The config.json of diffusers and transformers from our configs, for folders that are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.weights.infer import Config
+
+_CLASSES = {"qwen3": "Qwen3Model", "qwen2": "Qwen2Model", "llama": "LlamaModel"}
+
+
+def config_json(config: Config, stated: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a folder's config.json holds; the source's own where it had one."""
+    if stated is not None:
+        return dict(stated)
+    if isinstance(config, TransformerConfig):
+        return _transformer(config)
+    return _text_encoder(config) if isinstance(config, TextEncoderConfig) else _autoencoder(config)
+
+
+def _transformer(c: TransformerConfig) -> dict[str, Any]:
+    found = {
+        "_class_name": "ZImageTransformer2DModel",
+        "all_patch_size": [c.patch_size],
+        "all_f_patch_size": [1],
+        "in_channels": c.in_channels,
+        "dim": c.dim,
+        "n_layers": c.n_layers,
+        "n_refiner_layers": c.n_refiner_layers,
+        "n_heads": c.n_heads,
+        "n_kv_heads": c.n_heads,
+        "norm_eps": c.norm_eps,
+        "qk_norm": True,
+        "cap_feat_dim": c.cap_feat_dim,
+        "rope_theta": c.rope_theta,
+        "t_scale": c.t_scale,
+        "axes_dims": list(c.axes_dims),
+        "axes_lens": list(c.axes_lens),
+    }
+    return found if c.siglip_feat_dim is None else found | {"siglip_feat_dim": c.siglip_feat_dim}
+
+
+def _text_encoder(c: TextEncoderConfig) -> dict[str, Any]:
+    return {
+        "architectures": [_CLASSES[c.arch]],
+        "model_type": c.arch,
+        "attention_bias": c.attention_bias,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_attention_heads": c.num_heads,
+        "num_hidden_layers": c.num_layers,
+        "num_key_value_heads": c.num_kv_heads,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "tie_word_embeddings": True,
+        "vocab_size": c.vocab_size,
+    }
+
+
+def _autoencoder(c: AutoencoderConfig) -> dict[str, Any]:
+    levels = len(c.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(c.block_out_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "in_channels": c.in_channels,
+        "out_channels": c.out_channels,
+        "latent_channels": c.latent_channels,
+        "layers_per_block": c.layers_per_block,
+        "norm_num_groups": c.norm_num_groups,
+        "scaling_factor": c.scaling_factor,
+        "shift_factor": c.shift_factor,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }

@@ -1,0 +1,283 @@
+"""A checkpoint from one layout to another, every number carried exactly.
+
+Between diffusers' folder, the single safetensors file of ComfyUI and GGUF. Tensors are renamed, and fused or
+cut at row boundaries; their bytes are copied, packed blocks too. What GGUF readers want in float32 (norms,
+biases, pad tokens) is widened, which is exact, and narrowed on the way back to what it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+
+from zimage_core.atomic import check_destination, publish, unfinished, write_atomically
+from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
+from zimage_core.export import gguf_file, safetensors_file
+from zimage_core.export.checkpoint import MODEL_PREFIX, Checkpoint, Target
+from zimage_core.export.configs import config_json
+from zimage_core.export.metadata import gguf_metadata
+from zimage_core.export.mixes import MIXES
+from zimage_core.export.quantizing import refuse_same_file
+from zimage_core.export.streaming import Job, Log, Progress, write_tensors
+from zimage_core.export.unfinished import Unfinished, check_room
+from zimage_core.formats import FORMATS, BlockFormat
+
+LAYOUTS = {
+    "transformer": {"diffusers": "split", "single": "fused", "gguf": "fused"},
+    "text_encoder": {"diffusers": "hf", "single": "hf", "gguf": "gguf"},
+    "vae": {"diffusers": "diffusers", "single": "bfl"},
+}
+"""Component -> kind of file -> layout of weights/names.py."""
+KINDS = ("diffusers", "single", "gguf")
+FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+"""What packed weights may be dequantised to."""
+STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+SHARD_BYTES = 5 * 10**9
+NARROW_KEY = "zimage.float_type"
+"""Key of a GGUF: the type that its F32 norms, biases and pad tokens had before they were widened."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The answer of `convert_file`.
+
+    Args:
+        path: The file or folder.
+        nbytes: Bytes of the weights' files.
+        types: Format -> number of tensors.
+        remarks: What the log said.
+    """
+
+    path: str
+    nbytes: int
+    types: dict[str, int]
+    remarks: tuple[str, ...]
+
+
+def kind_of(out: str | PathLike[str]) -> str:
+    """The kind of file that a name asks for: .gguf, .safetensors, or else a folder."""
+    return {".gguf": "gguf", ".safetensors": "single"}.get(Path(out).suffix.lower(), "diffusers")
+
+
+def convert_file(
+    source: str | PathLike[str],
+    out: str | PathLike[str],
+    to: str | None = None,
+    *,
+    component: str | None = None,
+    dequantize: str | None = None,
+    prefix: str = "",
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    log: Log | None = None,
+) -> Converted:
+    """Write a checkpoint in another layout.
+
+    Args:
+        source: Any layout that the library reads.
+        out: File to write, or folder for "diffusers", which must not exist yet.
+        to: "diffusers", "single" or "gguf"; None goes by the name of `out`.
+        component: For a folder or file that holds several networks.
+        dequantize: "bf16", "f16" or "f32": make packed weights plain numbers of that type.
+        prefix: Put before each name of a single file: "model.diffusion_model.".
+        shard_bytes: Largest file of a diffusers folder.
+        overwrite: Replace an existing file (never a folder).
+        progress: Called as progress(weights done, weights in all, tensor).
+        log: Called with sentences worth reading.
+
+    Raises:
+        BadArgument: An unknown kind or type, or a prefix without single file.
+        BadFile: As for `quantize_file`.
+        Unsupported: Packed weights for safetensors without `dequantize`; a VAE as GGUF; parts of one tensor
+            in several types.
+        WrongModel, BadWeights: The source is not a sound model.
+    """
+    to = to or kind_of(out)
+    if to not in KINDS:
+        raise BadArgument(f"to: got {printable(to, 40)!r}, wanted one of {', '.join(KINDS)}")
+    if dequantize is not None and dequantize not in FLOATS:
+        raise BadArgument(f"dequantize: got {printable(dequantize, 40)!r}, wanted one of {', '.join(FLOATS)}")
+    if prefix and to != "single":
+        raise BadArgument("prefix: only a single file has one")
+    remarks: list[str] = []
+
+    def say(text: str) -> None:
+        remarks.append(text)
+        if log is not None:
+            log(text)
+
+    with Checkpoint(source, component) as checkpoint:
+        layout = LAYOUTS[checkpoint.component].get(to)
+        if layout is None:
+            where = printable(checkpoint.file.path)
+            raise Unsupported(f"{where}: a VAE is not kept as GGUF; write it as safetensors")
+        refuse_same_file(checkpoint, out)
+        if checkpoint.component == "text_encoder" and to != "gguf":
+            prefix = prefix or MODEL_PREFIX
+            if "tokenizer.ggml.tokens" in checkpoint.file.metadata:
+                say("the tokenizer inside the GGUF is not written; get the tokenizer's folder too")
+        targets = checkpoint.targets(layout, prefix)
+        make = _gguf_job if to == "gguf" else _safetensors_job
+        jobs = [make(checkpoint, target, dequantize) for target in targets]
+        written = {"gguf": _write_gguf, "single": _write_single}.get(to)
+        if written is not None:
+            nbytes = written(checkpoint, jobs, out, overwrite, progress, say)
+        else:
+            nbytes = _write_folder(checkpoint, jobs, Path(out), shard_bytes, progress, say)
+    types = Counter(job.format.name for job in jobs)
+    return Converted(fspath(out), nbytes, dict(types), tuple(remarks))
+
+
+def _float(source: Checkpoint, target: Target, dequantize: str | None) -> BlockFormat | None:
+    """What to make of a tensor that cannot be copied as it is, None where it can."""
+    stored = source.format_of(target)
+    if stored is not None and stored.is_float and not source.is_scaled(target):
+        return None
+    if dequantize is not None:
+        return FORMATS[FLOATS[dequantize]]
+    if stored is not None and stored.ggml_type is not None and not source.is_scaled(target):
+        return None
+    found = " and ".join(sorted(source.formats_of(target)))
+    raise Unsupported(
+        f"{printable(source.file.path)}: {printable(target.name, 120)} is stored as {found}, which cannot be "
+        "carried over as it is; dequantise it (--dequantize bf16 or f32), or use `zimage quantize`"
+    )
+
+
+def _gguf_job(source: Checkpoint, target: Target, dequantize: str | None) -> Job:
+    stored = source.format_of(target)
+    if _is_small(target):
+        return Job(target, FORMATS["F32"])
+    return Job(target, _float(source, target, dequantize) or stored or FORMATS["F32"])
+
+
+def _safetensors_job(source: Checkpoint, target: Target, dequantize: str | None) -> Job:
+    stored = source.format_of(target)
+    narrow = source.file.metadata.get(NARROW_KEY)
+    if _is_small(target) and stored == FORMATS["F32"] and narrow in FLOATS.values():
+        return Job(target, FORMATS[str(narrow)])
+    fmt = _float(source, target, dequantize) or stored
+    if fmt is None or not fmt.is_float:
+        raise Unsupported(
+            f"{printable(source.file.path)}: its weights are packed ({fmt.name if fmt else 'mixed'}), which "
+            "safetensors cannot hold; dequantise them (--dequantize bf16 or f32)"
+        )
+    return Job(target, fmt)
+
+
+def _is_small(target: Target) -> bool:
+    """Norms, biases and pad tokens, which GGUF readers want in float32."""
+    return len(target.shape) < 2 or target.name.endswith("pad_token")
+
+
+def _write_gguf(
+    source: Checkpoint,
+    jobs: Sequence[Job],
+    out: str | PathLike[str],
+    overwrite: bool,
+    progress: Progress | None,
+    log: Log,
+) -> int:
+    metadata = gguf_metadata(source, file_type=_file_type(source, jobs))
+    widened = Counter(name for job in jobs if _is_small(job.target) for name in source.formats_of(job.target))
+    if len(widened) == 1 and next(iter(widened)) in ("F16", "BF16"):
+        metadata[NARROW_KEY] = next(iter(widened))
+    elif len(widened) > 1:
+        log("norms, biases and pad tokens of several types all become F32")
+    rows = [(job.target.name, job.target.shape, job.format) for job in jobs]
+    return _write(source, jobs, gguf_file.lay_out(metadata, rows), out, overwrite, progress, log)
+
+
+def _file_type(source: Checkpoint, jobs: Sequence[Job]) -> int | None:
+    """llama.cpp's number: the source's, or that of the commonest type of matrices."""
+    stated = source.file.metadata.get("general.file_type")
+    if isinstance(stated, int):
+        return stated
+    matrices = Counter(job.format.name for job in jobs if not _is_small(job.target))
+    mix = MIXES.get(matrices.most_common(1)[0][0]) if matrices else None
+    return None if mix is None else mix.file_type
+
+
+def _write_single(
+    source: Checkpoint,
+    jobs: Sequence[Job],
+    out: str | PathLike[str],
+    overwrite: bool,
+    progress: Progress | None,
+    log: Log,
+) -> int:
+    rows = [(job.target.name, job.target.shape, job.format) for job in jobs]
+    layout = safetensors_file.lay_out({"format": "pt"}, rows)
+    return _write(source, jobs, layout, out, overwrite, progress, log)
+
+
+def _write(
+    source: Checkpoint,
+    jobs: Sequence[Job],
+    layout: gguf_file.Layout,
+    out: str | PathLike[str],
+    overwrite: bool,
+    progress: Progress | None,
+    log: Log,
+) -> int:
+    with Unfinished(out, layout.nbytes, repr(layout.header), overwrite).writing() as file:
+        write_tensors(source, jobs, layout, file, progress=progress, log=log, trust=True)
+    return layout.nbytes
+
+
+def _write_folder(
+    source: Checkpoint,
+    jobs: Sequence[Job],
+    out: Path,
+    shard_bytes: int,
+    progress: Progress | None,
+    log: Log,
+) -> int:
+    """Shards, index and config in a folder that takes its name when all are there."""
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+    if out.exists():
+        raise BadFile(out, "exists already, and a folder is never replaced", "name a new folder")
+    check_destination(out)
+    stem = STEMS[source.component]
+    by_name = {job.target.name: job for job in jobs}
+    parts = safetensors_file.shards(((j.target.name, j.target.shape, j.format) for j in jobs), shard_bytes)
+    total, before, nbytes = sum(job.target.weights for job in jobs), 0, 0
+    temporary = out.with_name(f".{out.name}.unfinished")
+    with unfinished(temporary):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            check_room(
+                temporary / stem, sum(safetensors_file.nbytes_of(row) for part in parts for row in part)
+            )
+            for number, part in enumerate(parts, 1):
+                mine = [by_name[name] for name, _, _ in part]
+                layout = safetensors_file.lay_out({"format": "pt"}, part)
+                place = temporary / safetensors_file.shard_name(stem, number, len(parts))
+                tell = None if progress is None else _shifted(progress, before, total)
+                nbytes += _write(source, mine, layout, place, False, tell, log)
+                before += sum(job.target.weights for job in mine)
+            if len(parts) > 1:
+                index = safetensors_file.index_text(stem, parts).encode()
+                write_atomically(temporary / f"{stem}.safetensors.index.json", index)
+            config = json.dumps(config_json(source.config, source.stated), indent=2) + "\n"
+            write_atomically(temporary / "config.json", config.encode())
+            publish(temporary, out, overwrite=False)
+        except OSError as error:
+            reason = (error.strerror or type(error).__name__).lower()
+            raise BadFile(out, f"could not be written ({reason})") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return nbytes
+
+
+def _shifted(progress: Progress, before: int, total: int) -> Progress:
+    """The progress of one shard among all."""
+    return lambda done, _, name: progress(before + done, total, name)

@@ -1,0 +1,154 @@
+"""The header of a GGUF file, version 3: keys, tensor table, and where each tensor's data goes.
+
+Source: ggml/docs/gguf.md. The reader is weights/gguf.py; both know the value types from weights/cursor.py.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zimage_core.errors import BadArgument, Unsupported, printable
+from zimage_core.formats import BlockFormat
+from zimage_core.weights.cursor import ARRAY, SCALARS, STRING, TYPE_NAMES, Cursor
+from zimage_core.weights.gguf import GGUFFile
+
+ALIGNMENT = 32
+VERSION = 3
+QUANTIZATION_VERSION = 2
+"""`general.quantization_version` of ggml's block layouts since 2023."""
+
+_NUMBERS = {name: number for number, name in TYPE_NAMES.items()}
+_CODES = dict(SCALARS.values())
+_FIRST_KEY = 24  # magic, version, two counts
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A metadata value as its bytes, type number first."""
+
+    data: bytes
+
+
+class Typed(list[Any]):
+    """An array of a given type, also where it is empty; its items' own types would say u32."""
+
+    def __init__(self, items: Iterable[Any], item_type: str) -> None:
+        super().__init__(items)
+        self.item_type = item_type
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file before its data: what it begins with and where each tensor lies.
+
+    Args:
+        header: The first bytes.
+        places: Tensor -> (offset from the start of the file, bytes).
+        nbytes: Size of the file.
+    """
+
+    header: bytes
+    places: dict[str, tuple[int, int]]
+    nbytes: int
+
+
+def lay_out(
+    metadata: Mapping[str, Any], tensors: Iterable[tuple[str, tuple[int, ...], BlockFormat]]
+) -> Layout:
+    """Header and places of a GGUF file with these keys and tensors (name, shape in PyTorch's order, type).
+
+    Values are bool, int (u32, or i32 or u64 where it does not fit), float (f32), str, `Raw`, and sequences of
+    one kind; what comes from another GGUF keeps its types through `raw_keys`.
+
+    Raises:
+        Unsupported: A format without GGUF type number, or more than four dimensions.
+        BadArgument: A value that no GGUF type holds.
+    """
+    head, table, places = bytearray(), bytearray(), {}
+    for key, value in metadata.items():
+        head += _text(key) + _value(key, value)
+    offset = 0
+    rows = list(tensors)
+    for name, shape, fmt in rows:
+        if fmt.ggml_type is None or len(shape) > 4:
+            raise Unsupported(f"{printable(name, 120)}: GGUF has no place for {fmt.name} of shape {shape}")
+        nbytes = math.prod(shape[:-1]) * fmt.row_bytes(shape[-1] if shape else 1)
+        dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+        table += _text(name) + dims + struct.pack("<IQ", fmt.ggml_type, offset)
+        places[name] = (offset, nbytes)
+        offset = -(-(offset + nbytes) // ALIGNMENT) * ALIGNMENT
+    counts = struct.pack("<4sIQQ", b"GGUF", VERSION, len(rows), len(metadata))
+    start = len(counts) + len(head) + len(table)
+    padding = -start % ALIGNMENT
+    header = counts + bytes(head) + bytes(table) + bytes(padding)
+    return Layout(
+        header, {name: (len(header) + at, size) for name, (at, size) in places.items()}, len(header) + offset
+    )
+
+
+def raw_keys(file: GGUFFile) -> dict[str, Any]:
+    """All keys of a GGUF file with their exact types; by value from a big-endian one.
+
+    Raises:
+        BadFile: It changed since it was opened.
+    """
+    if file.swapped:
+        return dict(file.metadata)
+    found: dict[str, Any] = {}
+    cursor = Cursor(file.source, "<", _FIRST_KEY)
+    for _ in file.metadata:
+        key = cursor.text("a metadata key")
+        start = cursor.position
+        cursor.value(cursor.u32("a value type"), printable(key, 60))
+        found[key] = Raw(bytes(file.source.read_at(start, cursor.position - start)))
+    return found
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _kind(value: object) -> str:
+    """GGUF's name for the type of a plain value."""
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        for name, low, high in (("u32", 0, 1 << 32), ("i32", -(1 << 31), 0), ("u64", 0, 1 << 64)):
+            if low <= value < high:
+                return name
+    if isinstance(value, float):
+        return "f32"
+    if isinstance(value, str):
+        return "string"
+    raise BadArgument(f"GGUF has no type for the metadata value {printable(value, 60)}")
+
+
+def _plain(kind: str, value: Any) -> bytes:
+    return _text(value) if kind == TYPE_NAMES[STRING] else struct.pack("<" + _CODES[kind], value)
+
+
+def _value(key: str, value: Any) -> bytes:
+    """Type number and bytes of a value."""
+    if isinstance(value, Raw):
+        return value.data
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        items = list(value)
+        stated = getattr(value, "item_type", "")  # of a LazyArray or a Typed
+        if stated and stated != TYPE_NAMES[ARRAY]:
+            kind = stated
+        else:
+            kinds = {_kind(item) for item in items}
+            if kinds == {"u32", "i32"}:
+                kinds = {"i32"}
+            if len(kinds) > 1:
+                raise BadArgument(f"the metadata array {printable(key, 60)} holds values of several types")
+            kind = next(iter(kinds), "u32")
+        body = b"".join(_plain(kind, item) for item in items)
+        return struct.pack("<IIQ", ARRAY, _NUMBERS[kind], len(items)) + body
+    kind = _kind(value)
+    return struct.pack("<I", _NUMBERS[kind]) + _plain(kind, value)

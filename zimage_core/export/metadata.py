@@ -1,0 +1,183 @@
+"""Keys of the GGUF files that are written: what the network is, where it came from, its vocabulary.
+
+Names are llama.cpp's (gguf-py/gguf/constants.py); `zimage.*` is ours, and other readers pass over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from zimage_core import __version__
+from zimage_core.config import TextEncoderConfig, TransformerConfig
+from zimage_core.errors import BadFile, ZImageError
+from zimage_core.export.checkpoint import Checkpoint
+from zimage_core.export.gguf_file import QUANTIZATION_VERSION, Typed, raw_keys
+from zimage_core.export.recipes import Recipe
+from zimage_core.text.gguf_vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED
+from zimage_core.text.pretokenizers import PRE_TOKENIZERS
+from zimage_core.text.tokenizer_json import read_folder
+from zimage_core.text.vocabulary import Vocabulary
+from zimage_core.weights.gguf import GGUFFile
+
+TRANSFORMER_ARCH = "lumina2"
+"""What every published Z-Image GGUF says, as ComfyUI-GGUF knows no other name for it."""
+
+_TOLD = ("axes_dims", "axes_lens", "rope_theta", "norm_eps", "t_scale")
+"""Fields of a transformer that shapes do not tell; weights/infer.py reads them back as `zimage.*`."""
+_REPLACED = ("general.file_type", "general.quantization_version", "general.alignment", "quantize.")
+_MAX_TEMPLATE = 1 << 20
+
+
+def gguf_metadata(
+    source: Checkpoint, recipe: Recipe | None = None, imatrix: str = "", file_type: int | None = None
+) -> dict[str, Any]:
+    """All keys for a GGUF made from `source`, in order.
+
+    Args:
+        source: The checkpoint; the keys of a GGUF text encoder are kept, its tokenizer with them.
+        recipe: What decided the types; None where the source's own were kept.
+        imatrix: Name of the importance matrix.
+        file_type: llama.cpp's number for the mix.
+
+    Raises:
+        BadFile: The tokenizer beside the source is damaged.
+    """
+    keys: dict[str, Any] = {}
+    if isinstance(source.file, GGUFFile):
+        keys = {k: v for k, v in raw_keys(source.file).items() if not k.startswith(_REPLACED)}
+    config = source.config
+    if isinstance(config, TransformerConfig):
+        keys = {"general.architecture": TRANSFORMER_ARCH, **_without(keys, "general.architecture")}
+        keys |= _transformer_keys(config)
+    elif isinstance(config, TextEncoderConfig) and "general.architecture" not in keys:
+        keys = {"general.architecture": config.arch, **keys, **_text_keys(config, source.stated)}
+        keys |= _tokenizer_keys(source.folder, config)
+    keys.setdefault("general.name", _name(source))
+    if file_type is not None:
+        keys["general.file_type"] = file_type
+    keys["general.quantization_version"] = QUANTIZATION_VERSION
+    return keys | _provenance(source, recipe, imatrix)
+
+
+def _without(keys: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in keys.items() if k != name}
+
+
+def _name(source: Checkpoint) -> str:
+    """The folder of a model or the file's name, as people call it."""
+    place = Path(source.file.path)
+    folder = source.folder
+    if folder.is_dir() and (folder / "model_index.json").is_file():
+        return folder.resolve().name
+    if source.file.kind == "safetensors" and place.name.startswith(("diffusion_pytorch_model", "model.")):
+        return place.resolve().parent.name
+    return place.stem
+
+
+def _provenance(source: Checkpoint, recipe: Recipe | None, imatrix: str) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "zimage.version": __version__,
+        "zimage.source": Path(source.file.path).name,
+        "zimage.source_bytes": source.file.size,
+    }
+    if recipe is not None:
+        keys |= recipe_keys(recipe)
+    return keys | ({"quantize.imatrix.file": Path(imatrix).name} if imatrix else {})
+
+
+def recipe_keys(recipe: Recipe) -> dict[str, Any]:
+    """What was decided for each tensor, so that the file can be made again."""
+    return {"zimage.recipe_name": recipe.name, "zimage.recipe": recipe.text()}
+
+
+def _transformer_keys(config: TransformerConfig) -> dict[str, Any]:
+    """What shapes do not tell, where it is not what every released model has."""
+    usual = {field.name: field.default for field in fields(TransformerConfig)}
+    found: dict[str, Any] = {}
+    for name in _TOLD:
+        value = getattr(config, name)
+        if value != usual[name]:
+            found[f"zimage.{name}"] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _text_keys(c: TextEncoderConfig, stated: Mapping[str, Any] | None) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "block_count": c.num_layers,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_heads,
+        "attention.head_count_kv": c.num_kv_heads,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "rope.freq_base": c.rope_theta,
+    }
+    longest = (stated or {}).get("max_position_embeddings")
+    if isinstance(longest, int) and 0 < longest < 1 << 32:
+        keys["context_length"] = longest
+    return {f"{c.arch}.{name}": value for name, value in keys.items()}
+
+
+def _tokenizer_keys(folder: Path, config: TextEncoderConfig) -> dict[str, Any]:
+    """The vocabulary beside a Hugging Face text encoder, as llama.cpp's keys; none where there is none."""
+    for place in (folder, folder.parent / "tokenizer"):
+        try:
+            vocabulary = read_folder(place)
+        except BadFile as error:
+            if "no tokenizer in this folder" in str(error):
+                continue
+            raise
+        return vocabulary_keys(vocabulary, config.vocab_size) | _template(Path(vocabulary.path).parent)
+    return {}
+
+
+def vocabulary_keys(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
+    """A byte-level BPE as the keys `tokenizer.ggml.*`, padded to the rows of the embedding.
+
+    Raises:
+        BadFile: The vocabulary does not fit together, or has more tokens than the embedding has rows.
+    """
+    ids = vocabulary.checked()
+    if max(ids.values()) >= rows:
+        raise BadFile(
+            vocabulary.path, f"{max(ids.values()) + 1} tokens, the text encoder has {rows} embeddings"
+        )
+    texts, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
+    for text, number in ids.items():
+        texts[number] = text
+        types[number] = _token_type(text, text in vocabulary.added)
+    names = {pre: name for name, pre in reversed(PRE_TOKENIZERS.items())}
+    keys: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": names[vocabulary.pre],
+        "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.token_type": Typed(types, "i32"),
+        "tokenizer.ggml.merges": Typed((f"{a} {b}" for a, b in vocabulary.merges), "string"),
+    }
+    # Qwen's roles, which no tokenizer.json tells
+    for role, text in (("bos", "<|endoftext|>"), ("eos", "<|im_end|>"), ("padding", "<|endoftext|>")):
+        if text in ids:
+            keys[f"tokenizer.ggml.{role}_token_id"] = ids[text]
+    return keys | {"tokenizer.ggml.add_bos_token": False}
+
+
+def _token_type(text: str, added: bool) -> int:
+    if not added:
+        return NORMAL
+    return CONTROL if text.startswith("<|") else USER_DEFINED
+
+
+def _template(folder: Path) -> dict[str, Any]:
+    """The chat template, as text; this library has its own and never runs it."""
+    from zimage_core.text.files import read_json
+
+    try:
+        template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    except ZImageError:
+        return {}
+    fits = isinstance(template, str) and len(template) <= _MAX_TEMPLATE
+    return {"tokenizer.chat_template": template} if fits else {}

@@ -1,0 +1,196 @@
+"""A checkpoint of any layout -> a quantised GGUF, one tensor at a time."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+
+from zimage_core.atomic import check_destination
+from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
+from zimage_core.export import gguf_file
+from zimage_core.export.checkpoint import Checkpoint, Target
+from zimage_core.export.choice import choose_formats
+from zimage_core.export.metadata import gguf_metadata
+from zimage_core.export.mixes import standard_mix
+from zimage_core.export.recipes import Recipe, read_recipe
+from zimage_core.export.sizing import recipe_for_size
+from zimage_core.export.streaming import Job, Log, Progress, write_tensors
+from zimage_core.export.unfinished import Unfinished
+from zimage_core.formats import FORMATS, BlockFormat
+from zimage_core.quantize.imatrix import Imatrix, read_imatrix
+
+LAYOUTS = {"transformer": "fused", "text_encoder": "gguf"}
+"""Layout of weights/names.py in a GGUF."""
+
+BLIND = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K")
+"""Types that lose much without an importance matrix."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The answer of `quantize_file`.
+
+    Args:
+        path: The file that was written.
+        nbytes: Its size.
+        types: Format -> number of tensors.
+        recipe: What was applied.
+        remarks: Fallbacks and what else the log said.
+        seconds: Wall time.
+    """
+
+    path: str
+    nbytes: int
+    types: dict[str, int]
+    recipe: Recipe
+    remarks: tuple[str, ...]
+    seconds: float
+
+
+def quantize_file(
+    source: str | PathLike[str],
+    out: str | PathLike[str],
+    type: str | None = None,
+    *,
+    recipe: Recipe | str | PathLike[str] | None = None,
+    size: int | None = None,
+    imatrix: Imatrix | str | PathLike[str] | None = None,
+    component: str | None = None,
+    overwrite: bool = False,
+    requantize: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+    log: Log | None = None,
+) -> Quantized:
+    """Quantise a transformer or a text encoder into one GGUF file.
+
+    Memory stays bounded whatever the size of the model. An interrupted call is continued by the next one with
+    the same arguments; `out` appears complete or not at all.
+
+    Args:
+        source: Any layout that the library reads: diffusers folder, single file, GGUF.
+        out: The GGUF to write.
+        type: A standard mix ("Q4_K_M"); exactly one of type, recipe and size is given.
+        recipe: A Recipe, or the path of a recipe file.
+        size: Bytes that the file may have; types are chosen by a rule of thumb (export/sizing.py).
+        imatrix: An importance matrix, or the path of one.
+        component: "transformer" or "text_encoder", for a folder or file that holds several.
+        overwrite: Replace an existing file.
+        requantize: Take a source that is quantised already.
+        allow_nonfinite: Do not refuse NaN and infinity; 0 stands for NaN, the largest number for infinity.
+        progress: Called as progress(weights done, weights in all, tensor).
+        log: Called with sentences worth reading: fallbacks, what is resumed.
+
+    Raises:
+        BadArgument: Not exactly one of type, recipe and size; an unknown type; a recipe without a rule for
+            some tensor.
+        BadFile: The source cannot be read, `out` exists, is the source, or cannot be written.
+        BadWeights: NaN or infinity (the message names tensor, count and place), or an incomplete model.
+        OverBudget: `size` is below the smallest possible, which the message states.
+        Unsupported: A quantised source without `requantize`, or a VAE.
+        WrongModel: Another model, or an imatrix of another model.
+    """
+    if sum(choice is not None for choice in (type, recipe, size)) != 1:
+        raise BadArgument("wanted exactly one of type (--type), recipe (--recipe) and size (--size)")
+    started = time.perf_counter()
+    remarks: list[str] = []
+
+    def say(text: str) -> None:
+        remarks.append(text)
+        if log is not None:
+            log(text)
+
+    matrix = imatrix if imatrix is None or isinstance(imatrix, Imatrix) else read_imatrix(imatrix)
+    check_destination(out, overwrite)
+    with Checkpoint(source, component) as checkpoint:
+        refuse_same_file(checkpoint, out)
+        targets = _targets(checkpoint, requantize)
+        for caution in checkpoint.card.cautions:
+            say(caution)
+        if type is not None:
+            chosen = standard_mix(type, checkpoint.component, {t.name: t for t in targets})
+        elif size is not None:
+            chosen = recipe_for_size(checkpoint, targets, size)
+        else:
+            chosen = recipe if isinstance(recipe, Recipe) else read_recipe(fspath(recipe or ""))
+        formats = choose_formats(checkpoint, targets, chosen, say)
+        jobs = _jobs(targets, formats, matrix, say)
+        label = matrix.path or "given as an object" if matrix is not None else ""
+        metadata = gguf_metadata(checkpoint, chosen, label, chosen.file_type)
+        layout = gguf_file.lay_out(metadata, [(j.target.name, j.target.shape, j.format) for j in jobs])
+        remark = f"interrupted; the same command goes on with {printable(Path(out).name, 120)}"
+        identity = _identity(checkpoint, layout, matrix, allow_nonfinite)
+        unfinished = Unfinished(out, layout.nbytes, identity, overwrite, remark)
+        with unfinished.writing() as file:
+            write_tensors(checkpoint, jobs, layout, file, allow_nonfinite, progress, say)
+    types = Counter(job.format.name for job in jobs)
+    seconds = time.perf_counter() - started
+    return Quantized(fspath(out), layout.nbytes, dict(types), chosen, tuple(remarks), seconds)
+
+
+def refuse_same_file(source: Checkpoint, out: str | PathLike[str]) -> None:
+    """Refuse to write over what is being read.
+
+    Raises:
+        BadFile: `out` is one of the source's files, perhaps by another name.
+    """
+    for place in source.file.places:
+        if Path(out).exists() and Path(out).samefile(place):
+            raise BadFile(out, "is the source itself", "name another file")
+
+
+def _targets(source: Checkpoint, requantize: bool) -> list[Target]:
+    """The tensors of the GGUF, once the source is one that should be quantised."""
+    path = printable(source.file.path)
+    if source.component == "vae":
+        raise Unsupported(
+            f"{path}: a VAE stays as it is: it is small, and its convolutions suffer most; "
+            "`zimage convert` changes its layout"
+        )
+    targets = source.targets(LAYOUTS[source.component])
+    found = Counter(name for t in targets for name in source.formats_of(t) if not FORMATS[name].is_float)
+    if found and not requantize:
+        listed = ", ".join(f"{name} {count}" for name, count in found.most_common(4))
+        raise Unsupported(
+            f"{path}: its tensors are quantised already ({listed}), and a second rounding adds to the first; "
+            "take the original, or allow it (--requantize)"
+        )
+    return targets
+
+
+def _jobs(
+    targets: Sequence[Target], formats: dict[str, BlockFormat], imatrix: Imatrix | None, log: Log
+) -> list[Job]:
+    coded = {t.name: t.columns for t in targets if not formats[t.name].is_float}
+    blind = sum(formats[name].name in BLIND for name in coded)
+    if imatrix is None:
+        if blind:
+            log(
+                f"{blind} tensors get two bits or fewer; an importance matrix (--imatrix) would help them much"
+            )
+        return [Job(target, formats[target.name]) for target in targets]
+    imatrix.check_fits(coded)
+    missing = imatrix.missing(coded)
+    if missing:
+        shown = printable(missing[0], 80)
+        log(f"the imatrix knows nothing of {len(missing)} of {len(coded)} tensors, {shown} for one")
+    return [Job(t, formats[t.name], imatrix.importance(t.name) if t.name in coded else None) for t in targets]
+
+
+def _identity(
+    source: Checkpoint, layout: gguf_file.Layout, imatrix: Imatrix | None, allow_nonfinite: bool
+) -> str:
+    """The same text for a call that writes the same bytes."""
+    places = [
+        (place, (status := Path(place).stat()).st_size, status.st_mtime_ns) for place in source.file.places
+    ]
+    costs = (
+        []
+        if imatrix is None
+        else sorted((k, v.count, float(v.squares.sum())) for k, v in imatrix.entries.items())
+    )
+    return repr((layout.header, places, costs, allow_nonfinite))

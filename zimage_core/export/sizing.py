@@ -1,0 +1,105 @@
+"""`--size 3.5GB`: types for a size when nothing was measured, by a rule of thumb.
+
+The cost of a tensor is its number of weights, times the mean square error of the type relative to the
+weights, times how much its part of a block is believed to matter. The errors are those of a Gaussian matrix;
+the factors are the standard mixes' own judgement, that qkv and above all the output of the feed-forward
+network deserve more bits. A measured sensitivity (a recipe) does better; this is for want of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from zimage_core.errors import OverBudget
+from zimage_core.export import gguf_file
+from zimage_core.export.budget import Option, assign
+from zimage_core.export.checkpoint import Checkpoint, Target
+from zimage_core.export.choice import choose_format, is_matrix
+from zimage_core.export.metadata import gguf_metadata, recipe_keys
+from zimage_core.export.mixes import KEPT, TEXT_PARTS, TRANSFORMER_PARTS
+from zimage_core.export.recipes import Recipe
+from zimage_core.units import in_bytes
+
+RELATIVE_ERROR = {
+    "IQ1_S": 0.4848, "IQ2_XXS": 0.3434, "IQ2_S": 0.2648, "IQ3_XXS": 0.2134,
+    "Q2_K": 0.2836, "Q3_K": 0.1502, "Q4_K": 0.0713, "Q5_K": 0.0361, "Q6_K": 0.0177, "Q8_0": 0.0053,
+}  # fmt: skip
+"""Root mean square error over root mean square of Gaussian weights."""
+FAST = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+"""Types to choose among; the IQ types join them only where these do not fit, since they take hours."""
+
+FACTORS = {
+    TRANSFORMER_PARTS["down"]: 4.0,
+    TRANSFORMER_PARTS["qkv"]: 2.0,
+    TEXT_PARTS["v"]: 4.0,
+    TEXT_PARTS["down"]: 2.0,
+    "token_embd.weight": 4.0,
+    "output.weight": 4.0,
+}
+"""Pattern -> how much more an error there is believed to cost."""
+
+_ATTEMPTS = 4
+
+
+def recipe_for_size(source: Checkpoint, targets: Sequence[Target], size: int) -> Recipe:
+    """A recipe whose GGUF has at most `size` bytes.
+
+    Args:
+        source: The checkpoint.
+        targets: Its tensors under their names in a GGUF.
+        size: Bytes of the whole file.
+
+    Raises:
+        OverBudget: The smallest possible file is larger; the message has its size.
+    """
+    kept = {t.name for t in targets if not is_matrix(t) or _kept(source, t.name)}
+    free = [t for t in targets if t.name not in kept]
+    metadata = gguf_metadata(source)
+
+    def layout(types: Mapping[str, str]) -> tuple[Recipe, gguf_file.Layout]:
+        # the recipe stands in the header, whose size it so decides
+        recipe = Recipe.of_types(f"{size} bytes", types, (f"types for {in_bytes(size)}, by a rule of thumb",))
+        rows = [
+            (t.name, t.shape, choose_format(source, t, recipe.type_of(t.name, 0) if is_matrix(t) else "F32"))
+            for t in targets
+        ]
+        return recipe, gguf_file.lay_out(metadata | recipe_keys(recipe), rows)
+
+    _, draft = layout({t.name: "IQ2_XXS" for t in free})
+    fixed = len(draft.header) + sum(_padded(draft.places[name][1]) for name in kept)
+    for types in (FAST, tuple(RELATIVE_ERROR)):
+        options = {t.name: _options(source, t, types) for t in free}
+        least = fixed + sum(min(option.nbytes for option in row) for row in options.values())
+        if least <= size:
+            break
+    else:
+        raise OverBudget(
+            f"size: {in_bytes(size)} do not hold this model; the smallest possible is {least} bytes "
+            f"({in_bytes(least)}), of which {in_bytes(fixed)} are tensors that stay as they are"
+        )
+    spare = 0
+    for _ in range(_ATTEMPTS):
+        recipe, found = layout(assign(options, size - fixed - spare).types)
+        if found.nbytes <= size:
+            return recipe
+        spare += found.nbytes - size
+    raise OverBudget(f"size: no choice of types came to {in_bytes(size)} or less; allow a little more")
+
+
+def _kept(source: Checkpoint, name: str) -> bool:
+    return source.component == "transformer" and any(fnmatchcase(name, pattern) for pattern in KEPT)
+
+
+def _options(source: Checkpoint, target: Target, types: Sequence[str]) -> list[Option]:
+    factor = next((f for pattern, f in FACTORS.items() if fnmatchcase(target.name, pattern)), 1.0)
+    found = []
+    for name in types:
+        fmt = choose_format(source, target, name)
+        nbytes = _padded(target.rows * fmt.row_bytes(target.columns))
+        found.append(Option(name, nbytes, factor * target.weights * RELATIVE_ERROR[name] ** 2))
+    return found
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // gguf_file.ALIGNMENT) * gguf_file.ALIGNMENT
