@@ -58,12 +58,13 @@ DOORS: dict[str, set[str]] = {
     "assets": set(),
     "quantize": {"codebooks", "cpu", "formats", "quant_tensor", "atomic", "weights"},
     "export": {
-        "atomic", "config", "cpu", "formats", "inspection", "models", "nn", "quant_tensor", "quantize", "units",
-        "weights",
+        "atomic", "config", "cpu", "formats", "inspection", "models", "nn", "quant_tensor", "quantize",
+        "units", "weights",
     },
     "study": {
         "atomic", "checks", "components", "config", "cpu", "export", "formats", "inspection", "models", "nn",
-        "pipeline", "png", "quant_tensor", "quantize", "result", "run", "sources", "text", "units", "weights",
+        "noise", "pipeline", "png", "quant_tensor", "quantize", "result", "run", "sources", "text", "units",
+        "weights",
     },
 }  # fmt: skip
 REACH_KERNELS = ("accelerator", "elementwise")
@@ -73,7 +74,8 @@ DATA_ONLY = {"errors", "atomic", "formats", "codebooks", "config", "png", "inspe
 WITH_TENSORS = {"load", "scan"}
 """The files of weights/ that compute; the others read headers, and `zimage inspect` loads them."""
 PLANS = {
-    "__init__", "activations", "budget", "explain", "job", "plan", "rates", "residency", "sizes", "times", "work",
+    "__init__", "activations", "budget", "explain", "job", "plan", "rates", "residency", "sizes", "times",
+    "work",
 }  # fmt: skip
 """The files of memory/ that plan, for `zimage plan`; the others move weights."""
 NEVER = {

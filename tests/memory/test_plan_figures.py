@@ -56,7 +56,7 @@ def test_the_published_arithmetic_comes_out(card):
     rates = Rates(0.7 * peak * 1e12, peak * 1e12, 1e18, link, link)
     plan = make_plan(Q3_K_S, 1024, 1024, vram=make_plan(Q3_K_S, 1024, 1024).floor, rates=rates)
     assert plan.times.compute == pytest.approx(compute, rel=0.05)
-    streamed = plan.component("transformer").streamed
+    streamed = plan.component("transformer").each_step
     assert plan.times.transfer == pytest.approx(streamed / link)
     assert 0.88 < streamed / Q3_K_S.transformer.nbytes < 1, "context refiner and adaptive norms stay"
 
@@ -68,16 +68,20 @@ def test_the_published_operations_come_out():
         )
 
 
-@pytest.mark.parametrize(("rule", "most"), [(q4_k_m, 3.0e9), (q3_k_s, 2.5e9), (plain("Q8_0"), 2.5e9)])
+@pytest.mark.parametrize(("rule", "most"), [(q4_k_m, 1.4e9), (q3_k_s, 0.8e9), (plain("Q8_0"), 1.1e9)])
 def test_1024_px_need_little_and_the_transfers_hide(rule, most):
     sizes = full_size(rule)
     floor = make_plan(sizes, 1024, 1024).floor
     assert floor <= most
     for architecture in ("sm_86", "sm_75", "sm_89"):
         plan = make_plan(sizes, 1024, 1024, vram=floor, rates=known(architecture))
-        assert plan.component("transformer").streamed > 2e9
+        part = plan.component("transformer")
+        assert part.each_step > 2e9
         assert plan.times.hidden, f"{architecture}: {plan.times}"
-        assert plan.times.step <= 1.03 * plan.times.compute
+        # a block of the noise refiner, bfloat16 in a Q4_K_M, may be longer on its way than it computes
+        hides = part.slot_bytes / plan.rates.link <= plan.times.compute / part.blocks
+        assert plan.times.step <= (1.03 if hides else 1.04) * plan.times.compute
+        assert hides or rule is q4_k_m
 
 
 def test_a_fast_card_and_a_small_picture_wait_for_the_link():
@@ -88,15 +92,15 @@ def test_a_fast_card_and_a_small_picture_wait_for_the_link():
 
 def test_a_small_budget_says_what_would_fit():
     with pytest.raises(OverBudget) as caught:
-        make_plan(Q4_K_M, 1024, 1024, vram=2 * 10**9)
+        make_plan(Q4_K_M, 2048, 2048, vram=2 * 10**9)
     text = str(caught.value)
-    assert "2 GB of GPU memory are given and 1024 x 1024 px need at least 2.28 GB" in text
+    assert "2 GB of GPU memory are given and 2048 x 2048 px need at least 2.6 GB" in text
     assert "\n" not in text
     width = int(text.partition("a picture of ")[2].split()[0])
     assert make_plan(Q4_K_M, width, width, vram=2 * 10**9).peak <= 2 * 10**9
     with pytest.raises(OverBudget):
         make_plan(Q4_K_M, width + 16, width + 16, vram=2 * 10**9)
-    assert "a quantisation of its 1.42 GB of plain matrices" in text
+    assert "a quantisation whose blocks have at most 53.5 MB (here: 354 MB)" in text
 
 
 def test_pictures_keep_their_shape_in_the_advice():

@@ -114,7 +114,7 @@ def cards(plans: Mapping[str, Plan | str]) -> list[str]:
             "all networks stay" if plan.resident else f"{len(part.resident_blocks)}/{part.blocks} blocks stay"
         )
         moved = (
-            f"{in_bytes(part.streamed)} a step in {in_seconds(times.transfer)}"
+            f"{in_bytes(part.each_step)} a step in {in_seconds(times.transfer)}"
             if times.transfer
             else "nothing streamed"
         )

@@ -13,8 +13,8 @@ from torch import nn
 
 from zimage_core.atomic import write_atomically
 from zimage_core.errors import BadArgument, OverBudget, Unsupported
-from zimage_core.memory import timeline
-from zimage_core.memory.attach import bring, stream_model, take_back, unstream
+from zimage_core.memory import cache, timeline
+from zimage_core.memory.attach import bring, forbid_planes, stream_model, take_back, unstream
 from zimage_core.memory.budget import read_bytes
 from zimage_core.memory.job import RUNTIME
 from zimage_core.memory.plan import Component, Plan, make_plan
@@ -25,9 +25,9 @@ from zimage_core.memory.traffic import Traffic
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
-from zimage_core.nn.linear import Linear
 from zimage_core.units import in_bytes
 from zimage_core.weights.load import weight_file
+from zimage_core.weights.source import WeightFile
 
 NETWORK_OF = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
 SPARE = 512 << 20
@@ -167,11 +167,18 @@ class Arena:
             self.begin(16, 16, 1, 512, False, 1)
         component = self._the_plan().component(NETWORK_OF[name])
         self._bring(component)
+        ahead = cache.ReadAhead(self._next_file(name))
         try:
             yield
         finally:
+            ahead.end()
             if not component.kept:
                 self._take_away(component.name)
+
+    def _next_file(self, name: str) -> WeightFile | None:
+        """Of the network behind a phase, None where it is there already."""
+        after = {"encode": "transformer", "denoise": "vae"}.get(name)
+        return None if after is None or after in self._there else weight_file(self._networks[after])
 
     def report(self) -> MemoryReport | None:
         """Of the run that ended; None before the first."""
@@ -199,7 +206,7 @@ class Arena:
 
     def _key(self, component: Component) -> tuple[Any, ...]:
         """What has to be the same for a network to stay as it is."""
-        return component.kept, component.resident_blocks, component.slots, self._planes
+        return component.kept, component.resident_blocks, component.slots, component.once, self._planes
 
     def _the_plan(self) -> Plan:
         if self._plan is None:
@@ -217,10 +224,19 @@ class Arena:
             stream_model(
                 network, component.resident_blocks, self.device,
                 slots=max(1, component.slots), ring=max(1, self._the_plan().ring),
+                refiner_stays=component.once == 0, page_cache=self._page_cache(),
             )  # fmt: skip
         if not self._planes:
-            _forbid_planes(network)
+            forbid_planes(network)
         self._there[component.name] = key
+
+    def _page_cache(self) -> int | None:
+        """Bytes of host memory that are left for files."""
+        plan, room = self._the_plan(), cache.available()
+        if plan.ram is None:
+            return room
+        left = plan.ram - plan.ram_need
+        return left if room is None else min(left, room)
 
     def _take_away(self, name: str) -> None:
         network = self._networks[name]
@@ -265,11 +281,3 @@ class Arena:
 def _bytes_on(network: nn.Module, device: torch.device) -> int:
     tensors = (*network.parameters(), *network.buffers())
     return sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
-
-
-def _forbid_planes(network: nn.Module) -> None:
-    """The budget has no room for copies of weights in another layout."""
-    for module in network.modules():
-        quant = module.quant if isinstance(module, Linear) else None
-        if quant is not None:
-            quant.cache.setdefault("planes", None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from zimage_core.errors import BadArgument
 from zimage_core.memory.blocks import Mapped, describe, in_file, sources_of
+from zimage_core.memory.cache import let_go
 from zimage_core.memory.device import Backend, backend_for
 from zimage_core.memory.job import RING
 from zimage_core.memory.stream import READERS, SLOTS, Stream
@@ -53,6 +55,8 @@ def stream_model(
     ring: int = RING,
     readers: int = READERS,
     wrap: bool | None = None,
+    refiner_stays: bool = True,
+    page_cache: int | None = None,
     backend: Backend | None = None,
 ) -> Stream:
     """Put a model that was loaded on the CPU on a device, all but the blocks that are streamed to it.
@@ -63,13 +67,15 @@ def stream_model(
     then it must not be moved, cast or made resident.
 
     Args:
-        model: With its packed weights on the host.
+        model: With its weights on the host.
         resident: Indices in `model.blocks` of those that stay on the device.
         device: Where to compute.
         slots: See `Stream`, like the next two.
         ring: See there.
         readers: See there.
         wrap: See there; default: a transformer runs many times, a text encoder once or twice.
+        refiner_stays: False brings a transformer's context refiner for each caption and takes it away again.
+        page_cache: Bytes that the system's page cache may hold of the streamed blocks; None for all.
         backend: Of the device, where another than its usual one is wanted.
 
     Returns:
@@ -83,19 +89,40 @@ def stream_model(
     if not isinstance(model.stream, Resident):
         raise BadArgument("stream: this model is streamed already; unstream it first")
     backend = backend or backend_for(device)
-    blocks = describe(model.blocks, weight_file(model), backend.device)
+    file, device = weight_file(model), backend.device
+    blocks = describe(model.blocks, file, device)
     wrap = isinstance(model, ZImageTransformer) if wrap is None else wrap
-    stream = Stream(blocks, resident, backend, slots, ring, readers, wrap)
+
+    @contextmanager
+    def visit(block: nn.Module) -> Iterator[None]:
+        bring(block, device, file)
+        try:
+            forbid_planes(block)
+            yield
+        finally:
+            take_back(block)
+
+    apart = (
+        set()
+        if refiner_stays or not isinstance(model, ZImageTransformer)
+        else {*model.context_refiner.modules()}
+    )
+    stream = Stream(blocks, resident, backend, slots, ring, readers, wrap, visit if apart else None)
     streamed = set(stream.streamed)
-    keep = {segment.linear for block in blocks if block.index in streamed for segment in block.segments}
+    moved = [block for block in blocks if block.index in streamed]
+    for place in let_go([block.payload for block in moved], page_cache):
+        moved[place].cached = False
+    keep = {segment.linear for block in moved for segment in block.segments}
     homes = _Homes()
-    files = sources_of(weight_file(model))
+    files = sources_of(file)
     try:
         for module in model.modules():
-            place = _HOST if isinstance(module, Embedding) else backend.device
+            if module in apart:
+                continue
+            where = _HOST if isinstance(module, Embedding) else device
             if module not in keep:
-                _move_packed(module, place, files, homes)
-            _move_dense(module, place, files, homes)
+                _move_packed(module, where, files, homes)
+            _move_dense(module, where, files, homes, {"weight"} if module in keep else set())
     except BaseException:
         homes.restore()
         stream.close()
@@ -142,6 +169,14 @@ def take_back(model: nn.Module) -> None:
     _HOMES.pop(model, _Homes()).restore()
 
 
+def forbid_planes(network: nn.Module) -> None:
+    """Let no product make a copy of these weights in another layout: a budget has no room for it."""
+    for module in network.modules():
+        quant = module.quant if isinstance(module, Linear) else None
+        if quant is not None:
+            quant.cache.setdefault("planes", None)
+
+
 def _move_packed(module: nn.Module, device: torch.device, files: Sequence[Mapped], homes: _Homes) -> None:
     quant = module.quant if isinstance(module, (Linear, Embedding)) else None
     if quant is None or not isinstance(module, (Linear, Embedding)):
@@ -153,8 +188,16 @@ def _move_packed(module: nn.Module, device: torch.device, files: Sequence[Mapped
         module.place(QuantTensor(packed, quant.format, quant.shape, scale))
 
 
-def _move_dense(module: nn.Module, device: torch.device, files: Sequence[Mapped], homes: _Homes) -> None:
+def _move_dense(
+    module: nn.Module,
+    device: torch.device,
+    files: Sequence[Mapped],
+    homes: _Homes,
+    but: Collection[str] = (),
+) -> None:
     for name, parameter in list(module.named_parameters(recurse=False)):
+        if name in but:
+            continue
         moved = _moved(parameter.detach(), device, files)
         if moved.device != parameter.device or moved.data_ptr() != parameter.data_ptr():
             homes.tensors.append((module, name, parameter))

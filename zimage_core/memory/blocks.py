@@ -1,8 +1,7 @@
 """A block of a network as bytes for a slot: what is moved, from where, and to whom it belongs.
 
-Streamed are the packed matrices that a block reads while it runs. What stays on the device: norms and biases,
-matrices stored in the dtype of the computation (they are parameters), and the adaptive norms, which are
-computed for all steps at once outside of the block loop.
+Streamed are the matrices that a block reads while it runs, packed or dense. What stays on the device: norms
+and biases, and the adaptive norms, which are computed for all steps at once outside of the block loop.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from zimage_core.weights.source import Source, WeightFile
 
 ALIGN = 256
 """Bytes; each matrix begins on a multiple of it in a slot, as the allocator of a GPU would have it."""
+Weight = QuantTensor | nn.Parameter
+"""Packed, or dense in the dtype of the computation."""
 Mapped = tuple[Source, int]
 """A file, and the address of its map."""
 OUTSIDE = ("adaLN_modulation",)
@@ -44,7 +45,7 @@ class Segment:
     """
 
     linear: Linear
-    home: QuantTensor
+    home: Weight
     start: int
     source: Source | None
     offset: int
@@ -62,10 +63,15 @@ class Segment:
         """
         if self.source is None:
             # NumPy copies in this thread alone and without the interpreter lock
-            into.numpy()[:] = self.home.packed.view(-1)[first:last].numpy()
+            into.numpy()[:] = as_bytes(self.home)[first:last].numpy()
             return
         self.source.check_unchanged()
         self.source.read_into(self.offset + first, into.numpy().data)
+
+    def let_go(self) -> None:
+        """The page cache need not keep its bytes."""
+        if self.source is not None:
+            self.source.let_go(self.offset, self.home.nbytes)
 
 
 class Block:
@@ -73,7 +79,7 @@ class Block:
 
     Args:
         index: In the model's `blocks`.
-        linears: Layers with a packed weight on the host; others are left out.
+        linears: Layers with their weights on the host.
         files: Open files that the weights may be views of.
         device: Where the slots are.
     """
@@ -85,23 +91,21 @@ class Block:
         self.segments: list[Segment] = []
         end = 0
         for linear in linears:
-            quant = linear.quant
-            if quant is None:
-                continue
-            if quant.device.type != "cpu":
-                raise BadArgument(f"block {index}: its weights are on {quant.device}, load it on the CPU")
-            source, offset = in_file(quant.packed, files)
-            if not quant.packed.is_contiguous():
-                quant = replace(quant, packed=quant.packed.contiguous(), cache={})
-            self.segments.append(Segment(linear, quant, aligned(end), source, offset))
+            if linear.device.type != "cpu":
+                raise BadArgument(f"block {index}: its weights are on {linear.device}, load it on the CPU")
+            home = _contiguous(linear)
+            source, offset = in_file(as_bytes(home), files)
+            self.segments.append(Segment(linear, home, aligned(end), source, offset))
             end = self.segments[-1].stop
         self.nbytes = aligned(end)
         """Of a slot that holds it, gaps included."""
         self.payload = sum(segment.home.nbytes for segment in self.segments)
         """Of its weights."""
-        scales = [segment.home.scale for segment in self.segments]
+        self.cached = True
+        """Whether the page cache should keep it from one step to the next."""
+        scales = [getattr(segment.home, "scale", None) for segment in self.segments]
         self._scales = [None if scale is None else scale.to(device) for scale in scales]
-        self._views: dict[int, list[QuantTensor]] = {}
+        self._views: dict[int, list[Weight]] = {}
 
     def read(self, first: int, last: int, into: Tensor) -> int:
         """Bytes first .. last of a slot into a host tensor of that length -> how many were weights.
@@ -117,6 +121,12 @@ class Block:
                 segment.read(start - segment.start, stop - segment.start, part)
                 moved += stop - start
         return moved
+
+    def loaded(self) -> None:
+        """All of it was read: drop what the page cache is not to keep."""
+        if not self.cached:
+            for segment in self.segments:
+                segment.let_go()
 
     def bind(self, slot: Tensor) -> None:
         """Let each layer read its weight from a slot that holds this block, uint8 [at least nbytes]."""
@@ -137,12 +147,32 @@ class Block:
         """Let go of the slots that it was bound to."""
         self._views.clear()
 
-    def _view(self, slot: Tensor, k: int) -> QuantTensor:
+    def _view(self, slot: Tensor, k: int) -> Weight:
         segment = self.segments[k]
-        home = segment.home
-        packed = slot[segment.start : segment.stop].view(home.packed.shape)
+        home, held = segment.home, slot[segment.start : segment.stop]
+        if not isinstance(home, QuantTensor):
+            return nn.Parameter(held.view(home.dtype).view(home.shape), requires_grad=False)
+        packed = held.view(home.packed.shape)
         # planes would outlive the bytes that they were made of
         return QuantTensor(packed, home.format, home.shape, self._scales[k], {"planes": None})
+
+
+def as_bytes(weight: Weight) -> Tensor:
+    """Of a contiguous weight on the host: uint8 [nbytes], the same memory."""
+    data = weight.packed if isinstance(weight, QuantTensor) else weight.detach()
+    return data.view(-1).view(torch.uint8)
+
+
+def _contiguous(linear: Linear) -> Weight:
+    """The weight of a layer, copied where it is a view with gaps."""
+    quant = linear.quant
+    if quant is not None:
+        gapless = quant.packed.is_contiguous()
+        return quant if gapless else replace(quant, packed=quant.packed.contiguous(), cache={})
+    if linear.weight is None:
+        raise BadArgument("a layer of a block has no weight; load the model first")
+    gapless = linear.weight.is_contiguous()
+    return linear.weight if gapless else nn.Parameter(linear.weight.contiguous(), requires_grad=False)
 
 
 def describe(modules: Sequence[nn.Module], file: WeightFile | None, device: torch.device) -> list[Block]:

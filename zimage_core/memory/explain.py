@@ -54,7 +54,7 @@ def _transformer(job: Job, plan: Plan) -> str:
     if not part.slots:
         return f"the transformer stays while it runs: all {part.blocks} blocks, {in_bytes(part.resident)}"
     sides = job.images * job.captions
-    amount = f"{in_bytes(sides * part.streamed)} a step take {in_seconds(times.transfer)}"
+    amount = f"{in_bytes(sides * part.each_step)} a step take {in_seconds(times.transfer)}"
     if times.hidden:
         pace = f"hidden behind {in_seconds(times.compute)} of compute"
     else:
@@ -67,7 +67,8 @@ def _transformer(job: Job, plan: Plan) -> str:
     fixed = in_bytes(job.net.always)
     return (
         f"{kept}, beside {fixed} that always do; the others pass through {part.slots} slots of "
-        f"{in_bytes(part.slot_bytes)}: {amount}, {pace}"
+        f"{in_bytes(part.slot_bytes)}: {amount}, {pace}; the context refiner comes for each caption, "
+        f"{in_bytes(part.once)}"
     )
 
 
@@ -91,9 +92,6 @@ def over_budget(job: Job, vram: int, floor: int) -> str:
         fits.append(
             f"a quantisation whose blocks have at most {in_bytes(most)} (here: {in_bytes(_block(job))})"
         )
-    dense = _unquantised(job)
-    if dense and floor - dense * (1 - COMMON) <= vram:
-        fits.append(f"a quantisation of its {in_bytes(dense)} of plain matrices too, which are not streamed")
     hint = f"what would fit is {' or '.join(fits)}" if fits else "give as much, no smaller picture would fit"
     return (
         f"plan: {in_bytes(vram)} of GPU memory are given and {job.width} x {job.height} px need at least "
@@ -108,18 +106,6 @@ def over_host(ram: int, wanted: Mapping[str, int]) -> str:
         f"plan: {in_bytes(ram)} of host memory are given and {in_bytes(sum(wanted.values()))} are needed "
         f"({parts}); give more"
     )
-
-
-def _unquantised(job: Job) -> int:
-    """Bytes of matrices in the dtype of the computation, adaptive norms and embedders left out."""
-    plain = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[job.dtype]
-    found = [
-        m.nbytes
-        for name, m in job.net.matrices
-        if "refiner" in name or name.startswith("layers.")
-        if m.format == plain and ".adaLN_modulation." not in name
-    ]
-    return sum(found)
 
 
 def _block(job: Job) -> int:

@@ -178,6 +178,7 @@ class Feeder:
         while pending:
             self._pass_on(life, *pending.popleft())
         self._meter.add_host("read", index, clock, backend.now())
+        block.loaded()
         done = backend.mark("copy")
         self._meter.add("copy", index, begun, done)
         with self.changed:

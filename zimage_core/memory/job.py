@@ -76,9 +76,11 @@ class Job:
         gpu = rates.architecture != "cpu"
         self.workspace = WORKSPACE.get(family(rates.architecture), _WORKSPACE) if gpu else 0
         self.encode_live = encode_bytes(encoder, caption, self.dtype, self.captions)
-        self.denoise_live = denoise_bytes(
-            net, self.rows, self.cols, caption, self.dtype, images, self.captions, steps
-        )
+        rest = (caption, self.dtype, images, self.captions, steps)
+        self.denoise_live = denoise_bytes(net, self.rows, self.cols, *rest)
+        # a caption alone, and a picture of one patch beside it
+        refine = denoise_bytes(net, net.patch_size, net.patch_size, *rest)
+        self.visited_live = max(self.denoise_live, max(self.net.once, default=0) + refine)
 
     def resized(self, width: int, height: int) -> Job:
         """The same job for another picture."""
@@ -119,9 +121,14 @@ class Job:
         """What of a budget is left for blocks of the text encoder."""
         return room - self.encoder.always - self.around - self.encode_live
 
-    def denoise_room(self, room: int) -> int:
-        """What of a budget is left for blocks of the steps."""
-        return room - self.net.always - self.around - self.denoise_live
+    def denoise_room(self, room: int, refiner_stays: bool = False) -> int:
+        """What of a budget is left for blocks of the steps.
+
+        The context refiner stays beside the steps, or its blocks come one by one before the first of them,
+        in the room of their activations.
+        """
+        live = sum(self.net.once) + self.denoise_live if refiner_stays else self.visited_live
+        return room - self.net.always - self.around - live
 
     def decode_room(self, room: int, way: Way) -> int:
         """What of a budget is left beside the VAE."""

@@ -16,6 +16,7 @@ from zimage_core.memory.job import AT_ONCE, LEAST_RING, RING, RUNTIME, Job, Way,
 from zimage_core.memory.rates import Rates, known
 from zimage_core.memory.residency import Residency
 from zimage_core.memory.sizes import Sizes
+from zimage_core.memory.times import Times, resident_times, streamed_times
 from zimage_core.paths import PLANES_MARGIN
 
 PHASES = ("encode", "denoise", "decode")
@@ -35,6 +36,8 @@ class Component:
         blocks: How many blocks it has.
         resident_blocks: Indices in the network's `blocks` of those that stay.
         kept: Whether its resident bytes also stay through the other phases.
+        once: Of the streamed bytes, those that come once for each caption and not in every step: a
+            transformer's context refiner.
     """
 
     name: str
@@ -46,6 +49,12 @@ class Component:
     blocks: int
     resident_blocks: tuple[int, ...]
     kept: bool
+    once: int = 0
+
+    @property
+    def each_step(self) -> int:
+        """Of the streamed bytes, those that come again in every step."""
+        return self.streamed - self.once
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,8 @@ class Phase:
         weights: Of this phase, resident.
         others: Weights of the other networks that are kept.
         slots: For weights that pass through.
-        activations: Tensors of the computation, latents and pictures.
+        activations: Tensors of the computation, latents and pictures; before the first step the context
+            refiner where it does not stay.
         scratch: Dense weights, one matrix at a time.
         planes: Copies of weights in the layout of the fused kernel.
         workspace: Of libraries.
@@ -79,37 +89,6 @@ class Phase:
             self.weights + self.others + self.slots + self.activations
             + self.scratch + self.planes + self.workspace
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Times:
-    """Expected seconds, from rates; nothing was run.
-
-    Args:
-        encode: Of all captions, transfer included.
-        encode_transfer: Of that, what its bytes need on the link.
-        compute: Of one step, all pictures and sides.
-        transfer: Of the bytes streamed in one step.
-        fill: Of the first block of a step, which nothing hides.
-        step: max(compute, transfer) + fill.
-        first_step: The same where the blocks that stay are still to be loaded; where everything is resident
-            it was loaded before the run.
-        decode: Of all pictures, loading included.
-    """
-
-    encode: float
-    encode_transfer: float
-    compute: float
-    transfer: float
-    fill: float
-    step: float
-    first_step: float
-    decode: float
-
-    @property
-    def hidden(self) -> bool:
-        """Whether the streamed bytes arrive before they are needed."""
-        return self.transfer <= self.compute
 
 
 @dataclass(frozen=True)
@@ -256,41 +235,43 @@ def _everything_resident(job: Job, vram: int | None, floor: int) -> Plan | None:
         Component(part.name, part.nbytes, 0, 0, 0, 0, len(part.blocks), tuple(range(len(part.blocks))), True)
         for part in parts
     )
-    step = job.step_seconds()
-    times = Times(
-        encode=job.encode_seconds(), encode_transfer=0.0, compute=step, transfer=0.0, fill=0.0, step=step,
-        first_step=step, decode=job.decode_seconds(AT_ONCE),
-    )  # fmt: skip
-    return _plan(job, vram, floor, components, phases, AT_ONCE, times)
+    return _plan(job, vram, floor, components, phases, AT_ONCE, resident_times(job))
 
 
 def _shared_arena(job: Job, vram: int | None, floor: int, link: float) -> Plan:
     """Each network in its own phase: those that run once pass through, the steps keep what fits."""
     room = vram if vram is not None else job.sizes.nbytes + floor
     encoder = _through(bytes_of(job.encoder.blocks), job.encode_room(room))
-    blocks = residency.place(bytes_of(job.net.blocks), job.denoise_room(room))
+    sizes = bytes_of(job.net.blocks)
+    blocks = residency.place(sizes, job.denoise_room(room, refiner_stays=True))
+    stays = blocks is not None and not blocks.slots
+    if not stays:
+        blocks = residency.place(sizes, job.denoise_room(room))
+    refiner = sum(job.net.once)
+    once = 0 if stays else refiner
     way = next((way for way in job.ways() if job.decode_room(room, way) >= 0), None)
     if encoder is None or blocks is None or way is None:  # below the floor
         raise OverBudget(explain.over_budget(job, room, floor))
     rest = (job.scratch, 0, job.workspace)
     before = Phase("encode", job.encoder.always, 0, encoder.nbytes, job.encode_live, *rest)
-    resident = job.net.always + blocks.resident_bytes
-    held = job.net.always + blocks.nbytes
-    during = Phase("denoise", resident, 0, held - resident, job.denoise_live, *rest)
+    resident = job.net.always + refiner - once + blocks.resident_bytes
+    held = resident + blocks.slots * blocks.slot_bytes
+    live = job.denoise_live if stays else job.visited_live
+    during = Phase("denoise", resident, 0, held - resident, live, *rest)
     after = Phase("decode", job.vae.always, 0, 0, job.decode_live(way), *rest)
     kept = max(before.peak, after.peak) + held <= room
     if kept:
         before, after = replace(before, others=held), replace(after, others=held)
     transformer = Component(
-        "transformer", resident, blocks.streamed_bytes, job.net.host, blocks.slots, blocks.slot_bytes,
-        len(job.net.blocks), blocks.resident, kept,
+        "transformer", resident, blocks.streamed_bytes + once, job.net.host, blocks.slots, blocks.slot_bytes,
+        len(job.net.blocks), blocks.resident, kept, once,
     )  # fmt: skip
     text = Component(
         "text_encoder", job.encoder.always, job.encoder.streamable, job.encoder.host, encoder.slots,
         encoder.slot_bytes, len(job.encoder.blocks), (), False,
     )  # fmt: skip
     vae = Component("vae", 0, job.vae.always, job.vae.host, 0, 0, 0, (), False)
-    times = _times(job, blocks, way, link)
+    times = streamed_times(job, blocks, way, link)
     return _plan(job, vram, floor, (text, transformer, vae), (before, during, after), way, times)
 
 
@@ -298,26 +279,6 @@ def _through(sizes: list[int], room: int) -> Residency | None:
     """Slots for blocks that run once, or their own bytes where that is less."""
     most = residency.SLOTS[0] * residency.slot_for(max(sizes, default=0))
     return residency.place(sizes, min(room, most), some=False)
-
-
-def _times(job: Job, blocks: Residency, way: Way, link: float) -> Times:
-    """Expected times with so many bytes a second from the host."""
-    sides = job.images * job.captions
-    compute, transfer = job.step_seconds(), sides * blocks.streamed_bytes / link
-    fill = max(bytes_of(job.net.blocks), default=0) / link if blocks.slots else 0.0
-    text = job.captions * job.encoder.streamable / link
-    first = max(bytes_of(job.encoder.blocks), default=0) / link
-    load = (job.net.always + blocks.resident_bytes) / link
-    return Times(
-        encode=max(job.encode_seconds(), text) + first,
-        encode_transfer=text,
-        compute=compute,
-        transfer=transfer,
-        fill=fill,
-        step=max(compute, transfer) + fill,
-        first_step=max(compute, transfer + load) + fill,
-        decode=job.vae.always / link + job.decode_seconds(way),
-    )
 
 
 def _with_host(job: Job, plan: Plan, ram: int | None) -> Plan:
@@ -333,7 +294,7 @@ def _with_host(job: Job, plan: Plan, ram: int | None) -> Plan:
     need = sum(wanted.values())
     if ram is not None and need > ram:
         raise OverBudget(explain.over_host(ram, wanted))
-    from_disk = ram is not None and plan.component("transformer").streamed > ram - need
+    from_disk = ram is not None and plan.component("transformer").each_step > ram - need
     return replace(plan, ram=ram, ring=ring, ram_need=need, from_disk=from_disk)
 
 

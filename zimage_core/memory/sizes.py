@@ -71,11 +71,11 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Block:
-    """What is moved at once: the Linear weights of one block, packed as in the file.
+    """What is moved at once: the Linear weights of one block, as in the file.
 
     Args:
         name: As a module, "layers.3".
-        matrices: Its weights; none where all of them stay on the device in any case.
+        matrices: Its weights.
     """
 
     name: str
@@ -96,9 +96,10 @@ class Part:
         config: Its sizes.
         blocks: In the order in which they run, as the network's `blocks`; the VAE has none.
         always: Bytes that lie on the device as long as the network runs: norms, biases, embedders, adaptive
-            norms, context refiner; of the VAE its decoder in float32.
+            norms; of the VAE its decoder in float32.
         host: Bytes that may stay in host memory: the table of tokens, the VAE's encoder.
-        matrices: Linear weights among `always`, with the name of their module.
+        matrices: Linear weights in none of the blocks, with the name of their module.
+        once: Bytes of each block that runs once for each caption: those of the context refiner.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Part:
     always: int
     host: int
     matrices: tuple[tuple[str, Matrix], ...] = ()
+    once: tuple[int, ...] = ()
 
     @property
     def streamable(self) -> int:
@@ -116,7 +118,7 @@ class Part:
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        return self.streamable + self.always + self.host
+        return self.streamable + self.always + self.host + sum(self.once)
 
     def scratch(self, dtype: str) -> int:
         """Bytes of dense weights at a time, at most."""
@@ -231,10 +233,6 @@ class _Reader:
         scaled = any(stem + end in self.file.tensors for end in (".scale_weight", ".weight_scale"))
         return Matrix(self.file.tensors[name].format.name, *entry.shape, scaled)
 
-    def streams(self, matrix: Matrix) -> bool:
-        """Whether it can be moved block by block: `memory.blocks` leaves dense parameters on the device."""
-        return matrix.scaled or _NATIVE.get(matrix.format) != self.dtype
-
     def small(self, entry: names.Entry) -> int:
         """Bytes of a tensor that is kept dense in the dtype of the computation."""
         return _count(entry.shape) * ITEMSIZE[self.dtype]
@@ -250,39 +248,41 @@ def _count(shape: tuple[int, ...]) -> int:
 def _transformer(config: TransformerConfig, table: names.Table, read: _Reader) -> Part:
     counts = {"noise_refiner": config.n_refiner_layers, "layers": config.n_layers}
     inside: dict[str, list[Matrix]] = {f"{stack}.{i}": [] for stack in STACKS for i in range(counts[stack])}
-    always, beside = 0, []
+    always, once, beside = 0, [0] * config.n_refiner_layers, []
     for entry in table:
         if entry.module.startswith("siglip_"):
             continue  # the vision branch of an Omni checkpoint is not loaded
         matrix = read.matrix(entry)
         block = ".".join(entry.module.split(".")[:2])
-        if matrix is None:
+        if entry.module.startswith("context_refiner."):
+            size = read.small(entry) if matrix is None else matrix.nbytes
+            once[int(entry.module.split(".")[1])] += size
+        elif matrix is None:
             always += read.small(entry)
-        elif block in inside and ".adaLN_modulation." not in entry.module and read.streams(matrix):
+        elif block in inside and ".adaLN_modulation." not in entry.module:
             inside[block].append(matrix)
+            continue
         else:  # adaptive norms of all steps go through their matrices once, before the first block
             always += matrix.nbytes
+        if matrix is not None:
             beside.append((entry.module, matrix))
     blocks = tuple(Block(name, tuple(found)) for name, found in inside.items())
-    return Part("transformer", config, blocks, always, 0, tuple(beside))
+    return Part("transformer", config, blocks, always, 0, tuple(beside), tuple(once))
 
 
 def _text_encoder(config: TextEncoderConfig, table: names.Table, read: _Reader) -> Part:
     inside: list[list[Matrix]] = [[] for _ in range(config.num_layers - 1)]
-    always, host, beside = 0, 0, []
+    always, host = 0, 0
     for entry in table:
         matrix = read.matrix(entry)
         if matrix is None:
             always += read.small(entry)
         elif entry.module == "embed_tokens.weight":
             host += matrix.nbytes  # few of its rows are read, wherever it lies
-        elif read.streams(matrix):
-            inside[int(entry.module.split(".")[1])].append(matrix)
         else:
-            always += matrix.nbytes
-            beside.append((entry.module, matrix))
+            inside[int(entry.module.split(".")[1])].append(matrix)
     blocks = tuple(Block(f"layers.{i}", tuple(found)) for i, found in enumerate(inside))
-    return Part("text_encoder", config, blocks, always, host, tuple(beside))
+    return Part("text_encoder", config, blocks, always, host)
 
 
 def _vae(config: AutoencoderConfig, table: names.Table, read: _Reader) -> Part:

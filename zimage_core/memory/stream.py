@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
+
+from torch import nn
 
 from zimage_core.errors import BadArgument, Busy
 from zimage_core.memory.blocks import Block
@@ -31,7 +33,7 @@ class Stream:
 
     Args:
         blocks: Of the model, in the order of its loop.
-        resident: Indices of blocks that are on the device already; those without packed weights are too.
+        resident: Indices of blocks that are on the device already; those without matrices are too.
         backend: The device.
         slots: On the device, at least 1; with 1 nothing overlaps. Each has the size of the largest
             streamed block.
@@ -39,6 +41,8 @@ class Stream:
         readers: Threads that read files.
         wrap: Fetch the first blocks again behind the last one, for the next step. False for a network that
             runs once.
+        visit: Brings a block that runs once to the device for the length of a `with`; None where all such
+            blocks stay.
 
     Raises:
         BadArgument: slots, ring or readers are out of range, or a resident index is no block's.
@@ -53,6 +57,7 @@ class Stream:
         ring: int = RING,
         readers: int = READERS,
         wrap: bool = True,
+        visit: Callable[[nn.Module], AbstractContextManager[object]] | None = None,
     ) -> None:
         if slots < 1 or ring < 1 or not 1 <= readers <= CHUNKS - 2:
             raise BadArgument(
@@ -64,6 +69,7 @@ class Stream:
             raise BadArgument(f"stream: resident names block {unknown[0]}, blocks are 0 to {len(blocks) - 1}")
         self._blocks = {b.index: b for b in blocks if b.nbytes and b.index not in set(resident)}
         self.backend = backend
+        self._visit = visit
         self._meter = Meter(backend)
         order = sorted(self._blocks)
         self.host_bytes = 0 if backend.direct or not order else ring_bytes(ring)
@@ -96,6 +102,14 @@ class Stream:
             As `acquire`.
         """
         return _Visit(self, index) if index in self._blocks else nullcontext()
+
+    def once(self, block: nn.Module) -> AbstractContextManager[object]:
+        """Inside the `with`, a block that runs once has its weights on the device.
+
+        Raises:
+            BadFile: Its file was changed, cut, or cannot be read.
+        """
+        return nullcontext() if self._visit is None else self._visit(block)
 
     def acquire(self, index: int) -> None:
         """Wait until the copy of a block is queued, let the computation wait for it, bind its layers.

@@ -303,7 +303,8 @@ class ZImageTransformer(nn.Module):
         text = torch.cat((text, self.cap_pad_token.expand(sequence.pad_count(len(text)), -1)))
         turn = self.rotation(sequence.caption_positions(len(text)))
         for block in self.context_refiner:
-            text = block(text, turn)
+            with self.stream.once(block):
+                text = block(text, turn)
         refined: Tensor = text
         return refined
 

@@ -76,9 +76,12 @@ class _Weighted(nn.Module):
         """Where the weight is, dense or packed."""
         return self._matrix().device
 
-    def place(self, quant: QuantTensor) -> None:
-        """Read the same packed weight from another place: a slot of a stream, or its file again."""
-        self.packed, self._scale, self._quant = quant.packed, quant.scale, quant
+    def place(self, weight: QuantTensor | nn.Parameter) -> None:
+        """Read the same weight, packed or dense, from another place: a slot, or its file again."""
+        if isinstance(weight, QuantTensor):
+            self.packed, self._scale, self._quant = weight.packed, weight.scale, weight
+        else:
+            self.weight = weight
 
     def make_resident(self, dtype: torch.dtype) -> None:
         """Replace the packed weight by a dense one on its device: faster, and larger (2 bytes a weight)."""

@@ -10,6 +10,7 @@ Neither torch nor NumPy is imported before the first tensor is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import mmap as mmap_module
 import os
 import stat
@@ -141,6 +142,20 @@ class Source:
                 fault = f"truncated while it was read: {wanted} bytes wanted at byte {offset}, {done} found"
                 raise BadFile(self.path, fault, "let no other program change it, and load it again")
             done += count
+
+    def read_ahead(self, offset: int, count: int) -> None:
+        """Ask the system to bring these bytes into its page cache; a hint, no error where it is not taken."""
+        self._advise(offset, count, "POSIX_FADV_WILLNEED")
+
+    def let_go(self, offset: int, count: int) -> None:
+        """Tell the system that its page cache need not keep these bytes; a hint."""
+        self._advise(offset, count, "POSIX_FADV_DONTNEED")
+
+    def _advise(self, offset: int, count: int, advice: str) -> None:
+        if self._handle < 0 or not hasattr(os, "posix_fadvise"):  # macOS has none
+            return
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._handle, offset, count, getattr(os, advice))
 
     def read_at(self, offset: int, count: int) -> bytearray:
         """`count` bytes from `offset`. The caller has checked that the file has them."""
