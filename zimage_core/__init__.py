@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         WrongModel,
         ZImageError,
     )
+    from zimage_core.export.converting import convert_file
+    from zimage_core.export.quantizing import quantize_file
     from zimage_core.formats import FORMATS
     from zimage_core.inspection import inspect_file
     from zimage_core.memory.arena import MemoryPlan
@@ -53,6 +55,7 @@ __all__ = [
     "WrongModel",
     "ZImageError",
     "ZImagePipeline",
+    "convert_file",
     "dequantize",
     "identify",
     "inspect_file",
@@ -60,6 +63,7 @@ __all__ = [
     "load_transformer",
     "load_vae",
     "open_weights",
+    "quantize_file",
 ]
 
 _HOME = {  # public name -> module; whatever is not here is an error class
@@ -67,6 +71,7 @@ _HOME = {  # public name -> module; whatever is not here is an error class
     "MemoryPlan": "memory.arena",
     "QuantTensor": "quant_tensor",
     "ZImagePipeline": "pipeline",
+    "convert_file": "export.converting",
     "dequantize": "ops",
     "identify": "weights.identify",
     "inspect_file": "inspection",
@@ -74,6 +79,7 @@ _HOME = {  # public name -> module; whatever is not here is an error class
     "load_transformer": "weights.load",
     "load_vae": "weights.load",
     "open_weights": "weights.files",
+    "quantize_file": "export.quantizing",
 }
 
 

@@ -1,9 +1,11 @@
-"""A progress bar on stderr: one line that is redrawn on a terminal, a few plain lines elsewhere."""
+"""Progress bars on stderr: one line that is redrawn on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+
+from zimage_core.units import in_count
 
 WIDTH = 24
 
@@ -61,3 +63,40 @@ class Progress:
         if self._terminal and self._out is not None:
             self._out.write("\r\x1b[K")
             self._out.flush()
+
+
+class Work(Progress):
+    """A long job that is measured in weights.
+
+    Args:
+        quiet: Show nothing.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        super().__init__(quiet)
+        self._shown = 0.0
+        self._quarter = 0
+        self._skipped = -1
+
+    def work(self, done: int, total: int, name: str) -> None:
+        """`done` of `total` weights are finished, the last of them in tensor `name`."""
+        if self._out is None:
+            return
+        now = time.perf_counter()
+        if self._skipped < 0:
+            self._skipped = done  # what was there already says nothing about the pace
+            self._first = now
+        if self._terminal:
+            if now - self._shown < 0.1 and done < total:
+                return
+            self._shown = now
+            filled = WIDTH * done // max(total, 1)
+            bar = "#" * filled + "." * (WIDTH - filled)
+            pace = (done - self._skipped) / max(now - self._first, 1e-9)
+            left = f", {(total - done) / pace:.0f} s left" if pace else ""
+            text = f"{self._label} {in_count(done)} of {in_count(total)} weights{left}  {name[-40:]}"
+            self._out.write(f"\r\x1b[K[{bar}] {text}")
+        elif 4 * done // max(total, 1) > self._quarter:
+            self._quarter = 4 * done // max(total, 1)
+            self._out.write(f"{self._label} {in_count(done)} of {in_count(total)} weights\n")
+        self._out.flush()

@@ -249,14 +249,13 @@ def _write_folder(
     by_name = {job.target.name: job for job in jobs}
     parts = safetensors_file.shards(((j.target.name, j.target.shape, j.format) for j in jobs), shard_bytes)
     total, before, nbytes = sum(job.target.weights for job in jobs), 0, 0
+    wanted = sum(safetensors_file.nbytes_of(row) for part in parts for row in part)
     temporary = out.with_name(f".{out.name}.unfinished")
     with unfinished(temporary):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            check_room(
-                temporary / stem, sum(safetensors_file.nbytes_of(row) for part in parts for row in part)
-            )
+            check_room(temporary / stem, wanted)
             for number, part in enumerate(parts, 1):
                 mine = [by_name[name] for name, _, _ in part]
                 layout = safetensors_file.lay_out({"format": "pt"}, part)

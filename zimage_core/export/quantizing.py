@@ -169,9 +169,7 @@ def _jobs(
     blind = sum(formats[name].name in BLIND for name in coded)
     if imatrix is None:
         if blind:
-            log(
-                f"{blind} tensors get two bits or fewer; an importance matrix (--imatrix) would help them much"
-            )
+            log(f"{blind} tensors get few bits; an importance matrix (--imatrix) would help them much")
         return [Job(target, formats[target.name]) for target in targets]
     imatrix.check_fits(coded)
     missing = imatrix.missing(coded)
@@ -185,12 +183,8 @@ def _identity(
     source: Checkpoint, layout: gguf_file.Layout, imatrix: Imatrix | None, allow_nonfinite: bool
 ) -> str:
     """The same text for a call that writes the same bytes."""
-    places = [
-        (place, (status := Path(place).stat()).st_size, status.st_mtime_ns) for place in source.file.places
-    ]
-    costs = (
-        []
-        if imatrix is None
-        else sorted((k, v.count, float(v.squares.sum())) for k, v in imatrix.entries.items())
-    )
+    states = [(place, Path(place).stat()) for place in source.file.places]
+    places = [(place, state.st_size, state.st_mtime_ns) for place, state in states]
+    entries = {} if imatrix is None else imatrix.entries
+    costs = sorted((name, sums.count, float(sums.squares.sum())) for name, sums in entries.items())
     return repr((layout.header, places, costs, allow_nonfinite))

@@ -68,12 +68,11 @@ def recipe_for_size(source: Checkpoint, targets: Sequence[Target], size: int) ->
 
     _, draft = layout({t.name: "IQ2_XXS" for t in free})
     fixed = len(draft.header) + sum(_padded(draft.places[name][1]) for name in kept)
-    for types in (FAST, tuple(RELATIVE_ERROR)):
-        options = {t.name: _options(source, t, types) for t in free}
-        least = fixed + sum(min(option.nbytes for option in row) for row in options.values())
-        if least <= size:
-            break
-    else:
+    options = {t.name: _options(source, t, FAST) for t in free}
+    if fixed + _smallest(options) > size:
+        options = {t.name: _options(source, t, tuple(RELATIVE_ERROR)) for t in free}
+    least = fixed + _smallest(options)
+    if least > size:
         raise OverBudget(
             f"size: {in_bytes(size)} do not hold this model; the smallest possible is {least} bytes "
             f"({in_bytes(least)}), of which {in_bytes(fixed)} are tensors that stay as they are"
@@ -99,6 +98,10 @@ def _options(source: Checkpoint, target: Target, types: Sequence[str]) -> list[O
         nbytes = _padded(target.rows * fmt.row_bytes(target.columns))
         found.append(Option(name, nbytes, factor * target.weights * RELATIVE_ERROR[name] ** 2))
     return found
+
+
+def _smallest(options: Mapping[str, Sequence[Option]]) -> int:
+    return sum(min(option.nbytes for option in row) for row in options.values())
 
 
 def _padded(nbytes: int) -> int:

@@ -51,8 +51,19 @@ def write_tensors(
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
     log: Log | None = None,
+    trust: bool = False,
 ) -> None:
     """Write header and tensors into an open `Unfinished`, going on after what it holds already.
+
+    Args:
+        source: Where the tensors come from.
+        jobs: What to write.
+        layout: Where it goes.
+        file: The open file.
+        allow_nonfinite: See `Watch`.
+        progress: Called after each slab.
+        log: Told what is odd.
+        trust: Copy floats without looking at them.
 
     Raises:
         BadWeights: NaN or infinity that was not allowed, or numbers beyond float16 in a tensor for F16.
@@ -70,7 +81,8 @@ def write_tensors(
             if resumed and log is not None:
                 log(f"going on after {resumed} finished tensors")
             resumed = 0
-            _write_one(source, job, offset, file, before, total, allow_nonfinite, progress, log)
+            rows = packed_rows(source, job, allow_nonfinite, log, trust)
+            _write_one(rows, job, offset, file, before, total, progress)
         before += job.target.weights
         if progress is not None:
             progress(before, total, name)
@@ -78,19 +90,17 @@ def write_tensors(
 
 
 def _write_one(
-    source: Checkpoint,
+    rows: Iterator[bytearray | memoryview],
     job: Job,
     offset: int,
     file: Unfinished,
     before: int,
     total: int,
-    allow_nonfinite: bool,
     progress: Progress | None,
-    log: Log | None,
 ) -> None:
     crc, written = 0, 0
     width = job.format.row_bytes(job.target.columns)
-    for data in packed_rows(source, job, allow_nonfinite, log):
+    for data in rows:
         file.write(offset + written, data)
         crc = zlib.crc32(data, crc)
         written += len(data)
@@ -100,7 +110,11 @@ def _write_one(
 
 
 def packed_rows(
-    source: Checkpoint, job: Job, allow_nonfinite: bool = False, log: Log | None = None
+    source: Checkpoint,
+    job: Job,
+    allow_nonfinite: bool = False,
+    log: Log | None = None,
+    trust: bool = False,
 ) -> Iterator[bytearray | memoryview]:
     """The bytes of a tensor in its new type, in pieces of whole rows.
 
@@ -109,7 +123,7 @@ def packed_rows(
     """
     exact = source.format_of(job.target) == job.format and not source.is_scaled(job.target)
     watch = Watch(source.file.path, job, allow_nonfinite)
-    if exact and not job.format.is_float:
+    if exact and (trust or not job.format.is_float):
         yield from source.raw(job.target)
         return
     if exact:

@@ -1,0 +1,83 @@
+"""`zimage convert IN OUT`: the same numbers in another layout."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from zimage_core.cli.progress import Work
+from zimage_core.memory.budget import read_bytes
+from zimage_core.units import in_bytes
+
+EPILOG = """examples:
+  zimage convert Z-Image-Turbo/ turbo.safetensors              diffusers folder -> one file for ComfyUI
+  zimage convert turbo.safetensors Z-Image-Turbo/transformer   and back
+  zimage convert sdcpp.gguf turbo.gguf                         names that diffusers and ComfyUI know
+  zimage convert turbo-Q8_0.gguf turbo.safetensors --dequantize bf16
+"""
+
+
+def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "convert",
+        parents=[common],
+        help="write a checkpoint in another layout, every number the same",
+        description="Convert between a diffusers folder, a single safetensors file (ComfyUI's names) and GGUF. "
+        "Tensors are renamed, fused and cut, never rounded; packed weights stay packed in a GGUF.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="IN", help="GGUF, safetensors, or a folder of diffusers' layout")
+    parser.add_argument("out", metavar="OUT", help="NAME.gguf, NAME.safetensors, or a new folder")
+    parser.add_argument(
+        "--to", choices=("diffusers", "single", "gguf"), help="default: what the name of OUT says"
+    )
+    parser.add_argument(
+        "--component",
+        choices=("transformer", "text_encoder", "vae"),
+        help="of a folder or file with several; default: the transformer",
+    )
+    parser.add_argument(
+        "--dequantize", choices=("bf16", "f16", "f32"), help="make packed weights plain numbers of this type"
+    )
+    parser.add_argument(
+        "--prefix",
+        default="",
+        metavar="TEXT",
+        help="before each name of a single file: model.diffusion_model.",
+    )
+    parser.add_argument(
+        "--shard-size", default="5GB", metavar="BYTES", help="of a folder's files, default 5GB"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a file that exists")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and print one line of what came out."""
+    shard_bytes = read_bytes("--shard-size", args.shard_size)
+    from zimage_core.export.converting import convert_file
+
+    progress = Work(args.quiet)
+    progress.start("convert")
+    try:
+        done = convert_file(
+            args.source,
+            args.out,
+            args.to,
+            component=args.component,
+            dequantize=args.dequantize,
+            prefix=args.prefix,
+            shard_bytes=shard_bytes,
+            overwrite=args.force,
+            progress=progress.work,
+            log=progress.say,
+        )
+    finally:
+        progress.finish()
+    types = ", ".join(f"{name} {count}" for name, count in sorted(done.types.items()))
+    sys.stdout.write(f"{done.path}: {in_bytes(done.nbytes)}; {types}\n")
+    return 0

@@ -1,0 +1,88 @@
+"""`zimage quantize IN OUT`: a GGUF of fewer bits from any checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from zimage_core.cli.progress import Work
+from zimage_core.memory.budget import read_bytes
+from zimage_core.units import in_bytes, in_seconds
+
+EPILOG = """types:
+  Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q3_K_L Q3_K_M Q3_K_S Q2_K, Q4_0 Q4_1 Q5_0 Q5_1, F16 BF16,
+  IQ4_NL IQ4_XS IQ3_M IQ3_S IQ3_XS IQ3_XXS IQ2_M IQ2_S IQ2_XS IQ2_XXS IQ1_M IQ1_S (slow to make),
+  TQ1_0 TQ2_0 MXFP4 NVFP4; each is a mix: embedders, refiners and the final layer keep their floats.
+
+examples:
+  zimage quantize Z-Image-Turbo/ z-image-turbo-Q4_K_M.gguf --type Q4_K_M
+  zimage quantize Z-Image-Turbo/ encoder.gguf --component text_encoder --type Q5_K_M
+  zimage quantize turbo.safetensors turbo.gguf --size 3.5GB --imatrix turbo.imatrix.gguf
+
+An interrupted run is continued by the same command. docs/quantizing.md has the recipes.
+"""
+
+
+def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "quantize",
+        parents=[common],
+        help="make a GGUF of fewer bits from any checkpoint",
+        description="Quantise a transformer or a text encoder, from any layout that is read here, into one "
+        "GGUF that diffusers, ComfyUI-GGUF and stable-diffusion.cpp load too. Needs no GPU, and memory for "
+        "one tensor.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="IN", help="GGUF, safetensors, or a folder of diffusers' layout")
+    parser.add_argument("out", metavar="OUT", help="the GGUF to write")
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--type", metavar="NAME", help="a standard mix, such as Q4_K_M")
+    choice.add_argument("--recipe", metavar="FILE", help="lines of PATTERN [LAYERS] = TYPE")
+    choice.add_argument("--size", metavar="BYTES", help="of the file: 3.5GB, 3.2GiB; types are chosen for it")
+    parser.add_argument("--imatrix", metavar="FILE", help="importance matrix, from `zimage imatrix`")
+    parser.add_argument(
+        "--component",
+        choices=("transformer", "text_encoder"),
+        help="of a folder or file with several; default: the transformer",
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--requantize", action="store_true", help="take a source that is quantised already; errors add up"
+    )
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="take NaN as 0 and infinity as the largest number"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantise, and print one line of what came out."""
+    size = None if args.size is None else read_bytes("--size", args.size)
+    from zimage_core.export.quantizing import quantize_file
+
+    progress = Work(args.quiet)
+    progress.start("quantise")
+    try:
+        done = quantize_file(
+            args.source,
+            args.out,
+            args.type,
+            recipe=args.recipe,
+            size=size,
+            imatrix=args.imatrix,
+            component=args.component,
+            overwrite=args.force,
+            requantize=args.requantize,
+            allow_nonfinite=args.allow_nonfinite,
+            progress=progress.work,
+            log=progress.say,
+        )
+    finally:
+        progress.finish()
+    types = ", ".join(f"{name} {count}" for name, count in sorted(done.types.items()))
+    sys.stdout.write(f"{done.path}: {in_bytes(done.nbytes)} in {in_seconds(done.seconds)}; {types}\n")
+    return 0
