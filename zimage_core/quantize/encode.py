@@ -15,7 +15,7 @@ from torch import Tensor
 from zimage_core.cpu.pool import spread
 from zimage_core.errors import BadArgument, BadShape, BadWeights, Unsupported
 from zimage_core.formats import BlockFormat, by_name
-from zimage_core.quantize import k_quants, legacy, numbers, small
+from zimage_core.quantize import i_quants, iq4, k_quants, legacy, numbers, small
 from zimage_core.quantize.blocks import F16_MAX, Encoder
 
 ENCODERS: dict[str, Encoder] = {
@@ -23,6 +23,8 @@ ENCODERS: dict[str, Encoder] = {
     **legacy.ENCODERS,
     **k_quants.ENCODERS,
     **small.ENCODERS,
+    **i_quants.ENCODERS,
+    **iq4.ENCODERS,
 }
 
 SLAB = 1 << 18

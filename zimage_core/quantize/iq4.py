@@ -1,0 +1,101 @@
+"""IQ4_NL and IQ4_XS: 16 levels of unequal distance, searched as the plain integers of other formats are."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from zimage_core.codebooks import codebook
+from zimage_core.formats import FORMATS
+from zimage_core.quantize.blocks import (
+    Encoder,
+    as_half,
+    assemble,
+    pack_consecutive,
+    pack_planes,
+    rows_of,
+    to_half,
+)
+from zimage_core.quantize.rounding import (
+    Nearest,
+    Runs,
+    blocks_of,
+    columns,
+    cost_columns,
+    exponents,
+    fit_symmetric,
+    peaks,
+)
+from zimage_core.quantize.signed_scales import SignedSearch
+
+_STARTS = (-150, -138, -127, -117, -108, -100, 135, 124, 113, 104, 96)
+"""The scale tried first is the extreme weight over one of these."""
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The nearest level, float32, and its code, uint8, to the number between i / 2 and (i + 1) / 2 - 128.
+
+    Levels are integers, so the points halfway between them are multiples of 1/2.
+    """
+    book = codebook("iq4_nl")
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        levels = torch.frombuffer(bytearray(book.values), dtype=torch.int8).float()
+        centres = torch.arange(512)[:, None] / 2 - 127.75
+        code = (centres - levels).abs().argmin(1)
+        return levels[code].to(device), code.to(torch.uint8).to(device)
+
+
+def _places(values: Tensor) -> Tensor:
+    """Places [...] in the tables, int32; changes values."""
+    return values.add_(128).mul_(2).clamp_(0, 511).to(torch.int32)
+
+
+def _nearest(device: torch.device) -> Nearest:
+    """Moves numbers to the nearest level, in place."""
+    levels, _ = _tables(device)
+
+    def move(values: Tensor) -> Tensor:
+        return torch.index_select(levels, 0, _places(values).view(-1), out=values.view(-1)).view(values.shape)
+
+    return move
+
+
+def _codes(levels: Tensor) -> Tensor:
+    """Numbers that are levels -> codes 0..15."""
+    return _tables(levels.device)[1][_places(levels)]
+
+
+def _iq4_nl(x: Tensor, importance: Tensor | None) -> Tensor:
+    blocks = x.view(-1, 32)
+    power, inverse = exponents(blocks)
+    runs = Runs(columns(blocks * inverse[:, None], 32), cost_columns(x, importance, 32, 32))
+    nearest = _nearest(x.device)
+    peak = peaks(runs.x)
+    d = as_half(fit_symmetric(runs, [peak / start for start in _STARTS], nearest), power)
+    codes = _codes(runs.levels(d, None, nearest)).t().contiguous()
+    return rows_of(assemble(FORMATS["IQ4_NL"], d=to_half(d * power), qs=pack_planes(codes, 16, 4)), x)
+
+
+def _iq4_xs(x: Tensor, importance: Tensor | None) -> Tensor:
+    blocks = x.view(-1, 256)
+    power, inverse = exponents(blocks)
+    runs = Runs(columns(blocks * inverse[:, None], 32), cost_columns(x, importance, 256, 32))
+    peak = peaks(runs.x)
+    search = SignedSearch(runs, power, _nearest(x.device), 32)
+    found = search.run([peak / start for start in _STARTS], (-32, -30, -28, 31, 29), 2)
+    codes = blocks_of(_codes(found.levels), len(power))
+    scale = (found.scale.t() + 32).to(torch.uint8)
+    packed = assemble(
+        FORMATS["IQ4_XS"],
+        d=to_half(found.d),
+        scales_h=pack_consecutive((scale >> 4).contiguous(), 2),
+        scales_l=pack_consecutive((scale & 15).contiguous(), 4),
+        qs=pack_planes(codes, 16, 4),
+    )
+    return rows_of(packed, x)
+
+
+ENCODERS: dict[str, Encoder] = {"IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs}
