@@ -24,8 +24,8 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         "convert",
         parents=[common],
         help="write a checkpoint in another layout, every number the same",
-        description="Convert between a diffusers folder, a single safetensors file (ComfyUI's names) and GGUF. "
-        "Tensors are renamed, fused and cut, never rounded; packed weights stay packed in a GGUF.",
+        description="Convert between a diffusers folder, a single safetensors file (ComfyUI's names) and a "
+        "GGUF. Tensors are renamed, fused and cut, never rounded; packed weights stay packed in a GGUF.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
