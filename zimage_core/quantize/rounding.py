@@ -20,6 +20,9 @@ from torch import Tensor
 FLOOR = 1e-6
 """The least importance of a weight, relative to the mean of its block: nothing is left undefined."""
 TINY = 1e-30
+MARGIN = 1 + 2e-7
+"""A scale must be better than the one before it by more than the rounding of sums: of several exact ones the
+first is kept, so that equal runs get equal scales."""
 
 Nearest = Callable[[Tensor], Tensor]
 """Moves each number of a tensor to the nearest level, in place."""
@@ -142,11 +145,11 @@ def peaks(x: Tensor) -> Tensor:
 
 def fit_symmetric(runs: Runs, starts: Sequence[Tensor], nearest: Nearest, rounds: int = 2) -> Tensor:
     """The best scale [runs] found from starting scales [runs] each, improved `rounds` times."""
-    best, gain = torch.zeros_like(runs.weight), torch.full_like(runs.weight, -1.0)
+    best, gain = torch.zeros_like(runs.weight), torch.full_like(runs.weight, -TINY)
 
     def consider(start: Tensor) -> None:
         s, found = symmetric_gain(runs.moments(runs.levels(start, None, nearest)))
-        better = (found > gain).to(gain.dtype)
+        better = (found > gain * MARGIN).to(gain.dtype)
         best.lerp_(s, better)
         torch.maximum(gain, found, out=gain)
 

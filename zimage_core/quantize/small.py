@@ -36,6 +36,8 @@ from zimage_core.quantize.rounding import (
 )
 
 _MXFP4_SHIFTS = (0, 1, -1)
+_MXFP4_MAX = 252
+"""The largest code under which 12, the largest level, is finite."""
 _NVFP4_SHIFTS = tuple(range(-6, 5))
 """Which scales are tried, in codes from the one that makes the largest weight the largest level."""
 _NVFP4_MAX = 2688.0
@@ -83,7 +85,7 @@ def _tq1_0(x: Tensor, importance: Tensor | None) -> Tensor:
         total = (planes * powers[:, None]).sum(1)
         return torch.div(total * 256 + 242, 243, rounding_mode="floor").to(torch.uint8)
 
-    first, second, last = codes.split([160, 80, 16], 1)
+    first, second, last = torch.split(codes, [160, 80, 16], 1)
     qs = torch.cat([fractions(first.contiguous(), 5), fractions(second.contiguous(), 5)], 1)
     return rows_of(assemble(FORMATS["TQ1_0"], qs=qs, qh=fractions(last.contiguous(), 4), d=to_half(d)), x)
 
@@ -155,14 +157,14 @@ def _plain_exponent(x: Tensor) -> Tensor:
 def _mxfp4(x: Tensor, importance: Tensor | None) -> Tensor:
     runs, power = _unit_runs(x, importance, 32)
     octave = ((power.view(torch.int32) >> 23) - 127).float()
-    first = _plain_exponent(x.view(-1, 32))
+    first = _plain_exponent(x.view(-1, 32)).clamp_(max=_MXFP4_MAX)
     best, gain = first.float(), torch.full_like(power, -torch.inf)
 
     def scale(code: Tensor) -> Tensor:
         return torch.exp2((code - 128 - octave).clamp_(-126, 126))
 
     for shift in () if importance is None else _MXFP4_SHIFTS:
-        tried = (first + shift).clamp_(0, 254).float()
+        tried = (first + shift).clamp_(0, _MXFP4_MAX).float()
         s = scale(tried)
         m = runs.moments(runs.levels(s, None, nearest_e2m1))
         found = s * (2 * m.qy - s * m.qq)

@@ -2,7 +2,8 @@
 
 Chosen one by one from fine grids: each is the point that lowered the mean error of the runs most, on
 Gaussian and Student-t weights with and without importance, given the points before it; then each was
-exchanged for a better one where there was one. What the next point would gain: docs/quantizing.md.
+exchanged for a better one where there was one. What more points would gain: docs/quantizing.md.
+(0, 0) is always among them, and weights that lie on a grid already are found exactly.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ Cuts = tuple[tuple[float, float], ...]
 
 # fmt: off
 CUTS: dict[int, Cuts] = {
-    2: ((-0.3, 0.1), (0, 0.5), (0, 0.9), (0.1, -0.1), (0.2, 0.4), (0.3, -0.3), (0.3, 0.3), (0.4, 0.8),
+    2: ((0, 0), (-0.3, 0.1), (0, 0.5), (0, 0.9), (0.1, -0.1), (0.2, 0.4), (0.3, -0.3), (0.3, 0.3), (0.4, 0.8),
         (0.5, 0.3), (0.6, 0.2), (0.8, 0.1), (1.1, 0.1)),
-    4: ((-0.4, 0), (-0.4, 0.4), (-0.2, 0.4), (0, -0.2), (0, 0.2), (0, 0.8), (0, 1.25), (0.2, -0.4),
-        (0.2, 0.2), (0.2, 0.6), (0.4, 0), (0.4, 0.6), (0.6, -0.2), (0.6, 0.4), (1, 0.2), (1.5, 0)),
-    5: ((-0.4, 0), (-0.4, 0.4), (-0.2, -0.2), (0, -0.4), (0, 0.2), (0, 0.4), (0, 0.8), (0, 1.25),
-        (0.2, 0), (0.2, 0.2), (0.4, -0.4), (0.4, -0.2), (0.4, 0), (0.6, 0.8), (0.8, 0.4), (1, 0)),
+    4: ((0, 0), (-1, -1), (-0.3, -1), (-0.3, 0.3), (0, -1), (0, -0.3), (0, 0.3), (0, 0.6), (0, 1),
+        (0.3, -1), (0.3, -0.3), (0.3, 0), (0.3, 0.3), (0.6, 0), (0.6, 0.6), (1, 0)),
+    5: ((0, 0), (-2, -2), (-2, -1), (-2, -0.3), (-1, -1), (-1, 0), (-1, 0.3), (-0.3, -2), (-0.3, 0.3),
+        (0, -0.3), (0, 0.3), (0, 1), (0.3, -1), (0.3, 0), (0.3, 0.3), (0.6, 0)),
 }
 """Bits of a code -> steps of the full range to cut off below and above (`rounding.fit_affine`)."""
 
