@@ -58,7 +58,7 @@ DOORS: dict[str, set[str]] = {
     "assets": set(),
     "quantize": {"codebooks", "cpu", "formats", "quant_tensor", "atomic", "weights"},
     "export": {
-        "atomic", "config", "cpu", "formats", "inspection", "models", "nn", "quant_tensor", "quantize",
+        "atomic", "config", "cpu", "formats", "inspection", "models", "nn", "quant_tensor", "quantize", "text",
         "units", "weights",
     },
     "study": {
