@@ -1,0 +1,199 @@
+"""`zimage compare A B`: two transformers, or two settings, drawing the same pictures from the same noise."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from zimage_core.atomic import check_destination, write_atomically
+from zimage_core.cli.model_options import (
+    DTYPES,
+    PARTS,
+    add_model,
+    add_picture,
+    check_model,
+    load_pipeline,
+    picture_arguments,
+    read_prompts,
+    warnings_as_lines,
+)
+from zimage_core.cli.progress import Progress
+from zimage_core.errors import BadArgument, printable
+from zimage_core.units import in_seconds
+
+if TYPE_CHECKING:
+    from zimage_core.pipeline import ZImagePipeline
+    from zimage_core.study.compare import Comparison
+
+SAME = "default"
+"""In place of a file: the transformer of --model, or the embedded one."""
+MAX_SEEDS = 1000
+_EPILOG = """\
+A and B are transformer files; `default` is the transformer of --model or the embedded one. The other parts
+are --model's, or --text-encoder and --vae, or the embedded ones. Give the same file twice, with --b-...
+options, to compare settings. A is let go before B is loaded.
+"""
+
+
+def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "compare",
+        parents=[common],
+        help="how far two checkpoints or settings are apart, with pictures",
+        description="Draw the same pictures by A and B: errors per step and block, PSNR, SSIM, a report.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", metavar="A", help="transformer file of the reference, or default")
+    parser.add_argument("b", metavar="B", help="transformer file that is judged, or default")
+    words = parser.add_mutually_exclusive_group(required=True)
+    words.add_argument("--prompt", metavar="TEXT", help="what to draw")
+    words.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
+    add_model(parser, without=("transformer",))
+    picture = add_picture(parser)
+    picture.add_argument("--seed", type=int, default=0, metavar="N", help="the first (default: 0)")
+    picture.add_argument(
+        "-n", "--count", type=int, default=1, metavar="N", help="seeds for each prompt (default: 1)"
+    )
+    other = parser.add_argument_group("B alone")
+    other.add_argument("--b-dtype", choices=DTYPES, help="arithmetic of B's networks")
+    other.add_argument("--b-steps", type=int, metavar="N", help="steps of B; only pictures are compared then")
+    other.add_argument("--b-guidance", type=float, metavar="X", help="guidance scale of B")
+    other.add_argument("--b-text-encoder", metavar="FILE", help="text encoder of B")
+    other.add_argument("--b-vae", metavar="FILE", help="VAE of B")
+    output = parser.add_argument_group("output")
+    output.add_argument("--report", metavar="FILE", help="write a page of HTML with charts and pictures")
+    output.add_argument("--sheet", metavar="FILE", help="write a contact sheet as PNG")
+    output.add_argument(
+        "--block-steps", type=int, default=3, metavar="N", help="steps whose blocks are compared (default: 3)"
+    )
+    output.add_argument("--force", action="store_true", help="replace files that exist")
+    output.add_argument("--json", action="store_true", help="print all figures as JSON")
+    output.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what can be checked, compare, write, print."""
+    prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
+    _check(args, prompts)
+    for path in filter(None, (args.report, args.sheet)):
+        check_destination(path, args.force)
+
+    from zimage_core.study.compare import compare
+
+    _check_files(args)
+    progress = Progress(quiet=args.quiet)
+    progress.start("comparing")
+    seeds = [(args.seed + i) % 2**64 for i in range(args.count)]
+    later = {"num_inference_steps": args.b_steps, "guidance_scale": args.b_guidance}
+    with warnings_as_lines():
+        comparison = compare(
+            _loader(args, args.a),
+            _loader(args, args.b, args.b_dtype, text_encoder=args.b_text_encoder, vae=args.b_vae),
+            prompts,
+            seeds,
+            labels=_labels(args),
+            options_b={name: value for name, value in later.items() if value is not None},
+            block_steps=args.block_steps,
+            on_run=lambda done, total: progress.step(done, total, "runs", "a run"),
+            **picture_arguments(args),
+        )
+    progress.finish()
+    _write(args, comparison)
+    return 0
+
+
+def _check(args: argparse.Namespace, prompts: list[str]) -> None:
+    from zimage_core import checks
+
+    checks.whole("count", args.count, 1, MAX_SEEDS)
+    checks.whole("block-steps", args.block_steps, 0, MAX_SEEDS)
+    checks.seed(args.seed, None)
+    checks.guidance(args.guidance, args.cfg, 0.0)
+    checks.guidance(args.b_guidance, None, 0.0)
+    if args.b_guidance is not None and args.cfg is not None:
+        raise BadArgument("--b-guidance goes with --guidance; --cfg counts from 1")
+    for prompt in prompts:
+        checks.prompts("prompt", prompt)
+    for name in (args.a, args.b):
+        check_model(_parts(args, name))
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """B's files are looked at before A draws."""
+    from zimage_core.weights.load import check_files
+
+    later = {"text_encoder": args.b_text_encoder, "vae": args.b_vae}
+    for side in (_parts(args, args.a), _parts(args, args.b, **later)):
+        paths = {name: getattr(side, name) for name in PARTS if getattr(side, name) is not None}
+        if len(paths) == len(PARTS):
+            check_files(paths)
+
+
+def _parts(args: argparse.Namespace, transformer: str, dtype: str | None = None, **parts: str | None) -> Any:
+    """The options as `load_pipeline` takes them, for one of the two sides."""
+    given = {name: path for name, path in parts.items() if path is not None}
+    side = argparse.Namespace(**{**vars(args), **given})
+    side.transformer = None if transformer == SAME else transformer
+    side.dtype = dtype or args.dtype
+    if side.model is None:
+        from zimage_core.sources import embedded
+
+        # an encoder without a VAE is left to `check_model`, which says what is missing
+        alone = args.text_encoder is None and args.vae is None
+        for name in PARTS if alone else ("transformer",):
+            if getattr(side, name) is None:
+                setattr(side, name, str(embedded().paths[name]))
+    return side
+
+
+def _loader(
+    args: argparse.Namespace, transformer: str, dtype: str | None = None, **parts: str | None
+) -> Callable[[], ZImagePipeline]:
+    side = _parts(args, transformer, dtype, **parts)
+    return lambda: load_pipeline(side)
+
+
+def _labels(args: argparse.Namespace) -> tuple[str, str]:
+    """The files, and what else differs for B."""
+    options = ("b_dtype", "b_steps", "b_guidance", "b_text_encoder", "b_vae")
+    changed = [f"{name[2:]}={getattr(args, name)}" for name in options if getattr(args, name) is not None]
+    return printable(args.a), printable(" ".join([args.b, *changed]))
+
+
+def _write(args: argparse.Namespace, comparison: Comparison) -> None:
+    from zimage_core.study import report
+
+    if args.report is not None:
+        write_atomically(args.report, report.html(comparison).encode(), args.force)
+    if args.sheet is not None:
+        write_atomically(args.sheet, report.sheet_png(comparison), args.force)
+    text = json.dumps(comparison.to_json(), indent=2, ensure_ascii=False)
+    sys.stdout.write((text if args.json else "\n".join(_lines(comparison))) + "\n")
+
+
+def _lines(c: Comparison) -> list[str]:
+    """The comparison as text."""
+    lines = [f"{label}: {in_seconds(time)}" for label, time in zip(c.labels, c.seconds, strict=True)]
+    pictures = f"{len(c.pictures)} pictures" if len(c.pictures) > 1 else "1 picture"
+    velocity = "" if c.velocity is None else f", velocity error {c.velocity:.3%}"
+    lines.append(f"{pictures}: PSNR {_db(c.psnr)}, SSIM {c.ssim:.4f}{velocity}")
+    if c.steps:
+        lines += ["", "step  noise level  velocity  latents"]
+        lines += [f"{s.step + 1:4}  {s.sigma:11.3f}  {s.velocity:8.3%}  {s.latents:7.3%}" for s in c.steps]
+    else:
+        lines.append("steps and blocks were not compared: A and B have other noise levels")
+    if c.blocks:
+        worst = max(c.blocks, key=lambda block: block.own)
+        lines += ["", f"worst block: {worst.block}, {worst.own:.3%} of what it adds in step {worst.step + 1}"]
+    return lines
+
+
+def _db(value: float) -> str:
+    return f"{value:.2f} dB" if math.isfinite(value) else "equal"

@@ -1,0 +1,97 @@
+"""How far apart two results are: relative error of tensors, PSNR and SSIM of pictures."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from zimage_core.errors import BadShape
+
+WINDOW, SIGMA = 11, 1.5
+"""Of the Gaussian that SSIM looks through, in pixels."""
+K1, K2 = 0.01, 0.03
+"""Of SSIM's two stabilisers, as parts of the range of values."""
+
+
+def relative_error(result: Tensor, reference: Tensor) -> float:
+    """|result - reference| / |reference|, Euclidean norms over all elements, in float64; 0 for two zeros.
+
+    Raises:
+        BadShape: The shapes differ.
+    """
+    _same(result, reference)
+    far = float(torch.linalg.vector_norm(result.double() - reference.double()))
+    size = float(torch.linalg.vector_norm(reference.double()))
+    return far / size if size else (math.inf if far else 0.0)
+
+
+def mean_squared_error(a: Tensor, b: Tensor) -> float:
+    """Mean of (a - b)^2, in float64.
+
+    Raises:
+        BadShape: The shapes differ.
+    """
+    _same(a, b)
+    return float((a.double() - b.double()).square().mean())
+
+
+def decibels(mean_square: float, peak: float = 1.0) -> float:
+    """A mean squared error as PSNR: 10 log10(peak^2 / it), infinite for none."""
+    return 10 * math.log10(peak**2 / mean_square) if mean_square else math.inf
+
+
+def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
+    """Peak signal-to-noise ratio of two pictures in dB, over all pixels and channels; infinite if equal.
+
+    Args:
+        a: A picture of any shape, values from 0 to `peak`.
+        b: The other one.
+        peak: 1, or 255 for bytes.
+
+    Raises:
+        BadShape: The shapes differ.
+    """
+    return decibels(mean_squared_error(a, b), peak)
+
+
+def ssim(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
+    """Structural similarity of two pictures: 1 if equal, about 0 if unrelated.
+
+    Gaussian window of 11 x 11 pixels with sigma 1.5, biased moments, only where the window lies inside; the
+    mean over places and channels.
+
+    Args:
+        a: [..., H, W], values from 0 to `peak`, H and W at least 11.
+        b: The other one.
+        peak: 1, or 255 for bytes.
+
+    Raises:
+        BadShape: The shapes differ, or are smaller than the window.
+
+    Source: Wang, Bovik, Sheikh and Simoncelli 2004, IEEE Transactions on Image Processing 13(4), equation 13.
+    """
+    _same(a, b)
+    if a.ndim < 2 or min(a.shape[-2:]) < WINDOW:
+        raise BadShape(f"ssim: pictures of shape {tuple(a.shape)}, sides of at least {WINDOW} are wanted")
+    x, y = (picture.double().reshape(-1, 1, *picture.shape[-2:]) for picture in (a, b))
+    mx, my = _blur(x), _blur(y)
+    vx, vy, cov = _blur(x * x) - mx * mx, _blur(y * y) - my * my, _blur(x * y) - mx * my
+    c1, c2 = (K1 * peak) ** 2, (K2 * peak) ** 2
+    likeness = (2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    return float(likeness.mean())
+
+
+def _blur(x: Tensor) -> Tensor:
+    """[N, 1, H, W] -> the windowed mean, without borders."""
+    offset = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
+    weights = torch.exp(-offset.square() / (2 * SIGMA**2))
+    weights = weights / weights.sum()
+    rows = torch.nn.functional.conv2d(x, weights.view(1, 1, -1, 1))
+    return torch.nn.functional.conv2d(rows, weights.view(1, 1, 1, -1))
+
+
+def _same(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise BadShape(f"compared tensors have the shapes {tuple(a.shape)} and {tuple(b.shape)}")

@@ -1,0 +1,100 @@
+"""Weights of a loaded transformer stored in another format for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from zimage_core.errors import BadArgument, Unsupported
+from zimage_core.formats import by_name
+from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.nn.linear import Linear
+from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quantize.encode import quantize
+from zimage_core.quantize.imatrix import Imatrix
+from zimage_core.weights.names import transformer_table
+
+Stored = Mapping[Linear, QuantTensor]
+
+
+def matrices(transformer: ZImageTransformer) -> dict[str, tuple[Linear, ...]]:
+    """GGUF tensor -> the layers whose weights it holds, rows of the first one first.
+
+    One layer a matrix, but the three of attention's q, k and v, which GGUF files keep in one.
+    """
+    found: dict[str, list[Linear]] = {}
+    for entry in transformer_table(transformer.config, "fused"):
+        path, _, leaf = entry.module.rpartition(".")
+        layer = transformer.get_submodule(path) if leaf == "weight" else None
+        if isinstance(layer, Linear):
+            found.setdefault(entry.checkpoint, []).append(layer)
+    return {name: tuple(layers) for name, layers in found.items()}
+
+
+def dense(layer: Linear) -> Tensor:
+    """The weight of a layer, float32 [out_features, in_features]."""
+    quant = layer.quant
+    if quant is not None:
+        return quant.dequantize(torch.float32)
+    if layer.weight is None:
+        raise BadArgument("a layer has no weight; load the model first")
+    return layer.weight.detach().float()
+
+
+def encode(layers: Sequence[Linear], fmt: str, importance: Tensor | None = None) -> dict[Linear, QuantTensor]:
+    """The weights of layers in another format; importance [in_features] as `quantize.encode.quantize` has it.
+
+    Raises:
+        BadShape, BadWeights, Unsupported: See there.
+    """
+    found = {}
+    for layer in layers:
+        weight = dense(layer)
+        packed = quantize(weight, fmt, None if importance is None else importance.to(weight.device))
+        found[layer] = QuantTensor(packed, by_name(fmt), tuple(weight.shape))
+    return found
+
+
+def encode_all(
+    transformer: ZImageTransformer, types: Mapping[str, str], imatrix: Imatrix | None = None
+) -> dict[Linear, QuantTensor]:
+    """Every tensor in `types` in its format, with importance where the matrix knows it."""
+    layers, found = matrices(transformer), {}
+    for name, fmt in types.items():
+        found.update(encode(layers[name], fmt, importance_of(imatrix, name)))
+    return found
+
+
+def importance_of(imatrix: Imatrix | None, name: str) -> Tensor | None:
+    """Of one tensor [K], None where nothing is known of it."""
+    return None if imatrix is None else imatrix.importance(name)
+
+
+@contextmanager
+def stored_as(weights: Stored) -> Iterator[None]:
+    """Inside, these layers compute with these weights; behind it with their own again, whatever happens.
+
+    Raises:
+        Unsupported: A layer's weights are streamed, so that they are not its own to exchange.
+    """
+    before: list[tuple[Linear, nn.Parameter | QuantTensor]] = []
+    for layer in weights:
+        own = layer.weight if layer.weight is not None else layer.quant
+        if own is None:
+            raise Unsupported("a layer has no weight of its own; open the pipeline without a memory limit")
+        before.append((layer, own))
+    dtypes = {layer: layer.dtype for layer in weights}
+    try:
+        for layer, quant in weights.items():
+            layer.assign(quant)
+        yield
+    finally:
+        for layer, own in before:
+            if isinstance(own, QuantTensor):
+                layer.assign(own, dtypes[layer])
+            else:
+                layer.weight = own
+                layer.packed = None
