@@ -128,7 +128,7 @@ def test_hooks_and_files_go_after_an_error(pipe, tmp_path, monkeypatch):
 
     def fail(done, total):
         assert list(tmp_path.iterdir())
-        if done == 2:
+        if done >= 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -27,7 +27,7 @@ from zimage_core.units import in_seconds
 
 if TYPE_CHECKING:
     from zimage_core.pipeline import ZImagePipeline
-    from zimage_core.study.compare import Comparison
+    from zimage_core.study.comparison import Comparison
 
 SAME = "default"
 """In place of a file: the transformer of --model, or the embedded one."""

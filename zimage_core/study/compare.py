@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,120 +24,18 @@ from zimage_core import noise
 from zimage_core.errors import BadArgument
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.study.blocks import BlockError, BlockWatch, probes
+from zimage_core.study.comparison import Comparison, PicturePair, StepError
 from zimage_core.study.metrics import decibels, mean_squared_error, ssim
 from zimage_core.study.spool import Spool
 
 Model = ZImagePipeline | Callable[[], ZImagePipeline]
 """A pipeline, or what makes one when its turn comes and lets it go after."""
-OnPicture = Callable[[int, int], None]
-"""(runs of the pipeline done, runs in all)."""
+OnRun = Callable[[int], None]
+"""(runs of the pipeline done)."""
 RUNS = 3
 """Of the pipeline for each picture: A, B, B led by A."""
 _OURS = ("prompt", "seed", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt",
          "callback_on_step_end", "callback_on_step_end_tensor_inputs", "debug")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PicturePair:
-    """One prompt and seed, drawn by both.
-
-    Args:
-        prompt: What was asked.
-        seed: Of the noise.
-        psnr: In dB; infinite if the pictures are equal.
-        ssim: Mean over the channels.
-        mean_square: Mean squared error of values from 0 to 1.
-        a: Picture uint8 [H, W, 3] of A.
-        b: Of B.
-    """
-
-    prompt: str
-    seed: int
-    psnr: float
-    ssim: float
-    mean_square: float
-    a: np.ndarray[Any, Any] = field(repr=False)
-    b: np.ndarray[Any, Any] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class StepError:
-    """Of one step, over all pictures.
-
-    Args:
-        step: From 0.
-        sigma: Noise level at which the network was asked.
-        velocity: |v_B - v_A| / |v_A| where both saw A's latents; guidance included.
-        latents: |x_B - x_A| / |x_A| after the step, each on its own way.
-    """
-
-    step: int
-    sigma: float
-    velocity: float
-    latents: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` found.
-
-    Args:
-        labels: Of A and B.
-        pictures: In the order of prompts, seeds within.
-        steps: Empty where the two have other noise levels.
-        blocks: Of the first picture; empty where not asked for, or the networks differ in size.
-        settings: Of A's and B's first picture.
-        files: Component -> name, size and hash of its file, for A and B.
-        seconds: That A and B took, all runs.
-    """
-
-    labels: tuple[str, str]
-    pictures: tuple[PicturePair, ...]
-    steps: tuple[StepError, ...]
-    blocks: tuple[BlockError, ...]
-    settings: tuple[Mapping[str, Any], Mapping[str, Any]]
-    files: tuple[Mapping[str, Any], Mapping[str, Any]]
-    seconds: tuple[float, float]
-
-    @property
-    def psnr(self) -> float:
-        """Of the mean squared error of all pictures."""
-        return decibels(sum(p.mean_square for p in self.pictures) / len(self.pictures))
-
-    @property
-    def ssim(self) -> float:
-        """Mean over pictures."""
-        return sum(p.ssim for p in self.pictures) / len(self.pictures)
-
-    @property
-    def velocity(self) -> float | None:
-        """Root mean square of the velocity errors of the steps; None where they could not be compared."""
-        if not self.steps:
-            return None
-        return math.sqrt(sum(s.velocity**2 for s in self.steps) / len(self.steps))
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything but the pixels; a PSNR of equal pictures is null."""
-
-        def plain(value: float) -> float | None:
-            return value if math.isfinite(value) else None
-
-        pictures = [
-            {"prompt": p.prompt, "seed": p.seed, "psnr": plain(p.psnr), "ssim": p.ssim} for p in self.pictures
-        ]
-        return {
-            "labels": list(self.labels),
-            "psnr": plain(self.psnr),
-            "ssim": self.ssim,
-            "velocity": self.velocity,
-            "pictures": pictures,
-            "steps": [asdict(step) for step in self.steps],
-            "blocks": [{k: plain(v) if isinstance(v, float) else v for k, v in asdict(b).items()}
-                       for b in self.blocks],
-            "settings": [dict(each) for each in self.settings],
-            "files": [dict(each) for each in self.files],
-            "seconds": list(self.seconds),
-        }  # fmt: skip
 
 
 @dataclass
@@ -156,6 +54,101 @@ class _Traced:
         return (after.double() - self.latents[step].double()) / (self.sigmas[step + 1] - self.sigmas[step])
 
 
+class Reference:
+    """A's side of comparisons: drawn once, then held against one or several models; a context manager.
+
+    Args:
+        model: A.
+        prompts: What to draw.
+        seeds: Of the noise.
+        label: Name for reports.
+        block_steps: In how many steps of the first picture to compare the blocks; 0 for none.
+        on_run: Called after each run of the pipeline with their number so far.
+        options: Arguments of the pipeline's call: size, steps, guidance.
+
+    Raises:
+        BadArgument: An argument that the comparison chooses itself, or no prompt or seed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[str],
+        seeds: Sequence[int] = (0,),
+        *,
+        label: str = "A",
+        block_steps: int = 3,
+        on_run: OnRun | None = None,
+        **options: Any,
+    ) -> None:
+        _check(options)
+        if block_steps < 0:
+            raise BadArgument(f"block_steps: got {block_steps}, wanted 0 or more")
+        self.jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
+        if not self.jobs:
+            raise BadArgument("prompts, seeds: there are none; give at least one of each")
+        self.label, self.options = label, options
+        self._spool = Spool()
+        try:
+            self._draw(model, block_steps, on_run)
+        except BaseException:
+            self._spool.close()
+            raise
+
+    def _draw(self, model: Model, block_steps: int, on_run: OnRun | None) -> None:
+        """The pipeline dies with this call where nobody else has it."""
+        began = time.perf_counter()
+        pipe, options = _made(model), self.options
+        steps = options.get("num_inference_steps") or len(options.get("sigmas") or ()) or pipe.limits.steps
+        self._config, self._probed = pipe.transformer.config, probes(int(steps), block_steps)
+        self._traces: list[_Traced] = []
+        for i, (prompt, seed) in enumerate(self.jobs):
+            with BlockWatch(pipe.transformer, self._probed if i == 0 else (), self._spool, compare=False):
+                self._traces.append(_trace(pipe, prompt, seed, options))
+            if on_run is not None:
+                on_run(i + 1)
+        self._seconds = time.perf_counter() - began
+
+    def compare(
+        self, model: Model, *, label: str = "B", on_run: OnRun | None = None, **options: Any
+    ) -> Comparison:
+        """Hold B against A.
+
+        Args:
+            model: B.
+            label: Its name for reports.
+            on_run: Called after each run of the pipeline with their number so far, two for each picture.
+            options: Arguments of the call that are others for B.
+
+        Raises:
+            BadArgument: An argument that the comparison chooses itself, or pictures of another size.
+        """
+        _check(options)
+        began = time.perf_counter()
+        second = _Second(_made(model), self._config, self._traces, self._probed, self._spool)
+        for i, (prompt, seed) in enumerate(self.jobs):
+            second.draw(i, prompt, seed, {**self.options, **options})
+            if on_run is not None:
+                on_run(2 * i + 2)
+        triples = zip(self.jobs, self._traces, second.traces, strict=True)
+        first, other = self._traces[0], second.traces[0]
+        return Comparison(
+            (self.label, label),
+            tuple(_pair(job, a, b) for job, a, b in triples),
+            second.steps(),
+            tuple(second.blocks),
+            (first.settings, other.settings),
+            (first.files, other.files),
+            (self._seconds, time.perf_counter() - began),
+        )
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._spool.close()
+
+
 def compare(
     a: Model,
     b: Model,
@@ -165,7 +158,7 @@ def compare(
     labels: tuple[str, str] = ("A", "B"),
     options_b: Mapping[str, Any] | None = None,
     block_steps: int = 3,
-    on_run: OnPicture | None = None,
+    on_run: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Comparison:
     """Draw every prompt with every seed by both, and measure how far apart they are.
@@ -178,70 +171,32 @@ def compare(
         labels: Names for reports.
         options_b: Arguments of the call that are others for B.
         block_steps: In how many steps of the first picture to compare the blocks; 0 for none.
-        on_run: Called after each run of a pipeline.
+        on_run: Called with the runs of pipelines done, and their number in all: three a picture.
         options: Arguments of the pipeline's call: size, steps, guidance.
 
     Raises:
         BadArgument: An argument that the comparison chooses itself, no prompt or seed, or pictures of two
             sizes.
     """
-    later = {**options, **(options_b or {})}
-    if taken := [name for name in _OURS if name in later]:
+    later, count = dict(options_b or {}), len(prompts) * len(seeds)
+    _check(later)  # before A draws
+
+    def ticks(before: int) -> OnRun | None:
+        return None if on_run is None else lambda done: on_run(before + done, RUNS * count)
+
+    with Reference(
+        a, prompts, seeds, label=labels[0], block_steps=block_steps, on_run=ticks(0), **options
+    ) as reference:
+        return reference.compare(b, label=labels[1], on_run=ticks(count), **later)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    if taken := [name for name in _OURS if name in options]:
         raise BadArgument(f"{taken[0]}: chosen by the comparison itself; leave it out")
-    jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    if not jobs:
-        raise BadArgument("prompts, seeds: there are none; give at least one of each")
-    if block_steps < 0:
-        raise BadArgument(f"block_steps: got {block_steps}, wanted 0 or more")
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if on_run is not None:
-            on_run(done, RUNS * len(jobs))
-
-    with Spool() as spool:
-        began = time.perf_counter()
-        traces, config, steps = _first(a, jobs, options, block_steps, spool, tick)
-        middle = time.perf_counter()
-        second = _Second(_made(b), config, traces, steps, spool)
-        for i, (prompt, seed) in enumerate(jobs):
-            second.draw(i, prompt, seed, later, tick)
-    pairs = [_pair(job, mine, theirs) for job, mine, theirs in zip(jobs, traces, second.traces, strict=True)]
-    return Comparison(
-        labels,
-        tuple(pairs),
-        second.steps(),
-        tuple(second.blocks),
-        (traces[0].settings, second.traces[0].settings),
-        (traces[0].files, second.traces[0].files),
-        (middle - began, time.perf_counter() - middle),
-    )
 
 
 def _made(model: Model) -> ZImagePipeline:
     return model if isinstance(model, ZImagePipeline) else model()
-
-
-def _first(
-    model: Model,
-    jobs: Sequence[tuple[str, int]],
-    options: Mapping[str, Any],
-    block_steps: int,
-    spool: Spool,
-    tick: Callable[[], None],
-) -> tuple[list[_Traced], Any, tuple[int, ...]]:
-    """A's runs, its config, the steps in which blocks were set aside; the pipeline dies with this call."""
-    pipe = _made(model)
-    traces = []
-    count = options.get("num_inference_steps") or len(options.get("sigmas") or ()) or pipe.limits.steps
-    steps = probes(int(count), block_steps)
-    for i, (prompt, seed) in enumerate(jobs):
-        with BlockWatch(pipe.transformer, steps if i == 0 else (), spool, compare=False):
-            traces.append(_trace(pipe, prompt, seed, options))
-        tick()
-    return traces, pipe.transformer.config, steps
 
 
 def _trace(
@@ -281,9 +236,7 @@ class _Second:
         self._probed = tuple(probed) if pipe.transformer.config == config else ()
         self._velocity: list[list[tuple[float, float]]] = []  # picture, step -> |v_B - v_A|^2, |v_A|^2
 
-    def draw(
-        self, index: int, prompt: str, seed: int, options: Mapping[str, Any], tick: Callable[[], None]
-    ) -> None:
+    def draw(self, index: int, prompt: str, seed: int, options: Mapping[str, Any]) -> None:
         """Freely, then led by A where both have the same noise levels."""
         lead = self._lead[index]
         trace = _trace(self._pipe, prompt, seed, options)
@@ -292,7 +245,6 @@ class _Second:
             raise BadArgument(
                 f"B draws pictures of {_size(trace)}, A of {_size(lead)}; give both one width and height"
             )
-        tick()
         if trace.sigmas == lead.sigmas:
             steps = self._probed if index == 0 else ()
             with BlockWatch(self._pipe.transformer, steps, self._spool, compare=True) as watch:
@@ -301,7 +253,6 @@ class _Second:
             self._velocity.append([
                 _squares(lead.velocity(i, after), lead.velocity(i)) for i, after in enumerate(led.latents[1:])
             ])  # fmt: skip
-        tick()
 
     def steps(self) -> tuple[StepError, ...]:
         """Errors of each step over all pictures."""

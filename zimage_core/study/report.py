@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zimage_core import png
-from zimage_core.study.compare import Comparison, PicturePair
+from zimage_core.study.comparison import Comparison, PicturePair
 from zimage_core.units import in_seconds
 
 if TYPE_CHECKING:
