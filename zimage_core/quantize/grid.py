@@ -84,9 +84,13 @@ class Groups:
         # Whole chunks: the matrix product then has one shape, whatever the number of rows, and rounds alike
         padded = -(-self._count // self._chunk) * self._chunk
         self._features = a.new_zeros(padded, len(self._table))
-        pull = a.reshape(-1, width) * -2
-        self._features[: self._count, :width] = pull if self._w is None else pull * self._w
         self._scores = a.new_empty(self._chunk, self._table.shape[1])
+        self.take(a)
+
+    def take(self, a: Tensor) -> None:
+        """Search for other weights from now on, of the same shape and importance."""
+        pull = a.reshape(-1, self.grid.width) * -2
+        self._features[: self._count, : self.grid.width] = pull if self._w is None else pull * self._w
 
     def _under(self, step: Tensor) -> None:
         """Set the scales [n, subs]."""
@@ -103,13 +107,29 @@ class Groups:
         """Least scores [m, halves], summed over groups that share a half: [m / shared, halves]."""
         return least.view(-1, self.shared, least.shape[1]).sum(1)
 
+    def _least(self) -> Tensor:
+        """The least score of each group in each half [groups, halves]."""
+        chunks = torch.split(self._features, self._chunk)
+        return torch.cat([self._lanes(chunk).flatten(2).amin(-1) for chunk in chunks])[: self._count]
+
     def cost(self, step: Tensor) -> Tensor:
         """The least error of each sub-block under its scale, less sum(w * a^2): [n, subs] -> [n, subs]."""
         self._under(step)
-        chunks = torch.split(self._features, self._chunk)
-        least = [self._together(self._lanes(chunk).flatten(2).amin(-1)).amin(-1) for chunk in chunks]
-        n, subs, _ = self.shape
-        return torch.cat(least)[: self._count // self.shared].view(n, subs, -1).sum(-1) * step
+        return self._together(self._least()).amin(-1).view(*step.shape, -1).sum(-1) * step
+
+    def rises(self, step: Tensor) -> Tensor:
+        """By how much the error over the scale rises when one weight has the other sign, like a.
+
+        Each time the best row is another one, so this takes as many searches as a group has weights.
+        """
+        self._under(step)
+        right = self._least()
+        rises = []
+        for column in self._features[:, : self.grid.width].unbind(1):
+            column.neg_()
+            rises.append(self._least() - right)
+            column.neg_()
+        return torch.cat(rises, 1).view(self.shape)
 
     def nearest(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """The best row of each group: index and half, int64 [n, groups], under scales [n, subs]."""

@@ -1,11 +1,11 @@
-"""Super-blocks of the grid formats: codewords, scales of sub-blocks and the scale over them.
+"""Super-blocks of the grid formats: rows of a codebook, scales of sub-blocks and the scale over them.
 
 w = d * unit * (1 + 2 * level[sub]) * row[group], level a small integer. The search goes
   1. from moments of each sub-block to a guess of its scale, and from nine scales around it to the best,
      made better by least squares for its rows;
   2. to the d under which the levels come nearest to those scales, errors counted by what they cost;
   3. to the better of the two levels about each scale, by exhaustive search for the rows under both;
-  4. to the rows, to d by least squares, and to the rows again under the d that is stored.
+  4. to the rows, to d by least squares, and to the signs and rows again under the d that is stored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ class Plan:
         unit: What d of the file stands for: a sub-block's step is d * unit * (1 + 2 * level).
         signs: "free" (a bit each), "even" (an even number of minuses in 8), "rows" (in the codebook).
         shared: Groups that share the half of a shifted codebook.
-        starts: Values of d that are searched.
         peak: How much the guess of a scale leans to the large weights: 0 for their mean square alone.
     """
 
@@ -47,7 +46,6 @@ class Plan:
     unit: float
     signs: str
     shared: int = 1
-    starts: int = 3
     peak: float = 0.65
 
 
@@ -71,38 +69,69 @@ class Found:
 
 
 class _Search:
-    """One slab: sub-blocks a [n, subs, run], importance w like a or None, power [n] the unit of a."""
+    """One slab of super-blocks.
 
-    def __init__(self, plan: Plan, a: Tensor, w: Tensor | None, power: Tensor) -> None:
-        self.plan, self.a, self.w, self.power = plan, a, w, power
-        book = grid(plan.book, a.device, plan.signs == "rows")
-        self.groups = Groups(book, a, w, plan.shared)
-        self.typical = float(book.values.square().mean().sqrt())
-        self.energy = self._sum(a * a)
+    Args:
+        plan: Of the format.
+        x: float32 [n, subs, run], each super-block within [-2, 2].
+        w: Importance like x, or None for ones.
+        power: What 1 stands for in each super-block [n].
+    """
+
+    def __init__(self, plan: Plan, x: Tensor, w: Tensor | None, power: Tensor) -> None:
+        self.plan, self.w, self.power = plan, w, power
+        self.rows_have_signs = plan.signs == "rows"
+        self.minus = torch.zeros_like(x, dtype=torch.bool) if self.rows_have_signs else x < 0
+        self.a = x if self.rows_have_signs else x.abs()
+        self.odd = self.minus.view(-1, 8).sum(1, keepdim=True) % 2 == 1
+        self.energy = self._sum(x * x)
+        self.groups = Groups(grid(plan.book, x.device, self.rows_have_signs), self.a, w, plan.shared)
+        if plan.signs == "even":
+            self._make_even(self.a if w is None else self.a * w)
 
     def _sum(self, values: Tensor) -> Tensor:
         """Weighted sum over each sub-block."""
         return (values if self.w is None else values * self.w).sum(-1)
+
+    def _make_even(self, rises: Tensor) -> None:
+        """Give one weight of each 8 with an odd number of minuses the other sign: where `rises` is least."""
+        cheapest = rises.view(-1, 8).argmin(1, keepdim=True)
+        wrong = torch.zeros_like(self.minus).view(-1, 8).scatter_(1, cheapest, self.odd).view(self.a.shape)
+        self.minus = self.minus ^ wrong
+        self.a = torch.where(wrong, -self.a, self.a)
+        self.groups.take(self.a)
+
+    def settle_signs(self, step: Tensor) -> None:
+        """Of each 8 with an odd number of minuses, the other sign where it costs least under these scales.
+
+        Until now it was where w * |x| is least: the cost without the row, which is chosen after.
+        """
+        self.minus = self.minus ^ (self.a < 0)
+        self.a = self.a.abs()
+        self.groups.take(self.a)
+        self._make_even(self.groups.rises(step))
 
     def guess(self) -> Tensor:
         """Scales [n, subs] from the mean square and, for the tails, the mean square of the energy."""
         mass = self.plan.run if self.w is None else self.w.sum(-1)
         mean = self.energy / mass
         tail = self._sum(self.a.pow(4)) / self.energy.clamp(min=TINY)
+        typical = self.groups.grid.values.square().mean().sqrt()
         p = self.plan.peak / 2
-        return mean.pow(0.5 - p) * tail.pow(p) * (math.exp(-0.28) / self.typical)
+        return mean.pow(0.5 - p) * tail.pow(p) * math.exp(-0.28) / typical
 
     def tried(self) -> tuple[Tensor, Tensor]:
         """The best scale of each sub-block [n, subs] near the guess, and by how much it lowers the error."""
-        rough = self.plan.signs == "rows"
         guess = self.guess()
         best, cost = guess, torch.zeros_like(guess)
         for ratio in torch.linspace(*_RATIOS, 9, device=guess.device).exp():
             step = guess * ratio
-            found = self.rough(step)[1] if rough else self.groups.cost(step)
+            found = self.rough(step)[1] if self.rows_have_signs else self.groups.cost(step)
             best = torch.where(found < cost, step, best)
             cost = torch.minimum(found, cost)
-        rows = self.rough(best)[0] if rough else self.groups.decoded(*self.groups.nearest(best))
+        rows = (
+            self.rough(best)[0] if self.rows_have_signs else self.groups.decoded(*self.groups.nearest(best))
+        )
         up = self._sum(rows * self.a)
         fitted = up / self._sum(rows * rows).clamp(min=TINY)
         better = (up > 0) & (fitted * up > -cost)
@@ -119,23 +148,23 @@ class _Search:
         error = (rows - relative).square_()
         if self.w is not None:
             error *= self.w
-        together = error.view(2, *step.shape, -1, self.plan.shared * self.groups.grid.width).sum(-1)
-        second = (together[1] < together[0]).repeat_interleave(self.plan.shared * self.groups.grid.width, -1)
-        return torch.where(second, rows[1], rows[0]), together.amin(0).sum(-1) * step.square() - self.energy
+        together = self.plan.shared * self.groups.grid.width
+        error = error.view(2, *step.shape, -1, together).sum(-1)
+        second = (error[1] < error[0]).repeat_interleave(together, -1)
+        return torch.where(second, rows[1], rows[0]), error.amin(0).sum(-1) * step.square() - self.energy
 
-    def starts(self, best: Tensor, gain: Tensor) -> list[Tensor]:
-        """Some d [n, 1] under which levels come near to the best scales, the nearest of each range.
+    def start(self, best: Tensor, gain: Tensor) -> Tensor:
+        """d [n, 1] under which levels come nearest to the best scales.
 
         With rows fixed a scale that is off by the factor r costs gain * (r - 1)^2.
         """
-        spans = torch.linspace(*_SPAN, 12 * self.plan.starts, device=best.device).exp()
-        tried = best.amax(1, keepdim=True) / (2 * self.plan.levels - 1) * spans
+        over_last = best.amax(1, keepdim=True) / (2 * self.plan.levels - 1)
+        tried = torch.linspace(*_SPAN, 24, device=best.device).exp() * over_last
         wide = tried[:, :, None]
         odd = 2 * self.level(best[:, None], wide).round_().clamp_(0, self.plan.levels - 1) + 1
         off = wide * odd * reciprocal(best)[:, None] - 1
         cost = (off.square_() * gain[:, None]).sum(-1)
-        ranges = zip(torch.split(tried, 12, 1), torch.split(cost, 12, 1), strict=True)
-        return [self.stored(d.gather(1, c.argmin(1, keepdim=True))) for d, c in ranges]
+        return self.stored(tried.gather(1, cost.argmin(1, keepdim=True)))
 
     @staticmethod
     def level(step: Tensor, d: Tensor) -> Tensor:
@@ -146,49 +175,32 @@ class _Search:
         """d [n, 1] as the file will hold it."""
         return as_half(d[:, 0] / self.plan.unit, self.power)[:, None] * self.plan.unit
 
-    def levels(self, best: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        """The better of the two levels about each scale [n, subs], and the error of the whole [n, 1]."""
+    def levels(self, best: Tensor, d: Tensor) -> Tensor:
+        """The better of the two levels about each scale [n, subs]."""
         last = self.plan.levels - 1
         low = self.level(best, d).floor_().clamp_(0, last)
         high = (low + 1).clamp_(max=last)
         under_low, under_high = (self.groups.cost(d * (2 * level + 1)) for level in (low, high))
-        level = torch.where(under_high < under_low, high, low)
-        return level, torch.minimum(under_low, under_high).sum(1, keepdim=True)
+        return torch.where(under_high < under_low, high, low)
 
     def refit(self, level: Tensor, index: Tensor, half: Tensor) -> Tensor:
         """Least squares for d [n, 1], rows and levels fixed."""
         odd = 2 * level + 1
         rows = self.groups.decoded(index, half)
         up = (self._sum(rows * self.a) * odd).sum(1, keepdim=True)
-        return up / (self._sum(rows * rows) * odd * odd).sum(1, keepdim=True).clamp(min=TINY)
+        return self.stored(up / (self._sum(rows * rows) * odd * odd).sum(1, keepdim=True).clamp(min=TINY))
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """d [n], level [n, subs], index and half [n, groups]."""
+    def run(self) -> Found:
+        """From the guess to finished super-blocks."""
         best, gain = self.tried()
-        d, *others = self.starts(best, gain)
-        level, cost = self.levels(best, d)
-        for other in others:
-            tried, found = self.levels(best, other)
-            better = found < cost
-            d, level = torch.where(better, other, d), torch.where(better, tried, level)
-            cost = torch.minimum(found, cost)
-        index, half = self.groups.nearest(d * (2 * level + 1))
-        d = self.stored(self.refit(level, index, half))
-        index, half = self.groups.nearest(d * (2 * level + 1))
-        return d[:, 0] / self.plan.unit * self.power, level.long(), index, half
-
-
-def even_signs(x: Tensor, w: Tensor | None) -> Tensor:
-    """Which of x [n, 256] become minus so that each 8 have an even number: bool, off where it costs least.
-
-    The wrong sign costs 4 * step * w * |x| * v, v being chosen after; the least w * |x| stands for it.
-    """
-    eights = x.view(-1, 8)
-    minus = eights < 0
-    pull = eights.abs() if w is None else eights.abs() * w.view(-1, 8)
-    odd = minus.sum(1, keepdim=True) % 2 == 1
-    cheapest = torch.zeros_like(minus).scatter_(1, pull.argmin(1, keepdim=True), odd)
-    return (minus ^ cheapest).view(x.shape)
+        d = self.start(best, gain)
+        level = self.levels(best, d)
+        d = self.refit(level, *self.groups.nearest(d * (2 * level + 1)))
+        step = d * (2 * level + 1)
+        if self.plan.signs == "even":
+            self.settle_signs(step)
+        index, half = self.groups.nearest(step)
+        return Found(d[:, 0] / self.plan.unit * self.power, level.long(), index, half, self.minus.flatten(1))
 
 
 def search(plan: Plan, x: Tensor, importance: Tensor | None) -> Found:
@@ -196,10 +208,6 @@ def search(plan: Plan, x: Tensor, importance: Tensor | None) -> Found:
     blocks = x.view(-1, 256)
     power, inverse = exponents(blocks)
     costs = cost_columns(x, importance, 256, 256)
-    w = None if costs is None else costs.t().contiguous()
-    a = blocks * inverse[:, None]
-    minus = even_signs(a, w) if plan.signs == "even" else (a < 0) & (plan.signs == "free")
-    a = torch.where(minus, -a, a)
-    shape = (len(a), 256 // plan.run, plan.run)
-    found = _Search(plan, a.view(shape), None if w is None else w.view(shape), power).run()
-    return Found(*found, minus)
+    shape = (len(blocks), 256 // plan.run, plan.run)
+    w = None if costs is None else costs.t().reshape(shape)
+    return _Search(plan, (blocks * inverse[:, None]).view(shape), w, power).run()

@@ -13,8 +13,8 @@ from zimage_core.quantize.blocks import Encoder, assemble, pack_consecutive, row
 from zimage_core.quantize.grid_scales import Found, Plan, search
 
 _PLANS = {
-    "IQ1_S": Plan("iq1", 32, 8, 1, "rows", shared=4, starts=1),
-    "IQ1_M": Plan("iq1", 16, 8, 1, "rows", starts=1),
+    "IQ1_S": Plan("iq1", 32, 8, 1, "rows", shared=4),
+    "IQ1_M": Plan("iq1", 16, 8, 1, "rows"),
     "IQ2_XXS": Plan("iq2_xxs", 32, 16, 1 / 8, "even"),
     "IQ2_XS": Plan("iq2_xs", 16, 16, 1 / 8, "even"),
     "IQ2_S": Plan("iq2_s", 16, 16, 1 / 8, "free"),
