@@ -63,3 +63,9 @@ def assemble(fmt: BlockFormat, **fields: Tensor) -> Tensor:
 def rows_of(blocks: Tensor, x: Tensor) -> Tensor:
     """Bytes [blocks, nbytes] of the weights x [n, K] as rows [n, row bytes]."""
     return blocks.view(len(x), -1)
+
+
+def packed_rows(fmt: BlockFormat, x: Tensor, **fields: Tensor) -> Tensor:
+    """Fields of the blocks of x [n, K], and of padding after them -> rows uint8 [n, row bytes]."""
+    count = x.numel() // fmt.weights
+    return rows_of(assemble(fmt, **{name: value[:count] for name, value in fields.items()}), x)

@@ -9,17 +9,8 @@ from torch import Tensor
 
 from zimage_core.formats import FORMATS
 from zimage_core.quantize.affine_scales import AffineSearch
-from zimage_core.quantize.blocks import Encoder, assemble, pack_planes, rows_of, to_half
-from zimage_core.quantize.rounding import (
-    Runs,
-    blocks_of,
-    columns,
-    cost_columns,
-    exponents,
-    fit_affine,
-    nearest_integer,
-    peaks,
-)
+from zimage_core.quantize.blocks import Encoder, pack_planes, packed_rows, to_half
+from zimage_core.quantize.rounding import blocks_of, fit_affine, nearest_integer, peaks, unit_runs
 from zimage_core.quantize.signed_scales import SignedSearch
 from zimage_core.quantize.starts import CUTS, PEAKS, Cuts
 
@@ -77,20 +68,12 @@ _ROUNDS = 2
 """Of refitting the scales of a super-block and rounding everything anew."""
 
 
-def _unit_runs(x: Tensor, importance: Tensor | None, length: int, *, centred: bool) -> tuple[Runs, Tensor]:
-    """Sub-blocks as runs, each super-block in units of a power of two [n], so that no square overflows."""
-    blocks = x.view(-1, 256)
-    power, inverse = exponents(blocks)
-    costs = cost_columns(x, importance, 256, length)
-    return Runs(columns(blocks * inverse[:, None], length), costs, centred=centred), power
-
-
 def _affine(
     name: str, x: Tensor, importance: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     """Scales d and dmin; small integers for scales and minima uint8 [n, subs]; codes uint8 [n, 256]."""
     plan = _AFFINE[name]
-    runs, power = _unit_runs(x, importance, plan.length, centred=True)
+    runs, power = unit_runs(x, importance, 256, plan.length, centred=True)
     s, beta = fit_affine(runs, plan.top, plan.cuts, floor_at_zero=True)
     search = AffineSearch(runs, power, plan.top, plan.limit)
     found = search.run(s, beta, plan.divisors, plan.shifts, _ROUNDS)
@@ -108,26 +91,26 @@ def _six_bits(scale: Tensor, least: Tensor) -> Tensor:
 def _q2_k(x: Tensor, importance: Tensor | None) -> Tensor:
     halves, scale, least, codes = _affine("Q2_K", x, importance)
     fields = {"scales": scale | (least << 4), "qs": pack_planes(codes, 32, 2)}
-    return rows_of(assemble(FORMATS["Q2_K"], **halves, **fields), x)
+    return packed_rows(FORMATS["Q2_K"], x, **halves, **fields)
 
 
 def _q4_k(x: Tensor, importance: Tensor | None) -> Tensor:
     halves, scale, least, codes = _affine("Q4_K", x, importance)
     fields = {"scales": _six_bits(scale, least), "qs": pack_planes(codes, 32, 4)}
-    return rows_of(assemble(FORMATS["Q4_K"], **halves, **fields), x)
+    return packed_rows(FORMATS["Q4_K"], x, **halves, **fields)
 
 
 def _q5_k(x: Tensor, importance: Tensor | None) -> Tensor:
     halves, scale, least, codes = _affine("Q5_K", x, importance)
     fields = {"scales": _six_bits(scale, least), "qs": pack_planes(codes & 15, 32, 4)}
     fields["qh"] = pack_planes(codes >> 4, 32, 1)
-    return rows_of(assemble(FORMATS["Q5_K"], **halves, **fields), x)
+    return packed_rows(FORMATS["Q5_K"], x, **halves, **fields)
 
 
 def _signed(name: str, x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """d; signed scales float32 [n, 16]; codes uint8 [n, 256]."""
     plan = _SIGNED[name]
-    runs, power = _unit_runs(x, importance, 16, centred=False)
+    runs, power = unit_runs(x, importance, 256, 16)
     search = SignedSearch(runs, power, nearest_integer(-plan.half, plan.half - 1), plan.limit)
     peak = peaks(runs.x)
     found = search.run([peak / level for level in plan.starts], plan.divisors, _ROUNDS)
@@ -143,13 +126,13 @@ def _q3_k(x: Tensor, importance: Tensor | None) -> Tensor:
         "qs": pack_planes(codes & 3, 32, 2),
         "scales": torch.cat([pack_planes(six & 15, 8, 4), pack_planes(six >> 4, 4, 2)], 1),
     }
-    return rows_of(assemble(FORMATS["Q3_K"], d=d, **fields), x)
+    return packed_rows(FORMATS["Q3_K"], x, d=d, **fields)
 
 
 def _q6_k(x: Tensor, importance: Tensor | None) -> Tensor:
     d, scale, codes = _signed("Q6_K", x, importance)
     fields = {"ql": pack_planes(codes & 15, 64, 4), "qh": pack_planes(codes >> 4, 32, 2)}
-    return rows_of(assemble(FORMATS["Q6_K"], d=d, scales=scale.to(torch.int8), **fields), x)
+    return packed_rows(FORMATS["Q6_K"], x, d=d, scales=scale.to(torch.int8), **fields)
 
 
 ENCODERS: dict[str, Encoder] = {"Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}

@@ -16,23 +16,19 @@ from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.quantize.blocks import (
     Encoder,
     as_half,
-    assemble,
     pack_consecutive,
     pack_planes,
-    rows_of,
+    packed_rows,
     to_half,
 )
 from zimage_core.quantize.rounding import (
-    Runs,
     blocks_of,
     centre_of,
-    columns,
-    cost_columns,
-    exponents,
     fit_affine,
     fit_symmetric,
     nearest_integer,
     peaks,
+    unit_runs,
 )
 from zimage_core.quantize.starts import CUTS, PEAKS
 
@@ -78,28 +74,20 @@ def _affine(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes_of((x - low).mul_(inverse).add_(0.5), usable, top), d, low
 
 
-def _pack(fmt: BlockFormat, codes: Tensor, d: Tensor, m: Tensor | None = None) -> Tensor:
+def _pack(fmt: BlockFormat, x: Tensor, codes: Tensor, d: Tensor, m: Tensor | None = None) -> Tensor:
     """Codes of 4 or 5 bits and scales -> bytes."""
     fields = {"d": to_half(d), "qs": pack_planes(codes & 15, 16, 4)}
     if m is not None:
         fields["m"] = to_half(m)
     if any(field.name == "qh" for field in fmt.fields):
         fields["qh"] = pack_consecutive(codes >> 4, 1)
-    return assemble(fmt, **fields)
-
-
-def _runs(x: Tensor, importance: Tensor, *, centred: bool) -> tuple[Runs, Tensor]:
-    """Blocks as runs in units of a power of two [n]."""
-    blocks = x.view(-1, 32)
-    power, inverse = exponents(blocks)
-    costs = cost_columns(x, importance, 32, 32)
-    return Runs(columns(blocks * inverse[:, None], 32), costs, centred=centred), power
+    return packed_rows(fmt, x, **fields)
 
 
 def _searched_symmetric(x: Tensor, bits: int, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and d of the least weighted error found."""
     half = 1 << (bits - 1)
-    runs, power = _runs(x, importance, centred=False)
+    runs, power = unit_runs(x, importance, 32, 32)
     nearest, peak = nearest_integer(-half, half - 1), peaks(runs.x)
     d = as_half(fit_symmetric(runs, [peak / level for level in PEAKS[bits]], nearest), power)
     levels = runs.levels(d, None, nearest) + half
@@ -109,7 +97,7 @@ def _searched_symmetric(x: Tensor, bits: int, importance: Tensor) -> tuple[Tenso
 def _searched_affine(x: Tensor, bits: int, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, d and m of the least weighted error found."""
     top = (1 << bits) - 1
-    runs, power = _runs(x, importance, centred=True)
+    runs, power = unit_runs(x, importance, 32, 32, centred=True)
     s, beta = fit_affine(runs, top, CUTS[bits], floor_at_zero=False)
     d = as_half(s, power)
     nearest, centre = nearest_integer(0, top), centre_of(runs)
@@ -123,7 +111,7 @@ def _encode(
     name: str, plain: Plain, searched: Searched, bits: int, x: Tensor, importance: Tensor | None
 ) -> Tensor:
     found = plain(x.view(-1, 32), bits) if importance is None else searched(x, bits, importance)
-    return rows_of(_pack(FORMATS[name], *found), x)
+    return _pack(FORMATS[name], x, *found)
 
 
 def _plain_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +127,7 @@ def _plain_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _searched_bytes(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of -127..127 and d of the least weighted error found."""
-    runs, power = _runs(x, importance, centred=False)
+    runs, power = unit_runs(x, importance, 32, 32)
     nearest, peak = nearest_integer(-127, 127), peaks(runs.x)
     d = as_half(fit_symmetric(runs, [peak / level for level in PEAKS[8]], nearest), power)
     return blocks_of(runs.levels(d, None, nearest).to(torch.int8), len(power)), d * power
@@ -147,7 +135,7 @@ def _searched_bytes(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
 
 def _q8_0(x: Tensor, importance: Tensor | None) -> Tensor:
     codes, d = _plain_bytes(x) if importance is None else _searched_bytes(x, importance)
-    return rows_of(assemble(FORMATS["Q8_0"], d=to_half(d), qs=codes), x)
+    return packed_rows(FORMATS["Q8_0"], x, d=to_half(d), qs=codes)
 
 
 ENCODERS: dict[str, Encoder] = {

@@ -17,8 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLOOR = 1e-6
-"""The least importance of a weight, relative to the mean of its block: nothing is left undefined."""
+FLOOR = 1e-9
+"""The least importance of a weight, relative to the largest of its block: nothing is left undefined."""
+PAD = 64
+"""Blocks come in multiples of this: torch adds columns that fill its vectors in another order than the rest,
+and the bytes of a block must not depend on the blocks beside it."""
 TINY = 1e-30
 MARGIN = 1 + 2e-7
 """A scale must be better than the one before it by more than the rounding of sums: of several exact ones the
@@ -131,6 +134,11 @@ class SuperBlocks:
         return values.view(*values.shape[:-1], -1, self.n).sum(-2)
 
 
+def quadratic_gain(m: Moments, s: Tensor) -> Tensor:
+    """By how much y ~ s * q lowers the error, for any s."""
+    return s * (2 * m.qy - s * m.qq)
+
+
 def symmetric_gain(m: Moments) -> tuple[Tensor, Tensor]:
     """The best s of y ~ s * q, and by how much it lowers the error: [runs] each."""
     s = m.qy / m.qq.clamp(min=TINY)
@@ -211,7 +219,7 @@ def fit_affine(
     def consider(s: Tensor, beta: Tensor) -> None:
         m = runs.moments(runs.levels(s, beta, nearest))
         s, beta, found = solve_affine(runs, m, floor_at_zero=floor_at_zero)
-        better = (found > gain).to(gain.dtype)
+        better = (found > gain * MARGIN).to(gain.dtype)
         best.lerp_(s, better)
         offset.lerp_(beta, better)
         torch.maximum(gain, found, out=gain)
@@ -241,14 +249,37 @@ def blocks_of(runs: Tensor, n: int) -> Tensor:
     return runs.view(len(runs), -1, n).permute(2, 1, 0).reshape(n, -1)
 
 
-def cost_columns(x: Tensor, importance: Tensor | None, weights: int, length: int) -> Tensor | None:
-    """Importance of each weight as columns, mean 1 in each block of `weights`, at least FLOOR; None stays."""
+def block_costs(x: Tensor, importance: Tensor | None, weights: int) -> Tensor | None:
+    """Importance of each weight [blocks, weights], in units of a power of two near each block's largest.
+
+    At least FLOOR, so that no sum of a run is 0; a block of zeros becomes ones.
+    """
     if importance is None:
         return None
     blocks = importance.reshape(-1, weights)
     _, inverse = exponents(blocks)
     blocks = blocks * inverse[:, None]
-    mean = blocks.mean(1, keepdim=True)
-    blocks = torch.where(mean > 0, blocks / mean.clamp(min=TINY), 1.0).clamp_(min=FLOOR)
-    rows = blocks.view(len(importance), -1).expand(len(x), -1)
-    return columns(rows.reshape(-1, weights), length)
+    blocks = (blocks + (blocks.amax(1, keepdim=True) == 0)).clamp_(min=FLOOR)
+    return blocks.view(len(importance), -1).expand(len(x), -1).reshape(-1, weights)
+
+
+def cost_columns(x: Tensor, importance: Tensor | None, weights: int, length: int) -> Tensor | None:
+    """`block_costs` as columns; None stays."""
+    costs = block_costs(x, importance, weights)
+    return None if costs is None else columns(costs, length)
+
+
+def padded(blocks: Tensor) -> Tensor:
+    """Blocks [n, m] with zeros after them, so that n is a multiple of PAD."""
+    return torch.nn.functional.pad(blocks, (0, 0, 0, -len(blocks) % PAD))
+
+
+def unit_runs(
+    x: Tensor, importance: Tensor | None, weights: int, length: int, *, centred: bool = False
+) -> tuple[Runs, Tensor]:
+    """Padded blocks of `weights` cut into runs, and the power of two [n] that each block is in units of."""
+    blocks = padded(x.view(-1, weights))
+    power, inverse = exponents(blocks)
+    costs = block_costs(x, importance, weights)
+    w = None if costs is None else columns(padded(costs).clamp_(min=FLOOR), length)
+    return Runs(columns(blocks * inverse[:, None], length), w, centred=centred), power

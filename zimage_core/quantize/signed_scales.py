@@ -20,6 +20,7 @@ from zimage_core.quantize.rounding import (
     SuperBlocks,
     fit_symmetric,
     peaks,
+    quadratic_gain,
     reciprocal,
 )
 
@@ -53,7 +54,7 @@ class SignedSearch(SuperBlocks):
         d = as_half(peaks(s.view(-1, self.n)) / over, self.power)
         scale = self._integers(s, self.wide(d))
         step = self.wide(d) * scale
-        best = self.total(step * (2 * m.qy - step * m.qq)).argmax(0, keepdim=True)
+        best = self.total(quadratic_gain(m, step)).argmax(0, keepdim=True)
         return d.gather(0, best)[0], scale.gather(0, self.wide(best))[0]
 
     def _integers(self, s: Tensor, d: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ class SignedSearch(SuperBlocks):
             tried = (scale + shift).clamp_(-self.limit, self.limit - 1)
             s = wide * tried
             fresh = self.runs.moments(self.runs.levels(s, None, self.nearest))
-            found = s * (2 * fresh.qy - s * fresh.qq)
+            found = quadratic_gain(fresh, s)
             if kept is None:
                 kept = fresh
             better = (found > gain).to(found.dtype)

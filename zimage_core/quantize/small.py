@@ -14,25 +14,21 @@ from torch import Tensor
 
 from zimage_core.cpu.tables import table
 from zimage_core.formats import FORMATS
-from zimage_core.quantize.blocks import (
-    Encoder,
-    as_half,
-    assemble,
-    pack_consecutive,
-    pack_planes,
-    rows_of,
-    to_half,
-)
+from zimage_core.quantize.blocks import Encoder, as_half, pack_consecutive, pack_planes, packed_rows, to_half
 from zimage_core.quantize.legacy import half_away, inverse_of
 from zimage_core.quantize.rounding import (
+    FLOOR,
     Runs,
+    block_costs,
     blocks_of,
     columns,
-    cost_columns,
     exponents,
     fit_symmetric,
     nearest_integer,
+    padded,
     peaks,
+    quadratic_gain,
+    unit_runs,
 )
 
 _MXFP4_SHIFTS = (0, 1, -1)
@@ -64,9 +60,9 @@ def _ternary(x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
         d = blocks.abs().amax(1, keepdim=True)
     else:
         power, inverse = exponents(blocks)
-        costs = cost_columns(x, importance, 256, 256)
+        costs = block_costs(x, importance, 256)
         unit = blocks * inverse[:, None]
-        scale = _ternary_scale(unit, torch.ones_like(unit) if costs is None else costs.t())
+        scale = _ternary_scale(unit, torch.ones_like(unit) if costs is None else costs)
         d = (as_half(scale, power) * power)[:, None]
     inverse, usable = inverse_of(d)
     codes = half_away(blocks * inverse)
@@ -87,28 +83,20 @@ def _tq1_0(x: Tensor, importance: Tensor | None) -> Tensor:
 
     first, second, last = torch.split(codes, [160, 80, 16], 1)
     qs = torch.cat([fractions(first.contiguous(), 5), fractions(second.contiguous(), 5)], 1)
-    return rows_of(assemble(FORMATS["TQ1_0"], qs=qs, qh=fractions(last.contiguous(), 4), d=to_half(d)), x)
+    return packed_rows(FORMATS["TQ1_0"], x, qs=qs, qh=fractions(last.contiguous(), 4), d=to_half(d))
 
 
 def _tq2_0(x: Tensor, importance: Tensor | None) -> Tensor:
     codes, d = _ternary(x, importance)
-    return rows_of(assemble(FORMATS["TQ2_0"], qs=pack_planes(codes, 32, 2), d=to_half(d)), x)
-
-
-def _unit_runs(x: Tensor, importance: Tensor | None, length: int) -> tuple[Runs, Tensor]:
-    """Blocks of `length` weights as runs in units of a power of two [n]."""
-    blocks = x.view(-1, length)
-    power, inverse = exponents(blocks)
-    costs = cost_columns(x, importance, length, length)
-    return Runs(columns(blocks * inverse[:, None], length), costs), power
+    return packed_rows(FORMATS["TQ2_0"], x, qs=pack_planes(codes, 32, 2), d=to_half(d))
 
 
 def _q1_0(x: Tensor, importance: Tensor | None) -> Tensor:
     """d is the weighted mean magnitude, which is the least squares solution for levels -d and d."""
-    runs, power = _unit_runs(x, importance, 128)
+    runs, power = unit_runs(x, importance, 128, 128)
     d = runs.moments(runs.x.sign()).qy / runs.weight
-    bits = (x.view(-1, 128) >= 0).to(torch.uint8)
-    return rows_of(assemble(FORMATS["Q1_0"], d=to_half(d * power), qs=pack_consecutive(bits, 1)), x)
+    bits = blocks_of((runs.x >= 0).to(torch.uint8), len(power))
+    return packed_rows(FORMATS["Q1_0"], x, d=to_half(d * power), qs=pack_consecutive(bits, 1))
 
 
 _Q2_STARTS = (2.3, 2, 1.8, 1.6, 1.4, 1.2, 1, 0.8, 0.6, -2, -1.6, -1.3, -1, -0.8, -0.6, -0.45)
@@ -117,11 +105,11 @@ _Q2_STARTS = (2.3, 2, 1.8, 1.6, 1.4, 1.2, 1, 0.8, 0.6, -2, -1.6, -1.3, -1, -0.8,
 def _q2_0(name: str, x: Tensor, importance: Tensor | None) -> Tensor:
     """Levels -1, 0, 1, 2; a negative d turns them round."""
     fmt = FORMATS[name]
-    runs, power = _unit_runs(x, importance, fmt.weights)
+    runs, power = unit_runs(x, importance, fmt.weights, fmt.weights)
     nearest, peak = nearest_integer(-1, 2), peaks(runs.x)
     d = as_half(fit_symmetric(runs, [peak / level for level in _Q2_STARTS], nearest), power)
     codes = blocks_of((runs.levels(d, None, nearest) + 1).to(torch.uint8), len(power))
-    return rows_of(assemble(fmt, d=to_half(d * power), qs=pack_consecutive(codes, 2)), x)
+    return packed_rows(fmt, x, d=to_half(d * power), qs=pack_consecutive(codes, 2))
 
 
 def nearest_e2m1(values: Tensor) -> Tensor:
@@ -155,9 +143,9 @@ def _plain_exponent(x: Tensor) -> Tensor:
 
 
 def _mxfp4(x: Tensor, importance: Tensor | None) -> Tensor:
-    runs, power = _unit_runs(x, importance, 32)
+    runs, power = unit_runs(x, importance, 32, 32)
     octave = ((power.view(torch.int32) >> 23) - 127).float()
-    first = _plain_exponent(x.view(-1, 32)).clamp_(max=_MXFP4_MAX)
+    first = _plain_exponent(padded(x.view(-1, 32))).clamp_(max=_MXFP4_MAX)
     best, gain = first.float(), torch.full_like(power, -torch.inf)
 
     def scale(code: Tensor) -> Tensor:
@@ -167,20 +155,21 @@ def _mxfp4(x: Tensor, importance: Tensor | None) -> Tensor:
         tried = (first + shift).clamp_(0, _MXFP4_MAX).float()
         s = scale(tried)
         m = runs.moments(runs.levels(s, None, nearest_e2m1))
-        found = s * (2 * m.qy - s * m.qq)
+        found = quadratic_gain(m, s)
         better = (found > gain).to(found.dtype)
         best, gain = best.lerp(tried, better), torch.maximum(gain, found)
     levels = runs.levels(scale(best), None, nearest_e2m1)
     levels *= best >= 0  # a negative code wraps round in ggml, and all weights are 0 under the huge scale
     codes = blocks_of(e2m1_codes(levels), len(power))
     e = (best.to(torch.int32) & 255).to(torch.uint8)
-    return rows_of(assemble(FORMATS["MXFP4"], e=e, qs=pack_planes(codes, 16, 4)), x)
+    return packed_rows(FORMATS["MXFP4"], x, e=e, qs=pack_planes(codes, 16, 4))
 
 
 def _nvfp4(x: Tensor, importance: Tensor | None) -> Tensor:
     """Of the E4M3 scales around the one that the largest weight asks for, the one of least error."""
-    blocks = x.clamp(-_NVFP4_MAX, _NVFP4_MAX).view(-1, 64)
-    runs = Runs(columns(blocks, 16), cost_columns(x, importance, 64, 16))
+    blocks = padded(x.clamp(-_NVFP4_MAX, _NVFP4_MAX).view(-1, 64))
+    costs = block_costs(x, importance, 64)
+    runs = Runs(columns(blocks, 16), None if costs is None else columns(padded(costs).clamp_(min=FLOOR), 16))
     scales = table("ue4m3_half", x.device)[:127].contiguous()
     first = torch.bucketize(peaks(runs.x).abs() / 12, scales)
     best, gain = torch.zeros_like(runs.weight), torch.full_like(runs.weight, -torch.inf)
@@ -188,12 +177,12 @@ def _nvfp4(x: Tensor, importance: Tensor | None) -> Tensor:
         tried = (first + shift).clamp_(0, 126)
         s = scales[tried]
         m = runs.moments(runs.levels(s, None, nearest_e2m1))
-        found = s * (2 * m.qy - s * m.qq)
+        found = quadratic_gain(m, s)
         better = (found > gain).to(found.dtype)
         best, gain = best.lerp(tried.float(), better), torch.maximum(gain, found)
     codes = blocks_of(e2m1_codes(runs.levels(scales[best.long()], None, nearest_e2m1)), len(blocks))
     d = blocks_of(best[None], len(blocks)).to(torch.uint8)
-    return rows_of(assemble(FORMATS["NVFP4"], d=d, qs=pack_planes(codes, 8, 4)), x)
+    return packed_rows(FORMATS["NVFP4"], x, d=d, qs=pack_planes(codes, 8, 4))
 
 
 ENCODERS: dict[str, Encoder] = {
