@@ -146,6 +146,10 @@ class Reference:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget what was set aside on disk."""
         self._spool.close()
 
 

@@ -1,0 +1,223 @@
+"""What each type costs and gives: files of the embedded model, measured by the pictures they draw.
+
+    python -m benchmarks.quality [--types Q4_K IQ2_S] [--exam 96 --compared 16 --calibration 48] [--again]
+
+Every encoder, without and with an importance matrix, on all matrices of all blocks that it divides; a file is
+written, opened and drawn from like any other. Results go to benchmarks/results/quality.json as they come, and
+what is there is not measured again. At the end a picture (docs/images/quality.png) and the tables in
+docs/quality.md are made from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from benchmarks.nano.check import SEED, exam, read, score
+from benchmarks.nano.draw import describe, random_scene
+from benchmarks.quality_table import IMAGE, PAGE, fill
+from benchmarks.report import RESULTS, machine
+from zimage_core import ZImagePipeline
+from zimage_core.config import TransformerConfig
+from zimage_core.export.converting import convert_file
+from zimage_core.export.quantizing import quantize_file
+from zimage_core.export.recipes import SOURCE, Recipe, Rule
+from zimage_core.formats import by_name
+from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quantize.encode import ENCODERS, quantize
+from zimage_core.quantize.imatrix import Imatrix
+from zimage_core.sources import embedded
+from zimage_core.study.collect import collect_imatrix
+from zimage_core.study.compare import Reference
+from zimage_core.weights.files import open_weights
+from zimage_core.weights.names import checkpoint_shapes, transformer_table
+
+STACKS = ("layers.*", "noise_refiner.*", "context_refiner.*")
+PLAIN = ("F32", "F16", "BF16")
+SHOWN = 8
+"""Prompts of the picture."""
+ROWS = 96
+"""Random rows of each length in a 6B model's matrices."""
+
+
+def recipe(name: str) -> Recipe:
+    """One type on every matrix of every block, floats elsewhere."""
+    return Recipe(name, (*(Rule(pattern, name) for pattern in STACKS), Rule("*", SOURCE)))
+
+
+def pipeline(transformer: Path) -> ZImagePipeline:
+    """The embedded model with another transformer."""
+    paths = embedded().paths
+    return ZImagePipeline.from_files(transformer, paths["text_encoder"], paths["vae"])
+
+
+def calibration(count: int) -> list[str]:
+    """Prompts of the training set, English and Chinese in turn."""
+    rng = np.random.default_rng(7)
+    scenes = [random_scene(rng, held_out=False) for _ in range(count)]
+    return [describe(scene, rng, chinese=bool(k % 2)) for k, scene in enumerate(scenes)]
+
+
+def weight_error(file: Path, source: Path, fmt: str) -> float:
+    """Of all matrices that the file holds in this format, against the source."""
+    far = size = 0.0
+    with open_weights(file) as one, open_weights(source) as other:
+        for name, info in one.tensors.items():
+            if info.format.name == fmt and len(info.shape) == 2:
+                wanted = other.tensor(name).dequantize().double()
+                far += float((one.tensor(name).dequantize().double() - wanted).square().sum())
+                size += float(wanted.square().sum())
+    return math.sqrt(far / size) if size else math.nan
+
+
+def random_error(fmt: str, kind: str) -> float:
+    """Of rows as long as a 6B model's: 256, 3840 and 10240; Gaussian, or Student's t with 5 degrees."""
+    rng = np.random.default_rng(0)
+    far = size = 0.0
+    for width in (256, 3840, 10240):
+        draw = rng.standard_normal((ROWS, width)) if kind == "gauss" else rng.standard_t(5, (ROWS, width))
+        x = torch.from_numpy(draw.astype(np.float32) * 0.02)
+        out = QuantTensor(quantize(x, fmt), by_name(fmt), tuple(x.shape)).dequantize()
+        far += float((out.double() - x.double()).square().sum())
+        size += float(x.double().square().sum())
+    return math.sqrt(far / size)
+
+
+def full_bytes(fmt: str) -> int:
+    """Bytes of a 6B transformer's tensors under the same recipe, floats as BF16."""
+    total, rules = 0, recipe(fmt)
+    for name, shape in checkpoint_shapes(transformer_table(TransformerConfig(), "fused")).items():
+        chosen = rules.type_of(name, 30)
+        kind = "F32" if len(shape) == 1 or "pad_token" in name else "BF16" if chosen == SOURCE else chosen
+        total += math.prod(shape[:-1]) * by_name(kind).row_bytes(shape[-1])
+    return total
+
+
+class Bench:
+    """The source, its pictures, and everything that is judged against them.
+
+    Args:
+        folder: For files.
+        args: Of the command line.
+    """
+
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self.folder, self.args = folder, args
+        self.source = folder / "source.gguf"
+        convert_file(embedded().paths["transformer"], self.source, dequantize="f32")
+        pipe = pipeline(self.source)
+        self.imatrix = collect_imatrix(pipe, calibration(args.calibration))
+        self.scenes, self.prompts = exam(args.exam)
+        self.pipe = pipe
+
+    def references(self) -> list[Reference]:
+        """One for each compared prompt: every prompt has its own seed, as in the exam."""
+        return [
+            Reference(self.pipe, [prompt], (SEED + k,), block_steps=0)
+            for k, prompt in enumerate(self.prompts[: self.args.compared])
+        ]
+
+    def measure(self, fmt: str, imatrix: Imatrix | None, references: list[Reference]) -> dict[str, Any]:
+        """Write the file, then draw from it."""
+        out = self.folder / "variant.gguf"
+        began = time.perf_counter()
+        made = quantize_file(self.source, out, recipe=recipe(fmt), imatrix=imatrix, overwrite=True)
+        seconds = time.perf_counter() - began
+        pipe = pipeline(out)
+        found = [reference.compare(pipe) for reference in references]
+        pictures = [pair.b for each in found for pair in each.pictures]
+        for k in range(len(pictures), len(self.prompts)):
+            pictures.append(np.asarray(pipe(self.prompts[k], seed=SEED + k).images[0]))
+        right = score(self.scenes, [read(picture) for picture in pictures])["everything"]
+        squares = [pair.mean_square for each in found for pair in each.pictures]
+        strip = Image.fromarray(np.concatenate(pictures[:SHOWN], axis=1))
+        strip.save(self.folder / f"{fmt}{'-imatrix' if imatrix else ''}.png")
+        mean = sum(squares) / len(squares)
+        return {
+            "bytes": made.nbytes,
+            "seconds": round(seconds, 2),
+            "weights": weight_error(out, self.source, fmt),
+            "velocity": math.sqrt(sum((each.velocity or 0.0) ** 2 for each in found) / len(found)),
+            "psnr": -10 * math.log10(mean) if mean else None,
+            "ssim": sum(each.ssim for each in found) / len(found),
+            "right": right["right"],
+            "of": right["of"],
+        }
+
+
+def variants(types: list[str]) -> Iterator[tuple[str, bool]]:
+    """Type and whether with importance."""
+    for fmt in types:
+        yield fmt, False
+        if fmt not in PLAIN:
+            yield fmt, True
+
+
+def picture(strips: Path, results: dict[str, Any]) -> None:
+    """A row a type, from the largest file down; with importance, since that is how a file is made."""
+    names = sorted((n for n, r in results.items() if "bytes" in r), key=lambda n: -results[n]["bytes"])
+    best = [n for n in names if n.endswith("+imatrix") or f"{n}+imatrix" not in results]
+    rows = [(n, strips / f"{n.replace('+', '-')}.png") for n in best]
+    rows = [(n, path) for n, path in rows if path.exists()]
+    if not rows:
+        return
+    half = Image.open(rows[0][1])
+    width, height = half.width * 3 // 4, half.height * 3 // 4
+    sheet = Image.new("RGB", (90 + width, (height + 2) * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (name, path) in enumerate(rows):
+        pen.text((2, i * (height + 2) + height // 2 - 6), name.removesuffix("+imatrix"), fill="black")
+        small = Image.open(path).resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(small, (90, i * (height + 2)))
+    sheet.quantize(128).save(IMAGE, optimize=True)
+
+
+def main() -> None:
+    """Measure what is missing, then the picture and the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--types", nargs="+", default=list(ENCODERS))
+    parser.add_argument("--exam", type=int, default=96)
+    parser.add_argument("--compared", type=int, default=16)
+    parser.add_argument("--calibration", type=int, default=48)
+    parser.add_argument("--again", action="store_true", help="measure also what is there")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
+    parser.add_argument("--strips", type=Path, help="folder that keeps pictures between calls")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = {name: getattr(args, name) for name in ("exam", "compared", "calibration")}
+    report: dict[str, Any] = {"results": {}, "random": {}}
+    if args.out.exists() and not args.again:
+        report = json.loads(args.out.read_text("utf-8"))
+        if report["settings"] != settings:
+            raise SystemExit(f"{args.out} was made with {report['settings']}; give the same, or --again")
+    report |= {"machine": machine(), "settings": settings}
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(args.strips or Path(temporary), args)
+        references = bench.references()
+        for fmt, weighted in variants(args.types):
+            name = f"{fmt}+imatrix" if weighted else fmt
+            if name not in report["results"]:
+                report["results"][name] = bench.measure(fmt, bench.imatrix if weighted else None, references)
+                print(name, report["results"][name], flush=True)
+            if fmt not in report["random"]:
+                kinds = {kind: random_error(fmt, kind) for kind in ("gauss", "student")}
+                report["random"][fmt] = {**kinds, "bytes": full_bytes(fmt)}
+            args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        for reference in references:
+            reference.close()
+        picture(bench.folder, report["results"])
+    fill(PAGE, report)
+
+
+if __name__ == "__main__":
+    main()
