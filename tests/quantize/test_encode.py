@@ -67,9 +67,7 @@ def test_leading_axes_strides_and_gradients_do_not_matter(x, costs):
 
 def test_only_ratios_of_importance_count(x, costs):
     assert torch.equal(quantize(x, "Q4_K", costs * 2**40), quantize(x, "Q4_K", costs))
-    # a mean of one is the same sum in another order, so a flat matrix may break a tie differently
-    ones = quantize(x, "Q4_K", torch.ones(512))
-    assert (ones != quantize(x, "Q4_K")).float().mean() < 0.01
+    assert torch.equal(quantize(x, "Q4_K", torch.ones(512)), quantize(x, "Q4_K"))
 
 
 def test_nothing_to_encode(x):
@@ -109,7 +107,7 @@ def test_weights_that_are_no_numbers_are_counted_and_placed(value, shown, x):
 def test_a_float64_beyond_float32_is_refused(x):
     bad = x.double()
     bad[1, 7] = 1e39
-    with pytest.raises(BadWeights, match="1 of 3072 .* 1e[+]39 in row 1, column 7"):
+    with pytest.raises(BadWeights, match=r"1 of 3072 .* 1e\+39 in row 1, column 7"):
         quantize(bad, "Q8_0")
 
 
@@ -118,7 +116,7 @@ def test_float16_does_not_turn_large_weights_into_infinities(x):
     bad[0, 5] = 65519  # still rounds to 65504
     assert quantize(bad, "F16").view(torch.float16).isfinite().all()
     bad[3, 9] = 65520
-    with pytest.raises(BadWeights, match="1 of 3072 weights are beyond the range of F16.*use BF16"):
+    with pytest.raises(BadWeights, match=r"1 of 3072 weights are beyond the range of F16.*use BF16"):
         quantize(bad, "F16")
 
 

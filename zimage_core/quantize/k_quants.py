@@ -10,7 +10,7 @@ from torch import Tensor
 from zimage_core.formats import FORMATS
 from zimage_core.quantize.affine_scales import AffineSearch
 from zimage_core.quantize.blocks import Encoder, pack_planes, packed_rows, to_half
-from zimage_core.quantize.rounding import blocks_of, fit_affine, nearest_integer, peaks, unit_runs
+from zimage_core.quantize.rounding import blocks_of, fit_affine, nearest_integer, starting_scales, unit_runs
 from zimage_core.quantize.signed_scales import SignedSearch
 from zimage_core.quantize.starts import CUTS, PEAKS, Cuts
 
@@ -112,8 +112,7 @@ def _signed(name: str, x: Tensor, importance: Tensor | None) -> tuple[Tensor, Te
     plan = _SIGNED[name]
     runs, power = unit_runs(x, importance, 256, 16)
     search = SignedSearch(runs, power, nearest_integer(-plan.half, plan.half - 1), plan.limit)
-    peak = peaks(runs.x)
-    found = search.run([peak / level for level in plan.starts], plan.divisors, _ROUNDS)
+    found = search.run(starting_scales(runs, plan.starts), plan.divisors, _ROUNDS)
     codes = blocks_of((found.levels + plan.half).to(torch.uint8), len(power))
     return to_half(found.d), found.scale.t(), codes
 

@@ -27,7 +27,7 @@ from zimage_core.quantize.rounding import (
     fit_affine,
     fit_symmetric,
     nearest_integer,
-    peaks,
+    starting_scales,
     unit_runs,
 )
 from zimage_core.quantize.starts import CUTS, PEAKS
@@ -88,8 +88,8 @@ def _searched_symmetric(x: Tensor, bits: int, importance: Tensor) -> tuple[Tenso
     """Codes and d of the least weighted error found."""
     half = 1 << (bits - 1)
     runs, power = unit_runs(x, importance, 32, 32)
-    nearest, peak = nearest_integer(-half, half - 1), peaks(runs.x)
-    d = as_half(fit_symmetric(runs, [peak / level for level in PEAKS[bits]], nearest), power)
+    nearest = nearest_integer(-half, half - 1)
+    d = as_half(fit_symmetric(runs, starting_scales(runs, PEAKS[bits]), nearest), power)
     levels = runs.levels(d, None, nearest) + half
     return blocks_of(levels.to(torch.uint8), len(power)), d * power
 
@@ -128,8 +128,8 @@ def _plain_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
 def _searched_bytes(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of -127..127 and d of the least weighted error found."""
     runs, power = unit_runs(x, importance, 32, 32)
-    nearest, peak = nearest_integer(-127, 127), peaks(runs.x)
-    d = as_half(fit_symmetric(runs, [peak / level for level in PEAKS[8]], nearest), power)
+    nearest = nearest_integer(-127, 127)
+    d = as_half(fit_symmetric(runs, starting_scales(runs, PEAKS[8]), nearest), power)
     return blocks_of(runs.levels(d, None, nearest).to(torch.int8), len(power)), d * power
 
 

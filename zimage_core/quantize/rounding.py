@@ -151,6 +151,21 @@ def peaks(x: Tensor) -> Tensor:
     return torch.where(high + low > 0, high, low)
 
 
+def starting_scales(runs: Runs, levels: Sequence[float]) -> list[Tensor]:
+    """Scales [runs] that put the weight of largest magnitude on each of `levels`.
+
+    With importance also two that put the weight whose loss would cost most on the first level and on half of
+    it: where it is small and all that counts, no scale near the others' finds it.
+    """
+    peak = peaks(runs.x)
+    starts = [peak / level for level in levels]
+    if runs.w is not None:
+        dearest = (runs.x.square() * runs.w).argmax(0, keepdim=True)
+        dear = runs.x.gather(0, dearest)[0]
+        starts += [dear / levels[0], dear / (levels[0] / 2)]
+    return starts
+
+
 def fit_symmetric(runs: Runs, starts: Sequence[Tensor], nearest: Nearest, rounds: int = 2) -> Tensor:
     """The best scale [runs] found from starting scales [runs] each, improved `rounds` times."""
     best, gain = torch.zeros_like(runs.weight), torch.full_like(runs.weight, -TINY)

@@ -28,6 +28,7 @@ from zimage_core.quantize.rounding import (
     padded,
     peaks,
     quadratic_gain,
+    starting_scales,
     unit_runs,
 )
 
@@ -99,15 +100,15 @@ def _q1_0(x: Tensor, importance: Tensor | None) -> Tensor:
     return packed_rows(FORMATS["Q1_0"], x, d=to_half(d * power), qs=pack_consecutive(bits, 1))
 
 
-_Q2_STARTS = (2.3, 2, 1.8, 1.6, 1.4, 1.2, 1, 0.8, 0.6, -2, -1.6, -1.3, -1, -0.8, -0.6, -0.45)
+_Q2_STARTS = (2, 2.3, 1.8, 1.6, 1.4, 1.2, 1, 0.8, 0.6, -2, -1.6, -1.3, -1, -0.8, -0.6, -0.45)
 
 
 def _q2_0(name: str, x: Tensor, importance: Tensor | None) -> Tensor:
     """Levels -1, 0, 1, 2; a negative d turns them round."""
     fmt = FORMATS[name]
     runs, power = unit_runs(x, importance, fmt.weights, fmt.weights)
-    nearest, peak = nearest_integer(-1, 2), peaks(runs.x)
-    d = as_half(fit_symmetric(runs, [peak / level for level in _Q2_STARTS], nearest), power)
+    nearest = nearest_integer(-1, 2)
+    d = as_half(fit_symmetric(runs, starting_scales(runs, _Q2_STARTS), nearest), power)
     codes = blocks_of((runs.levels(d, None, nearest) + 1).to(torch.uint8), len(power))
     return packed_rows(fmt, x, d=to_half(d * power), qs=pack_consecutive(codes, 2))
 
