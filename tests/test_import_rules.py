@@ -58,8 +58,8 @@ DOORS: dict[str, set[str]] = {
     "assets": set(),
     "quantize": {"codebooks", "cpu", "formats", "quant_tensor", "atomic", "weights"},
     "export": {
-        "atomic", "config", "cpu", "formats", "inspection", "models", "nn", "quant_tensor", "quantize",
-        "text", "units", "weights",
+        "atomic", "config", "cpu", "formats", "inspection", "memory", "models", "nn", "paths", "quant_tensor",
+        "quantize", "text", "units", "weights",
     },
     "study": {
         "atomic", "checks", "components", "config", "cpu", "export", "formats", "inspection", "models", "nn",

@@ -70,7 +70,17 @@ def build_parser() -> argparse.ArgumentParser:
     import argparse
 
     from zimage_core import __version__
-    from zimage_core.cli import compare, convert, doctor, generate, imatrix, inspect, plan, quantize
+    from zimage_core.cli import (
+        compare,
+        convert,
+        doctor,
+        generate,
+        imatrix,
+        inspect,
+        plan,
+        quantize,
+        sensitivity,
+    )
 
     parser = _parser_class()(
         prog="zimage",
@@ -81,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for verb in (generate, inspect, plan, quantize, convert, imatrix, compare, doctor):
+    for verb in (generate, inspect, plan, quantize, convert, imatrix, sensitivity, compare, doctor):
         verb.add_parser(verbs, common)
     return parser
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from zimage_core.atomic import check_destination
 from zimage_core.cli.progress import Work
 from zimage_core.memory.budget import read_bytes
 from zimage_core.units import in_bytes, in_seconds
@@ -19,6 +20,7 @@ examples:
   zimage quantize Z-Image-Turbo/ z-image-turbo-Q4_K_M.gguf --type Q4_K_M
   zimage quantize Z-Image-Turbo/ encoder.gguf --component text_encoder --type Q5_K_M
   zimage quantize turbo.safetensors turbo.gguf --size 3.5GB --imatrix turbo.imatrix.gguf
+  zimage quantize turbo.safetensors turbo.gguf --fit 6GiB --sensitivity turbo.json
 
 An interrupted run is continued by the same command. docs/quantizing.md has the recipes.
 """
@@ -42,6 +44,21 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     choice.add_argument("--type", metavar="NAME", help="a standard mix, such as Q4_K_M")
     choice.add_argument("--recipe", metavar="FILE", help="lines of PATTERN [LAYERS] = TYPE")
     choice.add_argument("--size", metavar="BYTES", help="of the file: 3.5GB, 3.2GiB; types are chosen for it")
+    choice.add_argument(
+        "--fit",
+        metavar="VRAM",
+        help="6GiB: the size whose steps keep all weights there, at the size of -W -H",
+    )
+    parser.add_argument(
+        "-W", "--width", type=int, default=1024, metavar="N", help="for --fit (default: 1024)"
+    )
+    parser.add_argument(
+        "-H", "--height", type=int, default=1024, metavar="N", help="for --fit (default: 1024)"
+    )
+    parser.add_argument(
+        "--sensitivity", metavar="FILE", help="measured costs for --size and --fit, from `zimage sensitivity`"
+    )
+    parser.add_argument("--write-recipe", metavar="FILE", help="write the chosen types as a recipe, too")
     parser.add_argument("--imatrix", metavar="FILE", help="importance matrix, from `zimage imatrix`")
     parser.add_argument(
         "--component",
@@ -61,8 +78,11 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantise, and print one line of what came out."""
-    size = None if args.size is None else read_bytes("--size", args.size)
     from zimage_core.export.quantizing import quantize_file
+    from zimage_core.export.recipes import write_recipe
+
+    if args.write_recipe is not None:
+        check_destination(args.write_recipe, args.force)
 
     progress = Work(args.quiet)
     progress.start("quantise")
@@ -72,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             args.type,
             recipe=args.recipe,
-            size=size,
+            size=_size(args),
+            sensitivity=args.sensitivity,
             imatrix=args.imatrix,
             component=args.component,
             overwrite=args.force,
@@ -83,6 +104,18 @@ def run(args: argparse.Namespace) -> int:
         )
     finally:
         progress.finish()
+    if args.write_recipe is not None:
+        write_recipe(done.recipe, args.write_recipe, args.force)
     types = ", ".join(f"{name} {count}" for name, count in sorted(done.types.items()))
     sys.stdout.write(f"{done.path}: {in_bytes(done.nbytes)} in {in_seconds(done.seconds)}; {types}\n")
     return 0
+
+
+def _size(args: argparse.Namespace) -> int | None:
+    """Bytes that the file may have."""
+    if args.fit is None:
+        return None if args.size is None else read_bytes("--size", args.size)
+    from zimage_core.export.fit import largest_transformer
+
+    vram = read_bytes("--fit", args.fit)
+    return largest_transformer(args.source, vram, args.width, args.height)

@@ -14,6 +14,7 @@ from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
 from zimage_core.export import gguf_file
 from zimage_core.export.checkpoint import Checkpoint, Target
 from zimage_core.export.choice import choose_formats
+from zimage_core.export.costs import Sensitivity, read_sensitivity
 from zimage_core.export.metadata import gguf_metadata
 from zimage_core.export.mixes import standard_mix
 from zimage_core.export.recipes import Recipe, read_recipe
@@ -58,6 +59,7 @@ def quantize_file(
     *,
     recipe: Recipe | str | PathLike[str] | None = None,
     size: int | None = None,
+    sensitivity: Sensitivity | str | PathLike[str] | None = None,
     imatrix: Imatrix | str | PathLike[str] | None = None,
     component: str | None = None,
     overwrite: bool = False,
@@ -76,7 +78,9 @@ def quantize_file(
         out: The GGUF to write.
         type: A standard mix ("Q4_K_M"); exactly one of type, recipe and size is given.
         recipe: A Recipe, or the path of a recipe file.
-        size: Bytes that the file may have; types are chosen by a rule of thumb (export/sizing.py).
+        size: Bytes that the file may have; types are chosen by `sensitivity`, or by a rule of thumb
+            (export/sizing.py).
+        sensitivity: Measured costs for `size`, or the path of a file of them.
         imatrix: An importance matrix, or the path of one.
         component: "transformer" or "text_encoder", for a folder or file that holds several.
         overwrite: Replace an existing file.
@@ -96,6 +100,8 @@ def quantize_file(
     """
     if sum(choice is not None for choice in (type, recipe, size)) != 1:
         raise BadArgument("wanted exactly one of type (--type), recipe (--recipe) and size (--size)")
+    if sensitivity is not None and size is None:
+        raise BadArgument("sensitivity chooses types for a size (--size); give that too, or leave it out")
     started = time.perf_counter()
     remarks: list[str] = []
 
@@ -105,6 +111,11 @@ def quantize_file(
             log(text)
 
     matrix = imatrix if imatrix is None or isinstance(imatrix, Imatrix) else read_imatrix(imatrix)
+    costs = (
+        sensitivity
+        if sensitivity is None or isinstance(sensitivity, Sensitivity)
+        else read_sensitivity(sensitivity)
+    )
     check_destination(out, overwrite)
     with Checkpoint(source, component) as checkpoint:
         refuse_same_file(checkpoint, out)
@@ -114,7 +125,7 @@ def quantize_file(
         if type is not None:
             chosen = standard_mix(type, checkpoint.component, {t.name: t for t in targets})
         elif size is not None:
-            chosen = recipe_for_size(checkpoint, targets, size)
+            chosen = recipe_for_size(checkpoint, targets, size, costs)
         else:
             chosen = recipe if isinstance(recipe, Recipe) else read_recipe(fspath(recipe or ""))
         formats = choose_formats(checkpoint, targets, chosen, say)

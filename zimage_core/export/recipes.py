@@ -114,8 +114,7 @@ class Recipe:
     @classmethod
     def of_types(cls, name: str, types: Mapping[str, str], remarks: tuple[str, ...] = ()) -> Recipe:
         """A recipe that gives each of these tensors its type and keeps every other one as it is."""
-        rules = tuple(Rule(_literal(tensor), fmt) for tensor, fmt in types.items())
-        return cls(name, (*rules, Rule("*", SOURCE)), remarks)
+        return cls(name, (*_grouped(types), Rule("*", SOURCE)), remarks)
 
 
 def layer_of(name: str) -> int | None:
@@ -215,6 +214,32 @@ def write_recipe(recipe: Recipe, path: str | PathLike[str], overwrite: bool = Fa
         BadFile: The file exists and may not be replaced, or cannot be written.
     """
     write_atomically(path, recipe.text().encode(), overwrite)
+
+
+def _grouped(types: Mapping[str, str]) -> list[Rule]:
+    """A rule for each part of a block and type, with the blocks that get it; one for each other tensor."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name, fmt in types.items():
+        match = _LAYER.search(name)
+        if match is None:
+            groups[_literal(name), fmt] = []
+        else:
+            pattern = f"{_literal(name[: match.start(1)])}*{_literal(name[match.end(1) :])}"
+            groups.setdefault((pattern, fmt), []).append(int(match[1]))
+    parts = list(dict.fromkeys(pattern for pattern, _ in groups))
+    ordered = sorted(groups, key=lambda group: (parts.index(group[0]), group[1]))
+    return [Rule(pattern, fmt, _ranges(groups[pattern, fmt])) for pattern, fmt in ordered]
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 7] -> "0-2,7"."""
+    parts: list[list[int]] = []
+    for layer in sorted(layers):
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def _literal(name: str) -> str:

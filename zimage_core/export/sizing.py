@@ -1,9 +1,9 @@
-"""`--size 3.5GB`: types for a size when nothing was measured, by a rule of thumb.
+"""`--size 3.5GB`: types for a size, by measured costs, or by a rule of thumb where nothing was measured.
 
-The cost of a tensor is its number of weights, times the mean square error of the type relative to the
-weights, times how much its part of a block is believed to matter. The errors are those of a Gaussian matrix;
-the factors are the standard mixes' own judgement, that qkv and above all the output of the feed-forward
-network deserve more bits. A measured sensitivity (a recipe) does better; this is for want of one.
+By that rule the cost of a tensor is its number of weights, times the mean square error of the type relative
+to the weights, times how much its part of a block is believed to matter. The errors are those of a Gaussian
+matrix; the factors are the standard mixes' own judgement, that qkv and above all the output of the feed-forward
+network deserve more bits. A measured sensitivity does better; this is for want of one.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from zimage_core.errors import OverBudget
+from zimage_core.errors import OverBudget, WrongModel, printable
 from zimage_core.export import gguf_file
 from zimage_core.export.budget import Option, assign
 from zimage_core.export.checkpoint import Checkpoint, Target
 from zimage_core.export.choice import choose_format, is_matrix
+from zimage_core.export.costs import Sensitivity
 from zimage_core.export.metadata import gguf_metadata, recipe_keys
 from zimage_core.export.mixes import KEPT, TEXT_PARTS, TRANSFORMER_PARTS
 from zimage_core.export.recipes import Recipe
@@ -42,24 +43,30 @@ FACTORS = {
 _ATTEMPTS = 4
 
 
-def recipe_for_size(source: Checkpoint, targets: Sequence[Target], size: int) -> Recipe:
+def recipe_for_size(
+    source: Checkpoint, targets: Sequence[Target], size: int, sensitivity: Sensitivity | None = None
+) -> Recipe:
     """A recipe whose GGUF has at most `size` bytes.
 
     Args:
         source: The checkpoint.
         targets: Its tensors under their names in a GGUF.
         size: Bytes of the whole file.
+        sensitivity: Measured costs; the tensors that it lacks stay as they are. None: the rule of thumb.
 
     Raises:
+        WrongModel: The sensitivity is that of another model.
         OverBudget: The smallest possible file is larger; the message has its size.
     """
-    kept = {t.name for t in targets if not is_matrix(t) or _kept(source, t.name)}
-    free = [t for t in targets if t.name not in kept]
+    costs = _measured(sensitivity, source, targets) if sensitivity else None
+    free = [t for t in targets if is_matrix(t) and (t.name in costs if costs else not _kept(source, t.name))]
+    kept = {t.name for t in targets} - {t.name for t in free}
+    how = "by measured costs" if costs else "by a rule of thumb"
     metadata = gguf_metadata(source)
 
     def layout(types: Mapping[str, str]) -> tuple[Recipe, gguf_file.Layout]:
         # the recipe stands in the header, whose size it so decides
-        recipe = Recipe.of_types(f"{size} bytes", types, (f"types for {in_bytes(size)}, by a rule of thumb",))
+        recipe = Recipe.of_types(f"{size} bytes", types, (f"types for {in_bytes(size)}, {how}",))
         rows = [
             (t.name, t.shape, choose_format(source, t, recipe.type_of(t.name, 0) if is_matrix(t) else "F32"))
             for t in targets
@@ -68,9 +75,9 @@ def recipe_for_size(source: Checkpoint, targets: Sequence[Target], size: int) ->
 
     _, draft = layout({t.name: "IQ2_XXS" for t in free})
     fixed = len(draft.header) + sum(_padded(draft.places[name][1]) for name in kept)
-    options = {t.name: _options(source, t, FAST) for t in free}
-    if fixed + _smallest(options) > size:
-        options = {t.name: _options(source, t, tuple(RELATIVE_ERROR)) for t in free}
+    options = {t.name: _options(source, t, costs[t.name] if costs else _guessed(t, FAST)) for t in free}
+    if costs is None and fixed + _smallest(options) > size:
+        options = {t.name: _options(source, t, _guessed(t, tuple(RELATIVE_ERROR))) for t in free}
     least = fixed + _smallest(options)
     if least > size:
         raise OverBudget(
@@ -90,13 +97,31 @@ def _kept(source: Checkpoint, name: str) -> bool:
     return source.component == "transformer" and any(fnmatchcase(name, pattern) for pattern in KEPT)
 
 
-def _options(source: Checkpoint, target: Target, types: Sequence[str]) -> list[Option]:
+def _measured(
+    sensitivity: Sensitivity, source: Checkpoint, targets: Sequence[Target]
+) -> dict[str, dict[str, float]]:
+    """The costs, which must be those of this model's matrices."""
+    matrices = {t.name for t in targets if is_matrix(t)}
+    if unknown := sorted(set(sensitivity.costs) - matrices):
+        raise WrongModel(
+            source.file.path,
+            f"the sensitivity is that of another model, with costs for {printable(unknown[0], 120)}",
+            "measure this one with `zimage sensitivity`",
+        )
+    return sensitivity.costs
+
+
+def _guessed(target: Target, types: Sequence[str]) -> dict[str, float]:
+    """Type -> cost by the rule of thumb."""
     factor = next((f for pattern, f in FACTORS.items() if fnmatchcase(target.name, pattern)), 1.0)
+    return {name: factor * target.weights * RELATIVE_ERROR[name] ** 2 for name in types}
+
+
+def _options(source: Checkpoint, target: Target, costs: Mapping[str, float]) -> list[Option]:
     found = []
-    for name in types:
+    for name, cost in costs.items():
         fmt = choose_format(source, target, name)
-        nbytes = _padded(target.rows * fmt.row_bytes(target.columns))
-        found.append(Option(name, nbytes, factor * target.weights * RELATIVE_ERROR[name] ** 2))
+        found.append(Option(fmt.name, _padded(target.rows * fmt.row_bytes(target.columns)), cost))
     return found
 
 

@@ -83,6 +83,22 @@ class _Weighted(nn.Module):
         else:
             self.weight = weight
 
+    def exchange(self, weight: QuantTensor | nn.Parameter) -> QuantTensor | nn.Parameter:
+        """Take another weight of the same shape, packed or dense, and give back the present one.
+
+        Raises:
+            BadShape: The shape is not this module's, or there is no weight to give back.
+        """
+        if tuple(weight.shape) != self._shape:
+            raise BadShape(f"got a weight of shape {tuple(weight.shape)}, this layer needs {self._shape}")
+        own = self._matrix()
+        quant = weight if isinstance(weight, QuantTensor) else None
+        self.weight = None if isinstance(weight, QuantTensor) else weight
+        self.packed, self._format, self._scale, self._quant = None, None, None, quant
+        if quant is not None:
+            self.packed, self._format, self._scale = quant.packed, quant.format, quant.scale
+        return own if isinstance(own, QuantTensor) else nn.Parameter(own, requires_grad=False)
+
     def make_resident(self, dtype: torch.dtype) -> None:
         """Replace the packed weight by a dense one on its device: faster, and larger (2 bytes a weight)."""
         quant = self.quant

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from zimage_core.errors import BadArgument, Unsupported
+from zimage_core.errors import BadArgument
 from zimage_core.formats import by_name
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Linear
@@ -75,26 +75,12 @@ def importance_of(imatrix: Imatrix | None, name: str) -> Tensor | None:
 
 @contextmanager
 def stored_as(weights: Stored) -> Iterator[None]:
-    """Inside, these layers compute with these weights; behind it with their own again, whatever happens.
-
-    Raises:
-        Unsupported: A layer's weights are streamed, so that they are not its own to exchange.
-    """
-    before: list[tuple[Linear, nn.Parameter | QuantTensor]] = []
-    for layer in weights:
-        own = layer.weight if layer.weight is not None else layer.quant
-        if own is None:
-            raise Unsupported("a layer has no weight of its own; open the pipeline without a memory limit")
-        before.append((layer, own))
-    dtypes = {layer: layer.dtype for layer in weights}
+    """Inside, these layers compute with these weights; behind it with their own again, whatever happens."""
+    own: dict[Linear, nn.Parameter | QuantTensor] = {}
     try:
         for layer, quant in weights.items():
-            layer.assign(quant)
+            own[layer] = layer.exchange(quant)
         yield
     finally:
-        for layer, own in before:
-            if isinstance(own, QuantTensor):
-                layer.assign(own, dtypes[layer])
-            else:
-                layer.weight = own
-                layer.packed = None
+        for layer, weight in own.items():
+            layer.exchange(weight)

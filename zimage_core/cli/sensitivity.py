@@ -1,0 +1,114 @@
+"""`zimage sensitivity --prompts FILE`: what each type costs in each tensor, for `zimage quantize --size`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from zimage_core.atomic import check_destination
+from zimage_core.cli.model_options import (
+    add_model,
+    add_picture,
+    check_model,
+    load_pipeline,
+    picture_arguments,
+    read_prompts,
+    warnings_as_lines,
+)
+from zimage_core.cli.progress import Progress
+from zimage_core.errors import printable
+
+_EPILOG = """\
+Without a model the one that comes inside the package is used. Each tensor is stored in each type, alone, and
+the velocity is compared on calls recorded from the real loop: tensors x types x calls runs of the network. For
+a large model --probe Q3_K measures one type and takes the others by their weight errors.
+
+example:
+  zimage sensitivity --prompts prompts.txt --model Z-Image-Turbo --device cuda --probe Q3_K -o turbo.json
+  zimage quantize Z-Image-Turbo turbo.gguf --size 3.5GB --sensitivity turbo.json
+"""
+
+
+def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "sensitivity",
+        parents=[common],
+        help="measure what each type costs in each tensor",
+        description="Measure what quantising each tensor alone does to the predicted velocity.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help="a prompt a line, UTF-8; - is standard input"
+    )
+    parser.add_argument(
+        "--types", metavar="A,B", help="to choose among (default: Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0)"
+    )
+    parser.add_argument("--probe", metavar="TYPE", help="measure this type, take the others by weight errors")
+    parser.add_argument("--imatrix", metavar="FILE", help="importance matrix, as for `zimage quantize`")
+    parser.add_argument(
+        "--every", type=int, default=4, metavar="N", help="keep one call of so many (default: 4)"
+    )
+    parser.add_argument(
+        "--all-tensors", action="store_true", help="also embedders, refiners and the final layer"
+    )
+    add_model(parser)
+    picture = add_picture(parser)
+    picture.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "-o", "--output", default="sensitivity.json", metavar="FILE", help="default: sensitivity.json"
+    )
+    output.add_argument("--force", action="store_true", help="replace a file that exists")
+    output.add_argument("--quiet", action="store_true", help="show no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what can be checked, load, record, measure, write."""
+    prompts = read_prompts(args.prompts)
+    check_destination(args.output, args.force)
+    check_model(args)
+
+    from zimage_core.export.costs import write_sensitivity
+    from zimage_core.quantize.imatrix import read_imatrix
+    from zimage_core.study.sensitivity import DEFAULT_TYPES, check_types, measure
+    from zimage_core.study.velocity import record
+
+    types = DEFAULT_TYPES if args.types is None else tuple(name.strip() for name in args.types.split(","))
+    check_types((*types, *([args.probe] if args.probe else [])))
+    imatrix = None if args.imatrix is None else read_imatrix(args.imatrix)
+    progress = Progress(quiet=args.quiet)
+    with warnings_as_lines():
+        pipeline = load_pipeline(args)
+        progress.start("recording")
+        calls = record(pipeline, prompts, seed=args.seed, every=args.every, **picture_arguments(args))
+        progress.start("measuring")
+        sensitivity = measure(
+            pipeline,
+            calls,
+            types,
+            imatrix=imatrix,
+            probe=args.probe,
+            every_tensor=args.all_tensors,
+            settings={
+                "prompts": "standard input" if args.prompts == "-" else Path(args.prompts).name,
+                "pictures": len(prompts),
+                "calls": len(calls),
+                "seed": args.seed,
+                "probe": args.probe,
+                "imatrix": None if args.imatrix is None else Path(args.imatrix).name,
+                **picture_arguments(args),
+            },
+            on_tensor=lambda done, runs, name: progress.step(done, runs, name, "a run"),
+        )
+        progress.finish()
+    write_sensitivity(sensitivity, args.output, args.force)
+    sys.stdout.write(f"{printable(args.output)}: {len(sensitivity.costs)} tensors, {len(types)} types\n")
+    for name, costs in sorted(sensitivity.costs.items(), key=lambda item: -max(item[1].values()))[:5]:
+        worst = max(costs, key=lambda fmt: costs[fmt])
+        sys.stdout.write(f"  {name} in {worst}: velocity off by {costs[worst] ** 0.5:.2%}\n")
+    return 0

@@ -1,0 +1,77 @@
+"""What each type costs in each tensor, as `zimage sensitivity` measured it: the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from zimage_core.atomic import write_atomically
+from zimage_core.errors import BadFile
+from zimage_core.export.recipes import TYPES
+
+KIND = "zimage_core sensitivity 1"
+MOST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Costs of types, tensor by tensor.
+
+    Args:
+        costs: Tensor of the single-file layout -> type -> squared velocity error over squared velocity.
+        settings: How they were measured, for people: prompts, steps, model.
+    """
+
+    costs: dict[str, dict[str, float]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def total(self, types: Mapping[str, str]) -> float:
+        """What a choice of types should cost if the errors of tensors are independent."""
+        return sum(self.costs[name].get(fmt, 0.0) for name, fmt in types.items() if name in self.costs)
+
+
+def write_sensitivity(sensitivity: Sensitivity, path: str | PathLike[str], overwrite: bool = False) -> None:
+    """Write it as JSON.
+
+    Raises:
+        BadFile: The file exists and may not be replaced, or cannot be written.
+    """
+    data = {"kind": KIND, "settings": sensitivity.settings, "costs": sensitivity.costs}
+    write_atomically(path, (json.dumps(data, indent=1) + "\n").encode(), overwrite)
+
+
+def read_sensitivity(path: str | PathLike[str]) -> Sensitivity:
+    """A file of `write_sensitivity`.
+
+    Raises:
+        BadFile: It cannot be read, is none of these files, or has a cost that is none.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise BadFile(path, f"the sensitivity cannot be read: {reason}") from None
+    try:
+        if len(data) > MOST_BYTES:
+            raise ValueError
+        content = json.loads(data)
+        if not isinstance(content, dict) or content.get("kind") != KIND:
+            raise ValueError
+        costs = {str(name): _row(row) for name, row in content["costs"].items()}
+        settings = dict(content.get("settings") or {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise BadFile(fspath(path), "not a sensitivity file", "make one with `zimage sensitivity`") from None
+    return Sensitivity(costs, settings)
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, float]:
+    found = {str(name): float(cost) for name, cost in row.items()}
+    if not found or not all(name in TYPES and math.isfinite(c) and c >= 0 for name, c in found.items()):
+        raise ValueError
+    return found

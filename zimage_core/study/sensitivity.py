@@ -1,0 +1,127 @@
+"""What each tensor's quantisation does to the predicted velocity, measured.
+
+One tensor at a time is stored in one type at a time, everything else as it is, and the transformer is asked
+what it was asked when a set of calibration pictures was drawn. The cost is the squared error of its answers
+over their square. Costs of several tensors add up as far as their errors are independent and small;
+docs/quantizing.md says how well that holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zimage_core.errors import BadArgument, printable
+from zimage_core.export.costs import Sensitivity
+from zimage_core.export.mixes import KEPT
+from zimage_core.export.recipes import TYPES, fitting
+from zimage_core.nn.linear import Linear
+from zimage_core.pipeline import ZImagePipeline
+from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quantize.imatrix import Imatrix
+from zimage_core.study.swap import dense, encode, importance_of, matrices, stored_as
+from zimage_core.study.velocity import Call, velocity_error
+
+DEFAULT_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+
+OnTensor = Callable[[int, int, str], None]
+"""(measurements done, in all, tensor)."""
+
+
+def candidates(pipe: ZImagePipeline, every_tensor: bool = False) -> dict[str, tuple[Linear, ...]]:
+    """Tensors that a search may choose types for.
+
+    Args:
+        pipe: With the transformer.
+        every_tensor: Those too that the standard mixes keep: embedders, refiners, the final layer.
+    """
+
+    def kept(name: str) -> bool:
+        return not every_tensor and any(fnmatchcase(name, pattern) for pattern in KEPT)
+
+    return {name: layers for name, layers in matrices(pipe.transformer).items() if not kept(name)}
+
+
+def check_types(types: Sequence[str]) -> None:
+    """BadArgument for a name that is no type of a GGUF."""
+    for name in types:
+        if name not in TYPES:
+            raise BadArgument(f"unknown type {printable(name, 40)!r}; known are {', '.join(TYPES)}")
+
+
+def measure(
+    pipe: ZImagePipeline,
+    calls: Sequence[Call],
+    types: Sequence[str] = DEFAULT_TYPES,
+    *,
+    imatrix: Imatrix | None = None,
+    probe: str | None = None,
+    every_tensor: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    on_tensor: OnTensor | None = None,
+) -> Sensitivity:
+    """Cost of each type for each tensor.
+
+    Args:
+        pipe: The model that the calls were recorded from, in memory as a whole.
+        calls: See `velocity.record`.
+        types: Formats; one that does not divide a tensor's rows is measured as its fallback.
+        imatrix: Importance for the encoders, as it will be used for the file.
+        probe: Measure this type alone and take the others by the ratio of their weight errors, weighted with
+            the importance: a model of 180 tensors then needs as many runs, not 180 a type.
+        every_tensor: See `candidates`.
+        settings: Kept in the file, for people.
+        on_tensor: Called before each run; an exception in it ends the measurement.
+
+    Raises:
+        BadArgument: An unknown type, or no calls.
+    """
+    check_types((*types, *(() if probe is None else (probe,))))
+    if not calls or not types:
+        raise BadArgument("sensitivity: wanted at least one recorded call and one type")
+    tensors = candidates(pipe, every_tensor)
+    runs = len(tensors) * (1 if probe else len(types))
+    costs: dict[str, dict[str, float]] = {}
+    done = 0
+    for name, layers in tensors.items():
+        importance = importance_of(imatrix, name)
+        measured: dict[str, float] = {}
+
+        def cost(fmt: str, name: str = name, layers: Sequence[Linear] = layers) -> float:
+            nonlocal done
+            if on_tensor is not None:
+                on_tensor(done, runs, name)
+            done += 1
+            with stored_as(encode(layers, fmt, importance_of(imatrix, name))):
+                return velocity_error(pipe.transformer, calls)
+
+        # the type that its rows allow; several may fall back to the same
+        stored = {fmt: fitting(fmt, layers[0].in_features).name for fmt in types}
+        if probe is None:
+            for fmt in stored.values():
+                if fmt not in measured:
+                    measured[fmt] = cost(fmt)
+        else:
+            first = fitting(probe, layers[0].in_features).name
+            unit = weight_error(layers, encode(layers, first, importance), importance)
+            per_error = cost(first) / unit if unit else 0.0
+            for fmt in set(stored.values()):
+                packed = encode(layers, fmt, importance)
+                measured[fmt] = per_error * weight_error(layers, packed, importance)
+        costs[name] = {fmt: measured[actual] for fmt, actual in stored.items()}
+    return Sensitivity(costs, dict(settings or {}))
+
+
+def weight_error(
+    layers: Sequence[Linear], packed: Mapping[Linear, QuantTensor], importance: Tensor | None
+) -> float:
+    """Sum of importance * squared error of the weights."""
+    total = 0.0
+    for layer in layers:
+        wrong = (packed[layer].dequantize(torch.float32) - dense(layer)).square()
+        total += float((wrong if importance is None else wrong * importance.to(wrong.device)).double().sum())
+    return total
