@@ -2,8 +2,8 @@
 
 By that rule the cost of a tensor is its number of weights, times the mean square error of the type relative
 to the weights, times how much its part of a block is believed to matter. The errors are those of a Gaussian
-matrix; the factors are the standard mixes' own judgement, that qkv and above all the output of the feed-forward
-network deserve more bits. A measured sensitivity does better; this is for want of one.
+matrix; the factors are the judgement of the standard mixes, that qkv and above all the output of the
+feed-forward network deserve more bits. A measured sensitivity does better; this is for want of one.
 """
 
 from __future__ import annotations
@@ -100,9 +100,8 @@ def _kept(source: Checkpoint, name: str) -> bool:
 def _measured(
     sensitivity: Sensitivity, source: Checkpoint, targets: Sequence[Target]
 ) -> dict[str, dict[str, float]]:
-    """The costs, which must be those of this model's matrices."""
-    matrices = {t.name for t in targets if is_matrix(t)}
-    if unknown := sorted(set(sensitivity.costs) - matrices):
+    """The costs, which must be those of this model's tensors."""
+    if unknown := sorted(set(sensitivity.costs) - {t.name for t in targets}):
         raise WrongModel(
             source.file.path,
             f"the sensitivity is that of another model, with costs for {printable(unknown[0], 120)}",

@@ -1,0 +1,130 @@
+"""A large file survives an interruption, is resumed only by the same job, and never appears half."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+
+import pytest
+
+from zimage_core import BadFile, quantize_file
+from zimage_core.export import unfinished as room
+from zimage_core.export.unfinished import Unfinished
+
+DATA = {"a": b"x" * 1000, "b": b"y" * 2000}
+
+
+def write(target, identity="job", stop_at="", remark="later", overwrite=False) -> list[str]:
+    """The tensors that had to be written."""
+    written = []
+    with Unfinished(target, 3000, identity, overwrite, remark).writing() as file:
+        offset = 0
+        for name, data in DATA.items():
+            if name == stop_at:
+                raise KeyboardInterrupt
+            if not file.holds(name, offset, len(data)):
+                file.write(offset, data)
+                file.finished(name, zlib.crc32(data))
+                written.append(name)
+            offset += len(data)
+    return written
+
+
+def test_a_finished_file_leaves_nothing_beside_it(tmp_path):
+    assert write(tmp_path / "f") == ["a", "b"]
+    assert (tmp_path / "f").read_bytes() == DATA["a"] + DATA["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_the_same_job_goes_on_where_it_was_interrupted(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "f", stop_at="b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".f.unfinished", ".f.unfinished.log"]
+    assert write(tmp_path / "f") == ["b"]
+    assert (tmp_path / "f").read_bytes() == DATA["a"] + DATA["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_another_job_starts_anew(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "f", stop_at="b")
+    assert write(tmp_path / "f", identity="other") == ["a", "b"]
+
+
+def test_a_tensor_that_did_not_reach_the_disk_is_written_again(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "f", stop_at="b")
+    with (tmp_path / ".f.unfinished").open("r+b") as file:
+        file.seek(10)
+        file.write(b"?")
+    with (tmp_path / ".f.unfinished.log").open("a") as journal:
+        journal.write('["b", 1')  # cut in the middle of a line
+    assert write(tmp_path / "f") == ["a", "b"]
+
+
+def test_without_a_remark_nothing_is_kept(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "f", stop_at="b", remark="")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_file_is_replaced_only_when_told(tmp_path):
+    (tmp_path / "f").write_bytes(b"old")
+    with pytest.raises(BadFile, match="exists already"):
+        write(tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == b"old"
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "f", stop_at="b", overwrite=True)
+    assert (tmp_path / "f").read_bytes() == b"old", "the old file stays until the new one is whole"
+    write(tmp_path / "f", overwrite=True)
+    assert len((tmp_path / "f").read_bytes()) == 3000
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    """flock belongs to the open file, so a second opening in this process stands for another process."""
+    with (
+        Unfinished(tmp_path / "f", 10, "job", False).writing() as file,
+        pytest.raises(BadFile, match="being written by another process"),
+        Unfinished(tmp_path / "f", 10, "job", False).writing(),
+    ):
+        raise AssertionError("never reached")
+    del file
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(BadFile, match=r"1 kB are free on its disk, 16\.8 MB are needed; free some space"):
+        write(tmp_path / "f")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+def test_a_disk_that_fills_up_leaves_no_half_file(tmp_path, monkeypatch, call):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(room.os, call, full)
+    with pytest.raises(BadFile, match="the disk is full, 3 kB were wanted; what was written is removed"):
+        write(tmp_path / "f")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantisation_is_resumed_to_the_same_bytes(wide, tmp_path):
+    quantize_file(wide, tmp_path / "whole.gguf", "Q4_K_M")
+    out, seen = tmp_path / "a.gguf", []
+
+    def interrupt(done, total, name):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_file(wide, out, "Q4_K_M", progress=interrupt)
+    assert not out.exists()
+    assert (tmp_path / ".a.gguf.unfinished").exists()
+    done = quantize_file(wide, out, "Q4_K_M", progress=lambda *step: seen.append(step))
+    assert any(remark.startswith("going on after ") for remark in done.remarks)
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "whole.gguf"]
