@@ -1,6 +1,6 @@
 """What each type costs and gives: files of the embedded model, measured by the pictures they draw.
 
-    python -m benchmarks.quality [--types Q4_K IQ2_S] [--exam 96 --compared 16 --calibration 48] [--again]
+    python -m benchmarks.quality [--types Q4_K IQ2_S] [--exam 60 --compared 12 --calibration 48] [--again]
 
 Every encoder, without and with an importance matrix, on all matrices of all blocks that it divides; a file is
 written, opened and drawn from like any other. Results go to benchmarks/results/quality.json as they come, and
@@ -31,7 +31,7 @@ from zimage_core import ZImagePipeline
 from zimage_core.config import TransformerConfig
 from zimage_core.export.converting import convert_file
 from zimage_core.export.quantizing import quantize_file
-from zimage_core.export.recipes import SOURCE, Recipe, Rule
+from zimage_core.export.recipes import SOURCE, TYPES, Recipe, Rule
 from zimage_core.formats import by_name
 from zimage_core.quant_tensor import QuantTensor
 from zimage_core.quantize.encode import ENCODERS, quantize
@@ -114,7 +114,7 @@ class Bench:
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.folder, self.args = folder, args
         self.source = folder / "source.gguf"
-        convert_file(embedded().paths["transformer"], self.source, dequantize="f32")
+        convert_file(embedded().paths["transformer"], self.source, dequantize="f32", overwrite=True)
         pipe = pipeline(self.source)
         self.imatrix = collect_imatrix(pipe, calibration(args.calibration))
         self.scenes, self.prompts = exam(args.exam)
@@ -185,9 +185,9 @@ def picture(strips: Path, results: dict[str, Any]) -> None:
 def main() -> None:
     """Measure what is missing, then the picture and the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--types", nargs="+", default=list(ENCODERS))
-    parser.add_argument("--exam", type=int, default=96)
-    parser.add_argument("--compared", type=int, default=16)
+    parser.add_argument("--types", nargs="+", default=[name for name in ENCODERS if name in TYPES])
+    parser.add_argument("--exam", type=int, default=60)
+    parser.add_argument("--compared", type=int, default=12)
     parser.add_argument("--calibration", type=int, default=48)
     parser.add_argument("--again", action="store_true", help="measure also what is there")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
