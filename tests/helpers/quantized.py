@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from os import PathLike
+
 import numpy as np
 from numpy.typing import NDArray
 
 from zimage_core.reference.dequantize import dequantize
+from zimage_core.weights.files import open_weights
 
 Array = NDArray[np.float32]
 K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -36,3 +39,17 @@ def weighted_error(packed: NDArray[np.uint8], name: str, x: Array, costs: Array 
     difference = dequantize(packed, name).astype(np.float64) - exact
     w = 1.0 if costs is None else costs.astype(np.float64)
     return float(np.sqrt((w * difference**2).sum() / (w * exact**2).sum()))
+
+
+def real_weights(path: str | PathLike[str], rows: int = 64) -> Array:
+    """Rows of SmolLM2 side by side, [rows, 8 * 512]: four runs of token embeddings, four matrices of layers.
+
+    Its file holds the embeddings in Q8_0 and the matrices in Q4_1, whose blocks are cut in the middle here,
+    so that a type of 4 bits does not meet the levels of one block under one scale.
+    """
+    names = [f"blk.{layer}.{part}.weight" for layer in (2, 21) for part in ("attn_output", "ffn_gate")]
+    with open_weights(path) as file:
+        embeddings = file.tensor("token_embd.weight")
+        found = [embeddings.rows(start, start + rows).dequantize() for start in (500, 5000, 15000, 40000)]
+        found += [file.tensor(name).rows(0, rows).dequantize() for name in names]
+        return np.concatenate([part[:, 16:528].numpy() for part in found], axis=1)

@@ -87,10 +87,10 @@ class AffineSearch(SuperBlocks):
         e = total(least * least * runs.weight)
         p, r = total(scale * qx), total(least * y_total)
         det = a * e - b * b
-        solvable = (det > 1e-6 * a * e).to(a.dtype)
-        det = det.clamp(min=TINY)
-        d = (p / a.clamp(min=TINY)).lerp((p * e - r * b) / det, solvable)
-        dmin = (-r / e.clamp(min=TINY)).lerp((p * b - r * a) / det, solvable)
+        solvable = det > 1e-6 * a * e
+        det = torch.where(solvable, det, 1.0)
+        d = torch.where(solvable, (p * e - r * b) / det, p / a.clamp(min=TINY))
+        dmin = torch.where(solvable, (p * b - r * a) / det, -r / e.clamp(min=TINY))
         return as_half(d.clamp_(min=0), self.power), as_half(dmin.clamp_(min=0), self.power)
 
     def start(self, m: Moments, s: Tensor, beta: Tensor, divisors: Sequence[float]) -> tuple[Tensor, Tensor]:

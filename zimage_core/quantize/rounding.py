@@ -160,8 +160,9 @@ def starting_scales(runs: Runs, levels: Sequence[float]) -> list[Tensor]:
     peak = peaks(runs.x)
     starts = [peak / level for level in levels]
     if runs.w is not None:
-        dearest = (runs.x.square() * runs.w).argmax(0, keepdim=True)
-        dear = runs.x.gather(0, dearest)[0]
+        loss = runs.x.square().mul_(runs.w)
+        chosen = torch.ge(loss, loss.amax(0), out=torch.empty_like(loss))
+        dear = chosen.mul_(runs.x).abs_().amax(0)
         starts += [dear / levels[0], dear / (levels[0] / 2)]
     return starts
 
