@@ -21,9 +21,9 @@ from zimage_core.cli.progress import Progress
 from zimage_core.errors import printable
 
 _EPILOG = """\
-Without a model the one that comes inside the package is used. Each tensor is stored in each type, alone, and
-the velocity is compared on calls recorded from the real loop: tensors x types x calls runs of the network. For
-a large model --probe Q3_K measures one type and takes the others by their weight errors.
+Without a model the one inside the package is used. Each tensor is stored in each type, alone, and
+the velocity is compared on calls recorded from the real loop: tensors x types x calls runs of the network.
+For a large model --probe Q3_K measures one type and takes the others by their weight errors.
 
 example:
   zimage sensitivity --prompts prompts.txt --model Z-Image-Turbo --device cuda --probe Q3_K -o turbo.json

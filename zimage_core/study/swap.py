@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage_core.errors import BadArgument
+from zimage_core.export.recipes import SOURCE, fitting
 from zimage_core.formats import by_name
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Linear
@@ -61,10 +62,15 @@ def encode(layers: Sequence[Linear], fmt: str, importance: Tensor | None = None)
 def encode_all(
     transformer: ZImageTransformer, types: Mapping[str, str], imatrix: Imatrix | None = None
 ) -> dict[Linear, QuantTensor]:
-    """Every tensor in `types` in its format, with importance where the matrix knows it."""
+    """Every tensor in `types` as a file would hold it, with importance where the matrix knows it.
+
+    As in a file, a type that does not divide the rows is replaced, and "source" leaves a tensor alone.
+    """
     layers, found = matrices(transformer), {}
-    for name, fmt in types.items():
-        found.update(encode(layers[name], fmt, importance_of(imatrix, name)))
+    for name, wanted in types.items():
+        if wanted != SOURCE:
+            fmt = fitting(wanted, layers[name][0].in_features).name
+            found.update(encode(layers[name], fmt, importance_of(imatrix, name)))
     return found
 
 
