@@ -162,7 +162,7 @@ def starting_scales(runs: Runs, levels: Sequence[float]) -> list[Tensor]:
     if runs.w is not None:
         loss = runs.x.square().mul_(runs.w)
         chosen = torch.ge(loss, loss.amax(0), out=torch.empty_like(loss))
-        dear = chosen.mul_(runs.x).abs_().amax(0)
+        dear = peaks(chosen.mul_(runs.x))
         starts += [dear / levels[0], dear / (levels[0] / 2)]
     return starts
 
