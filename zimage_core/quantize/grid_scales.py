@@ -121,21 +121,18 @@ class _Search:
         return mean.pow(0.5 - p) * tail.pow(p) * math.exp(-0.28) / typical
 
     def tried(self) -> tuple[Tensor, Tensor]:
-        """The best scale of each sub-block [n, subs] near the guess, and by how much it lowers the error."""
-        guess = self.guess()
-        best, cost = guess, torch.zeros_like(guess)
+        """The best scale of each sub-block near the guess, and sum(w * row^2) of its rows: [n, subs]."""
+        rough, guess = self.rows_have_signs, self.guess()
+        best, gain = guess, torch.zeros_like(guess)
         for ratio in torch.linspace(*_RATIOS, 9, device=guess.device).exp():
             step = guess * ratio
-            found = self.rough(step)[1] if self.rows_have_signs else self.groups.cost(step)
-            best = torch.where(found < cost, step, best)
-            cost = torch.minimum(found, cost)
-        rows = (
-            self.rough(best)[0] if self.rows_have_signs else self.groups.decoded(*self.groups.nearest(best))
-        )
-        up = self._sum(rows * self.a)
-        fitted = up / self._sum(rows * rows).clamp(min=TINY)
-        better = (up > 0) & (fitted * up > -cost)
-        return torch.where(better, fitted, best), torch.where(better, fitted * up, -cost)
+            found = -(self.rough(step)[1] if rough else self.groups.cost(step))
+            best = torch.where(found > gain, step, best)
+            gain = torch.maximum(found, gain)
+        rows = self.rough(best)[0] if rough else self.groups.decoded(*self.groups.nearest(best))
+        mass = self._sum(rows * rows)
+        fitted = self._sum(rows * self.a) / mass.clamp(min=TINY)
+        return torch.where(fitted > 0, fitted, best), mass
 
     def rough(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """As if every row of -1, 0 and 1 were in the codebook: rows like a, and the error of `Groups.cost`.
@@ -153,18 +150,19 @@ class _Search:
         second = (error[1] < error[0]).repeat_interleave(together, -1)
         return torch.where(second, rows[1], rows[0]), error.amin(0).sum(-1) * step.square() - self.energy
 
-    def start(self, best: Tensor, gain: Tensor) -> Tensor:
+    def start(self, best: Tensor, mass: Tensor) -> Tensor:
         """d [n, 1] under which levels come nearest to the best scales.
 
-        With rows fixed a scale that is off by the factor r costs gain * (r - 1)^2.
+        With rows fixed a step that is off by e costs mass * e^2, so that for each set of levels the best d
+        is a least squares fit, and of all sets the one that leaves least is taken.
         """
         over_last = best.amax(1, keepdim=True) / (2 * self.plan.levels - 1)
-        tried = torch.linspace(*_SPAN, 24, device=best.device).exp() * over_last
-        wide = tried[:, :, None]
-        odd = 2 * self.level(best[:, None], wide).round_().clamp_(0, self.plan.levels - 1) + 1
-        off = wide * odd * reciprocal(best)[:, None] - 1
-        cost = (off.square_() * gain[:, None]).sum(-1)
-        return self.stored(tried.gather(1, cost.argmin(1, keepdim=True)))
+        tried = over_last * torch.linspace(*_SPAN, 24, device=best.device).exp()
+        wanted, weight = best[:, None], mass[:, None]
+        odd = 2 * self.level(wanted, tried[:, :, None]).round_().clamp_(0, self.plan.levels - 1) + 1
+        pull, curve = (odd * wanted * weight).sum(-1), (odd * odd * weight).sum(-1)
+        fitted = pull / curve.clamp(min=TINY)
+        return self.stored(fitted.gather(1, (fitted * pull).argmax(1, keepdim=True)))
 
     @staticmethod
     def level(step: Tensor, d: Tensor) -> Tensor:
@@ -192,8 +190,8 @@ class _Search:
 
     def run(self) -> Found:
         """From the guess to finished super-blocks."""
-        best, gain = self.tried()
-        d = self.start(best, gain)
+        best, mass = self.tried()
+        d = self.start(best, mass)
         level = self.levels(best, d)
         d = self.refit(level, *self.groups.nearest(d * (2 * level + 1)))
         step = d * (2 * level + 1)

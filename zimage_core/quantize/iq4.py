@@ -30,8 +30,8 @@ from zimage_core.quantize.rounding import (
 )
 from zimage_core.quantize.signed_scales import SignedSearch
 
-_STARTS = (-150, -138, -127, -117, -108, -100, 135, 124, 113, 104, 96)
-"""The scale tried first is the extreme weight over one of these."""
+_STARTS = (-127, 113, *range(-160, -94, 6), *range(90, 151, 10))
+"""Levels that the weight of largest magnitude is tried on: the two last ones, and what lies about them."""
 
 
 @cache
