@@ -1,0 +1,148 @@
+"""`zimage quantize` and `zimage convert`: words, exit statuses, and what Ctrl-C leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers.tree import ROOT
+from tests.helpers.wide import wide_state, write_wide
+from zimage_core.errors import BadFile
+from zimage_core.export import quantizing
+from zimage_core.export.recipes import read_recipe
+from zimage_core.inspection import inspect_file
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return write_wide(tmp_path_factory.mktemp("wide") / "transformer", wide_state())
+
+
+def test_a_type_gives_one_line_on_what_came_out(zimage, wide, tmp_path):
+    outcome = zimage("quantize", wide, tmp_path / "a.gguf", "--type", "q4_k_m")
+    assert outcome.status == 0
+    assert len(outcome.out.splitlines()) == 1
+    assert "Q4_K 8" in outcome.out
+    assert "which blocks of Q6_K do not divide: F16 instead" in outcome.err
+    assert inspect_file(tmp_path / "a.gguf").usable
+
+
+def test_quiet_is_quiet(zimage, wide, tmp_path):
+    outcome = zimage("quantize", wide, tmp_path / "a.gguf", "--type", "Q8_0", "--quiet")
+    assert (outcome.status, outcome.err) == (0, "")
+
+
+def test_a_recipe_and_a_size_work_as_well(zimage, wide, tmp_path):
+    (tmp_path / "r.txt").write_text("*.qkv.weight = Q8_0\n* = source\n")
+    assert zimage("quantize", wide, tmp_path / "a.gguf", "--recipe", tmp_path / "r.txt").status == 0
+    types = {t.format: t.tensors for t in inspect_file(tmp_path / "a.gguf").types}
+    assert types["Q8_0"] == 4, "two layers and two refiners"
+    assert zimage("quantize", wide, tmp_path / "b.gguf", "--size", "7MB").status == 0
+    assert 6_600_000 < (tmp_path / "b.gguf").stat().st_size <= 7_000_000
+    # the recipe that was found stands in the file, and is one
+    (tmp_path / "found.txt").write_text(inspect_file(tmp_path / "b.gguf").metadata["zimage.recipe"])
+    assert read_recipe(tmp_path / "found.txt").rules
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        ((), 2, "one of the arguments --type --recipe --size"),
+        (("--type", "Q4_K_M", "--size", "1GB"), 2, "not allowed with"),
+        (("--type", "Q9"), 2, "unknown type 'Q9'; known are F32, F16, BF16, Q8_0"),
+        (("--size", "much"), 2, "--size: got much, wanted bytes"),
+        (("--size", "1kB"), 1, "the smallest possible is"),
+        (("--recipe", "none.txt"), 1, "none.txt: the recipe cannot be read: no such file"),
+        (("--type", "Q8_0", "--imatrix", "none.dat"), 1, "none.dat"),
+        (("--type", "Q8_0", "--component", "text_encoder"), 1, "where a Qwen3-4B text encoder is wanted"),
+    ],
+)
+def test_a_wrong_command_is_one_line(zimage, wide, tmp_path, words, status, message):
+    outcome = zimage("quantize", wide, tmp_path / "a.gguf", *words)
+    assert outcome.status == status
+    assert message in outcome.err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_force_is_needed_to_replace(zimage, wide, tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"old")
+    refused = zimage("quantize", wide, tmp_path / "a.gguf", "--type", "Q8_0", "--quiet")
+    assert refused.status == 1
+    assert "exists already" in refused.error
+    assert "--force" in refused.error
+    assert zimage("quantize", wide, tmp_path / "a.gguf", "--type", "Q8_0", "--force").status == 0
+
+
+def test_the_disk_is_looked_at_first(zimage, wide, tmp_path, monkeypatch):
+    def full(target, nbytes, present=0):
+        raise BadFile(target, "1 kB are free on its disk")
+
+    monkeypatch.setattr("zimage_core.export.unfinished.check_room", full)
+    outcome = zimage("quantize", wide, tmp_path / "a.gguf", "--type", "Q8_0", "--quiet")
+    assert outcome.status == 1
+    assert "1 kB are free" in outcome.error
+    assert not list(tmp_path.iterdir())
+
+
+def test_converting_there_and_back(zimage, wide, tmp_path):
+    assert (
+        zimage("convert", wide, tmp_path / "a.safetensors", "--prefix", "model.diffusion_model.").status == 0
+    )
+    outcome = zimage("convert", tmp_path / "a.safetensors", tmp_path / "out", "--shard-size", "1MB")
+    assert outcome.status == 0
+    assert "BF16" in outcome.out
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"config.json", "diffusion_pytorch_model.safetensors.index.json"} <= names
+    assert zimage("convert", wide, tmp_path / "out").status == 1
+    assert zimage("convert", wide, tmp_path / "x.gguf", "--to", "onnx").status == 2
+
+
+def test_packed_weights_need_a_word(zimage, wide, tmp_path):
+    zimage("quantize", wide, tmp_path / "q.gguf", "--type", "Q8_0", "--quiet")
+    refused = zimage("convert", tmp_path / "q.gguf", tmp_path / "a.safetensors", "--quiet")
+    assert refused.status == 1
+    assert "--dequantize bf16 or f32" in refused.error
+    words = ("--dequantize", "bf16", "--quiet")
+    assert zimage("convert", tmp_path / "q.gguf", tmp_path / "a.safetensors", *words).status == 0
+
+
+def test_help_names_the_types_and_examples(zimage):
+    text = zimage("quantize", "--help").out
+    assert "Q4_K_M" in text
+    assert "--size 3.5GB" in text
+    assert "IQ2_XXS" in text
+    assert set(quantizing.LAYOUTS) == {"transformer", "text_encoder"}
+
+
+SLOW = (
+    "import sys, time, zimage_core.export.streaming as s, zimage_core.cli.main as m; encode = s.quantize\n"
+    "def slow(*a):\n    time.sleep(0.1)\n    return encode(*a)\n"
+    "s.quantize = slow; m.process()"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on_and_does(wide, tmp_path, number):
+    words = ["quantize", str(wide), str(tmp_path / "a.gguf"), "--type", "Q8_0"]
+    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
+    command = [sys.executable, "-c", SLOW, *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    journal = tmp_path / ".a.gguf.unfinished.log"
+    until = time.monotonic() + 60
+    while (not journal.exists() or len(journal.read_text().splitlines()) < 3) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, err
+    assert "interrupted; the same command goes on with a.gguf" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "a.gguf").exists()
+    command = [sys.executable, "-m", "zimage_core.cli.main", *words]
+    run = subprocess.run(command, capture_output=True, check=True, **options)
+    assert "going on after" in run.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
