@@ -81,9 +81,8 @@ class _Search:
     def __init__(self, plan: Plan, x: Tensor, w: Tensor | None, power: Tensor) -> None:
         self.plan, self.w, self.power = plan, w, power
         self.rows_have_signs = plan.signs == "rows"
-        self.minus = torch.zeros_like(x, dtype=torch.bool) if self.rows_have_signs else x < 0
-        self.a = x if self.rows_have_signs else x.abs()
-        self.odd = self.minus.view(-1, 8).sum(1, keepdim=True) % 2 == 1
+        self.negative = torch.zeros_like(x, dtype=torch.bool) if self.rows_have_signs else x < 0
+        self.a, self.minus = x if self.rows_have_signs else x.abs(), self.negative
         self.energy = self._sum(x * x)
         self.groups = Groups(grid(plan.book, x.device, self.rows_have_signs), self.a, w, plan.shared)
         if plan.signs == "even":
@@ -95,10 +94,12 @@ class _Search:
 
     def _make_even(self, rises: Tensor) -> None:
         """Give one weight of each 8 with an odd number of minuses the other sign: where `rises` is least."""
+        odd = self.negative.view(-1, 8).sum(1, keepdim=True) % 2 == 1
         cheapest = rises.view(-1, 8).argmin(1, keepdim=True)
-        wrong = torch.zeros_like(self.minus).view(-1, 8).scatter_(1, cheapest, self.odd).view(self.a.shape)
-        self.minus = self.minus ^ wrong
-        self.a = torch.where(wrong, -self.a, self.a)
+        wrong = torch.zeros_like(self.negative).view(-1, 8).scatter_(1, cheapest, odd).view(self.a.shape)
+        self.minus = self.negative ^ wrong
+        size = self.a.abs()
+        self.a = torch.where(wrong, -size, size)
         self.groups.take(self.a)
 
     def settle_signs(self, step: Tensor) -> None:
@@ -106,9 +107,7 @@ class _Search:
 
         Until now it was where w * |x| is least: the cost without the row, which is chosen after.
         """
-        self.minus = self.minus ^ (self.a < 0)
-        self.a = self.a.abs()
-        self.groups.take(self.a)
+        self.groups.take(self.a.abs())
         self._make_even(self.groups.rises(step))
 
     def guess(self) -> Tensor:
