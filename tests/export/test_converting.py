@@ -206,3 +206,21 @@ def test_formats_of_a_gguf_are_all_carried(tmp_path):
             if "pad_token" not in name:
                 assert file.tensors[name].format == tensor.format
                 assert bytes(file.tensor(name).packed.flatten().numpy()) == tensor.data, name
+
+
+def test_a_config_of_another_model_beside_a_file_is_not_passed_on(wide, tmp_path):
+    convert_file(wide, tmp_path / "a.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({**WIDE, "n_layers": 7}))
+    convert_file(tmp_path / "a.safetensors", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["n_layers"] == WIDE["n_layers"]
+
+
+def test_what_a_gguf_says_of_its_types_holds_after_a_conversion(wide, tmp_path):
+    quantize_file(wide, tmp_path / "q.gguf", "Q8_0")
+    convert_file(tmp_path / "q.gguf", tmp_path / "same.gguf")
+    convert_file(tmp_path / "q.gguf", tmp_path / "dense.gguf", dequantize="bf16")
+    with open_weights(tmp_path / "same.gguf") as same, open_weights(tmp_path / "dense.gguf") as dense:
+        assert same.metadata["general.file_type"] == 7
+        assert "zimage.recipe" in same.metadata
+        assert dense.metadata["general.file_type"] == 32
+        assert "zimage.recipe" not in dense.metadata

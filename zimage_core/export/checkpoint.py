@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
-from zimage_core.errors import BadWeights, Unsupported, WrongModel, printable
+from zimage_core.errors import BadWeights, Unsupported, WrongModel, ZImageError, printable
 from zimage_core.formats import BlockFormat
 from zimage_core.quant_tensor import QuantTensor
 from zimage_core.weights import names, storage
@@ -91,7 +91,7 @@ class Checkpoint:
         self.file, self.card = open_component(path, self.component)
         try:
             require(self.card, self.component, self.file.path)
-            self.stated = locate(path, self.component)[1]
+            self.stated = _agreeing(locate(path, self.component)[1], self.card.config)
             self.folder = Path(fspath(path)) if Path(fspath(path)).is_dir() else Path(fspath(path)).parent
         except BaseException:
             self.file.close()
@@ -229,6 +229,15 @@ def _component(path: str | PathLike[str]) -> str:
         wanted = "a Z-Image transformer, text encoder or VAE is wanted"
         raise WrongModel(file.path, f"this is {card.title}{problem}", wanted)
     return card.kind
+
+
+def _agreeing(stated: dict[str, Any] | None, config: object) -> dict[str, Any] | None:
+    """The config.json beside the weights, where it is theirs: beside a single file it may be another's."""
+    try:
+        same = stated is not None and type(config).from_json(stated) == config  # type: ignore[attr-defined]
+    except (ZImageError, TypeError, ValueError, AttributeError):
+        same = False
+    return stated if same else None
 
 
 def _table(component: str, config: object, layout: str) -> names.Table:

@@ -185,6 +185,9 @@ def _write_gguf(
     log: Log,
 ) -> int:
     metadata = gguf_metadata(source, file_type=_file_type(source, jobs))
+    if not _same_types(source, jobs):
+        for key in ("zimage.recipe_name", "zimage.recipe"):
+            metadata.pop(key, None)
     widened = Counter(name for job in jobs if _is_small(job.target) for name in source.formats_of(job.target))
     if len(widened) == 1 and next(iter(widened)) in ("F16", "BF16"):
         metadata[NARROW_KEY] = next(iter(widened))
@@ -197,11 +200,16 @@ def _write_gguf(
 def _file_type(source: Checkpoint, jobs: Sequence[Job]) -> int | None:
     """llama.cpp's number: the source's, or that of the commonest type of matrices."""
     stated = source.file.metadata.get("general.file_type")
-    if isinstance(stated, int):
+    if isinstance(stated, int) and _same_types(source, jobs):
         return stated
     matrices = Counter(job.format.name for job in jobs if not _is_small(job.target))
     mix = MIXES.get(matrices.most_common(1)[0][0]) if matrices else None
     return None if mix is None else mix.file_type
+
+
+def _same_types(source: Checkpoint, jobs: Sequence[Job]) -> bool:
+    """Whether every matrix keeps its type."""
+    return all(_is_small(job.target) or source.format_of(job.target) == job.format for job in jobs)
 
 
 def _write_single(

@@ -27,7 +27,11 @@ TRANSFORMER_ARCH = "lumina2"
 
 _TOLD = ("axes_dims", "axes_lens", "rope_theta", "norm_eps", "t_scale")
 """Fields of a transformer that shapes do not tell; weights/infer.py reads them back as `zimage.*`."""
-_REPLACED = ("general.file_type", "general.quantization_version", "general.alignment", "quantize.")
+_REPLACED = (
+    "general.file_type", "general.quantization_version", "general.alignment", "quantize.", "split.",
+    "comfy.gguf.orig_shape.",
+)  # fmt: skip
+"""Keys of a source GGUF that are said anew, or do not hold for the file that is written."""
 _MAX_TEMPLATE = 1 << 20
 
 
