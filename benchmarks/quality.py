@@ -128,10 +128,20 @@ class Bench:
         ]
 
     def measure(self, fmt: str, imatrix: Imatrix | None, references: list[Reference]) -> dict[str, Any]:
-        """Write the file, then draw from it."""
+        """Of one type on all matrices; keeps a strip of pictures."""
+        found, pictures = self.judge(recipe(fmt), imatrix, references)
+        strip = Image.fromarray(np.concatenate(pictures[:SHOWN], axis=1))
+        strip.save(self.folder / f"{fmt}{'-imatrix' if imatrix else ''}.png")
+        weights = weight_error(self.folder / "variant.gguf", self.source, fmt)
+        return {"bytes": found.pop("bytes"), "seconds": found.pop("seconds"), "weights": weights, **found}
+
+    def judge(
+        self, chosen: Recipe, imatrix: Imatrix | None, references: list[Reference]
+    ) -> tuple[dict[str, Any], list[np.ndarray[Any, Any]]]:
+        """Write the file of a recipe, then draw from it -> figures, and the pictures of the exam."""
         out = self.folder / "variant.gguf"
         began = time.perf_counter()
-        made = quantize_file(self.source, out, recipe=recipe(fmt), imatrix=imatrix, overwrite=True)
+        made = quantize_file(self.source, out, recipe=chosen, imatrix=imatrix, overwrite=True)
         seconds = time.perf_counter() - began
         pipe = pipeline(out)
         found = [reference.compare(pipe) for reference in references]
@@ -140,19 +150,16 @@ class Bench:
             pictures.append(np.asarray(pipe(self.prompts[k], seed=SEED + k).images[0]))
         right = score(self.scenes, [read(picture) for picture in pictures])["everything"]
         squares = [pair.mean_square for each in found for pair in each.pictures]
-        strip = Image.fromarray(np.concatenate(pictures[:SHOWN], axis=1))
-        strip.save(self.folder / f"{fmt}{'-imatrix' if imatrix else ''}.png")
         mean = sum(squares) / len(squares)
         return {
             "bytes": made.nbytes,
             "seconds": round(seconds, 2),
-            "weights": weight_error(out, self.source, fmt),
             "velocity": math.sqrt(sum((each.velocity or 0.0) ** 2 for each in found) / len(found)),
             "psnr": -10 * math.log10(mean) if mean else None,
             "ssim": sum(each.ssim for each in found) / len(found),
             "right": right["right"],
             "of": right["of"],
-        }
+        }, pictures
 
 
 def variants(types: list[str]) -> Iterator[tuple[str, bool]]:
