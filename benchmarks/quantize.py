@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from benchmarks.report import RESULTS, spread, write
 from tests.helpers import ggml
-from tests.helpers.quantized import Array, importance, real_weights, weighted_error, weights
+from tests.helpers.quantized import SAME_BYTES, Array, importance, real_weights, weighted_error, weights
 from zimage_core.formats import by_name
 from zimage_core.quantize.encode import ENCODERS, quantize
 
@@ -79,6 +79,11 @@ def error_row(
     row |= theirs(name, x, costs) if ggml.available() else earlier
     row["ours"] = weighted_error(ours(name, x, costs), name, x, costs)
     bars = [row[k] for k in ("ggml", "ggml_ones") if k in row]
+    if name in SAME_BYTES and costs is None:
+        ones = np.ones(x.shape[1], np.float32)
+        row["ours_ones"] = weighted_error(ours(name, x, ones), name, x, None)
+        row["ratio_ones"] = round(row["ours_ones"] / min(bars), 4) if bars else None
+        bars = bars[:1]
     row["ratio"] = round(row["ours"] / min(bars), 4) if bars else None
     return row
 

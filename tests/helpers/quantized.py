@@ -14,6 +14,8 @@ Array = NDArray[np.float32]
 K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 SMALL = ("TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0", "Q2_0_128")
+SAME_BYTES = (*LEGACY, "TQ1_0", "TQ2_0", "MXFP4")
+"""Without importance these are the bytes of gguf-py and ggml, so no search is made."""
 BLOCK_TYPES = (*LEGACY, *K_TYPES, *SMALL)
 """Every block format of the encoders that search scales; the IQ types have tests of their own."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.quantized import BLOCK_TYPES, K_TYPES, importance, weighted_error, weights
+from tests.helpers.quantized import BLOCK_TYPES, K_TYPES, SAME_BYTES, importance, weighted_error, weights
 from zimage_core.quantize.encode import quantize
 from zimage_core.reference.dequantize import dequantize
 
@@ -71,7 +71,7 @@ def test_no_finite_row_gives_a_weight_that_is_no_number(name, kind):
 @every_type
 def test_importance_of_zero_everywhere_is_none(name):
     x = weights("student", (4, K))
-    if name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"):
+    if name in SAME_BYTES:
         want = decoded(x, name, np.ones(K, np.float32))  # without importance these are not searched
     else:
         want = decoded(x, name)
