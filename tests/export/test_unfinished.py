@@ -9,6 +9,7 @@ import zlib
 import pytest
 
 from zimage_core import BadFile, quantize_file
+from zimage_core.atomic import remove_unfinished, unfinished
 from zimage_core.export import unfinished as room
 from zimage_core.export.unfinished import Unfinished
 
@@ -128,3 +129,13 @@ def test_a_quantisation_is_resumed_to_the_same_bytes(wide, tmp_path):
     assert any(remark.startswith("going on after ") for remark in done.remarks)
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "whole.gguf"]
+
+
+def test_the_end_of_the_process_removes_what_cannot_be_resumed_and_tells_of_the_rest(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "shard").write_bytes(b"x")
+    (tmp_path / "kept").write_bytes(b"x")
+    with unfinished(tmp_path / "folder"), unfinished(tmp_path / "kept", "the same command goes on"):
+        assert remove_unfinished() == ["the same command goes on"]
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]
+    assert remove_unfinished() == []
