@@ -73,6 +73,8 @@ def main() -> None:
             os._exit(0)
         os.waitpid(child, 0)
     out = args.folder / f"{args.type}.gguf"
+    for leftover in args.folder.glob(f".{out.name}.unfinished*"):
+        leftover.unlink()  # an interrupted run would be continued and its time not counted
     before, cpu = peak_bytes(), time.process_time()
     done = quantize_file(source, out, args.type, overwrite=True)
     cpu = time.process_time() - cpu
