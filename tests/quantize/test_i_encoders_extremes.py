@@ -182,6 +182,16 @@ def test_importance_of_each_row_of_its_own(name):
     assert torch.equal(i_quants.ENCODERS[name](x, costs), torch.cat(alone))
 
 
+@pytest.mark.gpu
+@every
+def test_a_gpu_errs_as_little(name):
+    """Products round in another order there, so that near ties may fall otherwise."""
+    x, costs = torch.from_numpy(weights("student", (4, 1024))), torch.from_numpy(importance(1024))
+    here, there = quantize(x, name, costs).numpy(), quantize(x.cuda(), name, costs.cuda()).cpu().numpy()
+    error = weighted_error(here, name, x.numpy(), costs.numpy())
+    assert weighted_error(there, name, x.numpy(), costs.numpy()) == pytest.approx(error, rel=1e-3)
+
+
 def test_scores_stay_within_their_budget(monkeypatch):
     """Scratch is a budget of scores and features padded to whole chunks, however many weights there are."""
     monkeypatch.setattr(grid, "SCORES", 1 << 20)
