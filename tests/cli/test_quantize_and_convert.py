@@ -124,6 +124,11 @@ SLOW = (
     "def slow(*a):\n    time.sleep(0.1)\n    return encode(*a)\n"
     "s.quantize = slow; m.process()"
 )
+SLOW_COPY = (
+    "import time, zimage_core.export.checkpoint as c, zimage_core.cli.main as m; raw = c.Checkpoint.raw\n"
+    "def slow(*a):\n    time.sleep(0.1)\n    yield from raw(*a)\n"
+    "c.Checkpoint.raw = slow; m.process()"
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -146,3 +151,18 @@ def test_a_stopped_run_says_how_to_go_on_and_does(wide, tmp_path, number):
     run = subprocess.run(command, capture_output=True, check=True, **options)
     assert "going on after" in run.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
+
+
+@pytest.mark.parametrize("out", ["a.safetensors", "folder"])
+def test_a_stopped_conversion_leaves_nothing(wide, tmp_path, out):
+    """It takes no longer than copying the file, so it is not worth resuming."""
+    command = [sys.executable, "-c", SLOW_COPY, "convert", str(wide), str(tmp_path / out)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True)
+    until = time.monotonic() + 60
+    while not any(tmp_path.iterdir()) and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert not list(tmp_path.iterdir())

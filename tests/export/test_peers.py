@@ -22,7 +22,7 @@ IMG_ARCHITECTURES = {
     "flux", "sd1", "sdxl", "sd3", "aura", "hidream", "cosmos", "ltxv", "hyvid", "wan", "lumina2",
     "qwen_image",
 }  # fmt: skip
-"""IMG_ARCH_LIST of ComfyUI-GGUF's loader.py; TXT_ARCH_LIST has qwen3 since December 2025."""
+"""IMG_ARCH_LIST of ComfyUI-GGUF's loader.py."""
 COMFY_DEQUANTIZES = {
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
     "IQ4_NL", "IQ4_XS",
@@ -44,9 +44,7 @@ def test_the_rules_of_comfyui_gguf_hold(wide, tmp_path, mix):
     """Architecture in its list as one string; names without prefix; shapes reversed; nothing else asked for.
 
     Its loader takes the shape from the file where no comfy.gguf.orig_shape says otherwise, views F32 and F16
-    at once and leaves the rest to its kernels. The model is then told by these keys (ComfyUI's
-    model_detection.py): cap_embedder.1.weight for Lumina 2's family, its width 2560 in place of 2304, and
-    x_pad_token of two dimensions.
+    at once and leaves the rest to its kernels. Pad tokens of one dimension broke it (#379, #392, #419).
     """
     quantize_file(wide, tmp_path / "a.gguf", mix)
     reader = gguf.GGUFReader(tmp_path / "a.gguf")

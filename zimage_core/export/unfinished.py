@@ -60,7 +60,7 @@ class Unfinished:
         nbytes: Its final size.
         identity: Text that is the same only for a job that writes the same bytes.
         overwrite: Replace an existing target.
-        remark: What to tell a user who interrupts; "" removes the file then.
+        remark: What to tell a user who interrupts; "" removes the file then, and no journal is kept.
 
     Attributes:
         done: Tensor -> CRC of those that stand in the file already.
@@ -151,9 +151,10 @@ class Unfinished:
             self.done, present = {}, 0
         check_room(self.target, self.nbytes, min(present, self.nbytes))
         self._mine = True  # what an earlier job left stays when there is no room for the rest
-        self._log = self.journal.open("a", encoding="utf-8")
-        if not self.done and self._log.tell() == 0:
-            self._log.write(json.dumps([self._identity]) + "\n")
+        if self.remark:
+            self._log = self.journal.open("a", encoding="utf-8")
+            if self._log.tell() == 0:
+                self._log.write(json.dumps([self._identity]) + "\n")
         self._reserve()
 
     def _reserve(self) -> None:
