@@ -136,7 +136,7 @@ class _Search:
     def rough(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """As if every row of -1, 0 and 1 were in the codebook: rows like a, and the error of `Groups.cost`.
 
-        The exact search among 4096 rows takes some thirty times as long, and its best scales are much the same.
+        The exact search among 4096 rows takes thirty times as long, and its best scales are much the same.
         """
         relative = self.a * reciprocal(step)[..., None]
         shifts = torch.tensor((DELTA, -DELTA), device=step.device).view(2, 1, 1, 1)
