@@ -6,11 +6,10 @@ python -m benchmarks.quality_table
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS
+from benchmarks.report import RESULTS, fill_tables
 from zimage_core.formats import by_name
 
 PAGE = Path("docs/quality.md")
@@ -57,14 +56,8 @@ def full(report: dict[str, Any]) -> str:
 
 
 def fill(page: Path, report: dict[str, Any]) -> None:
-    """Put both tables between `<!-- begin NAME -->` and `<!-- end NAME -->`."""
-    text = page.read_text("utf-8")
-    for name, table in (("nano", nano(report)), ("full", full(report))):
-        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.S)
-        if count != 1:
-            raise SystemExit(f"{page}: no place for the table {name}")
-    page.write_text(text, "utf-8")
+    """Put both tables into the page."""
+    fill_tables(page, {"nano": nano(report), "full": full(report)})
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,14 @@ def write(path: Path, figures: dict[str, Any]) -> None:
     """JSON with the machine on top."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), **figures}, indent=1, ensure_ascii=False) + "\n")
+
+
+def fill_tables(page: Path, tables: Mapping[str, str]) -> None:
+    """Put each table between `<!-- begin NAME -->` and `<!-- end NAME -->` of a page."""
+    text = page.read_text("utf-8")
+    for name, table in tables.items():
+        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.S)
+        if count != 1:
+            raise SystemExit(f"{page}: no place for the table {name}")
+    page.write_text(text, "utf-8")
