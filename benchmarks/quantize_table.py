@@ -1,4 +1,4 @@
-"""The tables of docs/quantizing.md, between their markers, from the figures of benchmarks/quantize.py.
+"""The tables of docs/quantizing.md, between their markers, from the raw figures of two scripts.
 
 python -m benchmarks.quantize_table
 """
@@ -64,6 +64,21 @@ def speed(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def recipes(report: dict[str, Any]) -> str:
+    """A row for each size and way to choose types."""
+    lines = [
+        "| size of | types by | file | velocity | PSNR, dB | SSIM | right |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for mix, size in report["sizes"].items():
+        for how, row in size["choices"].items():
+            lines.append(
+                f"| {mix} | {how} | {row['bytes'] / 1e6:.2f} MB | {100 * row['velocity']:.2f} % "
+                f"| {row['psnr']:.1f} | {row['ssim']:.4f} | {row['right']} of {row['of']} |"
+            )
+    return "\n".join(lines)
+
+
 def _rate(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
@@ -77,7 +92,11 @@ def main() -> None:
     """Fill the page."""
     tables = json.loads((RESULTS / "quantize_errors.json").read_text("utf-8"))["errors"]
     times = json.loads((RESULTS / "quantize_speed.json").read_text("utf-8"))["speed"]
-    fill_tables(PAGE, {"errors": errors(tables), "ones": ones(tables), "speed": speed(times)})
+    found = json.loads((RESULTS / "recipe_search.json").read_text("utf-8"))
+    fill_tables(
+        PAGE,
+        {"errors": errors(tables), "ones": ones(tables), "speed": speed(times), "recipes": recipes(found)},
+    )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_measure_choose_write(folder, prompts, tmp_path, capsys):
 def test_a_card_instead_of_a_size(folder, tmp_path, capsys):
     words = ["quantize", str(folder), str(tmp_path / "a.gguf"), "--quiet"]
     assert main([*words, "--fit", "1GiB", "-W", "64", "-H", "64"]) == 0
-    assert "Q8_0" in capsys.readouterr().out, "this model fits with the largest type"
+    assert "F16" in capsys.readouterr().out, "this model fits as it is"
     assert main([*words, "--fit", "100kB", "--force"]) == 1
     assert "do not hold the steps" in capsys.readouterr().err
 

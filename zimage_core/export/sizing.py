@@ -19,7 +19,7 @@ from zimage_core.export.choice import choose_format, is_matrix
 from zimage_core.export.costs import Sensitivity
 from zimage_core.export.metadata import gguf_metadata, recipe_keys
 from zimage_core.export.mixes import KEPT, TEXT_PARTS, TRANSFORMER_PARTS
-from zimage_core.export.recipes import Recipe
+from zimage_core.export.recipes import SOURCE, Recipe
 from zimage_core.units import in_bytes
 
 RELATIVE_ERROR = {
@@ -117,10 +117,12 @@ def _guessed(target: Target, types: Sequence[str]) -> dict[str, float]:
 
 
 def _options(source: Checkpoint, target: Target, costs: Mapping[str, float]) -> list[Option]:
+    """The types, and to keep the tensor as it is, which costs nothing."""
     found = []
-    for name, cost in costs.items():
+    for name, cost in (*costs.items(), (SOURCE, 0.0)):
         fmt = choose_format(source, target, name)
-        found.append(Option(fmt.name, _padded(target.rows * fmt.row_bytes(target.columns)), cost))
+        kept = SOURCE if name == SOURCE else fmt.name
+        found.append(Option(kept, _padded(target.rows * fmt.row_bytes(target.columns)), cost))
     return found
 
 
