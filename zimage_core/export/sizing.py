@@ -28,7 +28,8 @@ RELATIVE_ERROR = {
 }  # fmt: skip
 """Root mean square error over root mean square of Gaussian weights."""
 FAST = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-"""Types to choose among; the IQ types join them only where these do not fit, since they take hours."""
+"""Types to choose among; the IQ types join them only where these do not fit: IQ1 to IQ3 take an hour for 6B
+weights."""
 
 FACTORS = {
     TRANSFORMER_PARTS["down"]: 4.0,
