@@ -33,7 +33,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="make a GGUF of fewer bits from any checkpoint",
         description="Quantise a transformer or a text encoder, from any layout that is read here, into one "
-        "GGUF with the names that diffusers, ComfyUI-GGUF and stable-diffusion.cpp read. Needs no GPU, and memory for "
+        "GGUF with the names that diffusers, ComfyUI-GGUF and stable-diffusion.cpp read. No GPU, memory for "
         "one tensor.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
