@@ -99,8 +99,6 @@ def run(args: argparse.Namespace) -> int:
             write(imatrix)
 
     with warnings_as_lines():
-        if not args.partial:
-            progress.say(f"{printable(args.output)} is written at the end; Ctrl-C before writes nothing")
         imatrix = write(_collect(args, prompts, progress, on_prompt))
     _report(args, imatrix, time.perf_counter() - began, progress)
     return 0
@@ -121,6 +119,8 @@ def _collect(args: argparse.Namespace, prompts: list[str], progress: Progress, o
     from zimage_core.study.collect import COMPONENTS, collect_imatrix
 
     pipeline = load_pipeline(args)
+    if not args.partial:
+        progress.say(f"{printable(args.output)} is written at the end; Ctrl-C before writes nothing")
     progress.start("collecting")
     imatrix = collect_imatrix(
         pipeline,

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Any
 
 from zimage_core.atomic import check_destination, publish, unfinished, write_atomically
 from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
-from zimage_core.export import gguf_file, safetensors_file
+from zimage_core.export import safetensors_file
 from zimage_core.export.checkpoint import MODEL_PREFIX, Checkpoint, Target
 from zimage_core.export.configs import config_json
 from zimage_core.export.metadata import gguf_metadata
@@ -26,6 +27,7 @@ from zimage_core.export.quantizing import refuse_same_file
 from zimage_core.export.streaming import Job, Log, Progress, write_tensors
 from zimage_core.export.unfinished import Unfinished, check_room
 from zimage_core.formats import FORMATS, BlockFormat
+from zimage_core.weights import gguf_layout
 
 LAYOUTS = {
     "transformer": {"diffusers": "split", "single": "fused", "gguf": "fused"},
@@ -125,11 +127,15 @@ def convert_file(
         targets = checkpoint.targets(layout, prefix)
         make = _gguf_job if to == "gguf" else _safetensors_job
         jobs = [make(checkpoint, target, dequantize) for target in targets]
-        written = {"gguf": _write_gguf, "single": _write_single}.get(to)
-        if written is not None:
-            nbytes = written(checkpoint, jobs, out, overwrite, progress, say)
-        else:
+        if to == "diffusers":
             nbytes = _write_folder(checkpoint, jobs, Path(out), shard_bytes, progress, say)
+        else:
+            rows = [(job.target.name, job.target.shape, job.format) for job in jobs]
+            if to == "gguf":
+                laid_out = gguf_layout.lay_out(_gguf_keys(checkpoint, jobs, say), rows)
+            else:
+                laid_out = safetensors_file.lay_out({"format": "pt"}, rows)
+            nbytes = _write(checkpoint, jobs, laid_out, out, overwrite, progress, say)
     types = Counter(job.format.name for job in jobs)
     return Converted(fspath(out), nbytes, dict(types), tuple(remarks))
 
@@ -176,14 +182,8 @@ def _is_small(target: Target) -> bool:
     return len(target.shape) < 2 or target.name.endswith("pad_token")
 
 
-def _write_gguf(
-    source: Checkpoint,
-    jobs: Sequence[Job],
-    out: str | PathLike[str],
-    overwrite: bool,
-    progress: Progress | None,
-    log: Log,
-) -> int:
+def _gguf_keys(source: Checkpoint, jobs: Sequence[Job], log: Log) -> dict[str, Any]:
+    """The metadata of a converted GGUF."""
     metadata = gguf_metadata(source, file_type=_file_type(source, jobs))
     if not _same_types(source, jobs):
         for key in ("zimage.recipe_name", "zimage.recipe"):
@@ -193,8 +193,7 @@ def _write_gguf(
         metadata[NARROW_KEY] = next(iter(widened))
     elif len(widened) > 1:
         log("norms, biases and pad tokens of several types all become F32")
-    rows = [(job.target.name, job.target.shape, job.format) for job in jobs]
-    return _write(source, jobs, gguf_file.lay_out(metadata, rows), out, overwrite, progress, log)
+    return metadata
 
 
 def _file_type(source: Checkpoint, jobs: Sequence[Job]) -> int | None:
@@ -212,23 +211,10 @@ def _same_types(source: Checkpoint, jobs: Sequence[Job]) -> bool:
     return all(_is_small(job.target) or source.format_of(job.target) == job.format for job in jobs)
 
 
-def _write_single(
-    source: Checkpoint,
-    jobs: Sequence[Job],
-    out: str | PathLike[str],
-    overwrite: bool,
-    progress: Progress | None,
-    log: Log,
-) -> int:
-    rows = [(job.target.name, job.target.shape, job.format) for job in jobs]
-    layout = safetensors_file.lay_out({"format": "pt"}, rows)
-    return _write(source, jobs, layout, out, overwrite, progress, log)
-
-
 def _write(
     source: Checkpoint,
     jobs: Sequence[Job],
-    layout: gguf_file.Layout,
+    layout: gguf_layout.Layout,
     out: str | PathLike[str],
     overwrite: bool,
     progress: Progress | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 
-from zimage_core.config import TransformerConfig
+from zimage_core.config import AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, OverBudget
 from zimage_core.export.checkpoint import Checkpoint
 from zimage_core.memory.activations import denoise_bytes
@@ -12,8 +12,6 @@ from zimage_core.memory.job import WORKSPACE
 from zimage_core.paths import SCRATCH_BYTES
 from zimage_core.units import in_bytes
 
-FACTOR = 8
-"""Pixels a latent, in either direction."""
 CAPTION = 128
 """Tokens of a caption, as `zimage plan` supposes."""
 STEPS = 8
@@ -42,10 +40,11 @@ def largest_transformer(
         config = checkpoint.config
     if not isinstance(config, TransformerConfig):
         raise BadArgument("fit: wanted the checkpoint of a transformer")
-    multiple = FACTOR * config.patch_size
+    factor = AutoencoderConfig().spatial_factor
+    multiple = factor * config.patch_size
     if width < 1 or height < 1 or width % multiple or height % multiple:
         raise BadArgument(f"fit: got {width} x {height} px, wanted multiples of {multiple}")
-    live = denoise_bytes(config, height // FACTOR, width // FACTOR, CAPTION, dtype, 1, 1, STEPS)
+    live = denoise_bytes(config, height // factor, width // factor, CAPTION, dtype, 1, 1, STEPS)
     around = live + SCRATCH_BYTES + max(WORKSPACE.values())
     if vram <= around:
         raise OverBudget(

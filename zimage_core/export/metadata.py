@@ -14,13 +14,13 @@ from zimage_core import __version__
 from zimage_core.config import TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadFile, ZImageError
 from zimage_core.export.checkpoint import Checkpoint
-from zimage_core.export.gguf_file import QUANTIZATION_VERSION, Typed, raw_keys
 from zimage_core.export.recipes import Recipe
 from zimage_core.text.gguf_vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from zimage_core.text.pretokenizers import PRE_TOKENIZERS
 from zimage_core.text.tokenizer_json import read_folder
 from zimage_core.text.vocabulary import Vocabulary
 from zimage_core.weights.gguf import GGUFFile
+from zimage_core.weights.gguf_layout import QUANTIZATION_VERSION, Typed, raw_keys
 
 TRANSFORMER_ARCH = "lumina2"
 """What every published Z-Image GGUF says, as ComfyUI-GGUF knows no other name for it."""

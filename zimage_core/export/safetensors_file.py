@@ -11,8 +11,8 @@ import struct
 from collections.abc import Iterable, Mapping
 
 from zimage_core.errors import Unsupported, printable
-from zimage_core.export.gguf_file import Layout
 from zimage_core.formats import BlockFormat
+from zimage_core.weights.gguf_layout import Layout
 from zimage_core.weights.safetensors import DTYPES
 
 Row = tuple[str, tuple[int, ...], BlockFormat]

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from zimage_core.errors import BadWeights, printable
 from zimage_core.export.checkpoint import Checkpoint, Target
-from zimage_core.export.gguf_file import Layout
 from zimage_core.export.unfinished import Unfinished
 from zimage_core.formats import BlockFormat
 from zimage_core.quantize.encode import quantize
+from zimage_core.weights.gguf_layout import Layout
 
 Progress = Callable[[int, int, str], None]
 """(weights done, weights in all, tensor) -> None."""

@@ -35,7 +35,8 @@ class Traffic:
     """Of a stream since its start, or since it was cleared.
 
     Args:
-        bytes_moved: Weights that reached the device, broken loads included.
+        bytes_moved: Weights of streamed blocks that reached the device, broken loads included; not those that
+            stay, nor the context refiner's, which visit it for each caption.
         loads: Blocks.
         transfer_seconds: While a block was on its way.
         stall_seconds: While the computation waited for one.

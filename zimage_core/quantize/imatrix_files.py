@@ -19,11 +19,14 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zimage_core.errors import BadFile, WrongModel, printable
+from zimage_core.formats import FORMATS
+from zimage_core.weights import gguf_layout
 from zimage_core.weights.gguf import GGUFFile
 from zimage_core.weights.magic import refuse_known
 from zimage_core.weights.source import AGAIN, Source, check_text
@@ -38,9 +41,6 @@ SUMS, COUNTS, LEVEL_SUMS, LEVEL_COUNTS = ".in_sum2", ".counts", ".in_sum2_levels
 KIND, DATASETS = "general.type", "imatrix.datasets"
 CHUNKS, CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
 EDGES = "zimage.imatrix.edges"
-_ALIGNMENT = 32
-_F32 = 0
-_U32, _STRING, _ARRAY, _DOUBLE = 4, 8, 9, 12  # value types of GGUF
 
 
 @dataclass(frozen=True)
@@ -191,26 +191,30 @@ def _counts(file: GGUFFile, name: str, wanted: int) -> Tensor:
 
 def to_gguf(content: Content) -> Iterator[bytes]:
     """The chunks of a GGUF file of importances."""
-    keys: list[bytes] = [
-        _text(KIND) + struct.pack("<I", _STRING) + _text("imatrix"),
-        _array(DATASETS, _STRING, [_text(name[:MAX_DATASET]) for name in content.datasets]),
-        _text(CHUNKS) + struct.pack("<II", _U32, min(content.chunks, 2**32 - 1)),
-        _text(CHUNK_SIZE) + struct.pack("<II", _U32, min(content.chunk_size, 2**32 - 1)),
-    ]
+    keys: dict[str, Any] = {
+        KIND: "imatrix",
+        DATASETS: gguf_layout.Typed(map(_sound, content.datasets), "string"),
+        CHUNKS: min(content.chunks, 2**32 - 1),
+        CHUNK_SIZE: min(content.chunk_size, 2**32 - 1),
+    }
     if content.edges:
-        keys.append(_array(EDGES, _DOUBLE, [struct.pack("<d", edge) for edge in content.edges]))
+        keys[EDGES] = gguf_layout.Typed(content.edges, "f64")
     tensors = dict(_tensors(content))
-    yield b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys)) + b"".join(keys)
-    table, offset = b"", 0
+    rows = ((name, tuple(tensor.shape), FORMATS["F32"]) for name, tensor in tensors.items())
+    layout = gguf_layout.lay_out(keys, rows)
+    yield layout.header
+    at = len(layout.header)
     for name, tensor in tensors.items():
-        dims = tensor.shape[::-1]
-        table += _text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, _F32, offset)
-        offset += _padded(4 * tensor.numel())
-    head = 24 + sum(map(len, keys)) + len(table)
-    yield table + bytes(_padded(head) - head)
-    for tensor in tensors.values():
+        start, _ = layout.places[name]
         data = tensor.float().numpy().astype("<f4").tobytes()
-        yield data + bytes(_padded(len(data)) - len(data))
+        yield bytes(start - at) + data
+        at = start + len(data)
+    yield bytes(layout.nbytes - at)
+
+
+def _sound(name: str) -> str:
+    """A name that can be written as UTF-8, of a length that is read again."""
+    return name[:MAX_DATASET].encode("utf-8", "replace").decode()
 
 
 def _tensors(content: Content) -> Iterator[tuple[str, Tensor]]:
@@ -220,19 +224,6 @@ def _tensors(content: Content) -> Iterator[tuple[str, Tensor]]:
         if content.edges and sums.by_level is not None and sums.level_counts is not None:
             yield name + LEVEL_SUMS, sums.by_level
             yield name + LEVEL_COUNTS, sums.level_counts[:, None]
-
-
-def _padded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _text(text: str) -> bytes:
-    data = text.encode("utf-8", "replace")
-    return struct.pack("<Q", len(data)) + data
-
-
-def _array(key: str, kind: int, items: list[bytes]) -> bytes:
-    return _text(key) + struct.pack("<IIQ", _ARRAY, kind, len(items)) + b"".join(items)
 
 
 # --- legacy --------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def read_bytes(path: str | PathLike[str]) -> bytes:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
-        raise BadFile(path, f"the file cannot be opened: {reason}") from None
+        raise BadFile(path, f"the file cannot be opened: {reason}", "check the path") from None
     except ValueError:
         raise BadFile(path, "the path holds a NUL character") from None
     try:
