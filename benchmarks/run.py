@@ -149,7 +149,7 @@ def _is_config(value: object) -> bool:
 
 def run(what: str, bench: Bench, config: TransformerConfig | None = None) -> None:
     """All cases of one kind that the arguments ask for; stops at the deadline."""
-    from benchmarks import kernel_cases, model_cases
+    from benchmarks import kernel_cases, model_cases, step_cases
 
     given = bench.given
     config = config or config_of(bench)
@@ -167,10 +167,10 @@ def run(what: str, bench: Bench, config: TransformerConfig | None = None) -> Non
     elif what == "elementwise":
         for m in given.m or [joint]:
             steps = cases.elementwise(m, given.pixels, given.caption, config)
-            work += [(kernel_cases.elementwise, (case,)) for case in steps]
+            work += [(step_cases.elementwise, (case,)) for case in steps]
     elif what == "attention":
         stacks = cases.attention(given.pixels, given.caption, config)
-        work += [(kernel_cases.attend, (case,)) for case in stacks]
+        work += [(step_cases.attend, (case,)) for case in stacks]
     elif what == "block":
         work += [(model_cases.block, (fmt, m, config)) for fmt in found for m in given.m or [joint]]
     elif what == "step":

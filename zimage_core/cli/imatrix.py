@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.atomic import check_destination
 from zimage_core.cli.model_options import (
-    add_model,
-    add_picture,
+    add_study,
     check_model,
     load_pipeline,
     picture_arguments,
@@ -44,9 +43,6 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--prompts", required=True, metavar="FILE", help="a prompt a line, UTF-8; - is standard input"
-    )
-    parser.add_argument(
         "--component",
         choices=("transformer", "text_encoder", "both"),
         default="transformer",
@@ -55,20 +51,12 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merge", action="append", default=[], metavar="FILE", help="add what this one holds"
     )
-    add_model(parser)
-    picture = add_picture(parser)
-    picture.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "-o", "--output", default="imatrix.gguf", metavar="FILE", help="default: imatrix.gguf"
-    )
+    output = add_study(parser, "imatrix.gguf")
     output.add_argument(
         "--format", choices=FORMATS, help="gguf, or dat of older llama.cpp (default: by the name, else gguf)"
     )
     output.add_argument("--partial", action="store_true", help="write the file after every prompt")
-    output.add_argument("--force", action="store_true", help="replace a file that exists")
     output.add_argument("--json", action="store_true", help="print what was collected as JSON")
-    output.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run)
 
 

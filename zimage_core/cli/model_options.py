@@ -76,6 +76,29 @@ def add_picture(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return picture
 
 
+def add_study(parser: argparse.ArgumentParser, output: str) -> argparse._ArgumentGroup:
+    """Options of a verb that looks on while pictures of many prompts are drawn and writes one file.
+
+    Args:
+        parser: Of the verb.
+        output: Name of the file, where none is given.
+
+    Returns:
+        The group of the output's options.
+    """
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help="a prompt a line, UTF-8; - is standard input"
+    )
+    add_model(parser)
+    picture = add_picture(parser)
+    picture.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", default=output, metavar="FILE", help=f"default: {output}")
+    group.add_argument("--force", action="store_true", help="replace a file that exists")
+    group.add_argument("--quiet", action="store_true", help="show no progress")
+    return group
+
+
 def picture_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the pipeline's call that `add_picture` has values for."""
     options = {

@@ -9,8 +9,7 @@ from typing import Any
 
 from zimage_core.atomic import check_destination
 from zimage_core.cli.model_options import (
-    add_model,
-    add_picture,
+    add_study,
     check_model,
     load_pipeline,
     picture_arguments,
@@ -41,12 +40,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--prompts", required=True, metavar="FILE", help="a prompt a line, UTF-8; - is standard input"
-    )
-    parser.add_argument(
-        "--types", metavar="A,B", help="to choose among (default: Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0)"
-    )
+    parser.add_argument("--types", metavar="A,B", help="to choose among (default: the K types and Q8_0)")
     parser.add_argument("--probe", metavar="TYPE", help="measure this type, take the others by weight errors")
     parser.add_argument("--imatrix", metavar="FILE", help="importance matrix, as for `zimage quantize`")
     parser.add_argument(
@@ -55,15 +49,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all-tensors", action="store_true", help="also embedders, refiners and the final layer"
     )
-    add_model(parser)
-    picture = add_picture(parser)
-    picture.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "-o", "--output", default="sensitivity.json", metavar="FILE", help="default: sensitivity.json"
-    )
-    output.add_argument("--force", action="store_true", help="replace a file that exists")
-    output.add_argument("--quiet", action="store_true", help="show no progress")
+    add_study(parser, "sensitivity.json")
     parser.set_defaults(run=run)
 
 
@@ -74,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
     check_model(args)
 
     from zimage_core.export.costs import write_sensitivity
+    from zimage_core.export.sizing import FAST
     from zimage_core.quantize.imatrix import read_imatrix
-    from zimage_core.study.sensitivity import DEFAULT_TYPES, check_types, measure
+    from zimage_core.study.sensitivity import check_types, measure
     from zimage_core.study.velocity import record
 
-    types = DEFAULT_TYPES if args.types is None else tuple(name.strip() for name in args.types.split(","))
+    types = FAST if args.types is None else tuple(name.strip() for name in args.types.split(","))
     check_types((*types, *([args.probe] if args.probe else [])))
     imatrix = None if args.imatrix is None else read_imatrix(args.imatrix)
     progress = Progress(quiet=args.quiet)

@@ -19,14 +19,13 @@ from zimage_core.errors import BadArgument, printable
 from zimage_core.export.costs import Sensitivity
 from zimage_core.export.mixes import KEPT
 from zimage_core.export.recipes import TYPES, fitting
+from zimage_core.export.sizing import FAST
 from zimage_core.nn.linear import Linear
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.quant_tensor import QuantTensor
 from zimage_core.quantize.imatrix import Imatrix
 from zimage_core.study.swap import dense, encode, importance_of, matrices, stored_as
 from zimage_core.study.velocity import Call, velocity_error
-
-DEFAULT_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 OnTensor = Callable[[int, int, str], None]
 """(measurements done, in all, tensor)."""
@@ -56,7 +55,7 @@ def check_types(types: Sequence[str]) -> None:
 def measure(
     pipe: ZImagePipeline,
     calls: Sequence[Call],
-    types: Sequence[str] = DEFAULT_TYPES,
+    types: Sequence[str] = FAST,
     *,
     imatrix: Imatrix | None = None,
     probe: str | None = None,
