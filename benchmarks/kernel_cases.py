@@ -22,7 +22,6 @@ from benchmarks.weights import (
 from zimage_core import ops
 from zimage_core.cpu.dequantize import dequantize_into
 from zimage_core.formats import FORMATS, BlockFormat
-from zimage_core.nn.rope import rotation
 from zimage_core.quant_tensor import QuantTensor
 
 PEER_LIMIT = 2e-2
