@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import zlib
 
 import pytest
 
-from zimage_core import BadFile, quantize_file
+from zimage_core import BadFile, atomic, quantize_file
 from zimage_core.atomic import remove_unfinished, unfinished
 from zimage_core.export import unfinished as room
 from zimage_core.export.unfinished import Unfinished
@@ -92,6 +93,76 @@ def test_two_processes_do_not_write_one_file(tmp_path):
         raise AssertionError("never reached")
     del file
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def killed(*args):
+    raise SystemExit
+
+
+def test_a_kill_between_publishing_and_tidying_harms_nothing(tmp_path, monkeypatch):
+    """Both names then stand for the finished file, which the next job must not write into."""
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "_sync_folder", killed)
+        patch.setattr(Unfinished, "_close", lambda self, keep: self._unlock())
+        with pytest.raises(SystemExit):
+            write(tmp_path / "f")
+    good = DATA["a"] + DATA["b"]
+    assert (tmp_path / "f").samefile(tmp_path / ".f.unfinished")
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "f", identity="other", stop_at="b", overwrite=True)
+    assert (tmp_path / "f").read_bytes() == good
+    assert not (tmp_path / "f").samefile(tmp_path / ".f.unfinished")
+    assert write(tmp_path / "f", identity="other", overwrite=True) == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_another_process_published_meanwhile_is_not_written_into(
+    tmp_path, monkeypatch, overwrite
+):
+    """The other one publishes after our opening and before our lock."""
+    real, path, done = fcntl.flock, tmp_path / ".f.unfinished", []
+
+    def late(handle, operation):
+        if not done:
+            done.append(True)
+            (tmp_path / "g").write_bytes(b"good")
+            (tmp_path / "g").replace(path)
+        real(handle, operation)
+
+    monkeypatch.setattr(room.fcntl, "flock", late)
+    with Unfinished(tmp_path / "f", 3, "job", overwrite).writing() as file:
+        assert path.stat().st_ino == os.fstat(file._handle).st_ino
+        file.write(0, b"abc")
+    assert (tmp_path / "f").read_bytes() == b"abc"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_nothing_of_the_next_process_is_removed_at_the_end(tmp_path, monkeypatch):
+    """With overwriting the temporary name is free from the last rename on, and the next one may take it."""
+    theirs = [tmp_path / ".f.unfinished", tmp_path / ".f.unfinished.log"]
+
+    def publish_and_wait(*args):
+        atomic.publish(*args)
+        for path in theirs:
+            path.write_bytes(b"theirs")
+
+    monkeypatch.setattr(room, "publish", publish_and_wait)
+    write(tmp_path / "f", overwrite=True)
+    assert [path.read_bytes() for path in theirs] == [b"theirs"] * 2
+
+
+def test_the_lock_is_held_until_the_temporary_name_is_gone(tmp_path, monkeypatch):
+    real, seen = Unfinished._unlock, []
+
+    def watched(self):
+        if self._handle >= 0:
+            seen.append(self.path.exists())
+        real(self)
+
+    monkeypatch.setattr(Unfinished, "_unlock", watched)
+    write(tmp_path / "f")
+    assert seen == [False]
 
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):

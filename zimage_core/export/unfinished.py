@@ -28,6 +28,8 @@ from zimage_core.units import in_bytes
 CHUNK = 16 << 20
 ROOM = 16 << 20
 """Bytes of the disk that a job leaves free."""
+LOCK_TRIES = 16
+"""Times that a file in the making may vanish while it is being locked."""
 
 
 def check_room(target: Path, nbytes: int, present: int = 0) -> None:
@@ -135,15 +137,7 @@ class Unfinished:
         return name in self.done
 
     def _open(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
-        self._handle = os.open(self.path, flags, 0o666)
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._handle)
-            self._handle = -1
-            hint = "wait for it, or name another file"
-            raise BadFile(self.target, "is being written by another process", hint) from None
+        self._lock()
         present = os.fstat(self._handle).st_blocks * 512
         if not self._read_journal():
             self._mine = True
@@ -156,6 +150,43 @@ class Unfinished:
             if self._log.tell() == 0:
                 self._log.write(json.dumps([self._identity]) + "\n")
         self._reserve()
+
+    def _lock(self) -> None:
+        """Open the file in the making as its only writer.
+
+        Another process may publish or remove the file between our opening and our lock, and a process that
+        was killed while it published has left both names on one file, which is the finished one: what is
+        locked then is not a file in the making, and a new one is opened.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+        for _ in range(LOCK_TRIES):
+            self._handle = os.open(self.path, flags, 0o666)
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self._unlock()
+                break
+            if self._is_in_place():
+                if os.fstat(self._handle).st_nlink == 1:
+                    return
+                self.journal.unlink(missing_ok=True)
+                self.path.unlink()
+            self._unlock()
+        hint = "wait for it, or name another file"
+        raise BadFile(self.target, "is being written by another process", hint)
+
+    def _unlock(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def _is_in_place(self) -> bool:
+        """Whether the open file still has the name of the file in the making."""
+        try:
+            found = os.stat(self.path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(self._handle))
 
     def _reserve(self) -> None:
         try:
@@ -184,9 +215,8 @@ class Unfinished:
 
     def _finish(self) -> None:
         os.fsync(self._handle)
+        self.journal.unlink(missing_ok=True)  # a published file has none, and another process may start one
         publish(self.path, self.target, self.overwrite)
-        self._handle, handle = -1, self._handle
-        os.close(handle)
 
     def _refuse(self, error: OSError) -> NoReturn:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -199,9 +229,7 @@ class Unfinished:
         if self._log is not None:
             self._log.close()
             self._log = None
-        if self._mine and not keep:
-            self.path.unlink(missing_ok=True)
+        if self._mine and not keep and self._is_in_place():
             self.journal.unlink(missing_ok=True)
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+            self.path.unlink(missing_ok=True)
+        self._unlock()  # last, so that no other process takes what is about to be removed
