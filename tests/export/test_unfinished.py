@@ -65,6 +65,18 @@ def test_a_tensor_that_did_not_reach_the_disk_is_written_again(tmp_path):
     assert write(tmp_path / "f") == ["a", "b"]
 
 
+@pytest.mark.parametrize("torn", ['["a", 1', '["a", 12]', "\0\0\0", "nonsense\n"])
+def test_a_torn_journal_is_mended_so_that_later_interruptions_lose_nothing(tmp_path, torn):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "f", stop_at="a")
+    with (tmp_path / ".f.unfinished.log").open("a") as journal:
+        journal.write(torn)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "f", stop_at="b")
+    assert write(tmp_path / "f") == ["b"]
+    assert (tmp_path / "f").read_bytes() == DATA["a"] + DATA["b"]
+
+
 def test_without_a_remark_nothing_is_kept(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "f", stop_at="b", remark="")

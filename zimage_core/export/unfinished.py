@@ -199,18 +199,22 @@ class Unfinished:
     def _read_journal(self) -> bool:
         """Whether the file in the making is of this very job; then `done` is what it holds."""
         try:
-            lines = self.journal.read_text("utf-8").splitlines()
-            if not lines or json.loads(lines[0]) != [self._identity]:
+            # what follows the last newline was cut by the interruption
+            first, *lines = self.journal.read_bytes().split(b"\n")[:-1]
+            if json.loads(first) != [self._identity]:
                 raise ValueError
         except (OSError, ValueError):
             self.journal.unlink(missing_ok=True)
             return False
-        for line in lines[1:]:
+        size = len(first) + 1
+        for line in lines:
             try:
                 name, crc = json.loads(line)
                 self.done[str(name)] = int(crc)
             except (ValueError, TypeError):
-                break  # the line that the interruption cut
+                break
+            size += len(line) + 1
+        os.truncate(self.journal, size)  # the next line must not be joined to a cut one
         return True
 
     def _finish(self) -> None:
