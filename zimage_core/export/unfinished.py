@@ -183,7 +183,7 @@ class Unfinished:
     def _is_in_place(self) -> bool:
         """Whether the open file still has the name of the file in the making."""
         try:
-            found = os.stat(self.path, follow_symlinks=False)
+            found = self.path.lstat()
         except FileNotFoundError:
             return False
         return os.path.samestat(found, os.fstat(self._handle))
