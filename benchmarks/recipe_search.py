@@ -1,6 +1,6 @@
 """Types chosen by measured sensitivity against the standard mixes, at the sizes of the mixes.
 
-    python -m benchmarks.recipe_search [--exam 120 --compared 40 --calibration 24]
+    python -m benchmarks.recipe_search [--exam 60 --compared 16 --calibration 8]
 
 On the embedded model, K types for both. Costs are measured on prompts of the training set, all is judged on
 held-out prompts of the exam: velocity where the original was, PSNR and SSIM of the pictures, and the share of
@@ -37,9 +37,9 @@ EVERY = 4
 def main() -> None:
     """Measure costs once, then judge a mix, a rule of thumb and two searches at each size."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--exam", type=int, default=120)
-    parser.add_argument("--compared", type=int, default=40)
-    parser.add_argument("--calibration", type=int, default=24)
+    parser.add_argument("--exam", type=int, default=60)
+    parser.add_argument("--compared", type=int, default=16)
+    parser.add_argument("--calibration", type=int, default=8)
     parser.add_argument("--out", type=Path, default=RESULTS / "recipe_search.json")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -76,3 +76,37 @@ def test_an_existing_file_is_kept(folder, prompts, tmp_path, capsys):
     assert measure(folder, prompts, out) == 1
     assert out.read_text() == "mine"
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", ["--vram", "--ram"])
+def test_a_memory_limit_is_refused(folder, prompts, tmp_path, capsys, limit):
+    assert measure(folder, prompts, tmp_path / "s.json", limit, "4GiB") == 2
+    assert "leave out --vram and --ram" in capsys.readouterr().err
+
+
+def test_a_partial_file_grows_and_is_read_like_a_whole_one(folder, prompts, tmp_path, monkeypatch):
+    from zimage_core.export.costs import read_sensitivity
+    from zimage_core.study import sensitivity
+
+    real, count = sensitivity.velocity_error, 0
+
+    def stops(*args):
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(sensitivity, "velocity_error", stops)
+    out = tmp_path / "s.json"
+    assert measure(folder, prompts, out, "--types", "Q8_0", "--partial") == 130
+    assert len(read_sensitivity(out).costs) == 3
+    count = 0
+    assert measure(folder, prompts, tmp_path / "t.json", "--types", "Q8_0") == 130
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_fit_is_for_transformers(folder, tmp_path, capsys):
+    words = ["quantize", str(folder), str(tmp_path / "a.gguf"), "--fit", "1GiB", "--quiet"]
+    assert main([*words, "--component", "text_encoder"]) == 2
+    assert "give --size" in capsys.readouterr().err

@@ -181,13 +181,13 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, text, message):
 
 
 def test_files_that_are_no_recipes_are_refused(tmp_path):
-    with pytest.raises(BadFile, match="cannot be read: no such file"):
+    with pytest.raises(BadFile, match=r"cannot be opened: no such file.*check the path"):
         read_recipe(tmp_path / "none")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00GGUF")
-    with pytest.raises(BadFile, match="not UTF-8"):
+    with pytest.raises(BadFile, match="text in UTF-8"):
         read_recipe(tmp_path / "bytes")
     (tmp_path / "long").write_bytes(b"#" * ((1 << 20) + 1))
-    with pytest.raises(BadFile, match="larger than"):
+    with pytest.raises(BadFile, match="longer than"):
         read_recipe(tmp_path / "long")
 
 

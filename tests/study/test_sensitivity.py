@@ -7,17 +7,21 @@ import json
 import pytest
 import torch
 
+from benchmarks.report import RESULTS
 from tests.helpers import tiny
-from zimage_core.errors import BadArgument, BadFile, BadShape, OverBudget, WrongModel
+from zimage_core import ZImagePipeline
+from zimage_core.errors import BadArgument, BadFile, BadShape, OverBudget, Unsupported, WrongModel
 from zimage_core.export.checkpoint import Checkpoint
 from zimage_core.export.costs import Sensitivity, read_sensitivity, write_sensitivity
 from zimage_core.export.fit import largest_transformer
 from zimage_core.export.quantizing import quantize_file
 from zimage_core.export.recipes import Recipe, parse_recipe
+from zimage_core.export.sizing import RELATIVE_ERROR
 from zimage_core.formats import by_name
 from zimage_core.nn.linear import Linear
 from zimage_core.quant_tensor import QuantTensor
 from zimage_core.quantize.encode import quantize
+from zimage_core.quantize.imatrix import flat
 from zimage_core.study.sensitivity import candidates, measure, weight_error
 from zimage_core.study.swap import dense, encode, encode_all, matrices, stored_as
 from zimage_core.study.velocity import record, velocity_error
@@ -152,6 +156,28 @@ def test_what_cannot_be_measured_is_refused(pipe, calls):
         record(pipe, ["a"], every=0)
 
 
+def test_a_pipeline_that_moves_its_weights_is_refused(tmp_path, calls):
+    folder = tiny.folder(tmp_path / "tiny")
+    limited = ZImagePipeline.from_pretrained(folder, ram="4GiB")
+    with pytest.raises(Unsupported, match="memory limit"):
+        record(limited, ["a"], **OPTIONS)
+    with pytest.raises(Unsupported, match="memory limit"):
+        measure(limited, calls, TYPES)
+
+
+def test_an_imatrix_of_another_model_is_refused(pipe, calls):
+    with pytest.raises(WrongModel, match="another model"):
+        measure(pipe, calls, TYPES, imatrix=flat({"layers.0.attention.qkv.weight": 7}))
+    with pytest.raises(WrongModel, match="another model"):
+        measure(pipe, calls, TYPES, imatrix=flat({"blk.0.attn_q.weight": 32}))
+
+
+def test_the_rule_of_thumb_has_the_errors_of_our_encoders():
+    kept = json.loads((RESULTS / "quality.json").read_text("utf-8"))["random"]
+    for name, error in RELATIVE_ERROR.items():
+        assert error == pytest.approx(kept[name]["gauss"], abs=5e-5), name
+
+
 def test_the_file_comes_back_as_it_was(tmp_path, sensitivity):
     write_sensitivity(sensitivity, tmp_path / "s.json")
     assert read_sensitivity(tmp_path / "s.json") == sensitivity
@@ -161,11 +187,21 @@ def test_the_file_comes_back_as_it_was(tmp_path, sensitivity):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"kind": "zimage_core sensitivity 1"}', "[" * 100_000, "\\xff", '{"kind": 3}'],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"kind": "zimage_core sensitivity 1"}',
+        '{"kind": "zimage_core sensitivity 1", "costs": {}}',
+        "[" * 100_000,
+        "\\xff",
+        '{"kind": 3}',
+    ],
 )
 def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "s.json").write_text(text)
-    with pytest.raises(BadFile, match="sensitivity"):
+    with pytest.raises(BadFile):
         read_sensitivity(tmp_path / "s.json")
 
 
@@ -173,7 +209,7 @@ def test_other_files_are_refused(tmp_path, text):
 def test_costs_that_are_none_are_refused(tmp_path, row):
     content = {"kind": "zimage_core sensitivity 1", "costs": {"a": row}}
     (tmp_path / "s.json").write_text(json.dumps(content))
-    with pytest.raises(BadFile, match="not a sensitivity file"):
+    with pytest.raises(BadFile, match=r"not a sensitivity file|invalid JSON number"):
         read_sensitivity(tmp_path / "s.json")
 
 

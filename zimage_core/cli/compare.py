@@ -132,8 +132,7 @@ def _check_files(args: argparse.Namespace) -> None:
     later = {"text_encoder": args.b_text_encoder, "vae": args.b_vae}
     for side in (_parts(args, args.a), _parts(args, args.b, **later)):
         paths = {name: getattr(side, name) for name in PARTS if getattr(side, name) is not None}
-        if len(paths) == len(PARTS):
-            check_files(paths)
+        check_files(paths)
 
 
 def _parts(args: argparse.Namespace, transformer: str, dtype: str | None = None, **parts: str | None) -> Any:

@@ -55,7 +55,6 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--format", choices=FORMATS, help="gguf, or dat of older llama.cpp (default: by the name, else gguf)"
     )
-    output.add_argument("--partial", action="store_true", help="write the file after every prompt")
     output.add_argument("--json", action="store_true", help="print what was collected as JSON")
     parser.set_defaults(run=run)
 

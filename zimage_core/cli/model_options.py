@@ -94,6 +94,7 @@ def add_study(parser: argparse.ArgumentParser, output: str) -> argparse._Argumen
     picture.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", default=output, metavar="FILE", help=f"default: {output}")
+    group.add_argument("--partial", action="store_true", help="write the file as it grows")
     group.add_argument("--force", action="store_true", help="replace a file that exists")
     group.add_argument("--quiet", action="store_true", help="show no progress")
     return group

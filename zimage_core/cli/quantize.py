@@ -8,6 +8,7 @@ from typing import Any
 
 from zimage_core.atomic import check_destination
 from zimage_core.cli.progress import Work
+from zimage_core.errors import BadArgument
 from zimage_core.memory.budget import read_bytes
 from zimage_core.units import in_bytes, in_seconds
 
@@ -115,6 +116,8 @@ def _size(args: argparse.Namespace) -> int | None:
     """Bytes that the file may have."""
     if args.fit is None:
         return None if args.size is None else read_bytes("--size", args.size)
+    if args.component == "text_encoder":
+        raise BadArgument("--fit is for a transformer, whose steps it counts; give --size for a text encoder")
     from zimage_core.export.fit import largest_transformer
 
     vram = read_bytes("--fit", args.fit)

@@ -17,7 +17,7 @@ from zimage_core.cli.model_options import (
     warnings_as_lines,
 )
 from zimage_core.cli.progress import Progress
-from zimage_core.errors import printable
+from zimage_core.errors import BadArgument, printable
 
 _EPILOG = """\
 Without a model the one inside the package is used. Each tensor is stored in each type, alone, and
@@ -58,8 +58,10 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts)
     check_destination(args.output, args.force)
     check_model(args)
+    if args.vram is not None or args.ram is not None:
+        raise BadArgument("sensitivity: weights are exchanged in place; leave out --vram and --ram")
 
-    from zimage_core.export.costs import write_sensitivity
+    from zimage_core.export.costs import Sensitivity, write_sensitivity
     from zimage_core.export.sizing import FAST
     from zimage_core.quantize.imatrix import read_imatrix
     from zimage_core.study.sensitivity import check_types, measure
@@ -69,8 +71,17 @@ def run(args: argparse.Namespace) -> int:
     check_types((*types, *([args.probe] if args.probe else [])))
     imatrix = None if args.imatrix is None else read_imatrix(args.imatrix)
     progress = Progress(quiet=args.quiet)
+    overwrite = args.force
+
+    def write(sensitivity: Sensitivity) -> None:
+        nonlocal overwrite
+        write_sensitivity(sensitivity, args.output, overwrite)
+        overwrite = True  # the next one replaces our own
+
     with warnings_as_lines():
         pipeline = load_pipeline(args)
+        if not args.partial:
+            progress.say(f"{printable(args.output)} is written at the end; Ctrl-C before writes nothing")
         progress.start("recording")
         calls = record(pipeline, prompts, seed=args.seed, every=args.every, **picture_arguments(args))
         progress.start("measuring")
@@ -91,9 +102,10 @@ def run(args: argparse.Namespace) -> int:
                 **picture_arguments(args),
             },
             on_tensor=lambda done, runs, name: progress.step(done, runs, name, "a run"),
+            on_costs=write if args.partial else None,
         )
         progress.finish()
-    write_sensitivity(sensitivity, args.output, args.force)
+    write(sensitivity)
     sys.stdout.write(f"{printable(args.output)}: {len(sensitivity.costs)} tensors, {len(types)} types\n")
     for name, costs in sorted(sensitivity.costs.items(), key=lambda item: -max(item[1].values()))[:5]:
         worst = max(costs, key=lambda fmt: costs[fmt])

@@ -7,15 +7,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 from zimage_core.atomic import write_atomically
 from zimage_core.errors import BadFile
 from zimage_core.export.recipes import TYPES
+from zimage_core.text.files import read_json
 
 KIND = "zimage_core sensitivity 1"
-MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -51,22 +50,16 @@ def read_sensitivity(path: str | PathLike[str]) -> Sensitivity:
     Raises:
         BadFile: It cannot be read, is none of these files, or has a cost that is none.
     """
+    content = read_json(path)
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
-        raise BadFile(path, f"the sensitivity cannot be read: {reason}") from None
-    try:
-        if len(data) > MOST_BYTES:
-            raise ValueError
-        content = json.loads(data)
-        if not isinstance(content, dict) or content.get("kind") != KIND:
+        if content.get("kind") != KIND or not content["costs"]:
             raise ValueError
         costs = {str(name): _row(row) for name, row in content["costs"].items()}
         settings = dict(content.get("settings") or {})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadFile(fspath(path), "not a sensitivity file", "make one with `zimage sensitivity`") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadFile(
+            fspath(path), "not a sensitivity file, or an empty one", "make one with `zimage sensitivity`"
+        ) from None
     return Sensitivity(costs, settings)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from zimage_core.atomic import write_atomically
 from zimage_core.errors import BadArgument, BadFile, printable
 from zimage_core.formats import FORMATS, BlockFormat
+from zimage_core.text.files import read_text
 
 SOURCE = "source"
 """The word for: as the checkpoint has it."""
@@ -32,7 +33,7 @@ NOT_STORED = ("F8_E4M3", "F8_E5M2", "Q2_0_128", "F64", "I8", "I16", "I32", "I64"
 TYPES = tuple(name for name in FORMATS if name not in NOT_STORED)
 """Types that a recipe may name."""
 
-MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE = 1 << 20
 MAX_RULES = 10_000
 
 _RULE = re.compile(r"(?P<pattern>\S+)(?:\s+\[(?P<layers>[^\]]*)\])?\s*=\s*(?P<type>\S+)")
@@ -161,19 +162,10 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
     Raises:
         BadFile: It cannot be read, or a line is not a rule; the message has the line's number.
     """
-    place = Path(path)
-    try:
-        with place.open("rb") as file:
-            data = file.read(MAX_RECIPE_BYTES + 1)
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
-        raise BadFile(path, f"the recipe cannot be read: {reason}") from None
-    except ValueError:
-        raise BadFile(path, "not a recipe: it is not UTF-8 text") from None
-    if len(data) > MAX_RECIPE_BYTES:
-        raise BadFile(path, f"not a recipe: larger than {MAX_RECIPE_BYTES} bytes")
-    return parse_recipe(text, place.stem, fspath(path))
+    text = read_text(path)
+    if len(text) > MAX_RECIPE:
+        raise BadFile(path, f"not a recipe: longer than {MAX_RECIPE} characters", "name a recipe file")
+    return parse_recipe(text, Path(path).stem, fspath(path))
 
 
 def parse_recipe(text: str, name: str, path: str = "recipe") -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,14 +94,17 @@ def stream_model(
     blocks = describe(model.blocks, file, device)
     wrap = isinstance(model, ZImageTransformer) if wrap is None else wrap
 
+    turn = threading.Lock()
+
     @contextmanager
     def visit(block: nn.Module) -> Iterator[None]:
-        bring(block, device, file)
-        try:
-            forbid_planes(block)
-            yield
-        finally:
-            take_back(block)
+        with turn:  # a second thread's caption waits, as it does for a streamed block
+            bring(block, device, file)
+            try:
+                forbid_planes(block)
+                yield
+            finally:
+                take_back(block)
 
     apart = (
         set()

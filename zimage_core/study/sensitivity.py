@@ -25,10 +25,12 @@ from zimage_core.pipeline import ZImagePipeline
 from zimage_core.quant_tensor import QuantTensor
 from zimage_core.quantize.imatrix import Imatrix
 from zimage_core.study.swap import dense, encode, importance_of, matrices, stored_as
-from zimage_core.study.velocity import Call, velocity_error
+from zimage_core.study.velocity import Call, check_whole, velocity_error
 
 OnTensor = Callable[[int, int, str], None]
 """(measurements done, in all, tensor)."""
+OnCosts = Callable[[Sensitivity], None]
+"""What was measured so far."""
 
 
 def candidates(pipe: ZImagePipeline, every_tensor: bool = False) -> dict[str, tuple[Linear, ...]]:
@@ -62,6 +64,7 @@ def measure(
     every_tensor: bool = False,
     settings: Mapping[str, Any] | None = None,
     on_tensor: OnTensor | None = None,
+    on_costs: OnCosts | None = None,
 ) -> Sensitivity:
     """Cost of each type for each tensor.
 
@@ -75,14 +78,20 @@ def measure(
         every_tensor: See `candidates`.
         settings: Kept in the file, for people.
         on_tensor: Called before each run; an exception in it ends the measurement.
+        on_costs: Called behind each tensor.
 
     Raises:
         BadArgument: An unknown type, or no calls.
+        Unsupported: The pipeline has a memory limit or captured steps.
+        WrongModel: The imatrix is that of another model.
     """
     check_types((*types, *(() if probe is None else (probe,))))
     if not calls or not types:
         raise BadArgument("sensitivity: wanted at least one recorded call and one type")
+    check_whole(pipe)
     tensors = candidates(pipe, every_tensor)
+    if imatrix is not None:
+        imatrix.check_fits({name: layers[0].in_features for name, layers in tensors.items()})
     runs = len(tensors) * (1 if probe else len(types))
     costs: dict[str, dict[str, float]] = {}
     done = 0
@@ -112,6 +121,8 @@ def measure(
                 packed = encode(layers, fmt, importance)
                 measured[fmt] = per_error * weight_error(layers, packed, importance)
         costs[name] = {fmt: measured[actual] for fmt, actual in stored.items()}
+        if on_costs is not None:
+            on_costs(Sensitivity(dict(costs), dict(settings or {})))
     return Sensitivity(costs, dict(settings or {}))
 
 

@@ -36,6 +36,18 @@ class Call:
         return sum(float(v.double().square().sum()) for v in self.velocity)
 
 
+def check_whole(pipe: ZImagePipeline) -> None:
+    """Its transformer's weights must be where the computation is, and its own to exchange.
+
+    Raises:
+        Unsupported: The pipeline has a memory limit, or replays its steps as graphs, which run no hooks.
+    """
+    if pipe._arena is not None:
+        raise Unsupported("a memory limit moves weights in and out; measure without it (no --vram, no --ram)")
+    if pipe._graphs is not None:
+        raise Unsupported("captured steps run no hooks; measure before `capture`, or build the pipeline anew")
+
+
 def record(
     pipe: ZImagePipeline, prompts: Sequence[str], *, seed: int = 0, every: int = 1, **options: Any
 ) -> list[Call]:
@@ -50,14 +62,13 @@ def record(
 
     Raises:
         BadArgument: No prompt, or `every` below 1.
-        Unsupported: The pipeline replays its steps as graphs, which no hook sees.
+        Unsupported: See `check_whole`.
     """
     if not prompts:
         raise BadArgument("prompts: there are none; give at least one")
     if every < 1:
         raise BadArgument(f"every: got {every}, wanted 1 or more")
-    if pipe._graphs is not None:
-        raise Unsupported("captured steps run no hooks; measure before `capture`, or build the pipeline anew")
+    check_whole(pipe)
     calls: list[Call] = []
     count = 0
 

@@ -42,13 +42,13 @@ def read_bytes(path: str | PathLike[str]) -> bytes:
             )
             raise BadFile(path, f"the path is {kind}, not a regular file")
         if status.st_size > MAX_BYTES:
-            raise BadFile(path, f"the file is larger than {MAX_BYTES} bytes, no tokenizer needs that")
+            raise BadFile(path, f"the file is larger than {MAX_BYTES} bytes, no text that is read here is")
         with os.fdopen(os.dup(handle), "rb") as file:
             data = file.read(status.st_size)
     finally:
         os.close(handle)
     if not data:
-        raise BadFile(path, "the file is empty, a tokenizer file in JSON or text was expected")
+        raise BadFile(path, "the file is empty, JSON or text was expected")
     return data
 
 

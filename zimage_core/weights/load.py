@@ -89,7 +89,8 @@ def check_files(paths: Mapping[str, str | PathLike[str]]) -> None:
     """Refuse files that do not make a pipeline together, by their headers, before a weight is read.
 
     Args:
-        paths: "transformer", "text_encoder" and "vae" -> file or folder, as for the loaders.
+        paths: "transformer", "text_encoder" and "vae" -> file or folder, as for the loaders; without a
+            transformer each is looked at alone.
 
     Raises:
         BadFile, UnknownFormat, WrongModel, BadWeights: As the loaders do; WrongModel also where each file
@@ -102,7 +103,8 @@ def check_files(paths: Mapping[str, str | PathLike[str]]) -> None:
             require(card, component, file.path)
             cards[component], places[component] = card, file.path
     configs = {component: card.config for component, card in cards.items()}
-    check_compatible(**configs, paths=places)  # type: ignore[arg-type]  # `require` saw to their kinds
+    if "transformer" in configs:
+        check_compatible(**configs, paths=places)  # type: ignore[arg-type]  # `require` saw to their kinds
 
 
 def load_transformer(
