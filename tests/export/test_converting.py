@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from zimage_core import (
     FORMATS,
     BadArgument,
     BadFile,
+    BadWeights,
     Unsupported,
     convert_file,
     load_transformer,
@@ -224,3 +226,51 @@ def test_what_a_gguf_says_of_its_types_holds_after_a_conversion(wide, tmp_path):
         assert "zimage.recipe" in same.metadata
         assert dense.metadata["general.file_type"] == 32
         assert "zimage.recipe" not in dense.metadata
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_conversion_does_not_judge_what_it_carries(tmp_path, dtype):
+    """Norms are widened for a GGUF and narrowed on the way back."""
+    state = wide_state(dtype)
+    norm, matrix = "layers.0.attention_norm1.weight", "layers.0.attention.to_q.weight"
+    for name in (norm, matrix):
+        state[name].view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    convert_file(write_wide(tmp_path / "in", state), tmp_path / "a.gguf")
+    convert_file(tmp_path / "a.gguf", tmp_path / "back")
+    back = loaded(tmp_path / "back")
+    for name, tensor in state.items():
+        assert tensor.dtype == back[name].dtype, name
+        assert torch.equal(tensor.isnan(), back[name].isnan()), name
+        assert torch.equal(tensor.nan_to_num(), back[name].nan_to_num()), name
+
+
+def q8_file(place: Path, scale: float) -> None:
+    """All Q8_0 or F32; the first block has a scale of its own and the codes 127."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for name, shape in names.checkpoint_shapes(names.transformer_table(CONFIG, "fused")).items():
+        matrix = len(shape) == 2 and shape[-1] % 32 == 0 and "pad_token" not in name
+        tensors[name] = random_packed("Q8_0" if matrix else "F32", shape, rng)
+    name = "layers.0.attention.qkv.weight"
+    block = np.float16(scale).tobytes() + bytes([127]) * 32
+    tensors[name] = replace(tensors[name], data=block + tensors[name].data[len(block) :])
+    write_gguf(place, tensors)
+
+
+@pytest.mark.parametrize("dequantize", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_what_is_decoded_is_not_judged_either(tmp_path, dequantize, scale):
+    q8_file(tmp_path / "q.gguf", scale)
+    convert_file(tmp_path / "q.gguf", tmp_path / "a.safetensors", dequantize=dequantize)
+    first = load_file(tmp_path / "a.safetensors")["layers.0.attention.qkv.weight"][0, :32].float()
+    assert bool(torch.isnan(first).all() if scale != scale else (first == scale).all())
+
+
+def test_what_float16_cannot_hold_is_refused_with_a_way_out(tmp_path):
+    q8_file(tmp_path / "q.gguf", 65504.0)
+    wanted = (
+        r"has 32 numbers that are beyond the range of F16, the first at \[0, 0\]; dequantise to bf16 or f32$"
+    )
+    with pytest.raises(BadWeights, match=wanted):
+        convert_file(tmp_path / "q.gguf", tmp_path / "a.safetensors", dequantize="f16")
+    convert_file(tmp_path / "q.gguf", tmp_path / "a.safetensors", dequantize="bf16")

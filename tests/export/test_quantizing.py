@@ -175,6 +175,22 @@ def test_what_is_not_finite_is_named_and_refused_unless_allowed(tmp_path, value)
         assert bool(file.tensor("layers.1.attention.qkv.weight").dequantize().isfinite().all())
 
 
+@pytest.mark.parametrize("type", ["BF16", "F16"])
+def test_what_is_allowed_harms_no_finite_number(tmp_path, type):
+    """One NaN; BF16 holds 2^20, F16 has its largest number for it and counts it."""
+    state = wide_state(torch.float32)
+    name = "layers.1.feed_forward.w1.weight"
+    state[name][0, :5] = torch.tensor([float("nan"), 2.0**20, -(2.0**20), float("inf"), -float("inf")])
+    source = write_wide(tmp_path / "in", state)
+    done = quantize_file(source, tmp_path / "a.gguf", type, allow_nonfinite=True)
+    large = 65504.0 if type == "F16" else 2.0**20
+    with open_weights(tmp_path / "a.gguf") as file:
+        found = file.tensor(name).dequantize()[0, :5]
+    most = 65504.0 if type == "F16" else 65536.0  # what bfloat16 has for 65504
+    assert found.tolist() == [0.0, large, -large, most, -most]
+    assert any(f"has {5 if type == 'F16' else 3} numbers" in remark for remark in done.remarks)
+
+
 def test_numbers_beyond_float16_are_refused_for_f16(tmp_path):
     with pytest.raises(BadWeights, match=r"2 numbers that are beyond the range of F16, .*choose BF16 or F32"):
         quantize_file(broken(tmp_path, 1e6), tmp_path / "a.gguf", "F16")

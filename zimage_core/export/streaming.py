@@ -1,7 +1,8 @@
 """Tensors from a checkpoint into a file, one at a time, in slabs: memory does not grow with either.
 
 A tensor whose stored type is the wanted one is copied byte for byte; any other is made float32 slab by slab
-and encoded. Floats are looked at on the way: NaN and infinity are named, never quietly encoded.
+and encoded. Floats are looked at on the way: NaN and infinity are named, never quietly encoded. A conversion,
+which does not judge weights, carries them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from zimage_core.errors import BadWeights, printable
 from zimage_core.export.checkpoint import Checkpoint, Target
 from zimage_core.export.unfinished import Unfinished
 from zimage_core.formats import BlockFormat
+from zimage_core.quantize import numbers
 from zimage_core.quantize.encode import quantize
 from zimage_core.weights.gguf_layout import Layout
 
@@ -63,7 +65,7 @@ def write_tensors(
         allow_nonfinite: See `Watch`.
         progress: Called after each slab.
         log: Told what is odd.
-        trust: Copy floats without looking at them.
+        trust: Carry NaN and infinity as they are; `jobs` has copies and plain floats only.
 
     Raises:
         BadWeights: NaN or infinity that was not allowed, or numbers beyond float16 in a tensor for F16.
@@ -122,7 +124,7 @@ def packed_rows(
         BadWeights: See `write_tensors`.
     """
     exact = source.format_of(job.target) == job.format and not source.is_scaled(job.target)
-    watch = Watch(source.file.path, job, allow_nonfinite)
+    watch = Watch(source.file.path, job, allow_nonfinite, trust)
     if exact and (trust or not job.format.is_float):
         yield from source.raw(job.target)
         return
@@ -137,7 +139,10 @@ def packed_rows(
         if not watch.look(slab):
             watch.run(slabs)
             watch.report(None)
-        packed = quantize(watch.mended(slab), job.format, job.importance)
+        if trust and job.format.name in numbers.ENCODERS:
+            packed = numbers.ENCODERS[job.format.name](slab, None)  # `quantize` refuses what is not finite
+        else:
+            packed = quantize(watch.mended(slab), job.format, job.importance)
         yield packed.flatten().numpy().data
     watch.report(log)
 
@@ -149,10 +154,11 @@ class Watch:
         path: The source, for messages.
         job: The tensor.
         allow: Do not refuse; what is encoded then gets 0 for NaN and the largest float16 for infinity.
+        carry: NaN and infinity are no matter, only what would become infinite.
     """
 
-    def __init__(self, path: str, job: Job, allow: bool) -> None:
-        self.path, self.job, self.allow = path, job, allow
+    def __init__(self, path: str, job: Job, allow: bool, carry: bool = False) -> None:
+        self.path, self.job, self.allow, self.carry = path, job, allow, carry
         self.count, self.first, self.kind = 0, -1, ""
         self._seen = 0
         # 65520 is the first number that rounds to infinity
@@ -160,15 +166,19 @@ class Watch:
 
     def look(self, slab: Tensor) -> bool:
         """Whether the next rows can be encoded."""
-        fine = bool(slab.abs().amax() < self._limit) if slab.numel() else True
+        fine = not slab.numel() or bool(slab.abs().amax() < self._limit)
         if not fine:
-            flat = ~(slab.flatten().abs() < self._limit)
-            if not self.count:
-                index = int(flat.nonzero()[0, 0])
-                value = float(slab.flatten()[index])
+            flat = slab.flatten()
+            bad = ~(flat.abs() < self._limit)
+            if self.carry:
+                bad &= flat.isfinite()
+            fine = not bool(bad.any())
+            if not fine and not self.count:
+                index = int(bad.nonzero()[0, 0])
+                value = float(flat[index])
                 self.first = self._seen + index
                 self.kind = "beyond the range of F16" if abs(value) < float("inf") else "NaN or infinite"
-            self.count += int(flat.sum())
+            self.count += int(bad.sum())
         self._seen += slab.numel()
         return fine or self.allow
 
@@ -179,7 +189,10 @@ class Watch:
 
     def mended(self, slab: Tensor) -> Tensor:
         """What every type can hold in place of NaN and infinity."""
-        return torch.nan_to_num(slab, nan=0.0).clamp(-_MOST, _MOST) if self.count else slab
+        if not self.count:
+            return slab
+        finite = torch.nan_to_num(slab, nan=0.0, posinf=_MOST, neginf=-_MOST)
+        return finite.clamp(-_MOST, _MOST) if self.job.format.name == "F16" else finite
 
     def report(
         self, log: Log | None, then: str = "0 stands for NaN, the largest number for infinity"
@@ -198,7 +211,7 @@ class Watch:
         if not self.allow:
             hint = "download the checkpoint again, or allow them (--allow-nonfinite)"
             if self.kind.startswith("beyond"):
-                hint = "choose BF16 or F32 for it"
+                hint = "dequantise to bf16 or f32" if self.carry else "choose BF16 or F32 for it"
             raise BadWeights(f"{printable(self.path)}: {fault}; {hint}")
         if log is not None:
             log(f"{fault}; {then}")
