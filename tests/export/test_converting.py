@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers import tiny
 from tests.helpers.gguf_writer import random_packed, write_gguf
 from tests.helpers.wide import WIDE, wide_state, write_wide
 from zimage_core import (
@@ -99,6 +100,48 @@ def test_a_config_is_made_where_the_source_has_none(wide, tmp_path):
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert TransformerConfig.from_json(written) == CONFIG
     assert {k: v for k, v in WIDE.items() if k in written} == {k: written[k] for k in WIDE if k in written}
+
+
+def written_config(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_config_says_nothing_of_a_quantisation_that_is_undone(tmp_path):
+    state = wide_state(torch.bfloat16)
+    weight = "layers.0.feed_forward.w1.weight"
+    state[weight] = state[weight].to(torch.float8_e4m3fn)
+    state[weight.removesuffix("weight") + "scale_weight"] = torch.tensor([0.5])
+    place = write_wide(tmp_path / "in", state)
+    stated = {**WIDE, "quantization_config": {"quant_method": "fp8"}, "torch_dtype": "float8_e4m3fn"}
+    (place / "config.json").write_text(json.dumps({**stated, "note": "kept"}))
+    convert_file(place, tmp_path / "out", dequantize="bf16")
+    assert written_config(tmp_path / "out") == {**WIDE, "torch_dtype": "bfloat16", "note": "kept"}
+    plain = write_wide(tmp_path / "plain", wide_state())
+    (plain / "config.json").write_text(json.dumps({**WIDE, "dtype": "float32"}))
+    convert_file(plain, tmp_path / "copy")
+    assert written_config(tmp_path / "copy") == {**WIDE, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("stated", [False, True])
+def test_a_config_says_whether_there_is_an_output_matrix(tmp_path, head, stated):
+    state = {name: tensor.half() for name, tensor in tiny.text_encoder_state().items()}
+    if head:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
+    (tmp_path / "in").mkdir()
+    save_file(state, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    # the contrary of what is true
+    config = {**tiny.TEXT_ENCODER, "tie_word_embeddings": head}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    source = tmp_path / "in"
+    if not stated:
+        source = tmp_path / "a.gguf"
+        convert_file(tmp_path / "in", source)
+    convert_file(source, tmp_path / "out")
+    found = written_config(tmp_path / "out")
+    assert ("lm_head.weight" in loaded(tmp_path / "out")) == head
+    assert found["tie_word_embeddings"] is not head
+    assert stated or found["torch_dtype"] == "float16"
 
 
 def sdcpp_file(place: Path) -> dict[str, bytes]:

@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.export.checkpoint import TEXT_ENDS
+from zimage_core.export.streaming import Job
 from zimage_core.weights.infer import Config
+
+HEAD = TEXT_ENDS["hf"][1]
+"""The output matrix of a language model, absent where it is the embedding."""
 
 _CLASSES = {"qwen3": "Qwen3Model", "qwen2": "Qwen2Model", "llama": "LlamaModel"}
 
 
-def config_json(config: Config, stated: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a folder's config.json holds; the source's own where it had one."""
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def config_json(
+    config: Config, jobs: Sequence[Job], stated: Mapping[str, Any] | None = None, changed: bool = False
+) -> dict[str, Any]:
+    """What a folder's config.json holds: the source's own where it had one, with what the new weights decide.
+
+    Args:
+        config: Sizes of the network.
+        jobs: The tensors of the folder.
+        stated: The source's config.json.
+        changed: Whether any tensor gets another type than it had.
+    """
     if stated is not None:
-        return dict(stated)
-    if isinstance(config, TransformerConfig):
-        return _transformer(config)
-    return _text_encoder(config) if isinstance(config, TextEncoderConfig) else _autoencoder(config)
+        found = dict(stated)
+    elif isinstance(config, TransformerConfig):
+        found = _transformer(config)
+    else:
+        found = _text_encoder(config) if isinstance(config, TextEncoderConfig) else _autoencoder(config)
+    if changed:
+        found.pop("quantization_config", None)
+    weights: Counter[str] = Counter()
+    for job in jobs:
+        weights[job.format.name] += job.target.weights
+    dtype = _DTYPES.get(weights.most_common(1)[0][0]) if weights else None
+    for key in found.keys() & {"torch_dtype", "dtype"}:
+        found[key] = dtype or found[key]
+    if isinstance(config, TextEncoderConfig):
+        found["tie_word_embeddings"] = all(job.target.name != HEAD for job in jobs)
+    return found
 
 
 def _transformer(c: TransformerConfig) -> dict[str, Any]:
@@ -56,7 +86,7 @@ def _text_encoder(c: TextEncoderConfig) -> dict[str, Any]:
         "num_key_value_heads": c.num_kv_heads,
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_theta,
-        "tie_word_embeddings": True,
+        "torch_dtype": "float32",  # until config_json has seen the weights
         "vocab_size": c.vocab_size,
     }
 

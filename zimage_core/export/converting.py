@@ -211,6 +211,11 @@ def _same_types(source: Checkpoint, jobs: Sequence[Job]) -> bool:
     return all(_is_small(job.target) or source.format_of(job.target) == job.format for job in jobs)
 
 
+def _is_changed(source: Checkpoint, jobs: Sequence[Job]) -> bool:
+    """Whether any tensor is more than copied."""
+    return any(source.format_of(j.target) != j.format or source.is_scaled(j.target) for j in jobs)
+
+
 def _write(
     source: Checkpoint,
     jobs: Sequence[Job],
@@ -260,8 +265,9 @@ def _write_folder(
             if len(parts) > 1:
                 index = safetensors_file.index_text(stem, parts).encode()
                 write_atomically(temporary / f"{stem}.safetensors.index.json", index)
-            config = json.dumps(config_json(source.config, source.stated), indent=2) + "\n"
-            write_atomically(temporary / "config.json", config.encode())
+            config = config_json(source.config, jobs, source.stated, _is_changed(source, jobs))
+            text = json.dumps(config, indent=2) + "\n"
+            write_atomically(temporary / "config.json", text.encode())
             publish(temporary, out, overwrite=False)
         except OSError as error:
             reason = (error.strerror or type(error).__name__).lower()
