@@ -5,8 +5,8 @@
 Errors: sqrt(sum(c (x - q)^2) / sum(c x^2)) on fixed matrices, c being the importance or 1, in
 `results/quantize_errors.json`. ggml is judged by the better of its two ways where there is no importance:
 without a matrix it weights by its own measure, with a matrix of ones by nothing. Its figures stay in the
-file when there is no ggml at hand (see tests/helpers/ggml.py), and tests/quantize/test_errors.py holds
-ours against them. Speed: MB of float32 a second, in CPU and in wall time, in `results/quantize_speed.json`.
+file when there is no ggml at hand (see tests/helpers/ggml.py), and tests/quantize/test_encoder_errors.py
+holds ours against them. Speed: MB of float32 a second, in CPU and in wall time, in `results/quantize_speed.json`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from zimage_core.quantize.encode import ENCODERS, quantize
 SHAPE = (64, 3840)
 SPEED_ROWS = (256, 1024)
 NUMBERS = ("F32", "F16", "BF16")
-NEED_IMPORTANCE = ("IQ1_S", "IQ2_XXS", "IQ2_XS")
 """Types that ggml refuses without a matrix."""
 
 
@@ -54,7 +53,7 @@ def theirs(name: str, x: Array, costs: Array | None) -> dict[str, float]:
     if by_name(name).ggml_type is None:
         return {}
     found = {}
-    if costs is not None or name not in NEED_IMPORTANCE:
+    if costs is not None or name not in ggml.NEED_IMPORTANCE:
         found["ggml"] = weighted_error(ggml.quantize(name, x, costs), name, x, costs)
     if costs is None:
         flat = ggml.quantize(name, x, np.ones(x.shape[1], np.float32))
@@ -113,7 +112,7 @@ def speed_rows(name: str, rows: int, repeats: int) -> list[Row]:
             found.append(about | {"by": "ours", "threads": count})
             found[-1] |= timed(lambda c=costs: ours(name, x, c), x.nbytes, repeats)
         torch.set_num_threads(threads)
-        refused = by_name(name).ggml_type is None or (costs is None and name in NEED_IMPORTANCE)
+        refused = by_name(name).ggml_type is None or (costs is None and name in ggml.NEED_IMPORTANCE)
         if ggml.available() and rows == SPEED_ROWS[0] and not refused:
             found.append(about | {"by": "ggml", "rows": len(few), "threads": 1})
             found[-1] |= timed(lambda c=costs: ggml.quantize(name, few, c), few.nbytes, repeats)

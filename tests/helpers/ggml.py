@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from zimage_core.formats import by_name
 
+NEED_IMPORTANCE = ("IQ1_S", "IQ2_XXS", "IQ2_XS")
+"""Types that ggml encodes with a matrix alone."""
+
 VARIABLE = "ZIMAGE_GGML"
 
 
@@ -48,7 +51,7 @@ needs_ggml = pytest.mark.skipif(
 def quantize(name: str, x: NDArray[np.float32], importance: NDArray[np.float32] | None) -> NDArray[np.uint8]:
     """Rows float32 [n, K] -> uint8 [n, row bytes], as `ggml_quantize_chunk` writes them.
 
-    Importance is float32 [K]. The types below 2.5 bits need one.
+    Importance is float32 [K]. The those of NEED_IMPORTANCE take no other way.
     """
     library = _library()
     if library is None:

@@ -118,6 +118,9 @@ def test_float16_does_not_turn_large_weights_into_infinities(x):
     bad[3, 9] = 65520
     with pytest.raises(BadWeights, match=r"1 of 3072 weights are beyond the range of F16.*use BF16"):
         quantize(bad, "F16")
+    bad[0, 1] = float("nan")
+    with pytest.raises(BadWeights, match=r"NaN, infinite or beyond.*the first is nan in row 0, column 1"):
+        quantize(bad, "F16")
 
 
 def test_bad_arguments_are_named(x, costs):
@@ -140,8 +143,7 @@ def test_bad_arguments_are_named(x, costs):
             quantize(x, "Q4_K", broken)
 
 
-def test_scratch_stays_small_however_many_rows_there_are():
-    """What the encoder of one slab may hold at once: about ten tensors of a slab's size, 1 MiB each."""
+def test_slabs_cover_every_block_once_and_none_is_larger_than_a_slab():
     fmt = by_name("Q5_K")
     boxes = encode._boxes(torch.Size((3000, 3840)), fmt, encode.SLAB)
     assert max((r.stop - r.start) * (c.stop - c.start) for r, c in boxes) <= encode.SLAB

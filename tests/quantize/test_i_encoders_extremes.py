@@ -174,6 +174,18 @@ def test_rows_slabs_and_threads_change_no_bit(name, weighted, monkeypatch):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("name", iq4.ENCODERS)
+@pytest.mark.parametrize("kind", ["gaussian", "student"])
+def test_groups_of_rows_of_any_size_give_the_same_bytes(name, kind):
+    """Sums over columns are made in another order at the edge of a vector, if that is not seen to."""
+    for seed in range(6):
+        x = torch.from_numpy(weights(kind, (41, 768), seed))
+        costs = torch.from_numpy(importance(768, seed)) if seed % 2 else None
+        whole = quantize(x, name, costs)
+        for size in (1, 3, 7):
+            assert torch.equal(torch.cat([quantize(part, name, costs) for part in x.split(size)]), whole)
+
+
 @pytest.mark.parametrize("name", i_quants.ENCODERS)
 def test_importance_of_each_row_of_its_own(name):
     x = torch.from_numpy(weights("gaussian", (3, 512)))

@@ -29,8 +29,8 @@ RELATIVE_ERROR = {
 """Root mean square error over root mean square of Gaussian weights, our encoders without importance.
 Source: benchmarks/results/quality.json, `random`."""
 FAST = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-"""Types to choose among; the IQ types join them only where these do not fit: IQ1 to IQ3 take an hour for 6B
-weights."""
+"""Types to choose among; the IQ types join them only where these do not fit: IQ1 to IQ3 are slow to
+make."""
 
 FACTORS = {
     TRANSFORMER_PARTS["down"]: 4.0,

@@ -1,7 +1,7 @@
 """The one door to the encoders: float weights to the bytes of a block format, slab by slab.
 
-A slab is some ten thousand weights, so that the tens of passes which a search makes over them stay in
-a core's cache and scratch is a few megabytes however large the tensor is. Blocks are independent:
+A slab is a quarter of a million weights, so that the tens of passes which a search makes over them stay near
+a core and scratch is some megabytes however large the tensor is. Blocks are independent:
 where slabs begin and which thread takes them changes no bit.
 """
 
@@ -170,7 +170,7 @@ def _bad_weights(rows: Tensor, limit: float, fmt: BlockFormat) -> BadWeights:
             j = int(bad.nonzero()[0, 0])
             first = f"{float(row[j])} in row {i}, column {j}"
         count += found
-    if limit < float("inf"):
+    if limit < float("inf") and bool(rows.to(torch.float32).isfinite().all()):
         return BadWeights(
             f"{count} of {rows.numel()} weights are beyond the range of {fmt.name}, the first is {first}; "
             "use BF16"

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from zimage_core.quantize.blocks import as_half
 from zimage_core.quantize.grid import DELTA, Groups, grid
-from zimage_core.quantize.rounding import TINY, cost_columns, exponents, reciprocal
+from zimage_core.quantize.rounding import TINY, block_costs, exponents, reciprocal
 
 _RATIOS = (-0.4, 0.5)
-"""Logarithms of the least and the largest scale tried, over the guess; 9 in 10 optima lie in (-0.2, 0.25)."""
+"""Logarithms of the least and the largest scale tried, over the guess."""
 _SPAN = (-0.5, 0.2)
 """Logarithms of the least and the largest d tried; 0 is the d that gives the largest scale the last level."""
 
@@ -204,7 +204,7 @@ def search(plan: Plan, x: Tensor, importance: Tensor | None) -> Found:
     """Super-blocks of weights x [rows, K] with importance [rows, K], [1, K] or None."""
     blocks = x.view(-1, 256)
     power, inverse = exponents(blocks)
-    costs = cost_columns(x, importance, 256, 256)
+    costs = block_costs(x, importance, 256)
     shape = (len(blocks), 256 // plan.run, plan.run)
-    w = None if costs is None else costs.t().reshape(shape)
+    w = None if costs is None else costs.view(shape)
     return _Search(plan, (blocks * inverse[:, None]).view(shape), w, power).run()

@@ -135,11 +135,16 @@ def _from_gguf(file: GGUFFile) -> Content:
         )
         raise WrongModel(file.path, fault, "make one with `zimage imatrix`")
     edges = _edges(file)
-    entries = {_entry_name(file.path, name): _gguf_entry(file, name, len(edges) + 1) for name in names}
+    entries: dict[str, Sums] = {}
+    for name in names:
+        short = _entry_name(file.path, name)
+        if short in entries:
+            raise BadFile(file.path, f"{printable(short, 80)} comes twice", AGAIN)
+        entries[short] = _gguf_entry(file, name, len(edges) + 1)
     datasets = file.metadata.get(DATASETS, ())
     texts = tuple(printable(item, MAX_DATASET) for item in datasets) if not isinstance(datasets, str) else ()
     chunks = file.metadata.get(CHUNKS, 0)
-    return Content(entries, texts, chunks if isinstance(chunks, int) else 0, edges)
+    return Content(entries, texts, max(chunks, 0) if isinstance(chunks, int) else 0, edges)
 
 
 def _edges(file: GGUFFile) -> tuple[float, ...]:
@@ -298,5 +303,6 @@ def to_dat(content: Content) -> Iterator[bytes]:
 
 
 def _short(text: str) -> bytes:
-    data = text.encode("utf-8", "replace")[:MAX_DATASET]
+    # no character is cut in the middle
+    data = text.encode("utf-8", "replace")[:MAX_DATASET].decode("utf-8", "ignore").encode()
     return struct.pack("<i", len(data)) + data

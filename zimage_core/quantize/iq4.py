@@ -12,21 +12,17 @@ from zimage_core.formats import FORMATS
 from zimage_core.quantize.blocks import (
     Encoder,
     as_half,
-    assemble,
     pack_consecutive,
     pack_planes,
-    rows_of,
+    packed_rows,
     to_half,
 )
 from zimage_core.quantize.rounding import (
     Nearest,
-    Runs,
     blocks_of,
-    columns,
-    cost_columns,
-    exponents,
     fit_symmetric,
     peaks,
+    unit_runs,
 )
 from zimage_core.quantize.signed_scales import SignedSearch
 
@@ -69,33 +65,28 @@ def _codes(levels: Tensor) -> Tensor:
 
 
 def _iq4_nl(x: Tensor, importance: Tensor | None) -> Tensor:
-    blocks = x.view(-1, 32)
-    power, inverse = exponents(blocks)
-    runs = Runs(columns(blocks * inverse[:, None], 32), cost_columns(x, importance, 32, 32))
-    nearest = _nearest(x.device)
-    peak = peaks(runs.x)
+    runs, power = unit_runs(x, importance, 32, 32)
+    nearest, peak = _nearest(x.device), peaks(runs.x)
     d = as_half(fit_symmetric(runs, [peak / start for start in _STARTS], nearest), power)
-    codes = _codes(runs.levels(d, None, nearest)).t().contiguous()
-    return rows_of(assemble(FORMATS["IQ4_NL"], d=to_half(d * power), qs=pack_planes(codes, 16, 4)), x)
+    codes = blocks_of(_codes(runs.levels(d, None, nearest)), len(power))
+    return packed_rows(FORMATS["IQ4_NL"], x, d=to_half(d * power), qs=pack_planes(codes, 16, 4))
 
 
 def _iq4_xs(x: Tensor, importance: Tensor | None) -> Tensor:
-    blocks = x.view(-1, 256)
-    power, inverse = exponents(blocks)
-    runs = Runs(columns(blocks * inverse[:, None], 32), cost_columns(x, importance, 256, 32))
+    runs, power = unit_runs(x, importance, 256, 32)
     peak = peaks(runs.x)
     search = SignedSearch(runs, power, _nearest(x.device), 32)
     found = search.run([peak / start for start in _STARTS], (-32, -30, -28, 31, 29), 2)
     codes = blocks_of(_codes(found.levels), len(power))
     scale = (found.scale.t() + 32).to(torch.uint8)
-    packed = assemble(
+    return packed_rows(
         FORMATS["IQ4_XS"],
+        x,
         d=to_half(found.d),
         scales_h=pack_consecutive((scale >> 4).contiguous(), 2),
         scales_l=pack_consecutive((scale & 15).contiguous(), 4),
         qs=pack_planes(codes, 16, 4),
     )
-    return rows_of(packed, x)
 
 
 ENCODERS: dict[str, Encoder] = {"IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs}

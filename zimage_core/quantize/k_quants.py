@@ -53,8 +53,6 @@ class _Signed:
     divisors: tuple[float, ...]
 
 
-# Starting points chosen one by one, each the one that lowered the error most on Gaussian and Student-t runs
-# with and without importance, until another gained less than 0.1 to 0.3 %: docs/quantizing.md
 _AFFINE = {
     "Q2_K": _Affine(16, 3, 15, CUTS[2], (15, 13.8), (0, -1, 1, -2, 2)),
     "Q4_K": _Affine(32, 15, 63, CUTS[4], (63, 61, 58), (0, -1, 1, -2, 2)),

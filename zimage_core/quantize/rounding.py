@@ -102,10 +102,6 @@ class Runs:
         sqq = torch.mul(weighted, q, out=self._two).sum(0)
         return Moments(sq, sqq, torch.mul(weighted, self.y, out=self._two).sum(0))
 
-    def squares(self) -> Tensor:
-        """The sum of y^2 over each run: the error when everything is 0."""
-        return self._sum(torch.mul(self.y, self.y, out=self._two))
-
 
 def centre_of(runs: Runs) -> Tensor:
     """The mean of each run [runs] that was subtracted from it, or zeros."""
@@ -277,12 +273,6 @@ def block_costs(x: Tensor, importance: Tensor | None, weights: int) -> Tensor | 
     blocks = blocks * inverse[:, None]
     blocks = (blocks + (blocks.amax(1, keepdim=True) == 0)).clamp_(min=FLOOR)
     return blocks.view(len(importance), -1).expand(len(x), -1).reshape(-1, weights)
-
-
-def cost_columns(x: Tensor, importance: Tensor | None, weights: int, length: int) -> Tensor | None:
-    """`block_costs` as columns; None stays."""
-    costs = block_costs(x, importance, weights)
-    return None if costs is None else columns(costs, length)
 
 
 def padded(blocks: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Chosen one by one from fine grids: each is the point that lowered the mean error of the runs most, on
 Gaussian and Student-t weights with and without importance, given the points before it; then each was
 exchanged for a better one where there was one. What more points would gain: docs/quantizing.md.
-(0, 0) is always among them, and weights that lie on a grid already are found exactly.
+The whole range, (0, 0), is among the cuts: where a run's weights lie on its grid they are found exactly.
 """
 
 from __future__ import annotations
