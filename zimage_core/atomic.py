@@ -70,8 +70,7 @@ def write_atomically(
     """
     check_destination(path, overwrite)
     target = Path(path)
-    temporary = target.with_name(_temporary_name(target.name))
-    _remove_leftovers(target)
+    temporary = temporary_place(target)
     try:
         # fresh name or refusal: a planted link or an old file is never written through
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
@@ -102,6 +101,12 @@ def remove_unfinished() -> list[str]:
             else:
                 temporary.unlink()
     return list(_kept.values())
+
+
+def temporary_place(target: Path) -> Path:
+    """A name of this process beside `target`; what dead processes left under such names is removed."""
+    _remove_leftovers(target)
+    return target.with_name(_temporary_name(target.name))
 
 
 def publish(temporary: Path, target: Path, overwrite: bool) -> None:
@@ -157,13 +162,16 @@ def _temporary_name(name: str) -> str:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove temporary files of this name whose writing process no longer runs."""
+    """Remove temporary files and folders of this name whose writing process no longer runs."""
     prefix = _temporary_name(target.name).rsplit("-", 2)[0]
     with contextlib.suppress(OSError):
         for path in target.parent.iterdir():
             match = re.fullmatch(re.escape(prefix) + r"-(\d{1,10})-\d{1,20}", path.name)
             if match and path not in _live and not _is_running(int(match[1])):
-                path.unlink()
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
 
 
 def _is_running(pid: int) -> bool:

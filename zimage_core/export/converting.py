@@ -8,6 +8,7 @@ biases, pad tokens) is widened, which is exact, and narrowed on the way back to 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from zimage_core.atomic import check_destination, publish, unfinished, write_atomically
+from zimage_core.atomic import check_destination, publish, temporary_place, unfinished, write_atomically
 from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
 from zimage_core.export import safetensors_file
 from zimage_core.export.checkpoint import MODEL_PREFIX, Checkpoint, Target
@@ -239,20 +240,15 @@ def _write_folder(
     log: Log,
 ) -> int:
     """Shards, index and config in a folder that takes its name when all are there."""
-    if out.is_dir() and not any(out.iterdir()):
-        out.rmdir()
-    if out.exists():
-        raise BadFile(out, "exists already, and a folder is never replaced", "name a new folder")
-    check_destination(out)
     stem = STEMS[source.component]
     by_name = {job.target.name: job for job in jobs}
     parts = safetensors_file.shards(((j.target.name, j.target.shape, j.format) for j in jobs), shard_bytes)
     total, before, nbytes = sum(job.target.weights for job in jobs), 0, 0
     wanted = sum(safetensors_file.nbytes_of(row) for part in parts for row in part)
-    temporary = out.with_name(f".{out.name}.unfinished")
+    _check_folder(out)
+    temporary = temporary_place(out)
     with unfinished(temporary):
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             check_room(temporary / stem, wanted)
             for number, part in enumerate(parts, 1):
@@ -270,11 +266,33 @@ def _write_folder(
             write_atomically(temporary / "config.json", text.encode())
             publish(temporary, out, overwrite=False)
         except OSError as error:
-            reason = (error.strerror or type(error).__name__).lower()
-            raise BadFile(out, f"could not be written ({reason})") from None
+            raise _refusal(out, error) from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return nbytes
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a place that a finished folder cannot take; an empty folder's it can.
+
+    Raises:
+        BadFile: See there.
+    """
+    hint = "name a new folder"
+    try:
+        if not (out.is_dir() and not out.is_symlink() and not any(out.iterdir())):
+            if os.path.lexists(out):
+                raise BadFile(out, "exists already, and a folder is never replaced", hint)
+            check_destination(out)
+        elif out.is_mount() or out.samefile(Path.cwd()):
+            raise BadFile(out, "is a mount point or the current folder, which cannot be replaced", hint)
+    except OSError as error:
+        raise _refusal(out, error) from None
+
+
+def _refusal(out: Path, error: OSError) -> BadFile:
+    reason = (error.strerror or type(error).__name__).lower()
+    return BadFile(out, f"could not be written ({reason})")
 
 
 def _shifted(progress: Progress, before: int, total: int) -> Progress:

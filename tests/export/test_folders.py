@@ -1,0 +1,84 @@
+"""A converted folder appears complete or not at all, and takes nobody's place but that of an empty one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.wide import wide_state
+from zimage_core import BadFile, atomic, convert_file
+
+
+class Stopped(Exception):
+    """What ends a conversion at its first step."""
+
+
+def stop(done, total, name):
+    raise Stopped
+
+
+def assert_whole(folder: Path) -> None:
+    found = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert {name: t.shape for name, t in found.items()} == {n: t.shape for n, t in wide_state().items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in wide_state().items())
+    assert (folder / "config.json").exists()
+
+
+def test_an_empty_folder_is_taken_and_survives_a_failure(wide, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(Stopped):
+        convert_file(wide, out, progress=stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not any(out.iterdir())
+    convert_file(wide, out)
+    assert_whole(out)
+
+
+@pytest.mark.parametrize("place", [".", "mount", "here", "link", "file", "none/out", "a\0b"])
+def test_a_place_that_no_folder_can_take_is_told_in_a_sentence(wide, tmp_path, monkeypatch, place):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "link").symlink_to("mount")
+    (tmp_path / "file").write_bytes(b"precious")
+    monkeypatch.setattr(Path, "is_mount", lambda self: self.name == "mount")
+    monkeypatch.chdir(tmp_path / "here")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(BadFile):
+        convert_file(wide, place if place == "." else tmp_path / place, "diffusers", progress=stop)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_two_processes_that_write_one_folder_do_not_touch_each_other(wide, tmp_path, monkeypatch):
+    """The second one starts and ends while the first one writes; the first to finish has the name."""
+    real, started = os.getpid(), []
+
+    def meanwhile(done, total, name):
+        if not started:
+            started.append(True)
+            monkeypatch.setattr(atomic.os, "getpid", lambda: os.getppid())
+            with pytest.raises(Stopped):
+                convert_file(wide, tmp_path / "out", progress=stop)
+            monkeypatch.setattr(atomic.os, "getpid", lambda: real)
+
+    convert_file(wide, tmp_path / "out", progress=meanwhile)
+    assert started
+    assert_whole(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(wide, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    living = tmp_path / f".out.part-{os.getppid()}-0"
+    for left in (tmp_path / f".out.part-{dead.pid}-0", living):
+        left.mkdir()
+        (left / "shard").write_bytes(b"x")
+    convert_file(wide, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [living.name, "out"]
