@@ -6,7 +6,8 @@ Errors: sqrt(sum(c (x - q)^2) / sum(c x^2)) on fixed matrices, c being the impor
 `results/quantize_errors.json`. ggml is judged by the better of its two ways where there is no importance:
 without a matrix it weights by its own measure, with a matrix of ones by nothing. Its figures stay in the
 file when there is no ggml at hand (see tests/helpers/ggml.py), and tests/quantize/test_encoder_errors.py
-holds ours against them. Speed: MB of float32 a second, in CPU and in wall time, in `results/quantize_speed.json`.
+holds ours against them. Speed: MB of float32 a second, in CPU and in wall time, in
+`results/quantize_speed.json`.
 """
 
 from __future__ import annotations
