@@ -57,7 +57,7 @@ def test_a_recipe_and_a_size_work_as_well(zimage, wide, tmp_path):
         (("--type", "Q9"), 2, "unknown type 'Q9'; known are F32, F16, BF16, Q8_0"),
         (("--size", "much"), 2, "--size: got much, wanted bytes"),
         (("--size", "1kB"), 1, "the smallest possible is"),
-        (("--recipe", "none.txt"), 1, "none.txt: the recipe cannot be read: no such file"),
+        (("--recipe", "none.txt"), 1, "none.txt: the file cannot be opened: no such file"),
         (("--type", "Q8_0", "--imatrix", "none.dat"), 1, "none.dat"),
         (("--type", "Q8_0", "--component", "text_encoder"), 1, "where a Qwen3-4B text encoder is wanted"),
     ],
