@@ -26,7 +26,7 @@ from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.models.transformer import TransformerBlock
 from zimage_core.nn.linear import Linear
 from zimage_core.nn.rope import rotation
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.reference.encode import random_blocks
 
 CONFIG = TransformerConfig(

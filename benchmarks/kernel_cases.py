@@ -19,10 +19,10 @@ from benchmarks.weights import (
     packed_matrix,
     product_error,
 )
-from zimage_core import ops
 from zimage_core.cpu.dequantize import dequantize_into
 from zimage_core.formats import FORMATS, BlockFormat
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant import ops
+from zimage_core.quant.tensor import QuantTensor
 
 PEER_LIMIT = 2e-2
 """Of diffusers, which computes in float16, on every dtype."""

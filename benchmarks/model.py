@@ -10,7 +10,7 @@ import json
 from benchmarks import cases, compile_table
 from benchmarks.report import RESULTS, write
 from zimage_core.formats import FORMATS
-from zimage_core.paths import ARCHITECTURES, crossover
+from zimage_core.quant.dispatch import ARCHITECTURES, crossover
 
 ARCH = "sm_90"
 ATTENTION = 0.65

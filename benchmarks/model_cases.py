@@ -44,7 +44,7 @@ def stepper(
 
     known, through = Conditioning(model), None
     if replay:
-        from zimage_core.graphs import StepGraphs
+        from zimage_core.nn.cuda_graphs import StepGraphs
 
         through = StepGraphs(model.step)
 

@@ -33,10 +33,10 @@ from zimage_core.export.converting import convert_file
 from zimage_core.export.quantizing import quantize_file
 from zimage_core.export.recipes import SOURCE, TYPES, Recipe, Rule
 from zimage_core.formats import by_name
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.quantize.encode import ENCODERS, quantize
 from zimage_core.quantize.imatrix import Imatrix
-from zimage_core.sources import embedded
+from zimage_core.run.sources import embedded
 from zimage_core.study.collect import collect_imatrix
 from zimage_core.study.compare import Reference
 from zimage_core.weights.files import open_weights

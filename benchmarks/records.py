@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import RESULTS, features, machine
-from zimage_core.atomic import write_atomically
+from zimage_core.files.atomic import write_atomically
 
 COLUMNS = (
     "what", "case", "format", "n", "k", "m", "dtype", "contestant", "how", "median_us", "p20_us", "p80_us",

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import cases
 from benchmarks.records import read
-from zimage_core.atomic import write_atomically
+from zimage_core.files.atomic import write_atomically
 
 DATA = Path(__file__).parent / "standing.json"
 README = Path(__file__).parent / "README.md"

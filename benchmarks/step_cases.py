@@ -15,8 +15,8 @@ from benchmarks.contest import Bench, Contestant, contest
 from benchmarks.kernel_cases import compiled, kernels
 from benchmarks.timing import copies
 from benchmarks.weights import relative_error
-from zimage_core import elementwise as fused
-from zimage_core import elementwise_torch as plain
+from zimage_core.nn import elementwise as fused
+from zimage_core.nn import elementwise_torch as plain
 from zimage_core.nn.attention import attention
 
 

@@ -25,7 +25,7 @@ import torch
 from benchmarks import cases
 from benchmarks.timing import Effort, copies, measure, warm_up
 from benchmarks.weights import packed_matrix, product_error
-from zimage_core.atomic import write_atomically
+from zimage_core.files.atomic import write_atomically
 from zimage_core.formats import FORMATS, BlockFormat
 
 ROWS = (16, 32, 64, 128)

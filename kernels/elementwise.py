@@ -2,7 +2,7 @@
 
 Norms: one program a row (a row of heads for q and k), the row is read once and stays in registers.
 Gate: one program a run of 2,048 elements. float32 inside, rounded once to the dtype of the result.
-Multiply-adds may be fused. Shapes are checked at the door, `zimage_core.elementwise`.
+Multiply-adds may be fused. Shapes are checked at the door, `zimage_core.nn.elementwise`.
 Oracle: tests/helpers/fused.py, of zimage_core.reference.layers. Tests: tests/kernels/test_elementwise.py.
 """
 

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from zimage_core.export.converting import convert_file
     from zimage_core.export.quantizing import quantize_file
     from zimage_core.formats import FORMATS
-    from zimage_core.inspection import inspect_file
     from zimage_core.memory.arena import MemoryPlan
-    from zimage_core.ops import dequantize
     from zimage_core.pipeline import ZImagePipeline
-    from zimage_core.quant_tensor import QuantTensor
+    from zimage_core.quant.ops import dequantize
+    from zimage_core.quant.tensor import QuantTensor
     from zimage_core.weights.files import open_weights
     from zimage_core.weights.identify import identify
+    from zimage_core.weights.inspection import inspect_file
     from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae
 
 __version__ = "0.1.0"
@@ -69,12 +69,12 @@ __all__ = [
 _HOME = {  # public name -> module; whatever is not here is an error class
     "FORMATS": "formats",
     "MemoryPlan": "memory.arena",
-    "QuantTensor": "quant_tensor",
+    "QuantTensor": "quant.tensor",
     "ZImagePipeline": "pipeline",
     "convert_file": "export.converting",
-    "dequantize": "ops",
+    "dequantize": "quant.ops",
     "identify": "weights.identify",
-    "inspect_file": "inspection",
+    "inspect_file": "weights.inspection",
     "load_text_encoder": "weights.load",
     "load_transformer": "weights.load",
     "load_vae": "weights.load",

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from zimage_core.batch import Batch, make_batch
-from zimage_core.checks import StepCallback
-from zimage_core.components import Components
-from zimage_core.diagnose import checked, explain, watch
 from zimage_core.errors import BadArgument, Busy, NonFinite, OutOfMemory
+from zimage_core.files.png import file_identity
 from zimage_core.models.conditioning import Conditioning
 from zimage_core.models.vae_tiles import ways_to_decode
-from zimage_core.png import file_identity
-from zimage_core.result import Clock, Timings, ZImageResult, peak_memory, to_output
-from zimage_core.run import Run, call_back, describe, encoding, prepare
+from zimage_core.run.batch import Batch, make_batch
+from zimage_core.run.checks import StepCallback
+from zimage_core.run.loading import Components
+from zimage_core.run.nonfinite import checked, explain, watch
+from zimage_core.run.request import Run, call_back, describe, encoding, prepare
+from zimage_core.run.result import Clock, Timings, ZImageResult, peak_memory, to_output
 from zimage_core.sampling.euler import network_time, sample
 from zimage_core.sampling.guidance import Guided, Network
 from zimage_core.text.prompt import prompt_ids

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from zimage_core.errors import BadFile
+from zimage_core.files.png import read_metadata
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.png import read_metadata
 
 SMALL = ("-W", 32, "-H", 32, "--steps", 2, "--quiet")
 

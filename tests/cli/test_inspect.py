@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.tree import ROOT
 from zimage_core.errors import BadFile
-from zimage_core.inspection import inspect_file
+from zimage_core.weights.inspection import inspect_file
 
 
 def test_a_folder_of_all_parts_lacks_nothing(zimage, model):
@@ -167,7 +167,7 @@ def test_settings_of_a_picture_come_back(zimage, model, tmp_path):
 def test_headers_are_read_without_torch_and_numpy(model):
     """That is what makes it start at once; the time itself is not asserted, machines are busy."""
     code = (
-        "import sys; from zimage_core.inspection import inspect_file; "
+        "import sys; from zimage_core.weights.inspection import inspect_file; "
         "inspect_file(sys.argv[1]); print(' '.join(sys.modules))"
     )
     run = subprocess.run(

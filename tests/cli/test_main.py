@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.tree import ROOT
 from zimage_core.cli import inspect
 from zimage_core.errors import BadFile
-from zimage_core.png import read_metadata
+from zimage_core.files.png import read_metadata
 
 READY = (
     "import sys, zimage_core.cli.main as m; m._handle_signals(); "
@@ -128,7 +128,7 @@ def test_a_signal_in_the_middle_of_an_import_ends_it_as_well():
     """Then the module that removes unfinished files exists without its functions."""
     code = (
         "import os, sys, types, zimage_core.cli.main as m; m._handle_signals(); "
-        "sys.modules['zimage_core.atomic'] = types.ModuleType('atomic'); os.kill(os.getpid(), 15)"
+        "sys.modules['zimage_core.files.atomic'] = types.ModuleType('atomic'); os.kill(os.getpid(), 15)"
     )
     process = start(code=code)
     assert (process.wait(30), process.stderr.read()) == (143, "")

@@ -9,7 +9,7 @@ import pytest
 
 from zimage_core.cli import progress
 from zimage_core.cli.progress import Progress
-from zimage_core.units import in_bytes, in_count
+from zimage_core.files.units import in_bytes, in_count
 
 
 class Terminal(io.StringIO):

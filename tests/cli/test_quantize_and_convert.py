@@ -15,7 +15,7 @@ from tests.helpers.wide import wide_state, write_wide
 from zimage_core.errors import BadFile
 from zimage_core.export import quantizing
 from zimage_core.export.recipes import read_recipe
-from zimage_core.inspection import inspect_file
+from zimage_core.weights.inspection import inspect_file
 
 
 @pytest.fixture(scope="module")

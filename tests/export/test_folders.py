@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.wide import wide_state
-from zimage_core import BadFile, atomic, convert_file
+from zimage_core import BadFile, convert_file
+from zimage_core.files import atomic
 
 
 class Stopped(Exception):

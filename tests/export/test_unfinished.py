@@ -9,10 +9,11 @@ import zlib
 
 import pytest
 
-from zimage_core import BadFile, atomic, quantize_file
-from zimage_core.atomic import remove_unfinished, unfinished
+from zimage_core import BadFile, quantize_file
 from zimage_core.export import unfinished as room
 from zimage_core.export.unfinished import Unfinished
+from zimage_core.files import atomic
+from zimage_core.files.atomic import remove_unfinished, unfinished
 
 DATA = {"a": b"x" * 1000, "b": b"y" * 2000}
 

@@ -7,7 +7,7 @@ import torch
 
 from zimage_core.formats import FORMATS
 from zimage_core.nn.linear import Linear
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.reference.dequantize import dequantize as reference
 from zimage_core.reference.encode import random_blocks
 

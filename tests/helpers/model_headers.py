@@ -6,11 +6,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.files.units import in_bytes, in_seconds
 from zimage_core.formats import FORMATS
 from zimage_core.memory.plan import make_plan
 from zimage_core.memory.rates import PCIE, Rates
 from zimage_core.memory.sizes import Sizes, sizes_of
-from zimage_core.units import in_bytes, in_seconds
 from zimage_core.weights import names
 from zimage_core.weights.card import ModelCard
 

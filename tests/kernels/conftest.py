@@ -25,10 +25,10 @@ def device(request) -> torch.device:
 @pytest.fixture
 def calls(monkeypatch) -> Counter[str]:
     """Kernels on, on a GPU that takes a path as an H100 does, no scratch yet; counts of what ran."""
-    from zimage_core import accelerator, paths
     from zimage_core.kernels import dequantize as dequantize_module
     from zimage_core.kernels import matmul as matmul_module
     from zimage_core.kernels import planar
+    from zimage_core.quant import dispatch, gpu
 
     counts: Counter[str] = Counter()
 
@@ -41,10 +41,10 @@ def calls(monkeypatch) -> Counter[str]:
 
         monkeypatch.setattr(module, name, wrapper)
 
-    monkeypatch.setattr(paths, "KERNELS", "on")
-    monkeypatch.setattr(paths, "MODE", "auto")
-    monkeypatch.setattr(accelerator, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(accelerator, "_local", accelerator._Local())
+    monkeypatch.setattr(dispatch, "KERNELS", "on")
+    monkeypatch.setattr(dispatch, "MODE", "auto")
+    monkeypatch.setattr(gpu, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(gpu, "_local", gpu._Local())
     counted(matmul_module, "matmul", "fused")
     counted(dequantize_module, "dequantize", "dequantise")
     counted(planar, "repack", "repack")

@@ -24,10 +24,11 @@ from tests.helpers.fused import (
     silu_gate,
     tuple_of,
 )
-from zimage_core import elementwise, paths
 from zimage_core.config import TransformerConfig
 from zimage_core.kernels import elementwise as kernels
 from zimage_core.models.transformer import TransformerBlock
+from zimage_core.nn import elementwise
+from zimage_core.quant import dispatch
 
 # NumPy, the arithmetic of the interpreter, warns of the infinite exp of silu and of planted NaN
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -38,7 +39,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 
 @pytest.fixture
 def switched_on(monkeypatch):
-    monkeypatch.setattr(paths, "KERNELS", "on")
+    monkeypatch.setattr(dispatch, "KERNELS", "on")
 
 
 @contextmanager
@@ -226,7 +227,7 @@ def test_a_block_through_kernels_is_the_block_through_torch(device, modulated, m
     inputs = [t.to(device) for t in (x, angles.cos(), angles.sin(), temb)]
     results = []
     for choice in ("off", "on"):
-        monkeypatch.setattr(paths, "KERNELS", choice)
+        monkeypatch.setattr(dispatch, "KERNELS", choice)
         results.append(block(inputs[0], (inputs[1], inputs[2]), inputs[3] if modulated else None))
     # the parity tests' bar: one formula, sums in another order
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zimage_core import paths
 from zimage_core.nn.linear import Linear
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.quant import dispatch
 
 PROMPT = "a small red circle on the left of a blue background"
 SMALL = {"height": 16, "width": 16, "num_inference_steps": 1}
@@ -27,7 +27,7 @@ def reference():
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_a_run_through_the_kernels_is_the_run_of_the_cpu(device, dtype, reference, monkeypatch):
     """The same weights, dequantised in float32 and fused in float16: to rounding, the same latents."""
-    monkeypatch.setattr(paths, "KERNELS", "on")
+    monkeypatch.setattr(dispatch, "KERNELS", "on")
     pipe = ZImagePipeline.from_default(dtype=dtype, device=device)
     got = latents(pipe, **SMALL)
     fused = [m for m in pipe.transformer.modules() if isinstance(m, Linear) and m.quant and m.quant.cache]
@@ -67,6 +67,6 @@ def test_resident_weights_on_a_gpu_give_nearly_the_same():
 def test_every_forced_path_draws_the_same(monkeypatch):
     pictures = []
     for mode in ("fused", "dequantise"):
-        monkeypatch.setattr(paths, "MODE", mode)
+        monkeypatch.setattr(dispatch, "MODE", mode)
         pictures.append(latents(ZImagePipeline.from_default(dtype="bfloat16", device="cuda")))
     assert float((pictures[0] - pictures[1]).abs().mean()) < 0.05 * float(pictures[1].abs().mean())

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers.blocks import assert_same_bits
-from zimage_core import paths
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.kernels import tiles
 from zimage_core.kernels.decode.table import DECODERS
@@ -21,6 +20,7 @@ from zimage_core.kernels.planar import (
     plane_shapes,
     repack,
 )
+from zimage_core.quant import dispatch
 from zimage_core.reference.dequantize import dequantize as reference
 from zimage_core.reference.encode import finite_scales
 
@@ -197,8 +197,8 @@ def test_bytes_are_counted_without_making_planes(fmt, device):
     planes = run(torch.from_numpy(random_rows(fmt, 5, width)).to(device), fmt)
     assert planes.nbytes == sum(p.numel() * p.element_size() for p in planes)
     for rows, steps in ((5, 1), (1, 1), (3, 7), (3840, 10)):
-        assert paths.planar_bytes(fmt, rows, steps * width) * 5 == planes.nbytes * rows * steps
-    assert paths.PLANAR_BITS[fmt.name] == 8 * planes.nbytes / (5 * width)
+        assert dispatch.planar_bytes(fmt, rows, steps * width) * 5 == planes.nbytes * rows * steps
+    assert dispatch.PLANAR_BITS[fmt.name] == 8 * planes.nbytes / (5 * width)
     for name, (shape, dtype) in plane_shapes(fmt, 5, width).items():
         assert getattr(planes, name).shape == shape
         assert getattr(planes, name).dtype == dtype
@@ -206,9 +206,9 @@ def test_bytes_are_counted_without_making_planes(fmt, device):
 
 def test_tables_agree_on_the_formats_with_planes():
     fused = {name for name, decoder in DECODERS.items() if decoder.bits}
-    assert fused == set(paths.PLANAR_BITS) == set(LAYOUT)
+    assert fused == set(dispatch.PLANAR_BITS) == set(LAYOUT)
     assert {name: DECODERS[name].bits for name in fused} == {name: LAYOUT[name][0] for name in fused}
-    assert paths.PLANAR_BITS["Q4_K"] == 4.625
+    assert dispatch.PLANAR_BITS["Q4_K"] == 4.625
 
 
 def test_paths_and_kernel_agree_on_the_widths_with_planes():
@@ -217,7 +217,7 @@ def test_paths_and_kernel_agree_on_the_widths_with_planes():
         for width in range(fmt.weights, 1025, fmt.weights):
             if fmt.weights == 1 and width > 256:
                 break
-            obstacle = paths._why_not_fused(fmt, width, "sm_90", "float16")
+            obstacle = dispatch._why_not_fused(fmt, width, "sm_90", "float16")
             assert (not obstacle) == can_repack(fmt, width), f"{fmt.name}, {width} weights: {obstacle!r}"
 
 

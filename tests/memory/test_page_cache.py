@@ -21,7 +21,7 @@ from zimage_core.memory import cache
 from zimage_core.memory.attach import stream_model, unstream
 from zimage_core.memory.blocks import Block
 from zimage_core.nn.linear import Linear
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights.files import open_weights
 from zimage_core.weights.load import load_transformer
 from zimage_core.weights.source import Source

@@ -18,8 +18,8 @@ from zimage_core.memory.job import RING, RUNTIME
 from zimage_core.memory.plan import PHASES, make_plan
 from zimage_core.memory.rates import known
 from zimage_core.memory.sizes import Block, Matrix, Part, Sizes, folder_files, read_sizes
-from zimage_core.paths import PLANES_MARGIN
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.quant.dispatch import PLANES_MARGIN
 
 GIB = 1 << 30
 Q4_K_M, Q3_K_S = full_size(q4_k_m), full_size(q3_k_s)

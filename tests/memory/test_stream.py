@@ -20,11 +20,11 @@ from tests.helpers.streamed import (
     transformer_file,
 )
 from tests.helpers.tree import ROOT
-from zimage_core import paths
 from zimage_core.memory.attach import stream_model, unstream
 from zimage_core.memory.device import HostBackend
 from zimage_core.models.block_source import RESIDENT
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.quant import dispatch
 from zimage_core.weights.load import load_text_encoder, load_transformer
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
@@ -256,7 +256,7 @@ def test_on_a_gpu_streamed_is_resident_to_the_bit(dit_path, resident, slots):
     dtype = torch.bfloat16
     with pytest.MonkeyPatch.context() as patch:
         # planes are never made of streamed weights, and the other path sums in another order
-        patch.setattr(paths, "MODE", "dequantise")
+        patch.setattr(dispatch, "MODE", "dequantise")
         want = draw(load_transformer(dit_path, dtype, "cuda"), images=2)
         model = load_transformer(dit_path, dtype)
         stream = stream_model(model, resident, "cuda", slots=slots, ring=1 << 18)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from zimage_core.config import TransformerConfig
-from zimage_core.elementwise import gate_norm_residual
 from zimage_core.errors import BadShape
 from zimage_core.models.transformer import FP16_FFN_SCALE, ZImageTransformer, timestep_sinusoid
+from zimage_core.nn.elementwise import gate_norm_residual
 
 TINY = TransformerConfig(
     dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=20, hidden_dim=170, axes_dims=(8, 12, 12),

@@ -9,7 +9,7 @@ import torch
 from zimage_core.errors import BadShape
 from zimage_core.formats import FORMATS
 from zimage_core.nn.linear import Embedding, Linear
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.reference.encode import random_blocks
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.helpers import parity
-from zimage_core.elementwise import rms_norm_modulate
 from zimage_core.models import sequence, transformer
 from zimage_core.nn import rope
+from zimage_core.nn.elementwise import rms_norm_modulate
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 1e-5

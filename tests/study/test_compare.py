@@ -77,7 +77,7 @@ def test_a_fault_in_an_early_block_goes_on_in_the_stream(pipe):
 
 def test_the_velocity_is_the_networks_on_the_latents_of_a(pipe, found):
     """Step 1 of the first picture, both networks called by hand on the noise."""
-    from zimage_core.noise import from_seeds
+    from zimage_core.sampling.noise import from_seeds
 
     errors = []
     other = changed("layers.1.feed_forward.w2")

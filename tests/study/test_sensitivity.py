@@ -19,7 +19,7 @@ from zimage_core.export.recipes import Recipe, parse_recipe
 from zimage_core.export.sizing import RELATIVE_ERROR
 from zimage_core.formats import by_name
 from zimage_core.nn.linear import Linear
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.quantize.encode import quantize
 from zimage_core.quantize.imatrix import flat
 from zimage_core.study.sensitivity import candidates, measure, weight_error

@@ -11,7 +11,8 @@ import pytest
 
 from tests.helpers.small_tokenizer import ADDED, BYTE_LEVEL, DOCUMENT, PRE, SPLIT, VOCAB, changed, load
 from zimage_core.errors import BadFile, Unsupported, ZImageError
-from zimage_core.text import files, tokenizer_json
+from zimage_core.files import untrusted
+from zimage_core.text import tokenizer_json
 from zimage_core.text.byte_pairs import byte_alphabet
 from zimage_core.text.pretokenizers import GPT2, LLAMA3
 from zimage_core.text.tokenizer import Tokenizer
@@ -264,7 +265,7 @@ def test_what_is_not_a_file_is_named(tmp_path):
 def test_a_file_larger_than_any_tokenizer_is_not_read(tmp_path):
     path = tmp_path / "huge.json"
     with path.open("wb") as file:
-        file.truncate(files.MAX_BYTES + 1)
+        file.truncate(untrusted.MAX_BYTES + 1)
     with pytest.raises(BadFile, match="larger than 100000000 bytes"):
         Tokenizer.from_json(path)
 

@@ -21,8 +21,8 @@ from tests.helpers.model_files import (
 )
 from zimage_core.errors import BadArgument, BadFile, BadWeights, WrongModel
 from zimage_core.formats import FORMATS
-from zimage_core.inspection import inspect_file
 from zimage_core.weights import names
+from zimage_core.weights.inspection import inspect_file
 from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae
 
 # --- fp8 ----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from zimage_core.atomic import check_destination, write_atomically
 from zimage_core.cli.model_options import (
     DTYPES,
     PARTS,
@@ -23,7 +22,8 @@ from zimage_core.cli.model_options import (
 )
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadArgument, printable
-from zimage_core.units import in_seconds
+from zimage_core.files.atomic import check_destination, write_atomically
+from zimage_core.files.units import in_seconds
 
 if TYPE_CHECKING:
     from zimage_core.pipeline import ZImagePipeline
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, prompts: list[str]) -> None:
-    from zimage_core import checks
+    from zimage_core.run import checks
 
     checks.whole("count", args.count, 1, MAX_SEEDS)
     checks.whole("block-steps", args.block_steps, 0, MAX_SEEDS)
@@ -142,7 +142,7 @@ def _parts(args: argparse.Namespace, transformer: str, dtype: str | None = None,
     side.transformer = None if transformer == SAME else transformer
     side.dtype = dtype or args.dtype
     if side.model is None:
-        from zimage_core.sources import embedded
+        from zimage_core.run.sources import embedded
 
         # an encoder without a VAE is left to `check_model`, which says what is missing
         alone = args.text_encoder is None and args.vae is None

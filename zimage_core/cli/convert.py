@@ -7,8 +7,8 @@ import sys
 from typing import Any
 
 from zimage_core.cli.progress import Work
+from zimage_core.files.units import in_bytes
 from zimage_core.memory.budget import read_bytes
-from zimage_core.units import in_bytes
 
 EPILOG = """examples:
   zimage convert Z-Image-Turbo/ turbo.safetensors              diffusers folder -> one file for ComfyUI

@@ -14,9 +14,9 @@ from typing import Any
 from zimage_core import __version__
 from zimage_core.cli import paths_table
 from zimage_core.errors import ZImageError, printable
+from zimage_core.files.units import in_bytes
 from zimage_core.formats import FORMATS
-from zimage_core.paths import HAS_TRITON, crossover
-from zimage_core.units import in_bytes
+from zimage_core.quant.dispatch import HAS_TRITON, crossover
 
 NEEDED = ("torch", "numpy", "gguf", "safetensors", "tokenizers", "sentencepiece", "pillow")
 OPTIONAL = ("triton", "huggingface_hub")
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _paths(args: argparse.Namespace, devices: list[dict[str, Any]]) -> int:
     """Print the table of paths of the GPU here, of one asked for, or of a CPU."""
-    from zimage_core.checks import real
+    from zimage_core.run.checks import real
 
     gpu = devices[1] if len(devices) > 1 else {}
     architecture = args.architecture or gpu.get("architecture", "cpu")
@@ -163,7 +163,7 @@ def _architecture(properties: Any) -> str:
 
 def _embedded_model() -> tuple[dict[str, Any] | None, str]:
     """The model inside the package: its parts, or what is wrong with them."""
-    from zimage_core.inspection import inspect_file
+    from zimage_core.weights.inspection import inspect_file
 
     folder = Path(__file__).parent.parent / "assets" / "nano"
     try:

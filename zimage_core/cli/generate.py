@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from zimage_core.atomic import check_destination
 from zimage_core.cli.model_options import (
     add_model,
     add_picture,
@@ -23,13 +22,14 @@ from zimage_core.cli.model_options import (
 )
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadArgument, printable
-from zimage_core.units import in_bytes
+from zimage_core.files.atomic import check_destination
+from zimage_core.files.units import in_bytes
 
 if TYPE_CHECKING:
     import torch
 
     from zimage_core.pipeline import ZImagePipeline
-    from zimage_core.result import ZImageResult
+    from zimage_core.run.result import ZImageResult
 
 MAX_COUNT = 100_000
 _EPILOG = """\
@@ -135,7 +135,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 def _check(args: argparse.Namespace, prompts: list[str], seed: int) -> None:
     """What the pipeline would refuse after the model is loaded is refused here, before."""
-    from zimage_core import checks
+    from zimage_core.run import checks
 
     checks.whole("count", args.count, 1, MAX_COUNT)
     checks.seed(seed, None)

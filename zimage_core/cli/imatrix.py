@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_core.atomic import check_destination
 from zimage_core.cli.model_options import (
     add_study,
     check_model,
@@ -20,7 +19,8 @@ from zimage_core.cli.model_options import (
 )
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import printable
-from zimage_core.units import in_bytes
+from zimage_core.files.atomic import check_destination
+from zimage_core.files.units import in_bytes
 
 if TYPE_CHECKING:
     from zimage_core.quantize.imatrix import Imatrix
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace, prompts: list[str]) -> None:
     """What the pipeline would refuse after the model is loaded is refused here, before."""
-    from zimage_core import checks
+    from zimage_core.run import checks
 
     check_model(args)
     checks.seed(args.seed, None)

@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 from zimage_core.errors import ZImageError, printable
-from zimage_core.inspection import Inspection, dumps, inspect_file
-from zimage_core.units import in_bytes, in_count
+from zimage_core.files.units import in_bytes, in_count
+from zimage_core.weights.inspection import Inspection, dumps, inspect_file
 
 _QUIET_KEYS = ("tokenizer.chat_template",)  # long and never used
 

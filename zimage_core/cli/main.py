@@ -144,7 +144,7 @@ def _handle_signals() -> None:
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         try:
             # not there yet while the module is being imported: then there is nothing to remove
-            clean = getattr(sys.modules.get("zimage_core.atomic"), "remove_unfinished", None)
+            clean = getattr(sys.modules.get("zimage_core.files.atomic"), "remove_unfinished", None)
             remarks = clean() if clean is not None else []
             # past Python's buffers, which may be in use below us
             if os.isatty(2):

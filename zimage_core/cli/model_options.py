@@ -172,7 +172,7 @@ def read_text(name: str) -> str:
         data = sys.stdin.buffer.read(MAX_PROMPT_FILE + 1)
         name = "standard input"
     else:
-        from zimage_core.text.files import read_bytes
+        from zimage_core.files.untrusted import read_bytes
 
         data = read_bytes(name)
     if len(data) > MAX_PROMPT_FILE:

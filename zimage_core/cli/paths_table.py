@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from zimage_core.errors import Unsupported
+from zimage_core.files.units import in_bytes
 from zimage_core.formats import FORMATS
-from zimage_core.paths import Choice, choose, crossover
-from zimage_core.units import in_bytes
+from zimage_core.quant.dispatch import Choice, choose, crossover
 
 ROWS, WIDTH = 10240, 3840
 """The widest matrix of S3-DiT, w1 and w3."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from zimage_core.files.units import in_bytes, in_seconds
 from zimage_core.memory.plan import Phase, Plan
-from zimage_core.units import in_bytes, in_seconds
 
 BLOCKS = "█▓▒░·"
 """Weights, slots, activations, the rest (scratch, planes, workspace), free."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from zimage_core.units import in_count
+from zimage_core.files.units import in_count
 
 WIDTH = 24
 

@@ -6,11 +6,11 @@ import argparse
 import sys
 from typing import Any
 
-from zimage_core.atomic import check_destination
 from zimage_core.cli.progress import Work
 from zimage_core.errors import BadArgument
+from zimage_core.files.atomic import check_destination
+from zimage_core.files.units import in_bytes, in_seconds
 from zimage_core.memory.budget import read_bytes
-from zimage_core.units import in_bytes, in_seconds
 
 EPILOG = """types:
   Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q3_K_L Q3_K_M Q3_K_S Q2_K, Q4_0 Q4_1 Q5_0 Q5_1, F16 BF16,

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from zimage_core.atomic import check_destination
 from zimage_core.cli.model_options import (
     add_study,
     check_model,
@@ -18,6 +17,7 @@ from zimage_core.cli.model_options import (
 )
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadArgument, printable
+from zimage_core.files.atomic import check_destination
 
 _EPILOG = """\
 Without a model the one inside the package is used. Each tensor is stored in each type, alone, and

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zimage_core.errors import BadArgument, OverBudget
-from zimage_core.units import in_bytes
+from zimage_core.files.units import in_bytes
 
 MOST_EXCHANGES = 10_000
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadWeights, Unsupported, WrongModel, ZImageError, printable
 from zimage_core.formats import BlockFormat
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names, storage
 from zimage_core.weights.card import WANTED, require
 from zimage_core.weights.files import open_weights

@@ -17,7 +17,6 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from zimage_core.atomic import check_destination, publish, temporary_place, unfinished, write_atomically
 from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
 from zimage_core.export import safetensors_file
 from zimage_core.export.checkpoint import MODEL_PREFIX, Checkpoint, Target
@@ -27,6 +26,7 @@ from zimage_core.export.mixes import MIXES
 from zimage_core.export.quantizing import refuse_same_file
 from zimage_core.export.streaming import Job, Log, Progress, write_tensors
 from zimage_core.export.unfinished import Unfinished, check_room
+from zimage_core.files.atomic import check_destination, publish, temporary_place, unfinished, write_atomically
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.weights import gguf_layout
 

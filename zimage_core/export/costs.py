@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from os import PathLike, fspath
 from typing import Any
 
-from zimage_core.atomic import write_atomically
 from zimage_core.errors import BadFile
 from zimage_core.export.recipes import TYPES
-from zimage_core.text.files import read_json
+from zimage_core.files.atomic import write_atomically
+from zimage_core.files.untrusted import read_json
 
 KIND = "zimage_core sensitivity 1"
 

@@ -7,10 +7,10 @@ from os import PathLike
 from zimage_core.config import AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, OverBudget
 from zimage_core.export.checkpoint import Checkpoint
+from zimage_core.files.units import in_bytes
 from zimage_core.memory.activations import denoise_bytes
 from zimage_core.memory.job import WORKSPACE
-from zimage_core.paths import SCRATCH_BYTES
-from zimage_core.units import in_bytes
+from zimage_core.quant.dispatch import SCRATCH_BYTES
 
 CAPTION = 128
 """Tokens of a caption, as `zimage plan` supposes."""

@@ -177,7 +177,7 @@ def _token_type(text: str, added: bool) -> int:
 
 def _template(folder: Path) -> dict[str, Any]:
     """The chat template, as text; this library has its own and never runs it."""
-    from zimage_core.text.files import read_json
+    from zimage_core.files.untrusted import read_json
 
     try:
         template = read_json(folder / "tokenizer_config.json").get("chat_template")

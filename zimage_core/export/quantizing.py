@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
 
-from zimage_core.atomic import check_destination
 from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
 from zimage_core.export.checkpoint import Checkpoint, Target
 from zimage_core.export.choice import choose_formats
@@ -20,6 +19,7 @@ from zimage_core.export.recipes import Recipe, read_recipe
 from zimage_core.export.sizing import recipe_for_size
 from zimage_core.export.streaming import Job, Log, Progress, write_tensors
 from zimage_core.export.unfinished import Unfinished
+from zimage_core.files.atomic import check_destination
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.quantize.imatrix import Imatrix, read_imatrix
 from zimage_core.weights import gguf_layout

@@ -21,10 +21,10 @@ from fnmatch import fnmatchcase
 from os import PathLike, fspath
 from pathlib import Path
 
-from zimage_core.atomic import write_atomically
 from zimage_core.errors import BadArgument, BadFile, printable
+from zimage_core.files.atomic import write_atomically
+from zimage_core.files.untrusted import read_text
 from zimage_core.formats import FORMATS, BlockFormat
-from zimage_core.text.files import read_text
 
 SOURCE = "source"
 """The word for: as the checkpoint has it."""

@@ -19,7 +19,7 @@ from zimage_core.export.costs import Sensitivity
 from zimage_core.export.metadata import gguf_metadata, recipe_keys
 from zimage_core.export.mixes import KEPT, TEXT_PARTS, TRANSFORMER_PARTS
 from zimage_core.export.recipes import SOURCE, Recipe
-from zimage_core.units import in_bytes
+from zimage_core.files.units import in_bytes
 from zimage_core.weights import gguf_layout
 
 RELATIVE_ERROR = {

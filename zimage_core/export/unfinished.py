@@ -21,9 +21,9 @@ from os import PathLike
 from pathlib import Path
 from typing import IO, NoReturn
 
-from zimage_core.atomic import check_destination, publish, unfinished
 from zimage_core.errors import BadFile, printable
-from zimage_core.units import in_bytes
+from zimage_core.files.atomic import check_destination, publish, unfinished
+from zimage_core.files.units import in_bytes
 
 CHUNK = 16 << 20
 ROOM = 16 << 20

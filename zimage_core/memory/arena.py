@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from zimage_core.atomic import write_atomically
 from zimage_core.errors import BadArgument, OverBudget, Unsupported
+from zimage_core.files.atomic import write_atomically
+from zimage_core.files.units import in_bytes
 from zimage_core.memory import cache, timeline
 from zimage_core.memory.attach import bring, forbid_planes, stream_model, take_back, unstream
 from zimage_core.memory.budget import read_bytes
@@ -25,7 +26,6 @@ from zimage_core.memory.traffic import Traffic
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
-from zimage_core.units import in_bytes
 from zimage_core.weights.load import weight_file
 from zimage_core.weights.source import WeightFile
 
@@ -273,7 +273,7 @@ class Arena:
         if self.device.type == "cpu":
             self._measured = self._measured or measure("cpu")
             return self._measured
-        from zimage_core.accelerator import architecture
+        from zimage_core.quant.gpu import architecture
 
         return known(architecture(self.device))
 

@@ -21,7 +21,7 @@ from zimage_core.models.block_source import RESIDENT, Resident
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Embedding, Linear
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights.load import weight_file
 from zimage_core.weights.source import WeightFile
 

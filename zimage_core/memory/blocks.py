@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zimage_core.errors import BadArgument
 from zimage_core.nn.linear import Linear
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights.source import Source, WeightFile
 
 ALIGN = 256

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from zimage_core.files.units import in_bytes, in_seconds
 from zimage_core.memory.job import AT_ONCE, Job
-from zimage_core.units import in_bytes, in_seconds
 
 if TYPE_CHECKING:
     from zimage_core.memory.plan import Plan

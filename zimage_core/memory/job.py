@@ -20,7 +20,7 @@ from zimage_core.memory.activations import (
 )
 from zimage_core.memory.rates import Rates
 from zimage_core.memory.sizes import Block, Sizes, matrices
-from zimage_core.paths import family
+from zimage_core.quant.dispatch import family
 
 WORKSPACE = {"sm_90": 32 << 20, "sm_100": 32 << 20}
 """Bytes that the library of products takes for itself, by family; 9 MiB elsewhere. Source: PyTorch, notes on

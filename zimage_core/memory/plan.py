@@ -17,7 +17,7 @@ from zimage_core.memory.rates import Rates, known
 from zimage_core.memory.residency import Residency
 from zimage_core.memory.sizes import Sizes
 from zimage_core.memory.times import Times, resident_times, streamed_times
-from zimage_core.paths import PLANES_MARGIN
+from zimage_core.quant.dispatch import PLANES_MARGIN
 
 PHASES = ("encode", "denoise", "decode")
 

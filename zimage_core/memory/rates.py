@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from zimage_core.errors import BadArgument
-from zimage_core.paths import ARCHITECTURES, family
+from zimage_core.quant.dispatch import ARCHITECTURES, family
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def _measure_cpu(seconds: float) -> Rates:
 def _measure_gpu(device: torch.device, seconds: float) -> Rates:
     import torch
 
-    from zimage_core.accelerator import architecture
+    from zimage_core.quant.gpu import architecture
 
     def wait() -> None:
         torch.cuda.synchronize(device)

@@ -12,7 +12,7 @@ from zimage_core.config import AutoencoderConfig, TextEncoderConfig, Transformer
 from zimage_core.errors import BadArgument, BadWeights, printable
 from zimage_core.formats import FORMATS
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
-from zimage_core.paths import PLANAR_BITS, SCRATCH_BYTES, crossover, planar_bytes
+from zimage_core.quant.dispatch import PLANAR_BITS, SCRATCH_BYTES, crossover, planar_bytes
 from zimage_core.weights import names
 from zimage_core.weights.card import ModelCard, check_compatible, require
 from zimage_core.weights.files import open_weights
@@ -189,7 +189,7 @@ def folder_files(folder: str | PathLike[str]) -> dict[str, str]:
     Raises:
         BadFile: The folder cannot be read; BadArgument: one of the networks is not there, or twice.
     """
-    from zimage_core.inspection import inspect_file
+    from zimage_core.weights.inspection import inspect_file
 
     place = Path(folder)
     if all((place / name).is_dir() for name in COMPONENTS):

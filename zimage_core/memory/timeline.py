@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
+from zimage_core.files.units import in_bytes, in_seconds
 from zimage_core.memory.traffic import Span, Traffic
-from zimage_core.units import in_bytes, in_seconds
 
 LANES = {"read": "#9db8d9", "copy": "#3b6ea8", "stall": "#d1495b", "compute": "#6aa56a"}
 """Lane -> colour, from top to bottom."""

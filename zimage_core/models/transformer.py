@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from zimage_core.config import TransformerConfig
-from zimage_core.elementwise import gate_norm_residual, qk_norm_rope, rms_norm_modulate, silu_gate
 from zimage_core.errors import BadShape
 from zimage_core.models import sequence
 from zimage_core.models.block_source import RESIDENT, BlockSource
 from zimage_core.models.conditioning import Conditioning
 from zimage_core.nn.attention import attention
+from zimage_core.nn.elementwise import gate_norm_residual, qk_norm_rope, rms_norm_modulate, silu_gate
 from zimage_core.nn.linear import Linear
 from zimage_core.nn.norm import RMSNorm
 from zimage_core.nn.rope import Rotation, rotation

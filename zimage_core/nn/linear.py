@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zimage_core import ops
 from zimage_core.errors import BadShape
 from zimage_core.formats import BlockFormat
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant import ops
+from zimage_core.quant.tensor import QuantTensor
 
 _DENSE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

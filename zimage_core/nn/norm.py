@@ -13,7 +13,7 @@ class RMSNorm(nn.Module):
 
     Mean, reciprocal root and the product with it are taken in float32 whatever the input dtype; the
     result is rounded to the input dtype before the product with the weight, as transformers does.
-    The blocks of S3-DiT read weight and eps only: `zimage_core.elementwise` rounds once.
+    The blocks of S3-DiT read weight and eps only: `zimage_core.nn.elementwise` rounds once.
 
     Args:
         size: Length of the last axis.

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from zimage_core.atomic import write_atomically
 from zimage_core.errors import BadArgument, WrongModel, printable
+from zimage_core.files.atomic import write_atomically
 from zimage_core.quantize import imatrix_files
 from zimage_core.quantize.imatrix_files import Content, Sums
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zimage_core import noise
 from zimage_core.errors import BadArgument
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.sampling import noise
 from zimage_core.study.blocks import BlockError, BlockWatch, probes
 from zimage_core.study.comparison import Comparison, PicturePair, StepError
 from zimage_core.study.metrics import decibels, mean_squared_error, ssim

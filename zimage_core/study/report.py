@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zimage_core import png
+from zimage_core.files import png
+from zimage_core.files.units import in_seconds
 from zimage_core.study.comparison import Comparison, PicturePair
-from zimage_core.units import in_seconds
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -22,7 +22,7 @@ from zimage_core.export.recipes import TYPES, fitting
 from zimage_core.export.sizing import FAST
 from zimage_core.nn.linear import Linear
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.quantize.imatrix import Imatrix
 from zimage_core.study.swap import dense, encode, importance_of, matrices, stored_as
 from zimage_core.study.velocity import Call, check_whole, velocity_error

@@ -13,7 +13,7 @@ from zimage_core.export.recipes import SOURCE, fitting
 from zimage_core.formats import by_name
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Linear
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.quantize.encode import quantize
 from zimage_core.quantize.imatrix import Imatrix
 from zimage_core.weights.names import transformer_table

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, Unsupported, printable
-from zimage_core.text.files import read_json, read_text
+from zimage_core.files.untrusted import read_json, read_text
 from zimage_core.text.pretokenizers import DIGIT, GPT2, KNOWN_PATTERNS, PRE_TOKENIZERS, PreTokenizer
 from zimage_core.text.vocabulary import Vocabulary, split_merges
 

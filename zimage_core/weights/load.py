@@ -23,7 +23,7 @@ from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Embedding, Linear
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names, storage
 from zimage_core.weights.card import ModelCard, check_compatible, require
 from zimage_core.weights.files import open_weights

@@ -28,7 +28,7 @@ from zimage_core.formats import BlockFormat
 if TYPE_CHECKING:
     import torch
 
-    from zimage_core.quant_tensor import QuantTensor
+    from zimage_core.quant.tensor import QuantTensor
 
 AGAIN = "download it again"
 
@@ -259,7 +259,7 @@ class WeightFile:
         Raises:
             BadFile: The file has no such tensor, or can no longer be read.
         """
-        from zimage_core.quant_tensor import QuantTensor
+        from zimage_core.quant.tensor import QuantTensor
 
         info = self.tensors.get(name)
         if info is None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from zimage_core.errors import BadWeights, printable
 
 if TYPE_CHECKING:
-    from zimage_core.quant_tensor import QuantTensor
+    from zimage_core.quant.tensor import QuantTensor
     from zimage_core.weights.source import TensorInfo, WeightFile
 
 FP8 = ("F8_E4M3", "F8_E5M2")

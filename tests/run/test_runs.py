@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.helpers import tiny
-from zimage_core import png
 from zimage_core.errors import BadFile, Busy
+from zimage_core.files import png
 from zimage_core.pipeline import ZImagePipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def test_one_hash_for_a_second_run_and_a_new_object(pipe):
 def test_one_hash_in_a_new_process(pipe):
     code = (
         "import torch; torch.set_num_threads(1)\n"
-        "from tests.helpers import tiny\nfrom tests.pipeline.test_runs import digest\n"
+        "from tests.helpers import tiny\nfrom tests.run.test_runs import digest\n"
         "print(*digest(tiny.pipeline()))"
     )
     threads = torch.get_num_threads()

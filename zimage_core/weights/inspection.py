@@ -233,7 +233,7 @@ def _tokenizer(path: Path) -> Inspection:
 
 
 def _picture(path: Path) -> Inspection:
-    from zimage_core.png import read_metadata
+    from zimage_core.files.png import read_metadata
 
     found = read_metadata(path)
     settings = found.settings

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import zimage_core.kernels
 from tests.helpers.fused import DTYPES, EPS, STEPS, Draw, assert_is_the_oracle, draws, tuple_of
 from tests.helpers.tree import ROOT
-from zimage_core import elementwise, elementwise_torch, paths
 from zimage_core.errors import BadShape
+from zimage_core.nn import elementwise, elementwise_torch
+from zimage_core.quant import dispatch
 
 every_step = pytest.mark.parametrize("step", STEPS, ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -64,7 +65,7 @@ def kernels(monkeypatch):
         setattr(module, step.name, stub(step.name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(zimage_core.kernels, "elementwise", module, raising=False)
-    monkeypatch.setattr(paths, "KERNELS", "on")
+    monkeypatch.setattr(dispatch, "KERNELS", "on")
     return called
 
 
@@ -76,7 +77,7 @@ def test_kernels_run_where_they_are(step, kernels):
 
 @every_step
 def test_torch_runs_where_kernels_are_not(step, kernels, monkeypatch):
-    monkeypatch.setattr(paths, "KERNELS", "off")
+    monkeypatch.setattr(dispatch, "KERNELS", "off")
     arguments = step.arguments(Draw(0, torch.float32, 3, 8))
     assert_is_the_oracle(getattr(elementwise, step.name)(*arguments), step.expected(*arguments))
     assert not kernels
@@ -213,9 +214,9 @@ def test_importing_the_door_loads_no_triton():
     """What torch itself loads aside."""
     script = (
         "import sys, torch\nbefore = set(sys.modules)\n"
-        "import zimage_core.elementwise\nprint(*set(sys.modules) - before)"
+        "import zimage_core.nn.elementwise\nprint(*set(sys.modules) - before)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = set(run.stdout.split())
-    assert "zimage_core.elementwise" in loaded
+    assert "zimage_core.nn.elementwise" in loaded
     assert not any(name.startswith(("triton", "zimage_core.kernels", "torch._dynamo")) for name in loaded)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zimage_core import paths
 from zimage_core.cpu.numbers import DTYPES
 from zimage_core.formats import FORMATS, BlockFormat
+from zimage_core.quant import dispatch
 
-SCRATCH_BYTES = paths.SCRATCH_BYTES
-PLANES_MARGIN = paths.PLANES_MARGIN
+SCRATCH_BYTES = dispatch.SCRATCH_BYTES
+PLANES_MARGIN = dispatch.PLANES_MARGIN
 
 
 _NATIVE = {**DTYPES, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -37,7 +37,7 @@ def architecture(device: torch.device) -> str:
         from zimage_core.kernels.tiles import architecture as of_gpu
 
         return of_gpu(device)[0]
-    return "sm_90" if paths.kernels_for(device) else "cpu"
+    return "sm_90" if dispatch.kernels_for(device) else "cpu"
 
 
 def dequantize(packed: Tensor, fmt: BlockFormat, dtype: torch.dtype) -> Tensor:
@@ -91,21 +91,21 @@ def linear(
     return _product(flat, packed, fmt, scale, bias, planes).view(*x.shape[:-1], packed.shape[0])
 
 
-def _choose(x: Tensor, rows: int, fmt: BlockFormat, free: int, planes: bool, mode: str) -> paths.Choice:
+def _choose(x: Tensor, rows: int, fmt: BlockFormat, free: int, planes: bool, mode: str) -> dispatch.Choice:
     name, dtype = architecture(x.device), str(x.dtype).removeprefix("torch.")
-    return paths.choose(fmt.name, rows, x.shape[1], len(x), name, free, mode, dtype, planes)
+    return dispatch.choose(fmt.name, rows, x.shape[1], len(x), name, free, mode, dtype, planes)
 
 
 def _make_planes(x: Tensor, packed: Tensor, fmt: BlockFormat, cache: dict[str, Any]) -> Any:
     """The planes of a weight when x is the first that wants them and there is room; None otherwise."""
     rows = packed.shape[0]
-    if _choose(x, rows, fmt, 1 << 62, False, paths.mode()).path != "fused":
+    if _choose(x, rows, fmt, 1 << 62, False, dispatch.mode()).path != "fused":
         return None
     planes = None
     free = _free_bytes(packed.device)
-    if paths.mode() == "fused":
+    if dispatch.mode() == "fused":
         _choose(x, rows, fmt, free, False, "fused")  # says what is missing
-    if paths.planar_bytes(fmt, rows, x.shape[1]) <= free:
+    if dispatch.planar_bytes(fmt, rows, x.shape[1]) <= free:
         from zimage_core.kernels.planar import repack
 
         with torch.inference_mode(False):  # they outlive the caller's mode
@@ -127,7 +127,7 @@ def _product(
 ) -> Tensor:
     """x [M, K] -> [M, N] on the path that is chosen for it."""
     rows = packed.shape[0]
-    choice = _choose(x, rows, fmt, 0, bool(planes), paths.mode() if planes else "dequantise")
+    choice = _choose(x, rows, fmt, 0, bool(planes), dispatch.mode() if planes else "dequantise")
     if choice.path == "fused":
         from zimage_core.kernels.matmul import matmul
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_core import hub
 from zimage_core.errors import BadArgument, BadFile, WrongModel, ZImageError, printable
+from zimage_core.files import hub
+from zimage_core.files.untrusted import read_json
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
-from zimage_core.text.files import read_json
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.card import WANTED
 from zimage_core.weights.files import WeightFile, open_weights
@@ -24,7 +24,7 @@ NAMING = (
     "ZImagePipeline.from_files(transformer=, text_encoder=, vae=), "
     "or --transformer FILE --text-encoder FILE --vae FILE on the command line"
 )
-ASSETS = Path(__file__).parent / "assets" / "nano"
+ASSETS = Path(__file__).parent.parent / "assets" / "nano"
 _DEPTH = 3
 _MOST_FILES = 500
 

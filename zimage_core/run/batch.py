@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from zimage_core.checks import MAX_IMAGES, embeds, prompts, whole
 from zimage_core.errors import BadArgument
+from zimage_core.run.checks import MAX_IMAGES, embeds, prompts, whole
 
 Member = TypeVar("Member")
 

@@ -8,11 +8,11 @@ from torch.nn import functional
 
 from tests.helpers.blocks import every_format
 from tests.helpers.linear import HALF, assert_product, dense, quant, random_x
-from zimage_core import accelerator, ops, paths
 from zimage_core.errors import BadShape, Unsupported
 from zimage_core.kernels import planar
 from zimage_core.nn.linear import Embedding
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant import dispatch, gpu, ops
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.reference.blocks import as_blocks
 from zimage_core.reference.dequantize import dequantize as reference
 
@@ -31,7 +31,7 @@ def test_every_format_multiplies_as_its_dequantised_rows(fmt, device, calls):
         x = x / 16
     bias = random_x(24, device=device, dtype=torch.float32, seed=1)
     assert_product(ops.linear(x, weight, bias), x, weight, bias)
-    path = "fused" if fmt.name in paths.PLANAR_BITS else "dequantise" if fmt.weights > 1 else None
+    path = "fused" if fmt.name in dispatch.PLANAR_BITS else "dequantise" if fmt.weights > 1 else None
     assert calls == ({"fused": 1, "repack": 1} if path == "fused" else {path: 1} if path else {})
 
 
@@ -39,7 +39,7 @@ def test_every_format_multiplies_as_its_dequantised_rows(fmt, device, calls):
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "Q6_K"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_path_that_is_asked_for_is_taken(name, mode, bias, device, calls, monkeypatch):
-    monkeypatch.setattr(paths, "MODE", mode)
+    monkeypatch.setattr(dispatch, "MODE", mode)
     for dtype in (HALF, torch.bfloat16):
         weight, x = quant(name, 40, 256, device), random_x(5, 256, device=device, dtype=dtype)
         b = random_x(40, device=device, dtype=dtype, seed=1) if bias else None
@@ -57,7 +57,7 @@ def test_float32_is_multiplied_in_float32(name, device, calls):
 def test_rows_of_x_decide_between_the_two(device, calls):
     """As `choose` says; planes come with the first x that wants them and stay for the next."""
     weight = quant("Q8_0", 8, 64, device)
-    most = paths.crossover(weight.format, "sm_90")
+    most = dispatch.crossover(weight.format, "sm_90")
     for rows, ran in (
         (most + 1, {"dequantise": 1}),
         (most, {"dequantise": 1, "repack": 1, "fused": 1}),
@@ -80,7 +80,7 @@ def test_scales_of_fp8_multiply_its_rows(name, scale, device):
 
 @pytest.mark.parametrize("mode", ["fused", "dequantise"])
 def test_x_and_bias_may_lie_anyhow(mode, device, monkeypatch):
-    monkeypatch.setattr(paths, "MODE", mode)
+    monkeypatch.setattr(dispatch, "MODE", mode)
     weight = quant("Q4_K", 24, 256, device)
     x = random_x(3, 256, 4, device=device).transpose(1, 2)[:, 1::2]
     bias = random_x(48, device=device, seed=1)[::2]
@@ -119,22 +119,22 @@ def whole_numbers(name: str, rows: int, width: int, device: torch.device) -> Qua
 @pytest.mark.parametrize("bias", [False, True])
 def test_slabs_give_the_bits_of_the_whole(bias, device, calls, monkeypatch):
     """44 rows in slabs of 16: the last has 12."""
-    monkeypatch.setattr(paths, "MODE", "dequantise")
+    monkeypatch.setattr(dispatch, "MODE", "dequantise")
     weight = whole_numbers("Q4_K", 44, 256, device)
     x = random_x(5, 256, device=device).mul(2).round().float()
     b = random_x(44, device=device, seed=1).mul(8).round().float() if bias else None
     whole = ops.linear(x, weight, b)
-    monkeypatch.setattr(accelerator, "SCRATCH_BYTES", 16 * 256 * 4 + 100)
+    monkeypatch.setattr(gpu, "SCRATCH_BYTES", 16 * 256 * 4 + 100)
     assert torch.equal(ops.linear(x, weight, b), whole)
     assert calls["dequantise"] == 1 + 3
-    monkeypatch.setattr(accelerator, "SCRATCH_BYTES", 1)  # eight rows at least
+    monkeypatch.setattr(gpu, "SCRATCH_BYTES", 1)  # eight rows at least
     assert torch.equal(ops.linear(x, weight, b), whole)
     assert calls["dequantise"] == 1 + 3 + 6
 
 
 def test_fused_is_refused_where_it_cannot_be_had(device, calls, monkeypatch):
     """Each time, not only the first."""
-    monkeypatch.setattr(paths, "MODE", "fused")
+    monkeypatch.setattr(dispatch, "MODE", "fused")
     x = random_x(3, 256, device=device)
     cases = [
         (x, quant("IQ2_XXS", 8, 256, device), "IQ2_XXS has no planar layout"),
@@ -144,7 +144,7 @@ def test_fused_is_refused_where_it_cannot_be_had(device, calls, monkeypatch):
     for x, weight, says in cases * 2:
         with pytest.raises(Unsupported, match=f"{says}.*use auto"):
             ops.linear(x, weight)
-    monkeypatch.setattr(accelerator, "_free_bytes", lambda device: 10)
+    monkeypatch.setattr(gpu, "_free_bytes", lambda device: 10)
     weight = quant("Q4_K", 8, 256, device)
     for _ in range(2):
         with pytest.raises(Unsupported, match="need 1184 bytes and 10 are free"):
@@ -154,10 +154,10 @@ def test_fused_is_refused_where_it_cannot_be_had(device, calls, monkeypatch):
 
 @pytest.mark.parametrize(("kernels", "dtype"), [("on", torch.float64), ("off", HALF)])
 def test_float64_and_kernels_off_take_the_torch_path(kernels, dtype, device, calls, monkeypatch):
-    monkeypatch.setattr(paths, "KERNELS", "off")
+    monkeypatch.setattr(dispatch, "KERNELS", "off")
     weight, x = quant("Q4_K", 8, 256, device), random_x(3, 256, device=device, dtype=dtype)
     wanted = functional.linear(x.float(), weight.dequantize()).to(dtype)
-    monkeypatch.setattr(paths, "KERNELS", kernels)
+    monkeypatch.setattr(dispatch, "KERNELS", kernels)
     got = ops.linear(x, weight)
     assert got.dtype == dtype
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zimage_core import accelerator
 from zimage_core.cpu.dequantize import dequantize_into
 from zimage_core.cpu.numbers import DTYPES
 from zimage_core.cpu.pool import spread
 from zimage_core.cpu.workspace import workspace
 from zimage_core.errors import BadArgument, BadShape, Unsupported, printable
 from zimage_core.formats import FORMATS, by_name
-from zimage_core.paths import kernels_for
-from zimage_core.quant_tensor import QuantTensor, per_row
-from zimage_core.quant_tensor import dequantize as dequantize_rows
+from zimage_core.quant import gpu
+from zimage_core.quant.dispatch import kernels_for
+from zimage_core.quant.tensor import QuantTensor, per_row
+from zimage_core.quant.tensor import dequantize as dequantize_rows
 
 SLAB_BYTES = 4 << 20
 """Of dequantised rows that wait for the multiplication, for each thread.
@@ -101,7 +101,7 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
         )
     with torch.no_grad():
         if x.dtype != torch.float64 and kernels_for(x.device):
-            return accelerator.linear(x, weight.packed, weight.format, weight.scale, bias, weight.cache)
+            return gpu.linear(x, weight.packed, weight.format, weight.scale, bias, weight.cache)
         return _packed_linear(x, weight, bias)
 
 

@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.helpers import tiny
-from zimage_core import accelerator, graphs
 from zimage_core.errors import Unsupported
-from zimage_core.graphs import MOST_GRAPHS, StepGraphs
+from zimage_core.nn import cuda_graphs
+from zimage_core.nn.cuda_graphs import MOST_GRAPHS, StepGraphs
+from zimage_core.quant import gpu
 
 
 class Recorder:
@@ -69,10 +70,10 @@ def test_each_shape_and_dtype_has_a_graph_and_the_oldest_goes():
 def test_scratch_is_handed_over_once():
     """A graph owns the scratch whose address it holds; the thread makes a new one."""
     device = torch.device("cpu")
-    mine = accelerator._scratch(device, 100)
-    assert accelerator.hand_over_scratch(device, 0).data_ptr() == mine.data_ptr()
-    assert accelerator.hand_over_scratch(device, 0) is None
-    assert accelerator._scratch(device, 100).data_ptr() != mine.data_ptr()
+    mine = gpu._scratch(device, 100)
+    assert gpu.hand_over_scratch(device, 0).data_ptr() == mine.data_ptr()
+    assert gpu.hand_over_scratch(device, 0) is None
+    assert gpu._scratch(device, 100).data_ptr() != mine.data_ptr()
 
 
 def test_without_a_gpu_capture_is_refused_in_a_sentence():
@@ -104,7 +105,7 @@ def test_graphs_do_not_outlive_the_weights_they_read(monkeypatch):
     pipe = tiny.pipeline()
     captured(pipe)
     pipe("a", seed=1, num_inference_steps=1)
-    monkeypatch.setattr(graphs.StepGraphs, "__call__", lambda self, *inputs: self.step(*inputs))
+    monkeypatch.setattr(cuda_graphs.StepGraphs, "__call__", lambda self, *inputs: self.step(*inputs))
     old = pipe._graphs
     pipe.transformer = tiny.transformer(seed=5)
     pipe("a", seed=1, num_inference_steps=1)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.helpers.blocks import every_format
-from zimage_core import ops
 from zimage_core.cpu import workspace as workspaces
 from zimage_core.errors import BadArgument, BadShape, UnknownFormat, Unsupported
 from zimage_core.formats import FORMATS, BlockFormat
-from zimage_core.quant_tensor import QuantTensor
+from zimage_core.quant import ops
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.reference.dequantize import dequantize as reference
 from zimage_core.reference.encode import random_blocks
 

@@ -7,16 +7,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from zimage_core.checks import read_device, read_dtype, whole
 from zimage_core.errors import Unsupported
-from zimage_core.graphs import StepGraphs
 from zimage_core.memory.arena import Arena, MemoryPlan
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.models.vae_tiles import TILE
+from zimage_core.nn.cuda_graphs import StepGraphs
 from zimage_core.nn.linear import Linear
-from zimage_core.paths import resident_set
+from zimage_core.quant.dispatch import resident_set
+from zimage_core.run.checks import read_device, read_dtype, whole
 
 RESERVE = 2 << 30
 """Bytes of GPU memory that `make_resident` leaves for activations, scratch and the VAE."""

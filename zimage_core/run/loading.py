@@ -7,9 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from zimage_core import sources
-from zimage_core.checks import read_device, read_dtype, read_path, shown
-from zimage_core.diagnose import guard_attention
 from zimage_core.errors import Unsupported, WrongModel
 from zimage_core.memory.budget import read_bytes
 from zimage_core.memory.plan import Plan, make_plan
@@ -18,8 +15,11 @@ from zimage_core.memory.sizes import COMPONENTS, open_sizes
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
-from zimage_core.placement import Placement
-from zimage_core.run import Limits
+from zimage_core.run import sources
+from zimage_core.run.checks import read_device, read_dtype, read_path, shown
+from zimage_core.run.nonfinite import guard_attention
+from zimage_core.run.placement import Placement
+from zimage_core.run.request import Limits
 from zimage_core.sampling.schedule import BASE_SHIFT, FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.card import check_compatible

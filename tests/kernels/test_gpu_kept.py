@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
 from tests.helpers.linear import HALF, assert_product, packed_layer, quant, random_x
-from zimage_core import accelerator, ops, paths
 from zimage_core.nn.linear import Linear
+from zimage_core.quant import dispatch, gpu, ops
 
 # the interpreter computes in NumPy, which warns of overflow and NaN in masked elements
 pytestmark = [
@@ -22,13 +22,13 @@ pytestmark = [
 
 
 def test_scratch_is_one_buffer_that_grows(device, monkeypatch):
-    monkeypatch.setattr(paths, "MODE", "dequantise")
+    monkeypatch.setattr(dispatch, "MODE", "dequantise")
 
     def after(rows: int) -> tuple[int, int]:
         x = random_x(3, 256, device=device)
         weight = quant("Q4_K", rows, 256, device)
         assert_product(ops.linear(x, weight), x, weight)
-        (buffer,) = accelerator._local.scratch.values()
+        (buffer,) = gpu._local.scratch.values()
         return buffer.data_ptr(), buffer.numel()
 
     first = after(16)
@@ -39,30 +39,30 @@ def test_scratch_is_one_buffer_that_grows(device, monkeypatch):
 
 
 def test_threads_do_not_share_scratch(device, monkeypatch):
-    monkeypatch.setattr(paths, "MODE", "dequantise")
+    monkeypatch.setattr(dispatch, "MODE", "dequantise")
     weight, x = quant("Q4_0", 8, 64, device), random_x(3, 64, device=device)
     wanted, theirs = ops.linear(x, weight), []
 
     def other() -> None:
-        theirs.extend([ops.linear(x, weight), *accelerator._local.scratch.values()])
+        theirs.extend([ops.linear(x, weight), *gpu._local.scratch.values()])
 
     thread = threading.Thread(target=other)
     thread.start()
     thread.join()
-    (mine,) = accelerator._local.scratch.values()
+    (mine,) = gpu._local.scratch.values()
     assert torch.equal(theirs[0], wanted)
     assert theirs[1].data_ptr() != mine.data_ptr()
 
 
 @pytest.mark.parametrize("mode", ["fused", "dequantise"])
 def test_what_is_kept_from_inference_mode_serves_outside(mode, device, calls, monkeypatch):
-    monkeypatch.setattr(paths, "MODE", mode)
+    monkeypatch.setattr(dispatch, "MODE", mode)
     weight, x = quant("Q4_0", 8, 64, device), random_x(3, 64, device=device)
     with torch.inference_mode():
         inside = ops.linear(x, weight)
     assert torch.equal(ops.linear(x, weight), inside)
     assert calls["repack"] == (mode == "fused")
-    kept = weight.cache["planes"] if mode == "fused" else accelerator._local.scratch.values()
+    kept = weight.cache["planes"] if mode == "fused" else gpu._local.scratch.values()
     assert not any(tensor.is_inference() for tensor in kept)
 
 
@@ -93,14 +93,14 @@ def test_a_second_weight_does_not_meet_the_planes_of_the_first(device):
 
 def test_without_room_for_planes_the_weight_is_dequantised(device, calls, monkeypatch):
     weight, x = quant("Q4_K", 16, 256, device), random_x(3, 256, device=device)
-    need = paths.planar_bytes(weight.format, 16, 256)
-    monkeypatch.setattr(accelerator, "_free_bytes", lambda device: need - 1)
+    need = dispatch.planar_bytes(weight.format, 16, 256)
+    monkeypatch.setattr(gpu, "_free_bytes", lambda device: need - 1)
     assert_product(ops.linear(x, weight), x, weight)
     assert calls == {"dequantise": 1}
-    monkeypatch.setattr(accelerator, "_free_bytes", lambda device: pytest.fail("asked twice"))
+    monkeypatch.setattr(gpu, "_free_bytes", lambda device: pytest.fail("asked twice"))
     assert_product(ops.linear(x, weight), x, weight)
     assert calls == {"dequantise": 2}
-    monkeypatch.setattr(accelerator, "_free_bytes", lambda device: need)
+    monkeypatch.setattr(gpu, "_free_bytes", lambda device: need)
     weight = quant("Q4_K", 16, 256, device)
     assert_product(ops.linear(x, weight), x, weight)
     assert calls == {"dequantise": 2, "repack": 1, "fused": 1}
@@ -109,7 +109,7 @@ def test_without_room_for_planes_the_weight_is_dequantised(device, calls, monkey
 @pytest.mark.parametrize("name", ["Q4_K", "IQ2_XXS", "F32", "F8_E4M3"])
 @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16, torch.float32])
 def test_a_resident_weight_gives_the_numbers_of_the_dequantised_one(name, dtype, device, monkeypatch):
-    monkeypatch.setattr(paths, "MODE", "dequantise")
+    monkeypatch.setattr(dispatch, "MODE", "dequantise")
     layer = Linear(256, 16, bias=True)
     scale = torch.rand(16) + 0.1 if name == "F8_E4M3" else None
     layer.assign(quant(name, 16, 256, device, scale), HALF)

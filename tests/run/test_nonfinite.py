@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.helpers import tiny
-from zimage_core.diagnose import watch
 from zimage_core.errors import NonFinite
+from zimage_core.run.nonfinite import watch
 
 
 def pristine():

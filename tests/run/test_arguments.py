@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import tiny
-from zimage_core.checks import read_dtype
 from zimage_core.errors import BadArgument, Unsupported, ZImageError
+from zimage_core.run.checks import read_dtype
 
 HUGE = 10**5000
 EMBEDS = [torch.ones(3, 24)]

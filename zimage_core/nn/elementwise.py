@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zimage_core.elementwise_torch import (
+from zimage_core.errors import BadShape
+from zimage_core.nn.elementwise_torch import (
     gate_norm_residual_torch,
     qk_norm_rope_torch,
     rms_norm_modulate_torch,
     silu_gate_torch,
 )
-from zimage_core.errors import BadShape
-from zimage_core.paths import kernels_for
+from zimage_core.quant.dispatch import kernels_for
 
 
 def rms_norm_modulate(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from tests.helpers import tiny
-from zimage_core import paths
 from zimage_core.errors import BadArgument, BadFile, OverBudget, Unsupported
 from zimage_core.memory import arena
 from zimage_core.memory.arena import MemoryPlan
 from zimage_core.memory.job import RUNTIME
 from zimage_core.models.block_source import RESIDENT
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.quant import dispatch
 
 MIB = 1 << 20
 SMALL = {"height": 48, "width": 64, "num_inference_steps": 2, "output_type": "pt"}
@@ -191,7 +191,7 @@ def test_an_amount_that_is_none_is_refused(amount):
 @pytest.mark.gpu
 @pytest.mark.parametrize("vram", ["least", "auto", "1GiB"])
 def test_a_budget_on_a_gpu_is_kept_and_changes_no_bit(vram, monkeypatch):
-    monkeypatch.setattr(paths, "MODE", "dequantise")  # a budget may have no room for planes
+    monkeypatch.setattr(dispatch, "MODE", "dequantise")  # a budget may have no room for planes
     plain = draw(ZImagePipeline.from_default(device="cuda")).images
     pipe = ZImagePipeline.from_default(device="cuda", vram=vram)
     torch.cuda.empty_cache()

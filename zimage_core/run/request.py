@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from zimage_core import __version__, checks, noise
-from zimage_core.batch import Batch, make_batch
-from zimage_core.checks import StepCallback, embeds, whole
+from zimage_core import __version__
 from zimage_core.errors import BadArgument, Unsupported
+from zimage_core.run import checks
+from zimage_core.run.batch import Batch, make_batch
+from zimage_core.run.checks import StepCallback, embeds, whole
+from zimage_core.sampling import noise
 from zimage_core.sampling.guidance import Guided
 from zimage_core.sampling.schedule import MAX_STEPS, FlowMatchEulerScheduler
 from zimage_core.text.prompt import DEFAULT_LENGTH, MAX_LENGTH

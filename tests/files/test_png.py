@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers import tiny
-from zimage_core import png
 from zimage_core.errors import BadArgument, BadFile
+from zimage_core.files import png
 from zimage_core.pipeline import ZImagePipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,6 +243,8 @@ def test_folders_and_fifos_are_not_read(tmp_path):
 
 
 def test_reading_needs_the_standard_library_alone():
-    code = "import sys, zimage_core.png; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
+    code = (
+        "import sys, zimage_core.files.png; print([m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny
-from zimage_core import hub, sources
-from zimage_core.checks import read_dtype
 from zimage_core.errors import BadArgument, BadFile, NonFinite, Unsupported, WrongModel, ZImageError
+from zimage_core.files import hub
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.run import sources
+from zimage_core.run.checks import read_dtype
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 
 FILE = {"transformer": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors",
@@ -270,7 +271,7 @@ def test_a_path_that_is_none_is_a_bad_argument(saved, path):
 
 
 def test_parts_that_do_not_fit_are_refused_before_one_is_loaded(saved, tmp_path, monkeypatch):
-    from zimage_core import components
+    from zimage_core.run import loading
 
     wide = tmp_path / "text_encoder"
     shutil.copytree(saved / "text_encoder", wide)
@@ -290,7 +291,7 @@ def test_parts_that_do_not_fit_are_refused_before_one_is_loaded(saved, tmp_path,
         raise AssertionError("loaded")
 
     for name in ("load_transformer", "load_text_encoder", "load_vae"):
-        monkeypatch.setattr(components, name, untouched)
+        monkeypatch.setattr(loading, name, untouched)
     with pytest.raises(WrongModel, match="the Z-Image transformer needs width"):
         ZImagePipeline.from_files(**{**parts(saved), "text_encoder": wide})
 

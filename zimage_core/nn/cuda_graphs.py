@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimage_core.accelerator import hand_over_scratch
 from zimage_core.errors import Unsupported
+from zimage_core.quant.gpu import hand_over_scratch
 
 WARM_UP = 2
 """Runs before recording: they compile kernels, make planes and grow scratch, which a graph may not."""

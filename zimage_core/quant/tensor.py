@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimage_core import accelerator
 from zimage_core.cpu.dequantize import check_rows
 from zimage_core.cpu.dequantize import dequantize as dequantize_by_torch
 from zimage_core.errors import BadShape
 from zimage_core.formats import BlockFormat
-from zimage_core.paths import kernels_for
+from zimage_core.quant import gpu
+from zimage_core.quant.dispatch import kernels_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ def dequantize(packed: Tensor, fmt: BlockFormat, dtype: torch.dtype = torch.floa
     """
     if fmt.weights > 1 and kernels_for(packed.device):
         check_rows(packed, fmt)
-        return accelerator.dequantize(packed, fmt, dtype)
+        return gpu.dequantize(packed, fmt, dtype)
     return dequantize_by_torch(packed, fmt, dtype)
 
 

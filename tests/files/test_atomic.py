@@ -11,9 +11,9 @@ import threading
 import pytest
 
 from tests.helpers.tree import ROOT
-from zimage_core import atomic
-from zimage_core.atomic import check_destination, write_atomically
 from zimage_core.errors import BadFile
+from zimage_core.files import atomic
+from zimage_core.files.atomic import check_destination, write_atomically
 
 CHUNKS = [bytes([i]) * 1000 for i in range(5)]
 FAULTS = [
@@ -130,7 +130,7 @@ def test_a_killed_writer_leaves_the_old_file_and_the_next_one_cleans_up(tmp_path
     target = tmp_path / "a.png"
     target.write_bytes(b"old")
     code = (
-        "import os, sys\nfrom zimage_core.atomic import write_atomically\n"
+        "import os, sys\nfrom zimage_core.files.atomic import write_atomically\n"
         "def chunks():\n    yield b'new'\n    os.kill(os.getpid(), 9)\n"
         "write_atomically(sys.argv[1], chunks(), overwrite=True)"
     )

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zimage_core import png
-from zimage_core.atomic import write_atomically
 from zimage_core.errors import BadArgument
+from zimage_core.files import png
+from zimage_core.files.atomic import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from zimage_core.errors import BadArgument, BadShape, Unsupported, printable
-from zimage_core.noise import MAX_SEED
+from zimage_core.sampling.noise import MAX_SEED
 from zimage_core.text.prompt import check_prompt
 
 MAX_PIXELS = 4096 * 4096

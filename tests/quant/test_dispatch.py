@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zimage_core import paths
 from zimage_core.errors import BadArgument, UnknownFormat, Unsupported
 from zimage_core.formats import FORMATS
-from zimage_core.paths import ARCHITECTURES, MODES, Choice, choose, crossover, family, resident_set
+from zimage_core.quant import dispatch
+from zimage_core.quant.dispatch import ARCHITECTURES, MODES, Choice, choose, crossover, family, resident_set
 
 NO_TENSOR_CORES = ("sm_70", "sm_72", "sm_75")
 ARCHS = ("cpu", *ARCHITECTURES, "sm_72", "sm_87", "sm_103", "sm_121", "gfx1151", "gfx950")
@@ -46,11 +46,11 @@ def dense_bytes(case: dict) -> int:
 def fused_is_possible(case: dict, free: int) -> bool:
     """Said once more from the contract: planes, tensor cores, a half type, and room unless planes exist."""
     name, width = case["format_name"], case["width"]
-    if name not in paths.PLANAR_BITS or width % (128 if name == "Q2_0" else 64):
+    if name not in dispatch.PLANAR_BITS or width % (128 if name == "Q2_0" else 64):
         return False
     if case["architecture"] == "cpu" or case["architecture"] in NO_TENSOR_CORES or case["dtype"] == "float32":
         return False
-    return case["planes"] or paths.PLANAR_BITS[name] * case["rows"] * width <= 8 * free
+    return case["planes"] or dispatch.PLANAR_BITS[name] * case["rows"] * width <= 8 * free
 
 
 @given(case=cases)
@@ -71,7 +71,7 @@ def test_every_case_has_a_path_that_it_can_take_or_a_refusal(case):
     assert (found.path == "cpu") == (case["architecture"] == "cpu")
     if found.path == "fused":
         assert possible
-        planes = paths.planar_bytes(FORMATS[case["format_name"]], case["rows"], case["width"])
+        planes = dispatch.planar_bytes(FORMATS[case["format_name"]], case["rows"], case["width"])
         assert found.nbytes == (0 if case["planes"] else planes) <= case["free_bytes"]
     elif found.path == "cpu":
         assert found.nbytes == 0
@@ -114,10 +114,10 @@ def test_what_is_possible_and_asked_for_is_done(case):
         assert choose(**case).path == "resident"
 
 
-@pytest.mark.parametrize("name", paths.PLANAR_BITS)
+@pytest.mark.parametrize("name", dispatch.PLANAR_BITS)
 def test_memory_is_enough_to_the_byte(name):
     """For planes of 40 rows, and for dense ones; planes that exist need nothing more."""
-    need = paths.planar_bytes(FORMATS[name], 40, 256)
+    need = dispatch.planar_bytes(FORMATS[name], 40, 256)
     arguments = (name, 40, 256, 1, "sm_90")
     assert choose(*arguments, need) == Choice("fused", choose(*arguments, need).reason, need)
     assert choose(*arguments, need - 1).path == "dequantise"
@@ -242,42 +242,42 @@ def test_a_resident_set_does_not_depend_on_the_order_of_distinct_sizes():
     ],
 )
 def test_kernels_run_on_gpus_with_triton_unless_told_otherwise(monkeypatch, value, triton, on_cpu, on_gpu):
-    monkeypatch.setattr(paths, "KERNELS", value)
-    monkeypatch.setattr(paths, "HAS_TRITON", triton)
-    assert paths.kernels_for(torch.device("cpu")) == on_cpu
-    assert paths.kernels_for(torch.device("cuda")) == on_gpu
-    assert not paths.kernels_for(torch.device("mps")) or value == "on"
+    monkeypatch.setattr(dispatch, "KERNELS", value)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", triton)
+    assert dispatch.kernels_for(torch.device("cpu")) == on_cpu
+    assert dispatch.kernels_for(torch.device("cuda")) == on_gpu
+    assert not dispatch.kernels_for(torch.device("mps")) or value == "on"
 
 
 def test_another_value_of_the_variable_is_refused_at_the_first_weight(monkeypatch):
-    monkeypatch.setattr(paths, "KERNELS", "yes")
+    monkeypatch.setattr(dispatch, "KERNELS", "yes")
     with pytest.raises(BadArgument, match="ZIMAGE_KERNELS is 'yes'; it must be auto, on or off"):
-        paths.kernels_for(torch.device("cpu"))
+        dispatch.kernels_for(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("value", ["resident", "fast", ""])
 def test_a_wrong_path_in_the_environment_is_one_sentence(monkeypatch, value):
-    monkeypatch.setattr(paths, "MODE", value)
+    monkeypatch.setattr(dispatch, "MODE", value)
     with pytest.raises(BadArgument, match=r"ZIMAGE_PATH is .* must be auto, fused or dequantise"):
-        paths.mode()
+        dispatch.mode()
 
 
 @pytest.mark.parametrize(
     ("found", "enough"), [("3.6.0", True), ("3.10.1", True), ("4.0", True), ("3.2.0", False), ("git", True)]
 )
 def test_a_triton_that_is_too_old_counts_as_none(monkeypatch, found, enough):
-    monkeypatch.setattr(paths, "find_spec", lambda name: object())
-    monkeypatch.setattr(paths, "version", lambda package: found)
-    assert paths.find_triton() == enough
-    monkeypatch.setattr(paths, "find_spec", lambda name: None)
-    assert not paths.find_triton()
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch, "version", lambda package: found)
+    assert dispatch.find_triton() == enough
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    assert not dispatch.find_triton()
 
 
 @pytest.mark.parametrize(("capability", "runs"), [((6, 1), False), ((7, 0), True), ((9, 0), True)])
 def test_a_gpu_that_triton_does_not_know_goes_through_torch(monkeypatch, capability, runs):
-    monkeypatch.setattr(paths, "KERNELS", "auto")
-    monkeypatch.setattr(paths, "HAS_TRITON", True)
+    monkeypatch.setattr(dispatch, "KERNELS", "auto")
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert paths.kernels_for(torch.device("cuda")) == runs
+    assert dispatch.kernels_for(torch.device("cuda")) == runs

@@ -1,0 +1,1 @@
+"""Files on disk: atomic writing, PNG settings, the Hub, units, untrusted text."""
