@@ -83,12 +83,12 @@ def diffusers_layers(packed: list[TransformerBlock], fmt: BlockFormat) -> list[T
     layers = blank_layers(len(packed))
     for ours, theirs in zip(packed, layers, strict=True):
         for name, module in ours.named_modules():
-            if isinstance(module, Linear) and module.quant is not None:
+            if isinstance(module, Linear) and isinstance(module.weight, QuantTensor):
                 bias = module.bias
                 linear = utils.GGUFLinear(
                     module.in_features, module.out_features, bias is not None, torch.float32, "meta"
                 )
-                linear.weight = utils.GGUFParameter(module.quant.packed, quant_type=kind)
+                linear.weight = utils.GGUFParameter(module.weight.packed, quant_type=kind)
                 linear.bias = bias
                 theirs.set_submodule(name, linear)
     return layers
@@ -106,8 +106,8 @@ def check(packed: TransformerBlock, x: Tensor, temb: Tensor, turn: tuple[Tensor,
     """Packed and dequantised weights must give the same layer, or there is nothing to time."""
     dense = blank_layers(1)[0]
     for name, module in packed.named_modules():
-        if isinstance(module, Linear) and module.quant is not None:
-            dense.get_submodule(name).weight = nn.Parameter(module.quant.dequantize(), requires_grad=False)
+        if isinstance(module, Linear) and isinstance(module.weight, QuantTensor):
+            dense.get_submodule(name).weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
     a, b = step([packed], x, temb, turn), step([dense], x, temb, turn)
     if not torch.allclose(a, b, rtol=1e-4, atol=1e-4):
         raise SystemExit(f"packed and dense layers differ by {(a - b).abs().max()}; nothing is timed")

@@ -24,6 +24,7 @@ from benchmarks.weights import (
 from zimage_core.config import TransformerConfig
 from zimage_core.formats import BlockFormat
 from zimage_core.models.transformer import TransformerBlock, ZImageTransformer
+from zimage_core.nn.linear import tensors_of
 from zimage_core.nn.rope import rotation
 
 BLOCK_LIMIT = 3e-2
@@ -122,8 +123,7 @@ def _block_matrices(config: TransformerConfig) -> list[cases.LinearCase]:
 
 
 def _nbytes(model: nn.Module) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.nbytes for t in tensors_of(model))
 
 
 def step(

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from benchmarks.weights import linears, relative_error
 from zimage_core.formats import BlockFormat
+from zimage_core.quant.tensor import QuantTensor
 
 
 def has(name: str) -> bool:
@@ -67,12 +68,12 @@ def with_diffusers(model: nn.Module, packed: nn.Module, dtype: torch.dtype) -> n
     from diffusers.quantizers.gguf.utils import GGUFLinear
 
     for name, ours in list(linears(packed)):
-        if ours.quant is None:
+        if not isinstance(ours.weight, QuantTensor):
             theirs = model.get_submodule(name)
             theirs.weight, theirs.bias, theirs.dtype = ours.weight, ours.bias, ours.dtype
             continue
         linear = GGUFLinear(ours.in_features, ours.out_features, ours.bias is not None, dtype, "meta")
-        linear.weight = diffusers_parameter(ours.quant.packed, ours.quant.format)
+        linear.weight = diffusers_parameter(ours.weight.packed, ours.weight.format)
         linear.bias = ours.bias
         model.set_submodule(name, linear)
     return model

@@ -96,10 +96,10 @@ class Oracle(nn.Module):
 
 def dense_of(linear: Linear, dtype: torch.dtype) -> Tensor:
     """The weight of a Linear, dequantised by plain torch where it is packed."""
-    if linear.quant is None:
+    if not isinstance(linear.weight, QuantTensor):
         return linear.weight.to(dtype)
-    name, (n, k) = linear.quant.format.name, linear.quant.shape
-    return dense_matrix(name, n, k, dtype, linear.quant.device)
+    name, (n, k) = linear.weight.format.name, linear.weight.shape
+    return dense_matrix(name, n, k, dtype, linear.weight.device)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:

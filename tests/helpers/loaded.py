@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.helpers.model_files import TOY_DIT, Stored
 from zimage_core.nn.linear import Embedding, Linear
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names
 
 FUSED = names.checkpoint_shapes(names.transformer_table(TOY_DIT, "fused"))
@@ -18,8 +19,8 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter as float32, packed ones dequantised."""
     found = {name: p.detach().float() for name, p in model.named_parameters()}
     for name, module in model.named_modules():
-        if isinstance(module, (Linear, Embedding)) and module.quant is not None:
-            found[f"{name}.weight"] = module.quant.dequantize(torch.float32)
+        if isinstance(module, (Linear, Embedding)) and isinstance(module.weight, QuantTensor):
+            found[f"{name}.weight"] = module.weight.dequantize(torch.float32)
     return found
 
 

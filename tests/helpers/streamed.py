@@ -14,6 +14,7 @@ from zimage_core.memory.device import HostBackend
 from zimage_core.memory.stream import Stream
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names
 from zimage_core.weights.load import weight_file
 
@@ -71,8 +72,8 @@ def at_home(model):
     streamed = model.stream.streamed if isinstance(model.stream, Stream) else range(len(model.blocks))
     files = sources_of(weight_file(model))
     return all(
-        in_file(m.packed, files)[0] is not None
+        in_file(m.weight.packed, files)[0] is not None
         for i in streamed
         for name, m in model.blocks[i].named_modules()
-        if getattr(m, "packed", None) is not None and "adaLN" not in name
+        if isinstance(getattr(m, "weight", None), QuantTensor) and "adaLN" not in name
     )

@@ -13,6 +13,7 @@ from torch.nn import functional
 from tests.helpers.linear import HALF, assert_product, packed_layer, quant, random_x
 from zimage_core.nn.linear import Linear
 from zimage_core.quant import dispatch, gpu, ops
+from zimage_core.quant.tensor import QuantTensor
 
 # the interpreter computes in NumPy, which warns of overflow and NaN in masked elements
 pytestmark = [
@@ -62,23 +63,23 @@ def test_what_is_kept_from_inference_mode_serves_outside(mode, device, calls, mo
         inside = ops.linear(x, weight)
     assert torch.equal(ops.linear(x, weight), inside)
     assert calls["repack"] == (mode == "fused")
-    kept = weight.cache["planes"] if mode == "fused" else gpu._local.scratch.values()
+    kept = weight.planes.planes if mode == "fused" else gpu._local.scratch.values()
     assert not any(tensor.is_inference() for tensor in kept)
 
 
 def test_planes_are_made_once_and_leave_with_the_bytes(device, calls):
     layer, x = packed_layer("Q4_K", 16, 256, device, bias=True), random_x(3, 256, device=device)
     y = layer(x)
-    planes = layer.quant.cache["planes"]
+    planes = layer.weight.planes.planes
     layer.to(torch.bfloat16)  # a cast is no move
     assert torch.equal(layer(x), y)
-    assert layer.quant.cache["planes"] is planes
+    assert layer.weight.planes.planes is planes
     assert calls == {"repack": 1, "fused": 2}
     gone = weakref.ref(planes.codes)
     del planes
     layer._apply(torch.clone)  # as a move to another device does
     assert gone() is None
-    assert layer.quant.cache == {}
+    assert layer.weight.planes.planes is None
     assert torch.equal(layer(x), y)
     assert calls == {"repack": 2, "fused": 3}
 
@@ -118,21 +119,20 @@ def test_a_resident_weight_gives_the_numbers_of_the_dequantised_one(name, dtype,
     x = random_x(2, 3, 256, device=device, dtype=dtype)
     with torch.no_grad():
         y = layer(x)
-        layer.make_resident(dtype)
-        assert layer.packed is None
-        assert layer.quant is None
+        layer.dequantize_weight(dtype)
+        assert not isinstance(layer.weight, QuantTensor)
         assert layer.weight.dtype == layer.dtype == dtype
         assert not layer.weight.requires_grad
         assert torch.equal(layer(x), y)
-        layer.make_resident(HALF)  # of a dense layer: nothing is left to do
+        layer.dequantize_weight(HALF)  # of a dense layer: nothing is left to do
         assert layer.weight.dtype == dtype
 
 
 def test_a_resident_weight_lets_the_packed_bytes_go(device):
     layer = packed_layer("Q4_K", 16, 256, device)
     layer(random_x(3, 256, device=device))
-    kept = [weakref.ref(layer.packed), weakref.ref(layer.quant.cache["planes"].codes)]
-    layer.make_resident(HALF)
+    kept = [weakref.ref(layer.weight.packed), weakref.ref(layer.weight.planes.planes.codes)]
+    layer.dequantize_weight(HALF)
     assert [ref() for ref in kept] == [None, None]
 
 

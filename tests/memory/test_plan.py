@@ -176,14 +176,13 @@ def test_large_blocks_stay_first_so_that_slots_are_small():
 
 def test_the_embedded_model_weighs_what_it_weighs_when_loaded():
     """Header arithmetic against the tensors that loading makes."""
-    from zimage_core.nn.linear import Embedding
+    from zimage_core.nn.linear import Embedding, tensors_of
 
     pipe = ZImagePipeline.from_default(dtype="bfloat16")
     sizes = read_sizes(folder_files(ROOT / "zimage_core" / "assets" / "nano"))
 
     def held(module):
-        buffers = sum(b.numel() * b.itemsize for b in module.buffers())
-        return buffers + sum(p.numel() * p.itemsize for p in module.parameters())
+        return sum(tensor.nbytes for tensor in tensors_of(module))
 
     assert sizes.transformer.nbytes == held(pipe.transformer)
     assert sizes.text_encoder.nbytes == held(pipe.text_encoder)

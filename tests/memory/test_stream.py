@@ -89,7 +89,7 @@ def test_the_context_refiner_comes_for_each_caption_and_goes(dit_path, wanted, m
 
 
 def place_of(block):
-    return block.feed_forward.w1.quant.packed.data_ptr()
+    return block.feed_forward.w1.weight.packed.data_ptr()
 
 
 def test_fp8_scales_go_with_their_weights(tmp_path):
@@ -102,7 +102,7 @@ def test_fp8_scales_go_with_their_weights(tmp_path):
         scale = stored({name.replace(".weight", ".scale_weight"): (1,)}, seed=k)
         content.tensors |= scale.tensors
     model = load_transformer(write_safetensors(tmp_path / "x.safetensors", content))
-    assert model.layers[0].feed_forward.w1.quant.scale is not None
+    assert model.layers[0].feed_forward.w1.weight.scale is not None
     want = draw(model)
     with stream_model(model, (), **ringed(slots=2)):
         assert torch.equal(draw(model), want)
@@ -158,10 +158,10 @@ def test_blocks_in_any_order(dit):
             if index == 5:
                 continue
             for segment, packed in zip(stream._blocks[index].segments, home[index], strict=True):
-                assert torch.equal(segment.linear.packed, packed)
-                assert segment.linear.packed.data_ptr() != segment.home.packed.data_ptr()
-                assert segment.linear.packed.data_ptr() % 64 == 0
-                assert segment.linear.quant.cache == {"planes": None}
+                assert torch.equal(segment.linear.weight.packed, packed)
+                assert segment.linear.weight.packed.data_ptr() != segment.home.packed.data_ptr()
+                assert segment.linear.weight.packed.data_ptr() % 64 == 0
+                assert segment.linear.weight.planes.closed
     assert at_home(dit)
 
 

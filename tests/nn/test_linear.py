@@ -46,13 +46,13 @@ def test_packed_layer_is_the_layer_of_its_dequantised_weight(name):
     torch.nn.init.normal_(layer.bias)
     layer.assign(weight)
     dense.load_state_dict({"weight": weight.dequantize(), "bias": layer.bias})
-    assert layer.weight is None
-    assert layer.packed.data_ptr() == weight.packed.data_ptr()
+    assert layer.weight is weight
+    assert layer.weight.packed.data_ptr() == weight.packed.data_ptr()
     with torch.no_grad():
         # the same products, summed in another order: K eps of the sum of magnitudes
         room = 258 * 2.0**-24 * (x.abs() @ weight.dequantize().abs().T) + 1e-6
         assert ((layer(x) - dense(x)).abs() <= room).all()
-    assert layer.quant.format.name == name
+    assert layer.weight.format.name == name
 
 
 def test_float32_of_the_file_becomes_the_dense_weight_without_a_copy():
@@ -61,8 +61,8 @@ def test_float32_of_the_file_becomes_the_dense_weight_without_a_copy():
     layer.assign(QuantTensor(values.view(torch.uint8), FORMATS["F32"], (7, 32)))
     assert layer.weight.data_ptr() == values.data_ptr()
     assert not layer.weight.requires_grad
-    assert layer.quant is None
-    assert layer.packed is None
+    assert not isinstance(layer.weight, QuantTensor)
+    assert isinstance(layer.weight, torch.nn.Parameter)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_float32_of_the_file_becomes_the_dense_weight_without_a_copy():
 def test_dense_exactly_when_the_file_has_the_wanted_dtype(stored, wanted, is_dense):
     layer = Linear(32, 7)
     layer.assign(quant(stored, 7, 32), wanted)
-    assert (layer.weight is not None) == is_dense
+    assert isinstance(layer.weight, torch.nn.Parameter) == is_dense
     assert layer.dtype == wanted
     with torch.no_grad():
         assert layer(torch.randn(2, 32).to(wanted)).dtype == wanted
@@ -89,10 +89,10 @@ def test_a_second_assign_replaces_the_first():
     layer = Linear(256, 4)
     layer.assign(quant("Q4_K", 4, 256))
     layer.assign(quant("F32", 4, 256))
-    assert layer.packed is None
+    assert isinstance(layer.weight, torch.nn.Parameter)
     layer.assign(quant("Q6_K", 4, 256))
-    assert layer.weight is None
-    assert layer.quant.format.name == "Q6_K"
+    assert isinstance(layer.weight, QuantTensor)
+    assert layer.weight.format.name == "Q6_K"
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ def test_casts_and_moves_leave_packed_bytes_and_scales_alone():
     layer = Linear(64, 4, bias=True)
     layer.assign(weight)
     layer.to(torch.bfloat16)
-    assert layer.packed.dtype == torch.uint8
+    assert layer.weight.packed.dtype == torch.uint8
     assert layer.bias.dtype == torch.bfloat16
     assert layer.dtype == torch.bfloat16
-    assert torch.equal(layer.quant.scale, scale)
+    assert torch.equal(layer.weight.scale, scale)
     layer.half().float()
-    assert torch.equal(layer.quant.dequantize(), weight.dequantize())
+    assert torch.equal(layer.weight.dequantize(), weight.dequantize())
 
 
 def test_a_layer_built_without_memory_takes_its_weight_from_the_file():

@@ -9,6 +9,7 @@ from tests.helpers import tiny
 from zimage_core.errors import BadArgument
 from zimage_core.nn.linear import Linear
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.quant.tensor import QuantTensor
 
 
 @pytest.fixture
@@ -21,13 +22,21 @@ def linears(pipe):
 
 
 def test_a_budget_is_kept_and_the_largest_come_first(packed):
-    before = {f"{n}.weight": m.quant.nbytes for n, m in linears(packed).items() if m.quant is not None}
+    before = {
+        f"{n}.weight": m.weight.nbytes
+        for n, m in linears(packed).items()
+        if isinstance(m.weight, QuantTensor)
+    }
     assert before, "the embedded model holds packed weights"
     everything = sum(ZImagePipeline.from_default(dtype=torch.bfloat16).make_resident(1 << 40).values())
     grown = packed.make_resident(everything // 2)
     assert 0 < sum(grown.values()) <= everything // 2
     assert list(grown.values()) == sorted(grown.values(), reverse=True)
-    dense = {f"{n}.weight" for n, m in linears(packed).items() if m.quant is None and f"{n}.weight" in before}
+    dense = {
+        f"{n}.weight"
+        for n, m in linears(packed).items()
+        if not isinstance(m.weight, QuantTensor) and f"{n}.weight" in before
+    }
     assert dense == set(grown)
     for name in grown:
         weight = packed.transformer.get_parameter(name)

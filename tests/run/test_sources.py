@@ -150,7 +150,7 @@ def test_the_embedded_model_loads_draws_and_is_told_apart_by_content():
 def test_a_bad_number_in_a_packed_weight_is_named():
     """Half a block's scale: the bytes of a NaN, in a copy that only this process sees."""
     pipe = ZImagePipeline.from_default()
-    weight = pipe.transformer.layers[0].attention.to_q.quant
+    weight = pipe.transformer.layers[0].attention.to_q.weight
     assert weight.format.name == "Q8_0"
     weight.packed.view(-1)[:2] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)
     with pytest.raises(NonFinite, match=r"weight layers\.0\.attention\.to_q\.weight holds NaN"):

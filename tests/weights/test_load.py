@@ -22,6 +22,7 @@ from tests.helpers.model_files import (
 from zimage_core.errors import BadFile
 from zimage_core.formats import FORMATS
 from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names
 from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae, weight_file
 
@@ -37,9 +38,9 @@ def test_fused_gguf_in_every_format(tmp_path, fmt):
     assert_same(model, split_names(content.values()))
     assert model.config == TOY_DIT
     q = model.layers[1].attention.to_q
-    assert (q.quant is None) == (fmt == "F32")
-    if q.quant is not None:
-        assert q.quant.format is FORMATS[fmt]
+    assert (not isinstance(q.weight, QuantTensor)) == (fmt == "F32")
+    if isinstance(q.weight, QuantTensor):
+        assert q.weight.format is FORMATS[fmt]
 
 
 PREFIXES = [
@@ -88,7 +89,7 @@ def test_dense_files_at_every_compute_dtype(tmp_path, fmt, dtype):
     content = stored(SPLIT, matrix=fmt, vector=fmt, other=fmt)
     model = load_transformer(write_safetensors(tmp_path / "x.safetensors", content), dtype=dtype)
     same = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[fmt] is dtype
-    assert (model.layers[0].feed_forward.w1.quant is None) == same
+    assert (not isinstance(model.layers[0].feed_forward.w1.weight, QuantTensor)) == same
     assert model.dtype is dtype
     assert model.layers[0].ffn_norm1.weight.dtype is dtype
     wanted = content.values()
@@ -114,7 +115,7 @@ def test_weights_are_views_of_the_file(tmp_path):
     content = stored(FUSED, matrix="Q4_K")
     path = write_gguf(tmp_path / "x.gguf", content, None)
     model = load_transformer(path)
-    parts = [getattr(model.layers[0].attention, f"to_{p}").packed for p in "qkv"]
+    parts = [getattr(model.layers[0].attention, f"to_{p}").weight.packed for p in "qkv"]
     assert len({p.untyped_storage().data_ptr() for p in parts}) == 1
     assert parts[1].data_ptr() - parts[0].data_ptr() == parts[0].numel()
     apart = load_transformer(path, mmap=False)

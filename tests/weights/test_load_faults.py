@@ -61,7 +61,7 @@ def test_fp8_with_and_without_scales(tmp_path, fmt, scale):
         write_safetensors(tmp_path / "x.safetensors", content.prefixed("diffusion_model."))
     )
     assert_same(model, wanted)
-    assert model.layers[0].feed_forward.w2.quant.format is FORMATS[fmt]
+    assert model.layers[0].feed_forward.w2.weight.format is FORMATS[fmt]
 
 
 def test_fp8_of_comfy_quant(tmp_path):

@@ -26,6 +26,7 @@ from zimage_core.memory.traffic import Traffic
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.nn.linear import tensors_of
 from zimage_core.weights.load import weight_file
 from zimage_core.weights.source import WeightFile
 
@@ -279,5 +280,4 @@ class Arena:
 
 
 def _bytes_on(network: nn.Module, device: torch.device) -> int:
-    tensors = (*network.parameters(), *network.buffers())
-    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
+    return sum(tensor.nbytes for tensor in tensors_of(network) if tensor.device.type == device.type)

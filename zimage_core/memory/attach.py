@@ -41,7 +41,7 @@ class _Homes:
         for module, name, tensor in self.tensors:
             setattr(module, name, tensor)
         for module, quant in self.packed:
-            module.place(quant)
+            module.set_weight(quant)
 
 
 _HOMES: WeakKeyDictionary[nn.Module, _Homes] = WeakKeyDictionary()
@@ -176,20 +176,19 @@ def take_back(model: nn.Module) -> None:
 def forbid_planes(network: nn.Module) -> None:
     """Let no product make a copy of these weights in another layout: a budget has no room for it."""
     for module in network.modules():
-        quant = module.quant if isinstance(module, Linear) else None
-        if quant is not None:
-            quant.cache.setdefault("planes", None)
+        if isinstance(module, Linear) and isinstance(module.weight, QuantTensor):
+            module.weight.planes.closed = True
 
 
 def _move_packed(module: nn.Module, device: torch.device, files: Sequence[Mapped], homes: _Homes) -> None:
-    quant = module.quant if isinstance(module, (Linear, Embedding)) else None
-    if quant is None or not isinstance(module, (Linear, Embedding)):
+    if not isinstance(module, (Linear, Embedding)) or not isinstance(module.weight, QuantTensor):
         return
+    quant = module.weight
     packed = _moved(quant.packed, device, files)
     if packed is not quant.packed:
         homes.packed.append((module, quant))
         scale = None if quant.scale is None else quant.scale.to(device)
-        module.place(QuantTensor(packed, quant.format, quant.shape, scale))
+        module.set_weight(QuantTensor(packed, quant.format, quant.shape, scale))
 
 
 def _move_dense(
@@ -207,7 +206,7 @@ def _move_dense(
             homes.tensors.append((module, name, parameter))
             setattr(module, name, nn.Parameter(moved, requires_grad=False))
     for name, buffer in list(module.named_buffers(recurse=False)):
-        if name != "packed" and buffer.device != device:
+        if buffer.device != device:
             homes.tensors.append((module, name, buffer))
             setattr(module, name, buffer.to(device))
 

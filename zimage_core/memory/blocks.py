@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zimage_core.errors import BadArgument
 from zimage_core.nn.linear import Linear
-from zimage_core.quant.tensor import QuantTensor
+from zimage_core.quant.tensor import PlaneCache, QuantTensor
 from zimage_core.weights.source import Source, WeightFile
 
 ALIGN = 256
@@ -136,12 +136,12 @@ class Block:
                 views = [self._view(slot, k) for k in range(len(self.segments))]
             self._views[slot.data_ptr()] = views
         for segment, view in zip(self.segments, views, strict=True):
-            segment.linear.place(view)
+            segment.linear.set_weight(view)
 
     def unbind(self) -> None:
         """Let each layer read its weight from the host again."""
         for segment in self.segments:
-            segment.linear.place(segment.home)
+            segment.linear.set_weight(segment.home)
 
     def forget(self) -> None:
         """Let go of the slots that it was bound to."""
@@ -154,7 +154,7 @@ class Block:
             return nn.Parameter(held.view(home.dtype).view(home.shape), requires_grad=False)
         packed = held.view(home.packed.shape)
         # planes would outlive the bytes that they were made of
-        return QuantTensor(packed, home.format, home.shape, self._scales[k], {"planes": None})
+        return QuantTensor(packed, home.format, home.shape, self._scales[k], PlaneCache(closed=True))
 
 
 def as_bytes(weight: Weight) -> Tensor:
@@ -165,14 +165,11 @@ def as_bytes(weight: Weight) -> Tensor:
 
 def _contiguous(linear: Linear) -> Weight:
     """The weight of a layer, copied where it is a view with gaps."""
-    quant = linear.quant
-    if quant is not None:
-        gapless = quant.packed.is_contiguous()
-        return quant if gapless else replace(quant, packed=quant.packed.contiguous(), cache={})
-    if linear.weight is None:
-        raise BadArgument("a layer of a block has no weight; load the model first")
-    gapless = linear.weight.is_contiguous()
-    return linear.weight if gapless else nn.Parameter(linear.weight.contiguous(), requires_grad=False)
+    weight = linear.weight
+    if isinstance(weight, QuantTensor):
+        gapless = weight.packed.is_contiguous()
+        return weight if gapless else replace(weight, packed=weight.packed.contiguous(), planes=PlaneCache())
+    return weight if weight.is_contiguous() else nn.Parameter(weight.contiguous(), requires_grad=False)
 
 
 def describe(modules: Sequence[nn.Module], file: WeightFile | None, device: torch.device) -> list[Block]:

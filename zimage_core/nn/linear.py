@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zimage_core.errors import BadShape
-from zimage_core.formats import BlockFormat
 from zimage_core.quant import ops
 from zimage_core.quant.tensor import QuantTensor
 
 _DENSE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+Weight = nn.Parameter | QuantTensor
+
 
 class _Weighted(nn.Module):
-    """A module with one matrix, a parameter `weight` until `assign` brings a packed one.
+    """A module with one matrix `weight`: a Parameter when it is dense, a QuantTensor when it is packed.
 
-    Packed bytes are the buffer `packed`, uint8, which `.to(dtype)` leaves alone and `.to(device)`
-    moves. `dtype` follows `.to` like a dense weight's dtype would.
+    `dtype` follows `.to` as a dense weight's dtype would; packed bytes are moved and never converted.
     """
 
-    weight: nn.Parameter | None
-    packed: Tensor | None
+    weight: Weight
 
     def __init__(self, rows: int, columns: int, std: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns))
-        self.register_buffer("packed", None)
         self.dtype = self.weight.dtype
         self._shape = (rows, columns)
-        self._format: BlockFormat | None = None
-        self._scale: Tensor | None = None
-        self._quant: QuantTensor | None = None
         nn.init.normal_(self.weight, std=std)
 
     def assign(self, quant: QuantTensor, dtype: torch.dtype | None = None) -> None:
         """Take over a weight from a file, without a copy.
 
-        Plain numbers of the wanted dtype become the dense `weight` (without gradient, a view of the
-        file's map); anything else stays packed and `weight` becomes None.
+        Plain numbers of the wanted dtype become a dense Parameter (without gradient, a view of the
+        file's map); anything else stays packed.
 
         Args:
             quant: The weight.
@@ -50,78 +45,56 @@ class _Weighted(nn.Module):
         Raises:
             BadShape: The shape is not this module's.
         """
-        if tuple(quant.shape) != self._shape:
-            raise BadShape(f"the file holds a matrix of shape {quant.shape}, this layer needs {self._shape}")
         self.dtype = dtype or self.dtype
-        if _DENSE.get(quant.format.name) == self.dtype and quant.scale is None:
-            self.weight = nn.Parameter(quant.dequantize(self.dtype), requires_grad=False)
-            self.packed, self._format, self._scale, self._quant = None, None, None, None
-            return
-        self.weight = None
-        self.packed, self._format, self._scale = quant.packed, quant.format, quant.scale
-        self._quant = self.quant  # now, or a compiled graph would make it and be compiled again to find it
+        plain = _DENSE.get(quant.format.name) == self.dtype and quant.scale is None
+        self.set_weight(nn.Parameter(quant.dequantize(self.dtype), requires_grad=False) if plain else quant)
 
-    @property
-    def quant(self) -> QuantTensor | None:
-        """The packed weight, None when it is dense; one object as long as the bytes stay where they are."""
-        if self.packed is None or self._format is None:
-            return None
-        found = self._quant
-        if found is None or found.packed is not self.packed or found.scale is not self._scale:
-            self._quant = found = QuantTensor(self.packed, self._format, self._shape, self._scale)
-        return found
+    def set_weight(self, weight: Weight) -> Weight:
+        """Use another weight of the same shape, dense or packed, and return the one used until now.
+
+        Raises:
+            BadShape: The shape is not this module's.
+        """
+        if tuple(weight.shape) != self._shape:
+            raise BadShape(f"got a weight of shape {tuple(weight.shape)}, this layer needs {self._shape}")
+        previous = self.weight
+        # torch accepts a plain attribute only where no parameter of that name is registered
+        self._parameters.pop("weight", None)
+        self.__dict__.pop("weight", None)
+        self.weight = weight
+        return previous
+
+    def dequantize_weight(self, dtype: torch.dtype) -> None:
+        """Replace a packed weight by a dense one on its device: faster, and larger (2 bytes a weight)."""
+        if isinstance(self.weight, QuantTensor):
+            self.set_weight(nn.Parameter(self.weight.dequantize(dtype), requires_grad=False))
+            self.dtype = dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weight is, dense or packed."""
-        return self._matrix().device
-
-    def place(self, weight: QuantTensor | nn.Parameter) -> None:
-        """Read the same weight, packed or dense, from another place: a slot, or its file again."""
-        if isinstance(weight, QuantTensor):
-            self.packed, self._scale, self._quant = weight.packed, weight.scale, weight
-        else:
-            self.weight = weight
-
-    def exchange(self, weight: QuantTensor | nn.Parameter) -> QuantTensor | nn.Parameter:
-        """Take another weight of the same shape, packed or dense, and give back the present one.
-
-        Raises:
-            BadShape: The shape is not this module's, or there is no weight to give back.
-        """
-        if tuple(weight.shape) != self._shape:
-            raise BadShape(f"got a weight of shape {tuple(weight.shape)}, this layer needs {self._shape}")
-        own = self._matrix()
-        quant = weight if isinstance(weight, QuantTensor) else None
-        self.weight = None if isinstance(weight, QuantTensor) else weight
-        self.packed, self._format, self._scale, self._quant = None, None, None, quant
-        if quant is not None:
-            self.packed, self._format, self._scale = quant.packed, quant.format, quant.scale
-        return own if isinstance(own, QuantTensor) else nn.Parameter(own, requires_grad=False)
-
-    def make_resident(self, dtype: torch.dtype) -> None:
-        """Replace the packed weight by a dense one on its device: faster, and larger (2 bytes a weight)."""
-        quant = self.quant
-        if quant is not None:
-            self.weight = nn.Parameter(quant.dequantize(dtype), requires_grad=False)
-            self.packed, self._format, self._scale, self._quant = None, None, None, None
-            self.dtype = dtype
-
-    def _matrix(self) -> Tensor | QuantTensor:
-        if self.weight is not None:
-            return self.weight
-        quant = self.quant
-        if quant is None:
-            raise BadShape(f"this layer of shape {self._shape} has no weight; assign one first")
-        return quant
+        return self.weight.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        if self._scale is not None:
-            self._scale = self._scale.to(fn(self._scale).device)  # moved, never rounded
-        self._quant = self.quant
+        if isinstance(self.weight, QuantTensor):
+            moved = fn(self.weight.packed)
+            if moved is not self.weight.packed:
+                self.weight = self.weight.to(moved.device)
         return self
+
+    def _kind(self) -> str:
+        return self.weight.format.name if isinstance(self.weight, QuantTensor) else str(self.dtype)
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers and packed bytes of a module and all modules inside it."""
+    yield from module.parameters()
+    yield from module.buffers()
+    for each in module.modules():
+        if isinstance(each, _Weighted) and isinstance(each.weight, QuantTensor):
+            yield each.weight.packed
 
 
 class Linear(_Weighted):
@@ -134,12 +107,11 @@ class Linear(_Weighted):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        return ops.linear(x, self._matrix(), self.bias)
+        return ops.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and format, for print(model)."""
-        kind = self._format.name if self._format is not None else str(self.dtype)
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {kind}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._kind()}"
 
 
 class Embedding(_Weighted):
@@ -150,9 +122,8 @@ class Embedding(_Weighted):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., dim]."""
-        return ops.embedding(ids, self._matrix(), self.dtype)
+        return ops.embedding(ids, self.weight, self.dtype)
 
     def extra_repr(self) -> str:
         """Shape and format, for print(model)."""
-        kind = self._format.name if self._format is not None else str(self.dtype)
-        return f"{self._shape[0]}, {self._shape[1]}, {kind}"
+        return f"{self._shape[0]}, {self._shape[1]}, {self._kind()}"

@@ -6,7 +6,7 @@ Also the operators of the namespace `zimage` that stand for all this under torch
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch.nn import functional
 from zimage_core.cpu.numbers import DTYPES
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.quant import dispatch
+
+if TYPE_CHECKING:
+    from zimage_core.quant.tensor import PlaneCache
 
 SCRATCH_BYTES = dispatch.SCRATCH_BYTES
 PLANES_MARGIN = dispatch.PLANES_MARGIN
@@ -66,7 +69,7 @@ def linear(
     fmt: BlockFormat,
     scale: Tensor | None,
     bias: Tensor | None,
-    cache: dict[str, Any],
+    cache: PlaneCache,
 ) -> Tensor:
     """x @ W^T + bias for a packed W, in x's dtype with float32 sums.
 
@@ -84,11 +87,12 @@ def linear(
     if not packed.shape[0]:
         return x.new_empty(*x.shape[:-1], 0)
     if torch.compiler.is_compiling():
-        out: Tensor = _linear_op(x, packed, fmt.name, scale, bias, list(cache.get("planes") or ()))
+        out: Tensor = _linear_op(x, packed, fmt.name, scale, bias, list(cache.planes or ()))
         return out
     flat = x.reshape(-1, x.shape[-1])
-    planes = cache["planes"] if "planes" in cache else _make_planes(flat, packed, fmt, cache)
-    return _product(flat, packed, fmt, scale, bias, planes).view(*x.shape[:-1], packed.shape[0])
+    if cache.planes is None and not cache.closed:
+        _make_planes(flat, packed, fmt, cache)
+    return _product(flat, packed, fmt, scale, bias, cache.planes).view(*x.shape[:-1], packed.shape[0])
 
 
 def _choose(x: Tensor, rows: int, fmt: BlockFormat, free: int, planes: bool, mode: str) -> dispatch.Choice:
@@ -96,12 +100,11 @@ def _choose(x: Tensor, rows: int, fmt: BlockFormat, free: int, planes: bool, mod
     return dispatch.choose(fmt.name, rows, x.shape[1], len(x), name, free, mode, dtype, planes)
 
 
-def _make_planes(x: Tensor, packed: Tensor, fmt: BlockFormat, cache: dict[str, Any]) -> Any:
-    """The planes of a weight when x is the first that wants them and there is room; None otherwise."""
+def _make_planes(x: Tensor, packed: Tensor, fmt: BlockFormat, cache: PlaneCache) -> None:
+    """Make the planes of a weight when x is the first that wants them and there is room."""
     rows = packed.shape[0]
     if _choose(x, rows, fmt, 1 << 62, False, dispatch.mode()).path != "fused":
-        return None
-    planes = None
+        return
     free = _free_bytes(packed.device)
     if dispatch.mode() == "fused":
         _choose(x, rows, fmt, free, False, "fused")  # says what is missing
@@ -109,9 +112,8 @@ def _make_planes(x: Tensor, packed: Tensor, fmt: BlockFormat, cache: dict[str, A
         from zimage_core.kernels.planar import repack
 
         with torch.inference_mode(False):  # they outlive the caller's mode
-            planes = repack(packed, fmt)
-    cache["planes"] = planes
-    return planes
+            cache.planes = repack(packed, fmt)
+    cache.closed = True
 
 
 def _free_bytes(device: torch.device) -> int:

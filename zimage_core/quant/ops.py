@@ -101,7 +101,7 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
         )
     with torch.no_grad():
         if x.dtype != torch.float64 and kernels_for(x.device):
-            return gpu.linear(x, weight.packed, weight.format, weight.scale, bias, weight.cache)
+            return gpu.linear(x, weight.packed, weight.format, weight.scale, bias, weight.planes)
         return _packed_linear(x, weight, bias)
 
 

@@ -20,6 +20,20 @@ from zimage_core.quant import gpu
 from zimage_core.quant.dispatch import kernels_for
 
 
+@dataclass
+class PlaneCache:
+    """The planes that a GPU derived from one weight, once a product has wanted them.
+
+    Args:
+        planes: `kernels.planar.Planes`; None where there are none (yet).
+        closed: No planes will be made: there was no room, or the bytes lie in memory that other weights use
+            too, so that planes would outlive what they were made of.
+    """
+
+    planes: Any = None
+    closed: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class QuantTensor:
     """Rows of packed blocks and their logical shape.
@@ -30,7 +44,7 @@ class QuantTensor:
         shape: Logical, last axis = weights a row. () is one number.
         scale: float32, one number or one for each index of axis 0; multiplies the dequantised rows
             (fp8 from safetensors).
-        cache: What a GPU derived from these bytes (planes); lives and dies with this object.
+        planes: What a GPU derived from these bytes; lives and dies with this object.
 
     Raises:
         BadShape: The bytes are not uint8 or do not fit format and shape, or the scale fits neither form.
@@ -40,7 +54,7 @@ class QuantTensor:
     format: BlockFormat
     shape: tuple[int, ...]
     scale: Tensor | None = None
-    cache: dict[str, Any] = field(default_factory=dict, repr=False)
+    planes: PlaneCache = field(default_factory=PlaneCache, repr=False)
 
     def __post_init__(self) -> None:
         shape = self.shape or (1,)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zimage_core.errors import NonFinite
+from zimage_core.quant.tensor import QuantTensor
 
 ROWS = 1024
 """Rows of a packed weight that are unpacked at a time when it is searched."""
@@ -144,12 +145,12 @@ def _bad_weight(model: nn.Module, module: nn.Module, place: str) -> str | None:
         for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
             if _bad(tensor):
                 return f"{prefix}.{name}".lstrip(".")
-        quant = getattr(owner, "quant", None)
-        if quant is not None and _bad_quant(quant):
+        weight = getattr(owner, "weight", None)
+        if isinstance(weight, QuantTensor) and _bad_quant(weight):
             return f"{prefix}.weight".lstrip(".")
     return None
 
 
-def _bad_quant(quant: Any) -> bool:
+def _bad_quant(quant: QuantTensor) -> bool:
     rows = quant.shape[0]
     return any(_bad(quant.rows(i, min(i + ROWS, rows)).dequantize()) for i in range(0, rows, ROWS))

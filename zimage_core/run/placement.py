@@ -16,6 +16,7 @@ from zimage_core.models.vae_tiles import TILE
 from zimage_core.nn.cuda_graphs import StepGraphs
 from zimage_core.nn.linear import Linear
 from zimage_core.quant.dispatch import resident_set
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.run.checks import read_device, read_dtype, whole
 
 RESERVE = 2 << 30
@@ -111,17 +112,16 @@ class Placement:
         layers = {
             f"{name}.weight": module
             for name, module in self.transformer.named_modules()
-            if isinstance(module, Linear) and module.quant is not None
+            if isinstance(module, Linear) and isinstance(module.weight, QuantTensor)
         }
         size = self.dtype.itemsize
         growth = {
-            name: module.in_features * module.out_features * size - module.quant.nbytes
+            name: module.in_features * module.out_features * size - module.weight.nbytes
             for name, module in layers.items()
-            if module.quant is not None
         }
         chosen = resident_set(growth, budget)
         for name in chosen:
-            layers[name].make_resident(self.dtype)
+            layers[name].dequantize_weight(self.dtype)
             self._as_loaded = False
         self._forget_graphs()
         return {name: growth[name] for name in chosen}

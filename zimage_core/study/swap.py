@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from zimage_core.errors import BadArgument
 from zimage_core.export.recipes import SOURCE, fitting
 from zimage_core.formats import by_name
 from zimage_core.models.transformer import ZImageTransformer
@@ -37,11 +36,8 @@ def matrices(transformer: ZImageTransformer) -> dict[str, tuple[Linear, ...]]:
 
 def dense(layer: Linear) -> Tensor:
     """The weight of a layer, float32 [out_features, in_features]."""
-    quant = layer.quant
-    if quant is not None:
-        return quant.dequantize(torch.float32)
-    if layer.weight is None:
-        raise BadArgument("a layer has no weight; load the model first")
+    if isinstance(layer.weight, QuantTensor):
+        return layer.weight.dequantize(torch.float32)
     return layer.weight.detach().float()
 
 
@@ -85,8 +81,8 @@ def stored_as(weights: Stored) -> Iterator[None]:
     own: dict[Linear, nn.Parameter | QuantTensor] = {}
     try:
         for layer, quant in weights.items():
-            own[layer] = layer.exchange(quant)
+            own[layer] = layer.set_weight(quant)
         yield
     finally:
         for layer, weight in own.items():
-            layer.exchange(weight)
+            layer.set_weight(weight)
