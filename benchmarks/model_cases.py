@@ -41,17 +41,18 @@ def stepper(
     Raises:
         ImportError: A replay is asked for and the package has no graphs.
     """
-    from zimage_core.models.conditioning import Conditioning
-
-    known, through = Conditioning(model), None
+    with torch.no_grad():
+        prepared = model.prepare([caption], t.tolist(), (latent.shape[-2], latent.shape[-1]))
+    predict = None
     if replay:
         from zimage_core.nn.cuda_graphs import StepGraphs
 
-        through = StepGraphs(model.step)
+        predict = StepGraphs(model.predict)
+    image = latent[:, 0].to(model.dtype)
 
     def run(i: int) -> Tensor:
         with torch.no_grad():
-            return model([latent], t, [caption], conditioning=known, step=through)[0]
+            return model.step(image, prepared, 0, predict=predict).unsqueeze(1)
 
     return run
 

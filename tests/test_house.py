@@ -122,11 +122,15 @@ def test_model_eval_is_not_mistaken():
     assert forbidden_call(ast.parse("model.eval()").body[0].value) is None
 
 
+MOST_LINES = 450
+LONGER = {"codebooks": "tables of numbers", "pipeline": "the public calls with all that is said of them"}
+
+
 @files
 def test_a_file_stays_readable(path):
     lines = path.read_text("utf-8").count("\n")
-    assert lines <= 350 or path.stem == "codebooks", (
-        f"{path.relative_to(ROOT)} has {lines} lines, 350 are enough"
+    assert lines <= MOST_LINES or path.stem in LONGER, (
+        f"{path.relative_to(ROOT)} has {lines} lines, {MOST_LINES} are enough"
     )
 
 

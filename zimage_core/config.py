@@ -8,6 +8,8 @@ from typing import Any
 
 from zimage_core.errors import BadArgument
 
+COMPONENTS = ("transformer", "text_encoder", "vae")
+"""The networks of a pipeline, by the names that files, folders and arguments have for them."""
 HEAD_AXES = (32, 48, 48)
 """Rotary channels for (t, h, w) in every released Z-Image; they sum to head_dim 128."""
 

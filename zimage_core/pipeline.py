@@ -1,4 +1,4 @@
-"""From a prompt to pictures: the main job as a list of steps."""
+"""From a prompt to images: the main job as a list of steps."""
 
 from __future__ import annotations
 
@@ -6,71 +6,85 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from zimage_core.errors import BadArgument, Busy, NonFinite, OutOfMemory
-from zimage_core.files.png import file_identity
-from zimage_core.models.conditioning import Conditioning
-from zimage_core.models.vae_tiles import ways_to_decode
-from zimage_core.run.batch import Batch, make_batch
-from zimage_core.run.checks import StepCallback
-from zimage_core.run.loading import Components
-from zimage_core.run.nonfinite import checked, explain, watch
-from zimage_core.run.request import Run, call_back, describe, encoding, prepare
-from zimage_core.run.result import Clock, Timings, ZImageResult, peak_memory, to_output
-from zimage_core.sampling.euler import network_time, sample
-from zimage_core.sampling.guidance import Guided, Network
+from zimage_core.config import COMPONENTS
+from zimage_core.errors import BadArgument, Busy, Unsupported
+from zimage_core.memory.budget import read_bytes
+from zimage_core.memory.plan import Plan, make_plan
+from zimage_core.memory.rates import Rates
+from zimage_core.memory.sizes import sizes_of
+from zimage_core.models.autoencoder import Autoencoder
+from zimage_core.models.text_encoder import TextEncoder
+from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.models.vae_tiles import TILE
+from zimage_core.run import sources
+from zimage_core.run.checks import StepCallback, read_device, read_dtype, whole
+from zimage_core.run.decode import decode
+from zimage_core.run.denoise import Denoiser, denoise
+from zimage_core.run.loading import NATIVE_SIZE, PathLike, check_tokenizer, find_components, load_components
+from zimage_core.run.nonfinite import checked, guard_attention
+from zimage_core.run.placement import Placement
+from zimage_core.run.request import Batch, Encoding, Limits, Request, encoding, make_batch, prepare
+from zimage_core.run.result import Clock, Timings, ZImageResult, peak_memory, settings_of, to_output
+from zimage_core.sampling.schedule import BASE_SHIFT, FlowMatchEulerScheduler
 from zimage_core.text.prompt import prompt_ids
+from zimage_core.text.tokenizer import Tokenizer
+from zimage_core.weights.card import check_compatible
+from zimage_core.weights.load import opened_file
+from zimage_core.weights.opened import Opened
+from zimage_core.weights.source import WeightFile
+
+Self = TypeVar("Self", bound="ZImagePipeline")
 
 
-class ZImagePipeline(Components):
+class ZImagePipeline:
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.
-    Models, tokenizer and scheduler are the attributes `transformer`, `text_encoder`, `vae`, `tokenizer` and
-    `scheduler`; see `from_files`, `from_pretrained` and `from_default` for ways to build one.
+    See `from_files`, `from_pretrained` and `from_default` for ways to build one.
+
+    Args:
+        scheduler: Noise levels; its shift tells the base checkpoint (6) from the distilled ones (any
+            other, theirs is 3), here and once: a scheduler put in its place later changes no default.
+        vae: Always in float32: the official code decodes so, and the model's own config asks for it.
+        text_encoder: Its width is the transformer's caption width.
+        tokenizer: The text encoder's.
+        transformer: S3-DiT.
+        sample_size: Default height and width in pixels.
+
+    Raises:
+        WrongModel: The parts do not fit each other.
     """
 
-    @torch.no_grad()
-    def encode_prompt(
+    def __init__(
         self,
-        prompt: str | Sequence[str],
-        device: str | torch.device | None = None,
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: str | Sequence[str] | None = None,
-        prompt_embeds: Sequence[torch.Tensor] | None = None,
-        negative_prompt_embeds: Sequence[torch.Tensor] | None = None,
-        max_sequence_length: int = 512,
-        enable_thinking: bool = True,
-        prompt_template: str | None = None,
-        debug: bool = False,
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Caption features of prompts and negative prompts.
-
-        Args:
-            prompt: One or several; the list is not modified.
-            device: Where the features go; default: where the transformer is.
-            do_classifier_free_guidance: Whether negative features are wanted.
-            negative_prompt: One for all, or one for each prompt; None means the empty prompt.
-            prompt_embeds: Returned in place of the encoded prompts.
-            negative_prompt_embeds: Returned in place of the encoded negative prompts.
-            max_sequence_length: Most tokens, template included; what is cut off is warned about.
-            enable_thinking: As the model was trained; see `text.prompt.render`.
-            prompt_template: Text with `{prompt}` in the place of the chat template.
-            debug: Check every block of the text encoder.
-
-        Returns:
-            Two lists of [L, cap_feat_dim] tensors of different L; the second is empty without guidance.
-        """
-        given = {
-            "prompt": prompt, "negative_prompt": negative_prompt, "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds, "max_sequence_length": max_sequence_length,
-            "enable_thinking": enable_thinking, "prompt_template": prompt_template,
-        }  # fmt: skip
-        batch = make_batch(given, 1, do_classifier_free_guidance, self.transformer.config.cap_feat_dim)
-        return self._encode(batch, encoding(given), debug, device)
+        scheduler: FlowMatchEulerScheduler,
+        vae: Autoencoder,
+        text_encoder: TextEncoder,
+        tokenizer: Tokenizer,
+        transformer: ZImageTransformer,
+        sample_size: int = NATIVE_SIZE,
+    ) -> None:
+        self.scheduler = scheduler
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+        self.sample_size = sample_size
+        self._placement = Placement()
+        self._running: dict[str, object] = {}
+        self._interrupt = False
+        self._guidance_scale = 0.0
+        self._num_timesteps = 0
+        self._base = scheduler.shift == BASE_SHIFT
+        guard_attention(text_encoder, "text encoder")
+        guard_attention(vae, "VAE")
+        paths = {name: file.path for name, file in self.files().items()}
+        check_compatible(transformer.config, text_encoder.config, vae.config, paths)
+        check_tokenizer(tokenizer, text_encoder, paths.get("text_encoder", "text encoder"))
 
     def __call__(
         self,
@@ -148,7 +162,32 @@ class ZImagePipeline(Components):
             OutOfMemory: The GPU cannot hold the decoding, not even in tiles; the error carries the latents.
             NonFinite: NaN or infinity; names the step, the block and, if a weight is to blame, the tensor.
         """
-        given = dict(locals())  # every argument by its name, before any other local exists
+        request = Request(
+            prompt=prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            sigmas=sigmas,
+            guidance_scale=guidance_scale,
+            cfg_normalization=cfg_normalization,
+            cfg_truncation=cfg_truncation,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            output_type=output_type,
+            joint_attention_kwargs=joint_attention_kwargs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+            seed=seed,
+            cfg=cfg,
+            enable_thinking=enable_thinking,
+            prompt_template=prompt_template,
+            debug=debug,
+        )
         token = object()
         try:
             if self._running.setdefault("run", token) is not token:
@@ -157,37 +196,40 @@ class ZImagePipeline(Components):
                     "build a second one (mapped files are shared, so it costs little memory)"
                 )
             with torch.no_grad():
-                result = self._generate(given)
+                result = self._generate(request)
             return result if return_dict else (result.images,)
         finally:
             # no call in here, so no point at which a second Ctrl-C could leave the object busy for ever
             if "run" in self._running and self._running["run"] is token:
                 del self._running["run"]
 
-    def _generate(self, given: dict[str, Any]) -> ZImageResult:
+    def _generate(self, request: Request) -> ZImageResult:
         """The main job: check, encode, denoise, decode, report."""
         clock = Clock()
-        run = prepare(self.limits, self.scheduler, given)
-        files = self.files()
-        for file in files.values():
-            file.check_unchanged()
-        identities = {name: file_identity(file.places) for name, file in files.items()}
-        self._interrupt, self._guidance_scale, self._num_timesteps = False, run.scale, run.steps
-        self._begin(run)
-        positive, negative = self._encode(run.batch, run.encoding, run.debug)
+        run = prepare(self.limits, self.scheduler, request)
+        for remark in run.remarks:
+            warnings.warn(remark, UserWarning, stacklevel=3)
+        opened = self._opened()
+        for part in opened.values():
+            part.file.check_unchanged()
+        identities = {name: part.file.identity() for name, part in opened.items()}
+        self._interrupt, self._guidance_scale, self._num_timesteps = False, run.guidance_scale, run.steps
+        ids = self._tokenize(run.batch, run.encoding)
+        embeds = (*(run.batch.prompt_embeds or ()), *(run.batch.negative_prompt_embeds or ()))
+        self._placement.begin(run, max(len(each) for each in (*ids.values(), *embeds)))
+        captions = self._encode(run.batch, ids, run.debug, self.transformer.device)
         encoded = clock.lap()
-        denoise = Guided(
-            self._network(run), positive, negative, run.scale,
-            run.cfg_normalization, run.cfg_truncation, self.transformer.dtype,
-        )  # fmt: skip
-        with self._phase("denoise"):
-            latents = self._denoise(run, denoise, clock)
-        del denoise  # and what it remembers of the run, before the decoder needs the memory
+        with self._placement.phase("denoise"):
+            predict = self._placement.predict(self.transformer)
+            denoiser = Denoiser(self.transformer, *captions, run, predict)
+            latents = denoise(self, denoiser, run, clock.step, clock.lap)
+        del denoiser, captions  # and what it remembers of the run, before the decoder needs the memory
         steps = clock.steps()
         images: Any = latents.cpu()
         if run.output_type != "latent":
-            with self._phase("decode"):
-                images = to_output(self._decode(latents, run.debug), run.output_type)
+            with self._placement.phase("decode"):
+                keep = None if self._placement.memory is None else self._placement.memory.keep
+                images = to_output(decode(self.vae, latents, run.debug, keep), run.output_type)
         timings = Timings(encoded, steps, decode=clock.lap(), total=clock.total())
         return ZImageResult(
             images=images,
@@ -195,136 +237,449 @@ class ZImagePipeline(Components):
             sigmas=run.sigmas,
             timings=timings,
             peak_memory=peak_memory(self.device),
-            settings=describe(run, self.scheduler.shift, self.dtype),
+            settings=settings_of(run, self.scheduler.shift, self.dtype),
             interrupted=self._interrupt,
-            memory=None if self._arena is None else self._arena.report(),
+            memory=self._placement.report(),
             files=identities,
-            places={name: file.places for name, file in files.items()},
+            opened=opened,
         )
 
+    def _tokenize(self, batch: Batch, options: Encoding) -> dict[str, torch.Tensor]:
+        """Each text that has to be encoded -> token ids [L] int64."""
+        found = {}
+        for text in batch.texts():
+            ids = prompt_ids(self.tokenizer, text, *options)
+            if not ids:
+                raise BadArgument(
+                    "prompt: an empty one gives no tokens in this prompt_template; write something"
+                )
+            found[text] = torch.tensor(ids, dtype=torch.int64)
+        return found
+
     def _encode(
-        self, batch: Batch, options: dict[str, Any], debug: bool, device: str | torch.device | None = None
+        self, batch: Batch, ids: dict[str, torch.Tensor], debug: bool, device: torch.device
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Captions of both sides; a text that comes twice is encoded once."""
-        known: dict[str, torch.Tensor] = {}
-        where = torch.device(device) if device is not None else self.transformer.device
+        """Captions [L, cap_feat_dim] of both sides; a text that comes twice is encoded once."""
+        features = {}
+        with self._placement.phase("encode") if ids else nullcontext():
+            for text, each in ids.items():
+                call = partial(self.text_encoder, each)
+                features[text] = checked(self.text_encoder, "text encoder", call, debug).to(device)
 
-        def features(texts: list[str] | None, given: list[torch.Tensor] | None) -> list[torch.Tensor]:
+        def side(texts: list[str] | None, given: list[torch.Tensor] | None) -> list[torch.Tensor]:
             if given is not None:
-                return [member.to(where) for member in given]
-            for text in texts or ():
-                if text not in known:
-                    known[text] = self._caption(text, options, debug).to(where)
-            return [known[text] for text in texts or ()]
+                return [member.to(device) for member in given]
+            return [features[text] for text in texts or ()]
 
-        given = (batch.prompt_embeds, batch.negative_prompt_embeds)
-        texts = (batch.prompts, batch.negative_prompts)
-        words = any(text and embeds is None for text, embeds in zip(texts, given, strict=True))
-        with self._phase("encode") if words else nullcontext():
-            return features(texts[0], given[0]), features(texts[1], given[1])
+        return side(batch.prompts, batch.prompt_embeds), side(
+            batch.negative_prompts, batch.negative_prompt_embeds
+        )
 
-    def _begin(self, run: Run) -> None:
-        """Plan the run where memory is limited."""
-        if self._arena is None:
-            return
-        batch = run.batch
-        tokens = [len(each) for each in (*(batch.prompt_embeds or ()), *(batch.negative_prompt_embeds or ()))]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of cut prompts: encoding says it again
-            for text in {*(batch.prompts or ()), *(batch.negative_prompts or ())}:
-                tokens.append(len(prompt_ids(self.tokenizer, text, **run.encoding)))
-        self._arena.begin(run.width, run.height, batch.images, max(1, *tokens, 1), run.scale > 0, run.steps)
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        device: str | torch.device | None = None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Sequence[torch.Tensor] | None = None,
+        negative_prompt_embeds: Sequence[torch.Tensor] | None = None,
+        max_sequence_length: int = 512,
+        enable_thinking: bool = True,
+        prompt_template: str | None = None,
+        debug: bool = False,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Caption features of prompts and negative prompts.
 
-    def _caption(self, text: str, options: dict[str, Any], debug: bool) -> torch.Tensor:
-        """One prompt -> [L, cap_feat_dim]."""
-        ids = torch.tensor(prompt_ids(self.tokenizer, text, **options), dtype=torch.int64)
-        if len(ids) == 0:
-            raise BadArgument("prompt: an empty one gives no tokens in this prompt_template; write something")
-        return checked(self.text_encoder, "text encoder", partial(self.text_encoder, ids), debug)
+        Args:
+            prompt: One or several; the list is not modified.
+            device: Where the features go; default: where the transformer is.
+            do_classifier_free_guidance: Whether negative features are wanted.
+            negative_prompt: One for all, or one for each prompt; None means the empty prompt.
+            prompt_embeds: Returned in place of the encoded prompts.
+            negative_prompt_embeds: Returned in place of the encoded negative prompts.
+            max_sequence_length: Most tokens, template included; what is cut off is warned about.
+            enable_thinking: As the model was trained; see `text.prompt.render`.
+            prompt_template: Text with `{prompt}` in the place of the chat template.
+            debug: Check every block of the text encoder.
 
-    def _network(self, run: Run) -> Network:
-        """The transformer as `Guided` calls it; it remembers what the steps of this run have in common."""
-        if self._graphs is not None and self._graphs.step != self.transformer.step:
-            self._forget_graphs()  # the transformer was replaced
-        known = Conditioning(self.transformer, [float(network_time(sigma)) for sigma in run.sigmas[:-1]])
-
-        def network(
-            x: list[torch.Tensor], t: torch.Tensor, captions: list[torch.Tensor]
-        ) -> list[torch.Tensor]:
-            if run.debug:
-                with watch(self.transformer, "transformer"):
-                    return self.transformer.forward(x, t, captions, known)
-            out: list[torch.Tensor] = self.transformer(x, t, captions, known, self._graphs)
-            return out
-
-        return network
-
-    def _denoise(self, run: Run, denoise: Guided, clock: Clock) -> torch.Tensor:
-        """Starting noise -> latents, with the caller's callback after each step."""
-
-        def step_end(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-            clock.step()
-            if run.callback is not None:
-                latents = call_back(self, run, denoise, step, timestep, latents)
-                clock.lap()
-            return latents
-
-        def stop() -> bool:
-            return self._interrupt
-
-        start = run.latents.to(self.transformer.device)
-        try:
-            return sample(denoise, start, run.sigmas, step_end, stop)
-        except NonFinite as error:
-            if denoise.last is None:
-                raise
-            if run.debug:
-                done = len(clock.steps())
-                raise NonFinite(f"step {done + 1} of {run.steps}: {error}") from None
-            latents, time = denoise.last
-            denoise.network = self.transformer  # all of it runs again, nothing remembered
-            reason = explain(self.transformer, "transformer", lambda: denoise(latents, time, 0))
-            raise NonFinite(f"{error}; {reason}") from None
-
-    def _decode(self, latents: torch.Tensor, debug: bool) -> torch.Tensor:
-        """Latents [B, 16, h, w] -> pixels [B, 3, 8 h, 8 w] float32 about [-1, 1]; one picture at a time.
-
-        Where the memory of a GPU is too small: in smaller and smaller tiles, then with whole maps on the CPU.
-        The pictures are the same.
+        Returns:
+            Two lists of [L, cap_feat_dim] tensors of different L; the second is empty without guidance.
         """
-        config = self.vae.config
-        h, w = latents.shape[2:]
-        size = f"a picture of {config.spatial_factor * w} x {config.spatial_factor * h}"
-        ways = ways_to_decode(h, w, self.vae.tile)
-        if self._arena is not None and self._arena.keep is not None:
-            ways = [{"tile": self.vae.tile, "keep": self._arena.keep}]
-        left = [z[None] for z in latents / config.scaling_factor + config.shift_factor]
-        pictures: list[torch.Tensor] = []
-        while left:
-            try:
-                decode = partial(self.vae.decode, left[0], **ways[0])
-                pictures.append(checked(self.vae, "VAE", decode, debug))
-                del left[0]
-                continue
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition(". ")[0]
-            # behind the handler: the exception held the frames that held the memory
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if len(ways) == 1:
-                raise OutOfMemory(
-                    f"VAE: no memory to decode {size}, not even in the smallest tiles ({reason}); the "
-                    "finished latents are in the attribute `latents` of this error: save them, then free "
-                    "memory or call pipe.vae.to('cpu'), and pipe.vae.decode(error.latents / "
-                    "pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor) gives pixels in [-1, 1]",
-                    latents.cpu(),
-                )
-            if not ways[0]:  # the first time
-                warnings.warn(
-                    f"VAE: no memory to decode {size} with tile = {self.vae.tile}; it is decoded again in "
-                    "smaller tiles, which takes longer and gives the same picture; "
-                    "pipe.enable_vae_tiling() before the run saves the failed attempt",
-                    stacklevel=4,
-                )
-            del ways[0]
-        return torch.cat(pictures)
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length,
+            enable_thinking=enable_thinking,
+            prompt_template=prompt_template,
+        )
+        batch = make_batch(request, do_classifier_free_guidance, self.transformer.config.cap_feat_dim)
+        ids = self._tokenize(batch, encoding(request))
+        where = self.transformer.device if device is None else torch.device(device)
+        return self._encode(batch, ids, debug, where)
+
+    @classmethod
+    def from_files(
+        cls: type[Self],
+        transformer: PathLike,
+        text_encoder: PathLike,
+        vae: PathLike,
+        tokenizer: PathLike | Tokenizer | None = None,
+        *,
+        scheduler: FlowMatchEulerScheduler | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: str | torch.device = "cpu",
+        mmap: bool = True,
+        vram: int | str | None = None,
+        ram: int | str | None = None,
+    ) -> Self:
+        """A pipeline from files (GGUF or safetensors) or folders of shards; contents decide, not names.
+
+        Args:
+            transformer: S3-DiT.
+            text_encoder: Qwen3-4B or whatever the transformer was trained with.
+            vae: FLUX.1's.
+            tokenizer: tokenizer.json, a folder with one or with vocab.json and merges.txt, a GGUF, or an
+                object. Default: the text encoder's own GGUF keys, else a tokenizer beside its file.
+            scheduler: Default: shift 3, as in Turbo. Loose files of the base checkpoint look the same,
+                so for those pass FlowMatchEulerScheduler(shift=6.0), which also sets 50 steps and
+                guidance 4.
+            dtype: Of the computation: float32, float16, bfloat16, as torch dtype or name. Default:
+                float32 on a CPU, float16 on GPUs before Ampere, else bfloat16. Weights stay packed as they
+                are in every case.
+            torch_dtype: Another name for it, as in diffusers.
+            device: Where to compute.
+            mmap: Use the weights in place; the files must then not change. False reads them into memory.
+            vram: Limit of GPU memory, such as "6GiB" or "auto"; see `limit_memory`.
+            ram: Limit of host memory, likewise.
+
+        Raises:
+            BadArgument: A path is none; BadFile: a file cannot be read; WrongModel, BadWeights: it is another
+                model or a damaged one.
+        """
+        where = read_device(device)
+        kind = read_dtype(dtype, torch_dtype, where)
+        limited = vram is not None or ram is not None
+        home = torch.device("cpu") if limited else where  # under a limit, phases bring them to the device
+        paths = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+        pipe = cls(**load_components(paths, tokenizer, scheduler, kind, home, mmap))
+        if limited:
+            pipe.limit_memory(vram, ram, device=where)
+        return pipe
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        pretrained_model_name_or_path: PathLike,
+        *,
+        transformer: PathLike | None = None,
+        text_encoder: PathLike | None = None,
+        vae: PathLike | None = None,
+        tokenizer: PathLike | Tokenizer | None = None,
+        scheduler: FlowMatchEulerScheduler | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: str | torch.device = "cpu",
+        mmap: bool = True,
+        vram: int | str | None = None,
+        ram: int | str | None = None,
+        **others: Any,
+    ) -> Self:
+        """A pipeline from a folder, or from a repository of the Hugging Face Hub.
+
+        A folder is diffusers' layout, or holds loose files that are told apart by their contents. A
+        repository is "org/repo", or "org/repo:Q4_K_M" to choose one quantisation; that needs the package
+        huggingface_hub (`pip install zimage_core[hub]`) and downloads nothing when HF_HUB_OFFLINE is set.
+
+        Args:
+            pretrained_model_name_or_path: Folder or repository.
+            transformer: Taken instead of its own, like the next three; a repository with quantised
+                transformers alone needs the other parts from elsewhere.
+            text_encoder: The same for the text encoder.
+            vae: The same for the VAE.
+            tokenizer: The same for the tokenizer.
+            scheduler: Default: the folder's scheduler_config.json, else shift 3.
+            dtype: As in `from_files`, like the next five.
+            torch_dtype: Another name for it.
+            device: Where to compute.
+            mmap: Use the weights in place.
+            vram: Limit of GPU memory.
+            ram: Limit of host memory.
+            others: What code written for diffusers also gives. `low_cpu_mem_usage` and `use_safetensors`
+                ask for what is always so here; `revision`, `cache_dir`, `token` and `local_files_only` go
+                to the Hub. Another one with a value is refused.
+
+        Raises:
+            BadArgument, BadFile, WrongModel, BadWeights: As `from_files`.
+            Unsupported: An argument of diffusers that means nothing here; the message names it.
+        """
+        named = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+        given = {name: path for name, path in named.items() if path is not None}
+        paths, tokenizer, scheduler = find_components(
+            pretrained_model_name_or_path, given, tokenizer, scheduler, mmap, others
+        )
+        return cls.from_files(
+            **paths,  # type: ignore[arg-type]  # files that were opened to be found are taken as they are
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+            dtype=dtype,
+            torch_dtype=torch_dtype,
+            device=device,
+            mmap=mmap,
+            vram=vram,
+            ram=ram,
+        )
+
+    @classmethod
+    def from_default(
+        cls: type[Self],
+        *,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: str | torch.device = "cpu",
+        vram: int | str | None = None,
+        ram: int | str | None = None,
+    ) -> Self:
+        """The nano model inside the package: small pictures of shapes and letters, offline."""
+        paths = sources.embedded().paths
+        return cls.from_files(
+            **paths,  # type: ignore[arg-type]
+            dtype=dtype,
+            torch_dtype=torch_dtype,
+            device=device,
+            vram=vram,
+            ram=ram,
+        )
+
+    @property
+    def limits(self) -> Limits:
+        """What these parts allow, and the defaults that suit the checkpoint, Turbo or base."""
+        base = self._base
+        net, vae = self.transformer.config, self.vae.config
+        return Limits(
+            sample_size=self.sample_size,
+            steps=50 if base else 8,
+            guidance=4.0 if base else 0.0,
+            distilled=not base,
+            channels=net.in_channels,
+            caption_width=net.cap_feat_dim,
+            factor=vae.spatial_factor,
+            patch=net.patch_size,
+            rows=net.axes_lens[1],
+            cols=net.axes_lens[2],
+        )
+
+    def files(self) -> dict[str, WeightFile]:
+        """Component -> the open file whose bytes it uses; a component built in memory has none."""
+        return {name: part.file for name, part in self._opened().items()}
+
+    def _opened(self) -> dict[str, Opened]:
+        found = {name: opened_file(network) for name, network in self._networks().items()}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        return {name: getattr(self, name) for name in COMPONENTS}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name, as diffusers has them: `ZImagePipeline(**pipe.components)` shares them."""
+        names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer", "sample_size")
+        return {name: getattr(self, name) for name in names}
+
+    # --- where it lives ---
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: where the transformer is, or under a memory budget is brought to."""
+        memory = self._placement.memory
+        return self.transformer.device if memory is None else memory.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the transformer's computation."""
+        return self.transformer.dtype
+
+    def to(
+        self: Self,
+        *where: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Move the networks to a device, and (or) compute in another dtype; the VAE stays in float32.
+
+        Raises:
+            Unsupported: The pipeline has a memory budget and moves its networks itself.
+        """
+        targets = (*where, *(target for target in (device, dtype) if target is not None))
+        self._placement.to(self._networks(), targets)
+        return self
+
+    def capture(self, on: bool = True) -> None:
+        """Record the steps of the runs to come as CUDA graphs, one for each picture size and caption length.
+
+        A graph is recorded at the first step with new shapes and replayed from then on, in later runs too; it
+        holds the activations of a step. What is computed is the same.
+
+        Raises:
+            Unsupported: The transformer is not on a CUDA GPU, or has a memory budget.
+        """
+        self._placement.capture(self.transformer, on)
+
+    def dequantize_weights(self, budget: int | None = None) -> dict[str, int]:
+        """Dequantise weights of the transformer once and keep them dense: no work for them in any step.
+
+        The largest come first, as far as the budget reaches; the others stay packed. What is computed is the
+        same as with packed weights.
+
+        Args:
+            budget: Bytes that the weights may grow by. Default: what is free on the GPU less 2 GiB for the
+                rest of a run; on a CPU nothing, where packed weights are mapped from their file.
+
+        Returns:
+            Names of the weights that are dense now, with the bytes that each grew by.
+
+        Raises:
+            BadArgument: budget is negative or no whole number.
+            Unsupported: The pipeline has a memory budget, which decides what stays.
+        """
+        return self._placement.dequantize_weights(self.transformer, budget)
+
+    def make_resident(self, budget: int | None = None) -> dict[str, int]:
+        """Deprecated name of `dequantize_weights`."""
+        warnings.warn("make_resident is now dequantize_weights", DeprecationWarning, stacklevel=2)
+        return self.dequantize_weights(budget)
+
+    def limit_memory(
+        self,
+        vram: int | str | None = None,
+        ram: int | str | None = None,
+        *,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Keep every run within a budget; without one, lift it.
+
+        Networks come to the device phase by phase (text encoder, transformer, VAE). What does not fit is
+        streamed from the files in every step, behind the computation; the VAE decodes in tiles where it must.
+        `plan` says beforehand what a budget means.
+
+        Args:
+            vram: GPU memory for its tensors: bytes, "6GiB", "auto" for what is free when a run begins,
+                "least" for the smallest that the picture allows.
+            ram: Host memory of the process; the one that counts on a CPU.
+            device: Where to compute; default: where the pipeline is.
+
+        Raises:
+            BadArgument: An amount cannot be read, or vram is given for a CPU.
+            Unsupported: The networks are on a GPU already, or came from no files.
+        """
+        where = self.device if device is None else read_device(device)
+        self._placement.limit_memory(self._networks(), vram, ram, where)
+
+    def plan(
+        self,
+        width: int | None = None,
+        height: int | None = None,
+        images: int = 1,
+        caption_tokens: int = 128,
+        *,
+        vram: int | str | None = None,
+        ram: int | str | None = None,
+        rates: Rates | None = None,
+        guidance: bool | None = None,
+        steps: int | None = None,
+    ) -> Plan:
+        """What lies where in each phase of a run on a GPU, and how long it should take; nothing is run.
+
+        Args:
+            width: In pixels; default: this checkpoint's, like height, guidance and steps.
+            height: In pixels.
+            images: Images of the run.
+            caption_tokens: Tokens of each caption, template included.
+            vram: GPU memory for the run, bytes or "6GiB"; None: without a limit.
+            ram: Host memory, in the same form; None: enough.
+            rates: The machine's, see `memory.rates.measure` and `known`; default: those known of sm_86.
+            guidance: Whether there is a negative side.
+            steps: Steps of the run.
+
+        Raises:
+            BadArgument: A number is out of range; OverBudget: the budget does not hold the least.
+            Unsupported: A network was built in memory; there is no header to plan from.
+        """
+        opened, limits = self._opened(), self.limits
+        if missing := [name for name in COMPONENTS if name not in opened]:
+            raise Unsupported(f"plan: {' and '.join(missing)} came from no file; load it from one")
+        return make_plan(
+            sizes_of(opened, str(self.dtype).removeprefix("torch.")),
+            limits.sample_size if width is None else width,
+            limits.sample_size if height is None else height,
+            images,
+            caption_tokens,
+            vram=None if vram is None else read_bytes("vram", vram),
+            ram=None if ram is None else read_bytes("ram", ram),
+            rates=rates,
+            guidance=limits.guidance > 0 if guidance is None else guidance,
+            steps=limits.steps if steps is None else steps,
+        )
+
+    # --- for code written for diffusers ---
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the run in progress, for callbacks."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the run in progress has a negative side."""
+        return self._guidance_scale > 0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the run in progress."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked the run in progress to stop (`pipe._interrupt = True`)."""
+        return self._interrupt
+
+    def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """For code written for diffusers: `limit_memory(vram="auto")` on the GPU.
+
+        Without a GPU it does nothing: weights are mapped from their files and the system drops and rereads
+        their pages as it needs; `limit_memory(ram=...)` sets a limit there.
+        """
+        if torch.cuda.is_available():
+            self.limit_memory(vram="auto", device="cuda")
+
+    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> None:
+        """For code written for diffusers: `limit_memory(vram="least")` on the GPU; without one, nothing."""
+        if torch.cuda.is_available():
+            self.limit_memory(vram="least", device="cuda")
+
+    def enable_vae_slicing(self) -> None:
+        """For code written for diffusers: pictures of a batch are always decoded one by one here."""
+
+    def enable_vae_tiling(self, tile: int | None = None) -> None:
+        """Decode in tiles: less than half the memory at 1024 x 1024, the same picture, some more time.
+
+        Args:
+            tile: Latents a side, of 8 pixels each. Default: 32.
+
+        Raises:
+            BadArgument: tile is no whole number, or less than 1.
+        """
+        self.vae.tile = TILE if tile is None else whole("tile", tile, 1, 1 << 20)
+
+    def disable_vae_tiling(self) -> None:
+        """Decode whole pictures again."""
+        self.vae.tile = None
+
+    def enable_attention_slicing(self, *_: Any) -> None:
+        """For code written for diffusers: attention is torch's fused one here, nothing to slice."""
+
+    def set_progress_bar_config(self, **_: Any) -> None:
+        """For code written for diffusers: there is no progress bar here, only callback_on_step_end."""

@@ -13,6 +13,7 @@ from zimage_core.memory.rates import PCIE, Rates
 from zimage_core.memory.sizes import Sizes, sizes_of
 from zimage_core.weights import names
 from zimage_core.weights.card import ModelCard
+from zimage_core.weights.opened import Opened
 
 Rule = Callable[[str], str]
 
@@ -59,7 +60,7 @@ def full_size(transformer: Rule = q4_k_m, encoder: Rule = q4_k_encoder, dtype: s
         part: ModelCard(part, "", "", layout=layout, config=config)
         for part, layout, config in zip(parts, layouts, configs, strict=True)
     }
-    return sizes_of(files, cards, dtype)
+    return sizes_of({part: Opened(files[part], cards[part]) for part in parts}, dtype)
 
 
 # dense 16-bit peak of the data sheet in TFLOP/s (float32 sums), memory in GB/s, link in bytes/s; the model

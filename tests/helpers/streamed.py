@@ -16,7 +16,7 @@ from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names
-from zimage_core.weights.load import weight_file
+from zimage_core.weights.load import opened_file
 
 DIT = replace(TOY_DIT, n_layers=5, n_refiner_layers=2)
 """7 blocks in a step."""
@@ -70,7 +70,7 @@ def ringed(**options):
 def at_home(model):
     """The packed weights of streamed blocks are views of the map again."""
     streamed = model.stream.streamed if isinstance(model.stream, Stream) else range(len(model.blocks))
-    files = sources_of(weight_file(model))
+    files = sources_of(opened_file(model).file)
     return all(
         in_file(m.weight.packed, files)[0] is not None
         for i in streamed

@@ -66,7 +66,7 @@ def step_peak(net, rows, cols, caption):
     args = (meta(c.in_channels, rows, cols), meta(text, c.dim), *turn, meta(blocks, 4 * c.dim), meta(c.dim))
     with LiveBytes() as count:
         count.ignore(*args, *net.parameters())
-        net.step(*args)
+        net.predict(*args)
     assert count.live == 0
     return count.peak
 

@@ -200,10 +200,10 @@ def test_what_is_streamed_is_what_the_stream_streams():
     import torch
 
     from zimage_core.memory.blocks import describe
-    from zimage_core.weights.load import weight_file
+    from zimage_core.weights.load import opened_file
 
     pipe = ZImagePipeline.from_default(dtype="bfloat16")
     sizes = read_sizes(folder_files(ROOT / "zimage_core" / "assets" / "nano"))
     for part, model in ((sizes.transformer, pipe.transformer), (sizes.text_encoder, pipe.text_encoder)):
-        found = describe(model.blocks, weight_file(model), torch.device("cpu"))
+        found = describe(model.blocks, opened_file(model).file, torch.device("cpu"))
         assert [block.payload for block in found] == [block.nbytes for block in part.blocks]

@@ -87,7 +87,7 @@ def test_without_a_gpu_capture_is_refused_in_a_sentence():
 
 def captured(pipe):
     recorder = Recorder()
-    pipe._graphs = StepGraphs(pipe.transformer.step, recorder)
+    pipe._placement.graphs = StepGraphs(pipe.transformer.predict, recorder)
     return recorder
 
 
@@ -106,13 +106,13 @@ def test_graphs_do_not_outlive_the_weights_they_read(monkeypatch):
     captured(pipe)
     pipe("a", seed=1, num_inference_steps=1)
     monkeypatch.setattr(cuda_graphs.StepGraphs, "__call__", lambda self, *inputs: self.step(*inputs))
-    old = pipe._graphs
+    old = pipe._placement.graphs
     pipe.transformer = tiny.transformer(seed=5)
     pipe("a", seed=1, num_inference_steps=1)
-    assert pipe._graphs is not old
-    old = pipe._graphs
+    assert pipe._placement.graphs is not old
+    old = pipe._placement.graphs
     pipe.to(torch.float16)
-    assert pipe._graphs is not old
+    assert pipe._placement.graphs is not old
 
 
 class OnlyMeta(TorchDispatchMode):
@@ -138,14 +138,15 @@ def test_a_step_does_no_work_on_the_host():
 
     def record(*inputs):
         taken.append(inputs)
-        return model.step(*inputs)
+        return model.predict(*inputs)
 
-    model([torch.randn(16, 1, 4, 4)], torch.tensor([0.5]), [torch.randn(7, 24)], step=record)
+    prepared = model.prepare([torch.randn(7, 24)], [0.5], (4, 4))
+    model.step(torch.randn(16, 4, 4), prepared, 0, predict=record)
     far = model.to("meta")
     inputs = [tensor.to("meta") for tensor in taken[0]]
     with OnlyMeta() as mode:
-        out = far.step(*inputs)
-    assert out.shape == (16, 1, 4, 4)
+        out = far.predict(*inputs)
+    assert out.shape == (16, 4, 4)
     assert any("mm" in name for name in mode.seen), mode.seen
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 import warnings
 
@@ -13,7 +15,9 @@ from hypothesis import strategies as st
 
 from tests.helpers import tiny
 from zimage_core.errors import BadArgument, Unsupported, ZImageError
+from zimage_core.pipeline import ZImagePipeline
 from zimage_core.run.checks import read_dtype
+from zimage_core.run.request import Request
 
 HUGE = 10**5000
 EMBEDS = [torch.ones(3, 24)]
@@ -170,3 +174,10 @@ def test_the_default_dtype_is_one_that_the_gpu_has(capability, wanted, monkeypat
     assert read_dtype(None, None, torch.device("cuda")) == getattr(torch, wanted)
     assert read_dtype(None, None, torch.device("cpu")) == torch.float32
     assert read_dtype("float32", None, torch.device("cuda")) == torch.float32
+
+
+def test_a_request_has_the_arguments_of_the_call_and_their_defaults():
+    call = dict(inspect.signature(ZImagePipeline.__call__).parameters)
+    del call["self"], call["return_dict"]
+    fields = {field.name: field.default for field in dataclasses.fields(Request)}
+    assert {name: parameter.default for name, parameter in call.items()} == fields

@@ -44,7 +44,7 @@ def least_ram() -> int:
     while high - low > MIB // 4:
         middle = (low + high) // 2
         try:
-            open_with(middle)._arena.begin(64, 48, 1, 40, False, 2)
+            open_with(middle)._placement.memory.begin(64, 48, 1, 40, False, 2)
             high = middle
         except OverBudget:
             low = middle
@@ -119,7 +119,7 @@ def test_each_report_is_of_its_own_run():
 
 def test_tiles_end_with_the_budget():
     pipe = open_with("2GiB")
-    pipe._arena.budget = MemoryPlan(ram=least_ram())
+    pipe._placement.memory.budget = MemoryPlan(ram=least_ram())
     draw(pipe)
     pipe.limit_memory()
     assert pipe.vae.tile is None
@@ -139,7 +139,7 @@ def test_only_the_decoder_is_brought(monkeypatch):
     assert brought == [pipe.vae.decoder]
 
 
-@pytest.mark.parametrize("change", [lambda p: p.make_resident(1 << 30), lambda p: p.to(torch.bfloat16)])
+@pytest.mark.parametrize("change", [lambda p: p.dequantize_weights(1 << 30), lambda p: p.to(torch.bfloat16)])
 def test_weights_that_are_not_the_files_any_more_are_refused(change):
     pipe = ZImagePipeline.from_default()
     change(pipe)
@@ -165,7 +165,7 @@ def test_lifting_the_budget_gives_the_plain_pipeline_back(wanted):
     ("call", "words"),
     [
         (lambda p: p.to("cpu"), "to: this pipeline has a memory budget"),
-        (lambda p: p.make_resident(1), "make_resident: this pipeline has a memory budget"),
+        (lambda p: p.dequantize_weights(1), "dequantize_weights: this pipeline has a memory budget"),
         (lambda p: p.capture(), "capture: this pipeline has a memory budget"),
         (lambda p: p.limit_memory(vram="6GiB"), "vram is memory of a GPU"),
         (lambda p: p.limit_memory(ram="much"), "ram: got much"),

@@ -1,4 +1,4 @@
-"""make_resident: the largest weights first, under a budget, the same picture."""
+"""dequantize_weights: the largest weights first, under a budget, the same picture."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_a_budget_is_kept_and_the_largest_come_first(packed):
         if isinstance(m.weight, QuantTensor)
     }
     assert before, "the embedded model holds packed weights"
-    everything = sum(ZImagePipeline.from_default(dtype=torch.bfloat16).make_resident(1 << 40).values())
-    grown = packed.make_resident(everything // 2)
+    everything = sum(ZImagePipeline.from_default(dtype=torch.bfloat16).dequantize_weights(1 << 40).values())
+    grown = packed.dequantize_weights(everything // 2)
     assert 0 < sum(grown.values()) <= everything // 2
     assert list(grown.values()) == sorted(grown.values(), reverse=True)
     dense = {
@@ -47,17 +47,17 @@ def test_a_budget_is_kept_and_the_largest_come_first(packed):
 def test_the_picture_is_nearly_the_same(packed):
     """A dense bfloat16 weight is a rounded one; on a CPU the packed one is used unrounded."""
     a = packed("a red circle", seed=1, num_inference_steps=2, output_type="np").images
-    assert packed.make_resident(1 << 40)
+    assert packed.dequantize_weights(1 << 40)
     b = packed("a red circle", seed=1, num_inference_steps=2, output_type="np").images
     assert float(abs(a - b).mean()) < 0.01
-    assert packed.make_resident(1 << 40) == {}
+    assert packed.dequantize_weights(1 << 40) == {}
 
 
 def test_on_a_cpu_nothing_grows_by_itself(packed):
-    assert packed.make_resident() == {}
+    assert packed.dequantize_weights() == {}
 
 
 @pytest.mark.parametrize("budget", [-1, 1.5, "much", True])
 def test_a_budget_that_is_none_is_refused(budget):
     with pytest.raises(BadArgument, match="budget"):
-        tiny.pipeline().make_resident(budget)
+        tiny.pipeline().dequantize_weights(budget)

@@ -24,7 +24,7 @@ from zimage_core.formats import FORMATS
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names
-from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae, weight_file
+from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae, opened_file
 
 MATRIX_FORMATS = [name for name, fmt in FORMATS.items() if fmt.ggml_type is not None and not fmt.is_integer]
 
@@ -126,12 +126,12 @@ def test_weights_are_views_of_the_file(tmp_path):
 def test_the_source_of_a_model_is_watched(tmp_path):
     path = write_gguf(tmp_path / "x.gguf", stored(FUSED, matrix="Q8_0"), None)
     model = load_transformer(path)
-    weight_file(model).check_unchanged()
+    opened_file(model).file.check_unchanged()
     with path.open("ab") as file:
         file.write(b"x")
     with pytest.raises(BadFile, match="changed while in use"):
-        weight_file(model).check_unchanged()
-    assert weight_file(nn.Linear(1, 1)) is None
+        opened_file(model).file.check_unchanged()
+    assert opened_file(nn.Linear(1, 1)) is None
 
 
 # --- text encoder -------------------------------------------------------------------------

@@ -127,12 +127,13 @@ def _check(args: argparse.Namespace, prompts: list[str]) -> None:
 
 def _check_files(args: argparse.Namespace) -> None:
     """B's files are looked at before A draws."""
-    from zimage_core.weights.load import check_files
+    from zimage_core.weights.opened import open_pipeline
 
     later = {"text_encoder": args.b_text_encoder, "vae": args.b_vae}
     for side in (_parts(args, args.a), _parts(args, args.b, **later)):
         paths = {name: getattr(side, name) for name in PARTS if getattr(side, name) is not None}
-        check_files(paths)
+        for part in open_pipeline(paths).values():
+            part.file.close()
 
 
 def _parts(args: argparse.Namespace, transformer: str, dtype: str | None = None, **parts: str | None) -> Any:

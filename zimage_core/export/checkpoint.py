@@ -8,7 +8,7 @@ the file would count every page that was touched as memory of this process.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -24,9 +24,8 @@ from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names, storage
 from zimage_core.weights.card import WANTED, require
 from zimage_core.weights.files import open_weights
-from zimage_core.weights.folders import locate
 from zimage_core.weights.identify import identify
-from zimage_core.weights.load import open_component
+from zimage_core.weights.opened import open_component
 
 SLAB = 1 << 24
 """Weights that are dense in memory at one time."""
@@ -88,10 +87,11 @@ class Checkpoint:
 
     def __init__(self, path: str | PathLike[str], component: str | None = None) -> None:
         self.component = component or _component(path)
-        self.file, self.card = open_component(path, self.component)
+        opened = open_component(path, self.component)
+        self.file, self.card = opened.file, opened.card
         try:
             require(self.card, self.component, self.file.path)
-            self.stated = _agreeing(locate(path, self.component)[1], self.card.config)
+            self.stated = _agreeing(opened.stated, self.card.config)
             self.folder = Path(fspath(path)) if Path(fspath(path)).is_dir() else Path(fspath(path)).parent
         except BaseException:
             self.file.close()
@@ -231,7 +231,7 @@ def _component(path: str | PathLike[str]) -> str:
     return card.kind
 
 
-def _agreeing(stated: dict[str, Any] | None, config: object) -> dict[str, Any] | None:
+def _agreeing(stated: Mapping[str, Any] | None, config: object) -> Mapping[str, Any] | None:
     """The config.json beside the weights, where it is theirs: beside a single file it may be another's."""
     try:
         same = stated is not None and type(config).from_json(stated) == config  # type: ignore[attr-defined]

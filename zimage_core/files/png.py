@@ -6,14 +6,12 @@ JSON. Reading uses the standard library alone and never trusts a length; the pix
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -30,9 +28,6 @@ MAX_TEXT = 16 * 1024
 """Bytes of all our text chunks together; a longer prompt is cut here, not in the making of the picture."""
 READ_LIMIT = 1 << 20
 """Bytes of text that are read from a picture of unknown origin, unpacked."""
-WHOLE_FILE = 64 << 20
-"""Files up to this size are hashed whole; that takes about 0.1 s."""
-SAMPLE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -222,54 +217,3 @@ def _a1111(settings: Mapping[str, Any]) -> str:
     }
     lines.append(", ".join(f"{k}: {v}" for k, v in pairs.items() if v is not None))
     return "\n".join(lines)
-
-
-def file_identity(paths: Sequence[str | os.PathLike[str]], full: bool = False) -> dict[str, Any]:
-    """Name (never the folder), size and hash of a model, for a picture's settings.
-
-    Files up to 64 MiB, and any file with `full`, get `sha256` of the whole. Reading 7 GB for each picture
-    would take longer than some pictures, so larger files get `fingerprint` instead: SHA-256 over the size as
-    decimal text, the first MiB and the last MiB. That tells models apart (the header lists every tensor, the
-    tail holds weights) but does not prove that nobody changed a byte in the middle. A model in shards has
-    SHA-256 over its files' digests in hexadecimal, the index first. Results are cached by path, size and
-    modification time.
-
-    Args:
-        paths: Its file; or its index and then its shards.
-        full: Read everything.
-
-    Raises:
-        BadFile: A file is gone or cannot be read.
-    """
-    size, whole, digests = 0, True, []
-    for path in paths:
-        try:
-            status = Path(path).stat()
-            this_whole = full or status.st_size <= WHOLE_FILE
-            absolute = os.path.abspath(os.fspath(path))  # noqa: PTH100
-            digests.append(_digest(absolute, status.st_size, status.st_mtime_ns, this_whole))
-        except OSError as error:
-            reason = (error.strerror or type(error).__name__).lower()
-            raise BadFile(path, f"cannot be read for its hash: {reason}") from None
-        size, whole = size + status.st_size, whole and this_whole
-    joined = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return {
-        "name": printable(Path(paths[0]).name),
-        "size": size,
-        "sha256" if whole else "fingerprint": joined,
-    }
-
-
-@lru_cache(maxsize=64)
-def _digest(path: str, size: int, mtime_ns: int, whole: bool) -> str:
-    hasher = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        if whole:
-            while block := file.read(SAMPLE):
-                hasher.update(block)
-        else:
-            hasher.update(str(size).encode())
-            hasher.update(file.read(SAMPLE))
-            file.seek(-SAMPLE, os.SEEK_END)
-            hasher.update(file.read(SAMPLE))
-    return hasher.hexdigest()

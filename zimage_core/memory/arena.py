@@ -20,14 +20,14 @@ from zimage_core.memory.budget import read_bytes
 from zimage_core.memory.job import RUNTIME
 from zimage_core.memory.plan import Component, Plan, make_plan
 from zimage_core.memory.rates import Rates, known, measure
-from zimage_core.memory.sizes import COMPONENTS, open_sizes
+from zimage_core.memory.sizes import COMPONENTS, sizes_of
 from zimage_core.memory.stream import Stream
 from zimage_core.memory.traffic import Traffic
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import tensors_of
-from zimage_core.weights.load import weight_file
+from zimage_core.weights.load import opened_file
 from zimage_core.weights.source import WeightFile
 
 NETWORK_OF = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
@@ -99,7 +99,7 @@ class Arena:
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], device: torch.device, budget: MemoryPlan) -> None:
-        files = {name: weight_file(networks[name]) for name in COMPONENTS}
+        files = {name: opened_file(networks[name]) for name in COMPONENTS}
         if missing := [name for name, file in files.items() if file is None]:
             raise Unsupported(f"a memory budget needs files: {' and '.join(missing)} came from none")
         if device.type == "cpu" and (budget.vram is not None or budget.ram is None):
@@ -110,7 +110,7 @@ class Arena:
         self.budget = budget
         self._networks = networks
         dtype = str(networks["transformer"].dtype).removeprefix("torch.")
-        self._sizes = open_sizes({name: file for name, file in files.items() if file is not None}, dtype)
+        self._sizes = sizes_of({name: file for name, file in files.items() if file is not None}, dtype)
         self._plan: Plan | None = None
         self._there: dict[str, tuple[Any, ...]] = {}
         self._traffic: dict[str, Traffic] = {}
@@ -179,7 +179,8 @@ class Arena:
     def _next_file(self, name: str) -> WeightFile | None:
         """Of the network behind a phase, None where it is there already."""
         after = {"encode": "transformer", "denoise": "vae"}.get(name)
-        return None if after is None or after in self._there else weight_file(self._networks[after])
+        opened = None if after is None or after in self._there else opened_file(self._networks[after])
+        return None if opened is None else opened.file
 
     def report(self) -> MemoryReport | None:
         """Of the run that ended; None before the first."""
@@ -220,7 +221,8 @@ class Arena:
             return
         network = self._networks[component.name]
         if not isinstance(network, (ZImageTransformer, TextEncoder)):
-            bring(self._vae.decoder, self.device, weight_file(network))
+            opened = opened_file(network)
+            bring(self._vae.decoder, self.device, None if opened is None else opened.file)
         else:
             stream_model(
                 network, component.resident_blocks, self.device,

@@ -22,7 +22,7 @@ from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Embedding, Linear
 from zimage_core.quant.tensor import QuantTensor
-from zimage_core.weights.load import weight_file
+from zimage_core.weights.load import opened_file
 from zimage_core.weights.source import WeightFile
 
 _HOST = torch.device("cpu")
@@ -90,7 +90,8 @@ def stream_model(
     if not isinstance(model.stream, Resident):
         raise BadArgument("stream: this model is streamed already; unstream it first")
     backend = backend or backend_for(device)
-    file, device = weight_file(model), backend.device
+    opened, device = opened_file(model), backend.device
+    file = None if opened is None else opened.file
     blocks = describe(model.blocks, file, device)
     wrap = isinstance(model, ZImageTransformer) if wrap is None else wrap
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -14,10 +13,8 @@ from zimage_core.formats import FORMATS
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
 from zimage_core.quant.dispatch import PLANAR_BITS, SCRATCH_BYTES, crossover, planar_bytes
 from zimage_core.weights import names
-from zimage_core.weights.card import ModelCard, check_compatible, require
-from zimage_core.weights.files import open_weights
-from zimage_core.weights.folders import locate
-from zimage_core.weights.identify import identify
+from zimage_core.weights.card import ModelCard
+from zimage_core.weights.opened import Opened, open_pipeline
 from zimage_core.weights.source import WeightFile
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
@@ -150,36 +147,23 @@ def read_sizes(paths: Mapping[str, str | PathLike[str]], dtype: str = "bfloat16"
     Raises:
         BadFile, UnknownFormat, WrongModel, BadWeights: As loading them would.
     """
-    with ExitStack() as stack:
-        files, cards = {}, {}
-        for name in COMPONENTS:
-            place, stated, binding = locate(paths[name], name)
-            files[name] = file = stack.enter_context(open_weights(place))
-            card = identify(file, name, stated)
-            if card.problem and stated is not None and not binding:
-                card = identify(file, name)  # a config.json beside a loose file may be another model's
-            require(card, name, file.path)
-            cards[name] = card
-        where = {name: file.path for name, file in files.items()}
-        configs = {name: card.config for name, card in cards.items()}
-        check_compatible(**configs, paths=where)  # type: ignore[arg-type]  # `require` saw to their kinds
-        return sizes_of(files, cards, dtype)
+    opened = open_pipeline({name: paths[name] for name in COMPONENTS})
+    try:
+        return sizes_of(opened, dtype)
+    finally:
+        for part in opened.values():
+            part.file.close()
 
 
-def open_sizes(files: Mapping[str, WeightFile], dtype: str = "bfloat16") -> Sizes:
-    """Sizes from files that are open already, as a pipeline's are."""
-    return sizes_of(files, {name: identify(file, name) for name, file in files.items()}, dtype)
-
-
-def sizes_of(files: Mapping[str, WeightFile], cards: Mapping[str, ModelCard], dtype: str) -> Sizes:
-    """Sizes from open files and what they are.
+def sizes_of(opened: Mapping[str, Opened], dtype: str = "bfloat16") -> Sizes:
+    """Sizes from files that are open, as a pipeline's are.
 
     Raises:
         BadArgument: The dtype is none of float32, float16, bfloat16.
     """
     if dtype not in ITEMSIZE:
         raise BadArgument(f"dtype: got {printable(dtype, 40)!r}, wanted one of {', '.join(ITEMSIZE)}")
-    parts = {name: _part(name, files[name], cards[name], dtype) for name in COMPONENTS}
+    parts = {name: _part(name, opened[name].file, opened[name].card, dtype) for name in COMPONENTS}
     return Sizes(**parts, dtype=dtype)
 
 

@@ -208,6 +208,7 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.opened: object | None = None  # the file that it was loaded from, a `weights.opened.Opened`
 
     @property
     def dtype(self) -> torch.dtype:

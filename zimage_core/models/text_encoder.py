@@ -102,6 +102,7 @@ class TextEncoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers - 1))
         self.stream: BlockSource = RESIDENT
+        self.opened: object | None = None  # the file that it was loaded from, a `weights.opened.Opened`
 
     @property
     def blocks(self) -> tuple[Layer, ...]:

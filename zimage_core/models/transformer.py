@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from zimage_core.config import TransformerConfig
 from zimage_core.errors import BadShape
 from zimage_core.models import sequence
 from zimage_core.models.block_source import RESIDENT, BlockSource
-from zimage_core.models.conditioning import Conditioning
 from zimage_core.nn.attention import attention
 from zimage_core.nn.elementwise import gate_norm_residual, qk_norm_rope, rms_norm_modulate, silu_gate
 from zimage_core.nn.linear import Linear
@@ -42,8 +42,28 @@ norm cancels exactly; only float16 uses it.
 """
 
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""`ZImageTransformer.step` or what stands for it."""
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""`ZImageTransformer.predict` or what stands for it."""
+
+
+class Prepared(NamedTuple):
+    """What the steps of a run have in common; see `ZImageTransformer.prepare`.
+
+    Args:
+        captions: Caption features as they were given, each [L, cap_feat_dim].
+        times: Network times of the steps.
+        texts: Refined captions, each [padded, dim].
+        rotations: For each caption, the rotation of image and caption together.
+        blocks: Modulations of the blocks [steps, blocks, 4 * dim], noise refiner first.
+        final: Modulations of the final layer [steps, dim].
+    """
+
+    captions: tuple[Tensor, ...]
+    times: tuple[float, ...]
+    texts: tuple[Tensor, ...]
+    rotations: tuple[Rotation, ...]
+    blocks: Tensor
+    final: Tensor
 
 
 def timestep_sinusoid(t: Tensor) -> Tensor:
@@ -199,6 +219,7 @@ class ZImageTransformer(nn.Module):
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.layers = nn.ModuleList(TransformerBlock(config, modulated=True) for _ in range(config.n_layers))
         self.stream: BlockSource = RESIDENT
+        self.opened: object | None = None  # the file that it was loaded from, a `weights.opened.Opened`
 
     @property
     def blocks(self) -> tuple[TransformerBlock, ...]:
@@ -215,68 +236,100 @@ class ZImageTransformer(nn.Module):
         """Device of the computation."""
         return self.x_pad_token.device
 
-    def forward(
-        self,
-        x: Sequence[Tensor],
-        t: Tensor,
-        cap_feats: Sequence[Tensor],
-        conditioning: Conditioning | None = None,
-        step: Step | None = None,
-    ) -> list[Tensor]:
-        """Run each picture alone, in order.
+    def forward(self, x: Sequence[Tensor], t: Tensor, cap_feats: Sequence[Tensor]) -> list[Tensor]:
+        """Run each image alone, in order.
 
-        Time and sign are those of diffusers: t is 0 for noise and 1 for a clean picture, and the
+        Time and sign are those of diffusers: t is 0 for noise and 1 for a clean image, and the
         result estimates (clean - noise).
 
         Args:
             x: Latents, each [in_channels, 1, h, w] with even h and w; sizes may differ.
             t: Times in [0, 1], float32 [len(x)].
             cap_feats: Hidden states of the text encoder, each [L, cap_feat_dim], without padding.
-            conditioning: Remembers what is the same in every step of a run.
-            step: Runs in place of `step`, of the same meaning: one that is replayed from a graph.
 
         Returns:
-            One [in_channels, 1, h, w] per picture, in the model's dtype.
+            One [in_channels, 1, h, w] per image, in the model's dtype.
 
         Raises:
             BadShape: Lengths or shapes do not fit this transformer.
-            BadArgument: A caption or a picture is longer than the positions the model knows.
+            BadArgument: A caption or an image is longer than the positions the model knows.
         """
         if not len(x) == len(cap_feats) == t.numel():
             raise BadShape(
                 f"transformer: got {len(x)} latents, {t.numel()} times and {len(cap_feats)} captions"
             )
-        known = Conditioning(self) if conditioning is None else conditioning
-        run = self.step if step is None else step
-        return [
-            self.denoise(latent, time, caption, known, run)
-            for latent, time, caption in zip(x, t.flatten(), cap_feats, strict=True)
-        ]
+        out = []
+        for latent, time, caption in zip(x, t.flatten().tolist(), cap_feats, strict=True):
+            self._check_latent(latent)
+            prepared = self.prepare([caption], [time], (latent.shape[-2], latent.shape[-1]))
+            out.append(self.step(latent[:, 0].to(self.dtype), prepared, 0).unsqueeze(1))
+        return out
 
-    def denoise(self, latent: Tensor, t: Tensor, caption: Tensor, known: Conditioning, step: Step) -> Tensor:
-        """One picture of `forward`; t is a scalar tensor."""
-        self._check(latent, caption)
-        rows, cols = (side // self.config.patch_size for side in latent.shape[-2:])
-        sequence.check_lengths(self.config, rows, cols, len(caption))
-        text = known.caption(caption)
-        cos, sin = known.rotation(rows, cols, len(text))
-        return step(latent[:, 0].to(self.dtype), text, cos, sin, *known.modulation(t))
+    def prepare(self, captions: Sequence[Tensor], times: Sequence[float], size: tuple[int, int]) -> Prepared:
+        """Compute what the steps of a run have in common.
+
+        The caption's tokens leave the context refiner the same in every step, the rotations depend on sizes
+        alone, and the adaptive norms on the time alone: all times go through their matrices together.
+
+        Args:
+            captions: Hidden states of the text encoder, each [L, cap_feat_dim]. One that stands there several
+                times, as the same object, is refined once.
+            times: Network times of the steps, each a float32 value.
+            size: Height and width of the latents.
+
+        Raises:
+            BadShape: A caption does not fit this transformer.
+            BadArgument: A caption or the image is longer than the positions the model knows.
+        """
+        rows, cols = (side // self.config.patch_size for side in size)
+        for caption in captions:
+            self._check_caption(caption)
+            sequence.check_lengths(self.config, rows, cols, len(caption))
+        different = {id(caption): caption for caption in captions}
+        refined = {key: self.refine(caption) for key, caption in different.items()}
+        rotations = {
+            length: self.joint_rotation(rows, cols, length)
+            for length in {len(text) for text in refined.values()}
+        }
+        texts = tuple(refined[id(caption)] for caption in captions)
+        blocks, final = self.modulate(torch.tensor(times, dtype=torch.float32))
+        turns = tuple(rotations[len(text)] for text in texts)
+        return Prepared(tuple(captions), tuple(times), texts, turns, blocks, final)
 
     def step(
+        self, latent: Tensor, prepared: Prepared, i: int, caption: int = 0, predict: Predict | None = None
+    ) -> Tensor:
+        """Estimate (clean - noise) of one image in step i.
+
+        Args:
+            latent: [in_channels, h, w] of the prepared size, in the model's dtype.
+            prepared: See `prepare`.
+            i: Which of the prepared times.
+            caption: Which of the prepared captions.
+            predict: Runs in place of `predict`, of the same meaning: one that is replayed from a graph.
+
+        Returns:
+            [in_channels, h, w].
+        """
+        predict = self.predict if predict is None else predict
+        cos, sin = prepared.rotations[caption]
+        return predict(latent, prepared.texts[caption], cos, sin, prepared.blocks[i], prepared.final[i])
+
+    def predict(
         self, latent: Tensor, text: Tensor, cos: Tensor, sin: Tensor, blocks: Tensor, final: Tensor
     ) -> Tensor:
-        """One call of the network on prepared tensors: no host work, so that a graph can hold it.
+        """One call of the network on tensors alone: no host work, so that a graph can hold it.
 
         Args:
             latent: [in_channels, h, w].
             text: Refined caption [padded, dim].
             cos: Cosines of the joint sequence [tokens, head_dim / 2] float32.
-            sin: Its sines.
-            blocks: Modulations, see `conditioning.Modulation`.
-            final: Of the final layer, likewise.
+            sin: Sines of the same shape.
+            blocks: Modulations of the blocks at one time [blocks, 4 * dim].
+            final: Modulation of the final layer [dim].
 
         Returns:
-            [in_channels, 1, h, w].
+            [in_channels, h, w].
         """
         config = self.config
         height, width = latent.shape[-2:]
@@ -288,12 +341,12 @@ class ZImageTransformer(nn.Module):
         for i, block in enumerate(self.noise_refiner):
             with self.stream.block(i):
                 image = block(image, (cos[:split], sin[:split]), modulation=blocks[i])
-        joint = torch.cat((image, text))  # the picture comes first in the joint sequence
+        joint = torch.cat((image, text))  # the image comes first in the joint sequence
         for i, block in enumerate(self.layers, start=len(self.noise_refiner)):
             with self.stream.block(i):
                 joint = block(joint, (cos, sin), modulation=blocks[i])
         out = self.all_final_layer[config.patch_key](joint[: len(tokens)], modulation=final)
-        return sequence.unpatchify(out, height, width, config.patch_size).unsqueeze(1)
+        return sequence.unpatchify(out, height, width, config.patch_size)
 
     def refine(self, caption: Tensor) -> Tensor:
         """Caption features [L, cap_feat_dim] -> tokens behind the context refiner [padded, dim]."""
@@ -325,7 +378,7 @@ class ZImageTransformer(nn.Module):
         cos, sin = rotation(positions, self.config.axes_dims, self.config.rope_theta)
         return cos.to(self.device), sin.to(self.device)
 
-    def _check(self, latent: Tensor, caption: Tensor) -> None:
+    def _check_latent(self, latent: Tensor) -> None:
         config = self.config
         if (
             latent.ndim != 4
@@ -336,8 +389,11 @@ class ZImageTransformer(nn.Module):
                 f"transformer: got a latent of {tuple(latent.shape)}, wanted [{config.in_channels}, 1, h, w] "
                 f"with h and w multiples of {config.patch_size}"
             )
-        if caption.ndim != 2 or caption.shape[1] != config.cap_feat_dim:
+
+    def _check_caption(self, caption: Tensor) -> None:
+        width = self.config.cap_feat_dim
+        if caption.ndim != 2 or caption.shape[1] != width:
             raise BadShape(
-                f"transformer: got a caption of {tuple(caption.shape)}, wanted [L, {config.cap_feat_dim}]; "
+                f"transformer: got a caption of {tuple(caption.shape)}, wanted [L, {width}]; "
                 f"use the text encoder that belongs to this transformer"
             )

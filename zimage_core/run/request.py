@@ -1,27 +1,51 @@
-"""One run of a pipeline, with all of its arguments checked."""
+"""One call of a pipeline: its arguments as they were given, and as they are once all are checked."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from zimage_core import __version__
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.run import checks
-from zimage_core.run.batch import Batch, make_batch
-from zimage_core.run.checks import StepCallback, embeds, whole
+from zimage_core.run.checks import MAX_IMAGES, StepCallback, real, whole
 from zimage_core.sampling import noise
-from zimage_core.sampling.guidance import Guided
 from zimage_core.sampling.schedule import MAX_STEPS, FlowMatchEulerScheduler
 from zimage_core.text.prompt import DEFAULT_LENGTH, MAX_LENGTH
 
-MOST_SIGMAS = 100
-"""A longer list of own noise levels is left out of a picture's settings."""
-DEFAULT_ENCODING = {"max_sequence_length": DEFAULT_LENGTH, "enable_thinking": True, "template": None}
+Member = TypeVar("Member")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of one call, unchecked; `ZImagePipeline.__call__` says what each means."""
+
+    prompt: str | Sequence[str] | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    sigmas: Sequence[float] | None = None
+    guidance_scale: float | None = None
+    cfg_normalization: float | bool = False
+    cfg_truncation: float | None = 1.0
+    negative_prompt: str | Sequence[str] | None = None
+    num_images_per_prompt: int = 1
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+    latents: torch.Tensor | None = None
+    prompt_embeds: Sequence[torch.Tensor] | None = None
+    negative_prompt_embeds: Sequence[torch.Tensor] | None = None
+    output_type: str = "pil"
+    joint_attention_kwargs: dict[str, Any] | None = None
+    callback_on_step_end: StepCallback | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    max_sequence_length: int = DEFAULT_LENGTH
+    seed: int | None = None
+    cfg: float | None = None
+    enable_thinking: bool = True
+    prompt_template: str | None = None
+    debug: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,8 +57,8 @@ class Limits:
         steps: Default number of steps.
         guidance: Default guidance scale.
         distilled: The checkpoint was trained to need no guidance.
-        channels: Of a latent.
-        caption_width: Of a caption feature.
+        channels: Channels of a latent.
+        caption_width: Width of a caption feature.
         factor: Pixels per latent along a side.
         patch: Latents per token along a side.
         rows: Most tokens from top to bottom.
@@ -53,15 +77,48 @@ class Limits:
     cols: int
 
 
+class Encoding(NamedTuple):
+    """How prompts become tokens, in the order in which `text.prompt.prompt_ids` takes it."""
+
+    max_sequence_length: int = DEFAULT_LENGTH
+    enable_thinking: bool = True
+    prompt_template: str | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which caption belongs to which image; each list has one member an image.
+
+    Args:
+        prompts: None when only embeddings were given.
+        negative_prompts: None without guidance or with embeddings.
+        prompt_embeds: Given by the caller; None to encode the prompts.
+        negative_prompt_embeds: Given by the caller.
+        images: How many images.
+    """
+
+    prompts: list[str] | None
+    negative_prompts: list[str] | None
+    prompt_embeds: list[torch.Tensor] | None
+    negative_prompt_embeds: list[torch.Tensor] | None
+    images: int
+
+    def texts(self) -> list[str]:
+        """Each text that has to be encoded, once."""
+        positive = self.prompts if self.prompt_embeds is None else None
+        return list(dict.fromkeys([*(positive or ()), *(self.negative_prompts or ())]))
+
+
 @dataclass(frozen=True)
 class Run:
-    """The checked arguments of one call; see `ZImagePipeline.__call__` for their meaning.
+    """The checked arguments of one call; `ZImagePipeline.__call__` says what each means.
 
     Args:
         latents: Starting noise [B, C, h, w] float32 on the CPU.
-        seeds: Of each picture; None where the noise came from elsewhere.
+        seeds: The seed of each image; None where the noise came from elsewhere.
         sigmas: Noise levels, one more than steps.
-        encoding: Options of `text.prompt.prompt_ids`.
+        own_sigmas: Whether the caller gave them.
+        remarks: Warnings for the caller.
     """
 
     batch: Batch
@@ -69,7 +126,7 @@ class Run:
     width: int
     sigmas: tuple[float, ...]
     own_sigmas: bool
-    scale: float
+    guidance_scale: float
     cfg_normalization: float
     cfg_truncation: float | None
     seeds: tuple[int | None, ...]
@@ -77,83 +134,147 @@ class Run:
     output_type: str
     callback: StepCallback | None
     callback_tensors: tuple[str, ...]
-    encoding: dict[str, Any]
+    encoding: Encoding
     debug: bool
+    remarks: tuple[str, ...]
 
     @property
     def steps(self) -> int:
-        """Calls of the network per picture and side."""
+        """Calls of the network for each image and side."""
         return len(self.sigmas) - 1
 
 
-def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, given: Mapping[str, Any]) -> Run:
+def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request) -> Run:
     """Check every argument of a call, then draw its noise.
 
     Args:
-        limits: Of the pipeline.
+        limits: What the pipeline allows.
         scheduler: Makes the noise levels.
-        given: Argument name of `ZImagePipeline.__call__` -> value.
+        request: The arguments.
 
     Raises:
         BadArgument: Names the argument, what was given and what is allowed.
     """
-    if given["joint_attention_kwargs"]:
+    if request.joint_attention_kwargs:
         raise Unsupported("joint_attention_kwargs: there are no attention processors here; leave it out")
-    scale = checks.guidance(given["guidance_scale"], given["cfg"], limits.guidance)
+    scale = checks.guidance(request.guidance_scale, request.cfg, limits.guidance)
     multiple = limits.factor * limits.patch
-    sides = (("height", limits.rows), ("width", limits.cols))
     height, width = (
-        checks.side(
-            name, limits.sample_size if given[name] is None else given[name], multiple, multiple * most
+        checks.side(name, limits.sample_size if value is None else value, multiple, multiple * most)
+        for name, value, most in (
+            ("height", request.height, limits.rows),
+            ("width", request.width, limits.cols),
         )
-        for name, most in sides
     )
     checks.area(height, width, 1)
-    own_sigmas = given["sigmas"] is not None
-    steps = limits.steps if given["num_inference_steps"] is None else given["num_inference_steps"]
+    steps = limits.steps if request.num_inference_steps is None else request.num_inference_steps
     steps = whole("num_inference_steps", steps, 1, MAX_STEPS)
-    sigmas = scheduler.shifted(checks.levels(given["sigmas"])) if own_sigmas else scheduler.sigmas(steps)
-    batch = make_batch(given, given["num_images_per_prompt"], scale > 0, limits.caption_width)
+    if request.sigmas is None:
+        sigmas = scheduler.sigmas(steps)
+    else:
+        sigmas = scheduler.shifted(checks.levels(request.sigmas))
+    batch = make_batch(request, scale > 0, limits.caption_width)
     checks.area(height, width, batch.images)
-    run = {
-        "cfg_normalization": checks.real("cfg_normalization", given["cfg_normalization"], 0, 1e6),
-        "cfg_truncation": None
-        if given["cfg_truncation"] is None
-        else checks.real("cfg_truncation", given["cfg_truncation"], 0, 1e6),
-        "output_type": checks.choice("output_type", given["output_type"], checks.OUTPUT_TYPES),
-        "callback": given["callback_on_step_end"],
-        "callback_tensors": checks.callback(
-            given["callback_on_step_end"], given["callback_on_step_end_tensor_inputs"]
-        ),
-        "encoding": encoding(given),
-        "debug": bool(given["debug"]),
-    }
     shape = (batch.images, limits.channels, height // limits.factor, width // limits.factor)
-    seeds, latents = _start(shape, given)
-    _warn(limits, scale, batch, given)
-    return Run(batch, height, width, sigmas, own_sigmas, scale, seeds=seeds, latents=latents, **run)
+    seeds, latents = _start(shape, request)
+    truncation, function = request.cfg_truncation, request.callback_on_step_end
+    return Run(
+        batch=batch,
+        height=height,
+        width=width,
+        sigmas=sigmas,
+        own_sigmas=request.sigmas is not None,
+        guidance_scale=scale,
+        cfg_normalization=real("cfg_normalization", request.cfg_normalization, 0, 1e6),
+        cfg_truncation=None if truncation is None else real("cfg_truncation", truncation, 0, 1e6),
+        seeds=seeds,
+        latents=latents,
+        output_type=checks.choice("output_type", request.output_type, checks.OUTPUT_TYPES),
+        callback=function,
+        callback_tensors=checks.callback(function, request.callback_on_step_end_tensor_inputs),
+        encoding=encoding(request),
+        debug=bool(request.debug),
+        remarks=_remarks(limits, scale, request),
+    )
 
 
-def encoding(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `text.prompt.prompt_ids`, checked before any weight is touched."""
-    length = whole("max_sequence_length", given["max_sequence_length"], 1, MAX_LENGTH)
-    return {
-        "max_sequence_length": length,
-        "enable_thinking": bool(given["enable_thinking"]),
-        "template": given["prompt_template"],
-    }
+def encoding(request: Request) -> Encoding:
+    """How the prompts of a call become tokens, checked before any weight is touched.
+
+    Raises:
+        BadArgument: max_sequence_length is no whole number in its range.
+    """
+    length = whole("max_sequence_length", request.max_sequence_length, 1, MAX_LENGTH)
+    return Encoding(length, bool(request.enable_thinking), request.prompt_template)
 
 
-def _start(
-    shape: tuple[int, int, int, int], given: Mapping[str, Any]
-) -> tuple[tuple[int | None, ...], torch.Tensor]:
+def make_batch(request: Request, guided: bool, width: int) -> Batch:
+    """Match prompts, negative prompts and embeddings one to one, and repeat them for several images each.
+
+    Args:
+        request: `prompt_embeds` take the place of the prompts, `negative_prompt_embeds` of the negative ones.
+            One negative prompt may serve all; None means "".
+        guided: Whether the negative side is needed at all.
+        width: Width of the caption features.
+
+    Raises:
+        BadArgument, BadShape: A side is missing, has the wrong number of members, or a member is bad.
+    """
+    times = whole("num_images_per_prompt", request.num_images_per_prompt, 1, MAX_IMAGES)
+    if request.prompt is None and request.prompt_embeds is None:
+        raise BadArgument("prompt: give prompt or prompt_embeds")
+    texts = None if request.prompt is None else checks.prompts("prompt", request.prompt)
+    positive = _embeds("prompt_embeds", request.prompt_embeds, width)
+    count = len(positive if positive is not None else texts or ())
+    if texts is not None and len(texts) != count:
+        raise BadArgument(f"prompt_embeds: got {count}, wanted {len(texts)}, one for each prompt")
+    if count * times > MAX_IMAGES:
+        raise BadArgument(
+            f"num_images_per_prompt: {count * times} pictures in one call, wanted at most {MAX_IMAGES}"
+        )
+
+    given = request.negative_prompt
+    negative_texts = None if given is None else checks.prompts("negative_prompt", given)
+    negative = _embeds("negative_prompt_embeds", request.negative_prompt_embeds, width)
+    if not guided:
+        negative_texts = negative = None
+    elif negative is not None:
+        negative_texts = None
+    elif texts is None and negative_texts is None:
+        raise BadArgument(
+            "negative_prompt_embeds: needed for guidance when prompt_embeds come without prompt"
+        )
+    else:
+        negative_texts = negative_texts or [""]
+        negative_texts = negative_texts * count if len(negative_texts) == 1 else negative_texts
+    for name, members in (("negative_prompt", negative_texts), ("negative_prompt_embeds", negative)):
+        if members is not None and len(members) != count:
+            raise BadArgument(f"{name}: got {len(members)}, wanted {count}, one for each prompt")
+    return Batch(
+        _repeated(texts, times),
+        _repeated(negative_texts, times),
+        _repeated(positive, times),
+        _repeated(negative, times),
+        count * times,
+    )
+
+
+def _embeds(name: str, value: Any, width: int) -> list[torch.Tensor] | None:
+    return None if value is None else checks.embeds(name, value, width)
+
+
+def _repeated(members: list[Member] | None, times: int) -> list[Member] | None:
+    return None if members is None else [member for member in members for _ in range(times)]
+
+
+def _start(shape: tuple[int, int, int, int], request: Request) -> tuple[tuple[int | None, ...], torch.Tensor]:
     """Seeds and noise, from the one source that was named."""
-    seed, generator = checks.seed(given["seed"], given["generator"]), given["generator"]
+    seed, generator = checks.seed(request.seed, request.generator), request.generator
     none = (None,) * shape[0]
-    if given["latents"] is not None:
+    if request.latents is not None:
         if seed is not None:
             raise BadArgument("seed and latents both choose the noise: give one")
-        return none, checks.latents(given["latents"], shape)
+        return none, checks.latents(request.latents, shape)
     if generator is not None:
         return none, noise.from_generator(shape, generator)
     first = noise.fresh_seed() if seed is None else seed
@@ -161,78 +282,17 @@ def _start(
     return seeds, noise.from_seeds(shape, seeds)
 
 
-def _warn(limits: Limits, scale: float, batch: Batch, given: Mapping[str, Any]) -> None:
+def _remarks(limits: Limits, scale: float, request: Request) -> tuple[str, ...]:
+    """Warnings on arguments that are allowed and probably not meant."""
+    remarks = []
     if limits.distilled and scale > 0:
         meaning = ""
         if scale <= 1:
             meaning = f"; off is 0, and {scale:g} here is the {scale + 1:g} of programs that count from 1"
-        warnings.warn(
+        remarks.append(
             f"guidance_scale={scale:g} runs the network twice a step and burns the pictures of this "
-            f"checkpoint, which was distilled to need no guidance{meaning}",
-            UserWarning,
-            stacklevel=5,
+            f"checkpoint, which was distilled to need no guidance{meaning}"
         )
-    if scale == 0 and given["negative_prompt"]:
-        warnings.warn("negative_prompt has no effect at guidance_scale=0", UserWarning, stacklevel=5)
-
-
-def call_back(
-    pipe: Any, run: Run, denoise: Guided, step: int, timestep: torch.Tensor, latents: torch.Tensor
-) -> torch.Tensor:
-    """Give the caller's function the tensors that it asked for; put back what it returns.
-
-    No lock is held meanwhile, and the dict that it returns is only read. As in diffusers, the function may
-    set `pipe._guidance_scale` for the steps to come.
-    """
-    if run.callback is None:
-        return latents
-    sides = {"prompt_embeds": denoise.positive, "negative_prompt_embeds": denoise.negative}
-    tensors = {"latents": latents, **sides}
-    out = run.callback(pipe, step, timestep, {name: tensors[name] for name in run.callback_tensors})
-    denoise.scale = checks.real("guidance_scale", pipe.guidance_scale, 0, checks.MAX_GUIDANCE)
-    if denoise.scale > 0 and not denoise.negative:
-        raise BadArgument("guidance_scale: the callback set it above 0 in a run that began without guidance")
-    if out is None:
-        return latents
-    if not isinstance(out, dict):
-        raise BadArgument(f"callback_on_step_end returned {checks.shown(out)}, wanted a dict or None")
-    for name, now in sides.items():
-        if out.get(name) is not None and out[name] is not now:
-            new = embeds(name, out[name], pipe.transformer.config.cap_feat_dim)
-            if len(new) != len(now):
-                raise BadArgument(f"{name}: the callback returned {len(new)}, wanted {len(now)}")
-            setattr(denoise, "positive" if name == "prompt_embeds" else "negative", new)
-    changed = out.get("latents")
-    if changed is None or changed is latents:
-        return latents
-    return checks.latents(changed, tuple(latents.shape)).to(latents.device)
-
-
-def describe(run: Run, shift: float, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:
-    """Settings of each picture, for its PNG; nothing that differs between two equal runs, such as times."""
-    common: dict[str, Any] = {
-        "program": "zimage_core",
-        "version": f"zimage_core {__version__}",
-        "steps": run.steps,
-        "sampler": "euler",
-        "shift": shift,
-        "guidance_scale": run.scale,
-        "width": run.width,
-        "height": run.height,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    if run.scale > 0:
-        common |= {"cfg_normalization": run.cfg_normalization, "cfg_truncation": run.cfg_truncation}
-    if run.own_sigmas and run.steps <= MOST_SIGMAS:
-        common["sigmas"] = [round(s, 6) for s in run.sigmas]
-    if run.encoding != DEFAULT_ENCODING:
-        changed = {k: v for k, v in run.encoding.items() if v != DEFAULT_ENCODING[k]}
-        common |= {"prompt_template" if k == "template" else k: v for k, v in changed.items()}
-    out = []
-    for i, seed in enumerate(run.seeds):
-        # given features took the place of the prompt, which would then be a guess about them
-        words = {"prompt": run.batch.prompts[i]} if run.batch.prompts and not run.batch.prompt_embeds else {}
-        if run.batch.negative_prompts and run.batch.negative_prompts[i]:
-            words["negative_prompt"] = run.batch.negative_prompts[i]
-        out.append({**words, "seed": seed, **common})
-    return tuple(out)
+    if scale == 0 and request.negative_prompt:
+        remarks.append("negative_prompt has no effect at guidance_scale=0")
+    return tuple(remarks)

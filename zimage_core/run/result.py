@@ -11,15 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zimage_core import __version__
 from zimage_core.errors import BadArgument
 from zimage_core.files import png
 from zimage_core.files.atomic import write_atomically
+from zimage_core.run.request import Encoding, Run
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
     from zimage_core.memory.arena import MemoryReport
+    from zimage_core.weights.opened import Opened
+
+
+MOST_SIGMAS = 100
+"""A longer list of own noise levels is left out of an image's settings."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,8 @@ class ZImageResult:
         settings: Of each picture: prompt, steps, guidance and so on, as they go into a PNG.
         interrupted: The callback stopped the run, the pictures are unfinished.
         memory: Under a memory budget: the plan that was followed and what was streamed.
-        files: Component -> name, size and hash of its file as it was in the run; see `png.file_identity`.
-        places: Component -> paths of its file, or of its index and shards.
+        files: Component -> name, size and hash of the file that was opened; see `WeightFile.identity`.
+        opened: Component -> that file, still open.
     """
 
     images: list[Image] | np.ndarray[Any, Any] | torch.Tensor
@@ -94,7 +101,7 @@ class ZImageResult:
     interrupted: bool = False
     memory: MemoryReport | None = None
     files: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    places: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    opened: Mapping[str, Opened | None] = field(default_factory=dict, repr=False)
 
     @property
     def seed(self) -> int | None:
@@ -112,14 +119,14 @@ class ZImageResult:
 
         Args:
             index: Which picture.
-            full_hash: Hash whole files, whatever their size, as they are now; see `png.file_identity`.
+            full_hash: Hash whole files, whatever their size; see `WeightFile.identity`.
 
         Raises:
-            BadFile: With full_hash: a model file is gone.
+            BadFile: With full_hash: a model file was changed since it was opened.
         """
         hashes = dict(self.files)
         if full_hash:
-            hashes = {name: png.file_identity(paths, full=True) for name, paths in self.places.items()}
+            hashes |= {name: each.file.identity(full=True) for name, each in self.opened.items() if each}
         return {**self.settings[index], "files": hashes}
 
     def save(
@@ -149,6 +156,35 @@ class ZImageResult:
             raise BadArgument(f"save: there is no picture {index}, the run made {len(self.images)}")
         data = png.encode(self.images[index], self.metadata(index, full_hash) if metadata else None)
         write_atomically(path, data, overwrite=force)
+
+
+def settings_of(run: Run, shift: float, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:
+    """Settings of each image, for its PNG; nothing that differs between two equal runs, such as times."""
+    common: dict[str, Any] = {
+        "program": "zimage_core",
+        "version": f"zimage_core {__version__}",
+        "steps": run.steps,
+        "sampler": "euler",
+        "shift": shift,
+        "guidance_scale": run.guidance_scale,
+        "width": run.width,
+        "height": run.height,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if run.guidance_scale > 0:
+        common |= {"cfg_normalization": run.cfg_normalization, "cfg_truncation": run.cfg_truncation}
+    if run.own_sigmas and run.steps <= MOST_SIGMAS:
+        common["sigmas"] = [round(s, 6) for s in run.sigmas]
+    usual = Encoding()._asdict()
+    common |= {name: value for name, value in run.encoding._asdict().items() if value != usual[name]}
+    out, batch = [], run.batch
+    for i, seed in enumerate(run.seeds):
+        # given features took the place of the prompt, which would then be a guess about them
+        texts = {"prompt": batch.prompts[i]} if batch.prompts and not batch.prompt_embeds else {}
+        if batch.negative_prompts and batch.negative_prompts[i]:
+            texts["negative_prompt"] = batch.negative_prompts[i]
+        out.append({**texts, "seed": seed, **common})
+    return tuple(out)
 
 
 def to_output(pixels: torch.Tensor, output_type: str) -> list[Image] | np.ndarray[Any, Any] | torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.card import WANTED
 from zimage_core.weights.files import WeightFile, open_weights
 from zimage_core.weights.identify import identify
+from zimage_core.weights.opened import Opened
 from zimage_core.weights.safetensors import shard_names
 
 COMPONENTS = tuple(WANTED)
@@ -34,12 +35,12 @@ class Sources:
     """Where the parts of a pipeline lie.
 
     Args:
-        paths: Component -> file, or folder of shards.
+        paths: Component -> file or folder of shards; or the open file, where it was opened to be told apart.
         tokenizer: File or folder; None to take it from the text encoder's file.
         scheduler: As the folder states it; None where it states none.
     """
 
-    paths: dict[str, Path]
+    paths: dict[str, Path | Opened]
     tokenizer: Path | None = None
     scheduler: FlowMatchEulerScheduler | None = None
 
@@ -47,19 +48,18 @@ class Sources:
 def embedded() -> Sources:
     """The model inside the package."""
     names = {"transformer": "transformer.gguf", "text_encoder": "text_encoder.gguf", "vae": "vae.safetensors"}
-    paths = {component: ASSETS / name for component, name in names.items()}
-    for path in paths.values():
-        if not path.is_file():
-            raise BadFile(
-                path, "the embedded model is not installed", "install zimage_core from its wheel again"
-            )
-    return Sources(paths)
+    for name in names.values():
+        if not (ASSETS / name).is_file():
+            fault = "the embedded model is not installed"
+            raise BadFile(ASSETS / name, fault, "install zimage_core from its wheel again")
+    return Sources({component: ASSETS / name for component, name in names.items()})
 
 
 def find(
     source: str | os.PathLike[str],
     given: Collection[str] = (),
     hub_options: Mapping[str, Any] | None = None,
+    mmap: bool = True,
 ) -> Sources:
     """Sources of a folder, or of a repository "org/repo" or "org/repo:Q4_K_M" (see `hub`).
 
@@ -69,6 +69,7 @@ def find(
         source: Folder or repository.
         given: Components that the caller has from elsewhere; they may be missing here.
         hub_options: See `hub.fetch`.
+        mmap: How files are opened that have to be told apart.
 
     Raises:
         BadFile: A component is missing, or there are several of one kind; the message names it.
@@ -76,17 +77,18 @@ def find(
     """
     path = Path(source)
     if os.fspath(source) and path.is_dir():  # "" would be the working folder
-        return _in_folder(path, None, given)
+        return _in_folder(path, None, given, mmap)
     if os.fspath(source) and path.exists():
         raise BadFile(path, "is a file, not a folder", f"name all files instead: {NAMING}")
     tag = hub.REPO_ID.fullmatch(os.fspath(source))
-    return _in_folder(hub.fetch(os.fspath(source), **(hub_options or {})), tag["tag"] if tag else None, given)
+    folder = hub.fetch(os.fspath(source), **(hub_options or {}))
+    return _in_folder(folder, tag["tag"] if tag else None, given, mmap)
 
 
-def _in_folder(folder: Path, tag: str | None, given: Collection[str]) -> Sources:
+def _in_folder(folder: Path, tag: str | None, given: Collection[str], mmap: bool) -> Sources:
     if tag is None and (folder / "model_index.json").exists():
         return _diffusers(folder, given)
-    return _loose(folder, tag, given)
+    return _loose(folder, tag, given, mmap)
 
 
 def _diffusers(folder: Path, given: Collection[str]) -> Sources:
@@ -114,37 +116,53 @@ def _scheduler(folder: Path) -> FlowMatchEulerScheduler | None:
     return FlowMatchEulerScheduler.from_json(read_json(path)) if path.is_file() else None
 
 
-def _loose(folder: Path, tag: str | None, given: Collection[str]) -> Sources:
-    """Files by content; names only choose between quantisations of one model."""
-    found: dict[str, list[Path]] = {part: [] for part in COMPONENTS if part not in given}
-    refused: list[str] = []
-    for path in _candidates(folder):
-        try:
-            with open_weights(path) as file:
-                card = identify(file)
-        except ZImageError as error:
-            refused.append(str(error))
-            continue
-        if card.kind in found:
-            found[card.kind].append(path)
-    paths: dict[str, Path] = {}
-    for part, several in found.items():
-        matching = [p for p in several if tag and hub.quant_tag(p.name) == tag.upper()]
-        several = matching or several
-        if len(several) > 1:
-            names = ", ".join(printable(p.name, 60) for p in several[:6])
-            raise BadFile(
-                folder, f"has {len(several)} files that are {WANTED[part][0]}: {names}", _naming(part)
-            )
-        if several:
-            paths[part] = several[0]
-    missing = [part for part in COMPONENTS if part not in paths and part not in given]
-    if missing:
-        wanted = " and ".join(WANTED[part][0] for part in missing)
-        also = f" (unreadable: {refused[0]})" if refused else ""
-        raise BadFile(folder, f"has no file that is {wanted}{also}", _naming(missing[0]))
+def _loose(folder: Path, tag: str | None, given: Collection[str], mmap: bool) -> Sources:
+    """Files by content, opened to be told apart; those that are not chosen are closed again."""
     tokenizer = next((p for p in (folder, folder / "tokenizer") if _has_tokenizer(p)), None)
-    return Sources(paths, tokenizer, _scheduler(folder / "scheduler"))
+    scheduler = _scheduler(folder / "scheduler")
+    wanted = [part for part in COMPONENTS if part not in given]
+    opened: list[Opened] = []
+    refused: list[str] = []
+    chosen: dict[str, Opened] = {}
+    try:
+        for path in _candidates(folder):
+            try:
+                file = open_weights(path, mmap)
+            except ZImageError as error:
+                refused.append(str(error))
+                continue
+            each = Opened(file, identify(file))
+            if each.card.kind in wanted:
+                opened.append(each)
+            else:
+                file.close()
+        chosen = _choose(folder, tag, wanted, opened, refused)
+    finally:
+        for each in opened:
+            if each not in chosen.values():
+                each.file.close()
+    return Sources(dict(chosen), tokenizer, scheduler)
+
+
+def _choose(
+    folder: Path, tag: str | None, wanted: Sequence[str], opened: Sequence[Opened], refused: Sequence[str]
+) -> dict[str, Opened]:
+    """One file for each wanted component; names only choose between quantisations of one model."""
+    chosen = {}
+    for part in wanted:
+        several = [o for o in opened if o.card.kind == part]
+        several = [o for o in several if tag and hub.quant_tag(o.name) == tag.upper()] or several
+        if len(several) > 1:
+            names = ", ".join(printable(o.name, 60) for o in several[:6])
+            fault = f"has {len(several)} files that are {WANTED[part][0]}: {names}"
+            raise BadFile(folder, fault, _naming(part))
+        if several:
+            chosen[part] = several[0]
+    if missing := [part for part in wanted if part not in chosen]:
+        kinds = " and ".join(WANTED[part][0] for part in missing)
+        also = f" (unreadable: {refused[0]})" if refused else ""
+        raise BadFile(folder, f"has no file that is {kinds}{also}", _naming(missing[0]))
+    return chosen
 
 
 def _naming(part: str) -> str:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-
-Network = Callable[[list[torch.Tensor], torch.Tensor, list[torch.Tensor]], list[torch.Tensor]]
 
 
 def scale_at(time: float, scale: float, truncation: float | None) -> float:
@@ -43,45 +38,3 @@ def guide(
         if norm > most:
             guided = guided * (most / norm)
     return guided
-
-
-@dataclass
-class Guided:
-    """A network and its captions as a denoiser for `euler.sample`; positive and negative side in one call.
-
-    Args:
-        network: (latents, each [C, 1, h, w]; times [B]; captions, each [L, D]) -> predictions like the
-            latents.
-        positive: Caption features, one [L, D] per picture; may be replaced between steps.
-        negative: The same for the negative prompt; not used when scale is 0.
-        scale: See `guide`.
-        normalization: See `guide`.
-        truncation: See `scale_at`.
-        dtype: In which the network takes its latents.
-        last: Latents and time of the latest call, to repeat it when something went wrong.
-    """
-
-    network: Network
-    positive: list[torch.Tensor]
-    negative: list[torch.Tensor]
-    scale: float = 0.0
-    normalization: float | bool = False
-    truncation: float | None = 1.0
-    dtype: torch.dtype = torch.float32
-    last: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def __call__(self, latents: torch.Tensor, time: torch.Tensor, step: int) -> torch.Tensor:
-        """latents [B, C, h, w] float32, time [] float32 -> estimate of clean - noise [B, C, h, w] float32."""
-        self.last = (latents, time)
-        scale = scale_at(float(time), self.scale, self.truncation)
-        members = list(latents.to(self.dtype).unsqueeze(2))  # the network counts frames
-        captions = self.positive
-        if scale > 0:
-            members, captions = members * 2, captions + self.negative
-        out = self.network(members, time.expand(len(members)), captions)
-        out = [prediction.float().squeeze(1) for prediction in out]
-        if scale > 0:
-            count = len(latents)
-            sides = zip(out[:count], out[count:], strict=True)
-            out = [guide(pos, neg, scale, self.normalization) for pos, neg in sides]
-        return torch.stack(out)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.models.transformer import Prepared, ZImageTransformer
 from zimage_core.study.metrics import relative_error
 from zimage_core.study.spool import Spool
+from zimage_core.study.step_hook import StepHook
 
 STACKS = ("context_refiner", "noise_refiner", "layers")
 """In the order in which they run; the first only at the beginning of a run."""
@@ -42,8 +43,7 @@ class BlockError:
 class BlockWatch:
     """Hooks on the blocks of a transformer; a context manager that takes them back.
 
-    A step is one call of the transformer; of its pictures and sides the first is looked at, which is the
-    positive side of the first picture.
+    Of the images and sides of a step the first is looked at, which is the positive side of the first image.
 
     Args:
         net: The transformer.
@@ -55,12 +55,12 @@ class BlockWatch:
     def __init__(self, net: ZImageTransformer, steps: Collection[int], spool: Spool, compare: bool) -> None:
         self.errors: list[BlockError] = []
         self._net, self._steps, self._spool, self._compare = net, frozenset(steps), spool, compare
-        self._step = -1
+        self._step = 0  # captions are refined ahead of the first step
         self._seen: set[str] = set()
         self._handles: list[Any] = []
 
     def __enter__(self) -> BlockWatch:
-        self._handles.append(self._net.register_forward_pre_hook(self._begin))
+        self._handles.append(StepHook(self._net, before=self._begin))
         for name in STACKS:
             for i, block in enumerate(getattr(self._net, name)):
                 hook = self._hook(name, i)
@@ -72,8 +72,8 @@ class BlockWatch:
             handle.remove()
         self._handles.clear()
 
-    def _begin(self, net: nn.Module, args: tuple[Any, ...]) -> None:
-        self._step += 1
+    def _begin(self, latent: Tensor, prepared: Prepared, step: int, caption: int) -> None:
+        self._step = step if caption == 0 else -1
         self._seen.clear()
 
     def _hook(self, stack: str, index: int) -> Any:

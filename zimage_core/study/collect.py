@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from zimage_core.errors import BadArgument, Unsupported, printable
 from zimage_core.models.sequence import pad_count
+from zimage_core.models.transformer import Prepared
 from zimage_core.nn.linear import Linear
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.quantize.imatrix import LEVEL_EDGES, Imatrix, level_bin
 from zimage_core.quantize.imatrix_files import Sums
+from zimage_core.study.step_hook import StepHook
 from zimage_core.weights.names import Table, text_encoder_table, transformer_table
 
 COMPONENTS = ("transformer", "text_encoder")
@@ -97,7 +99,7 @@ class Collector:
             raise BadArgument(f"components: got {given}, wanted {' or '.join(COMPONENTS)}, or both")
         if pipe.dtype == torch.float16:
             raise Unsupported("imatrix: float16 scales parts of a block; use float32 or bfloat16 (--dtype)")
-        if pipe._graphs is not None:
+        if pipe._placement.graphs is not None:
             raise Unsupported("imatrix: captured steps run no hooks; collect before `capture`, or build anew")
         self.edges = edges
         self._pipe = pipe
@@ -105,9 +107,7 @@ class Collector:
         self._running: dict[str, _Running] = {}
         self._handles: list[Any] = []
         self._level = 0
-        self._captions: list[Tensor] = []
         self._picture = self._caption = 0  # tokens that are no pads
-        self._member = -1
 
     def __enter__(self) -> Collector:
         try:
@@ -166,11 +166,9 @@ class Collector:
 
     def _watch_transformer(self) -> None:
         net = self._pipe.transformer
-        key = net.config.patch_key
         # these two come first: the hooks on layers use what they note
         self._handles += [
-            net.register_forward_pre_hook(self._begin_step),
-            net.all_x_embedder[key].register_forward_pre_hook(self._begin_picture),
+            StepHook(net, before=self._begin_step),
             net.cap_embedder[1].register_forward_pre_hook(self._begin_caption),
         ]
         stacks = {
@@ -187,15 +185,10 @@ class Collector:
 
         self._watch(net, transformer_table(net.config, "fused"), seen)
 
-    def _begin_step(self, net: nn.Module, args: tuple[Any, ...]) -> None:
-        """(latents, times, captions, ...): pictures of a call have one time."""
-        self._level = level_bin(1 - float(args[1].flatten()[0]), self.edges)
-        self._captions, self._member = list(args[2]), -1
-
-    def _begin_picture(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._member += 1
-        self._picture = len(args[0])
-        self._caption = len(self._captions[self._member])
+    def _begin_step(self, latent: Tensor, prepared: Prepared, step: int, caption: int) -> None:
+        self._level = level_bin(1 - prepared.times[step], self.edges)
+        self._picture = latent.shape[-2] * latent.shape[-1] // self._pipe.transformer.config.patch_size**2
+        self._caption = len(prepared.captions[caption])
 
     def _begin_caption(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._caption = len(args[0])

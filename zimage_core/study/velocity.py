@@ -10,30 +10,31 @@ import torch
 from torch import Tensor
 
 from zimage_core.errors import BadArgument, Unsupported
-from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.models.transformer import Prepared, ZImageTransformer
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.study.step_hook import StepHook
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the transformer, and its answer.
+    """One step of the transformer for one image, and its answer.
 
     Args:
-        latents: Each [C, 1, h, w].
-        times: float32 [len(latents)].
-        captions: Each [L, cap_feat_dim].
-        velocity: Each [C, 1, h, w].
+        latent: [C, h, w].
+        time: Network time, a float32 value.
+        caption: [L, cap_feat_dim].
+        velocity: [C, h, w].
     """
 
-    latents: tuple[Tensor, ...]
-    times: Tensor
-    captions: tuple[Tensor, ...]
-    velocity: tuple[Tensor, ...]
+    latent: Tensor
+    time: float
+    caption: Tensor
+    velocity: Tensor
 
     @property
     def energy(self) -> float:
         """Sum of the squares of its velocity."""
-        return sum(float(v.double().square().sum()) for v in self.velocity)
+        return float(self.velocity.double().square().sum())
 
 
 def check_whole(pipe: ZImagePipeline) -> None:
@@ -42,9 +43,9 @@ def check_whole(pipe: ZImagePipeline) -> None:
     Raises:
         Unsupported: The pipeline has a memory limit, or replays its steps as graphs, which run no hooks.
     """
-    if pipe._arena is not None:
+    if pipe._placement.memory is not None:
         raise Unsupported("a memory limit moves weights in and out; measure without it (no --vram, no --ram)")
-    if pipe._graphs is not None:
+    if pipe._placement.graphs is not None:
         raise Unsupported("captured steps run no hooks; measure before `capture`, or build the pipeline anew")
 
 
@@ -70,19 +71,16 @@ def record(
         raise BadArgument(f"every: got {every}, wanted 1 or more")
     check_whole(pipe)
     calls: list[Call] = []
-    count = 0
+    first = 0
 
-    def keep(net: object, args: tuple[Any, ...], velocity: Sequence[Tensor]) -> None:
-        nonlocal count
-        if count % every == 0:
-            latents, times, captions = args[:3]
-            calls.append(Call(tuple(latents), times.clone(), tuple(captions), tuple(velocity)))
-        count += 1
+    def keep(latent: Tensor, prepared: Prepared, step: int, caption: int, velocity: Tensor) -> None:
+        if (step + first) % every == 0:
+            calls.append(Call(latent, prepared.times[step], prepared.captions[caption], velocity))
 
-    handle = pipe.transformer.register_forward_hook(keep)
+    handle = StepHook(pipe.transformer, after=keep)
     try:
         for i, prompt in enumerate(prompts):
-            count = -i % every
+            first = -i % every
             pipe(prompt, seed=(seed + i) % 2**64, output_type="latent", **options)
     finally:
         handle.remove()
@@ -94,8 +92,9 @@ def velocity_error(transformer: ZImageTransformer, calls: Sequence[Call]) -> flo
     wrong = 0.0
     with torch.inference_mode():
         for call in calls:
-            found = transformer(call.latents, call.times, call.captions)
-            pairs = zip(found, call.velocity, strict=True)
-            wrong += sum(float((a - b).double().square().sum()) for a, b in pairs)
+            size = (call.latent.shape[-2], call.latent.shape[-1])
+            prepared = transformer.prepare([call.caption], [call.time], size)
+            found = transformer.step(call.latent, prepared, 0)
+            wrong += float((found - call.velocity).double().square().sum())
     energy = sum(call.energy for call in calls)
     return wrong / energy if energy else 0.0

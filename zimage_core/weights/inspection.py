@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from zimage_core.errors import BadFile, ZImageError, printable
 
 if TYPE_CHECKING:
-    from zimage_core.weights.card import ModelCard
     from zimage_core.weights.files import WeightFile
+    from zimage_core.weights.opened import Opened
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer")
 """What an image needs; a GGUF text encoder brings its own tokenizer."""
@@ -102,6 +102,7 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
         UnknownFormat: It holds a tensor type that is not described here.
     """
     from zimage_core.weights.files import open_weights
+    from zimage_core.weights.opened import identify_open
     from zimage_core.weights.source import Source
 
     place = Path(path)
@@ -117,13 +118,13 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
         if looks or (place.suffix == ".json" and b'"weight_map"' not in head):
             return _tokenizer(place)
         with open_weights(source) as file:  # not by its path again: another file may be there by now
-            return _weights(file, full)
+            return _weights(identify_open(file), full)
     finally:
         source.close()
 
 
-def _weights(file: WeightFile, full: bool) -> Inspection:
-    card = _card(file)
+def _weights(opened: Opened, full: bool) -> Inspection:
+    file, card = opened.file, opened.card
     faults = card.faults()
     needs = list(card.needs)
     if card.kind in COMPONENTS and not _has_tokenizer(file, card.kind):
@@ -143,25 +144,6 @@ def _weights(file: WeightFile, full: bool) -> Inspection:
         warnings=tuple(_warnings(file)) if full else (),
         metadata={key: _short(value) for key, value in file.metadata.items()},
         tensors={name: (t.format.name, t.shape, t.nbytes) for name, t in file.tensors.items()},
-    )
-
-
-def _card(file: WeightFile) -> ModelCard:
-    """What the tensors say, and a config.json beside them where it agrees with them."""
-    from zimage_core.weights.folders import locate
-    from zimage_core.weights.identify import identify
-
-    card = identify(file)
-    if card.kind not in COMPONENTS:
-        return card
-    _, stated, _ = locate(file.path, card.kind)
-    if stated is None:
-        return card
-    agreed = identify(file, card.kind, stated)
-    if not agreed.problem:
-        return agreed
-    return replace(
-        card, cautions=(*card.cautions, f"config.json beside the file disagrees: {agreed.problem}")
     )
 
 

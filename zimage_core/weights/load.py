@@ -1,4 +1,4 @@
-"""Build a network from a file: on the meta device, then assign; nothing is initialised or copied twice.
+"""Build a network from an open file: on the meta device, then assign; nothing is initialised or copied twice.
 
 Weights of Linear and Embedding stay packed, as views of the file, unless they are stored in the dtype of
 the computation already; norms, biases, pad tokens and convolutions become dense tensors of that dtype.
@@ -7,17 +7,15 @@ the computation already; norms, biases, pad tokens and convolutions become dense
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from os import PathLike, fspath
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from os import PathLike
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, BadWeights, printable
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
@@ -25,17 +23,24 @@ from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Embedding, Linear
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names, storage
-from zimage_core.weights.card import ModelCard, check_compatible, require
-from zimage_core.weights.files import open_weights
-from zimage_core.weights.folders import locate
-from zimage_core.weights.identify import identify
+from zimage_core.weights.card import require
+from zimage_core.weights.opened import Opened, open_component
 from zimage_core.weights.source import WeightFile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Network = TypeVar("Network", ZImageTransformer, TextEncoder, Autoencoder)
 
-_OPEN_FILES: WeakKeyDictionary[nn.Module, WeightFile] = WeakKeyDictionary()
+_TABLES: dict[type[nn.Module], Callable[..., names.Table]] = {
+    ZImageTransformer: names.transformer_table,
+    TextEncoder: names.text_encoder_table,
+    Autoencoder: names.autoencoder_table,
+}
+
+
+def opened_file(network: nn.Module) -> Opened | None:
+    """The open file whose bytes a loaded network uses in place; None for one that was built in memory."""
+    return cast("Opened | None", getattr(network, "opened", None))
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -50,63 +55,6 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def weight_file(model: nn.Module) -> WeightFile | None:
-    """The file whose bytes a loaded model uses in place; its check_unchanged() belongs before a run."""
-    return _OPEN_FILES.get(getattr(model, "_orig_mod", model))  # of torch.compile: the model inside
-
-
-def open_component(
-    path: str | PathLike[str], component: str, mmap: bool = True
-) -> tuple[WeightFile, ModelCard]:
-    """Open the file of a component and identify it; headers only.
-
-    Args:
-        path: A GGUF or safetensors file, an index of shards, a component's folder, or a diffusers folder.
-        component: "transformer", "text_encoder" or "vae".
-        mmap: Hand out tensors as views of the file.
-
-    Returns:
-        The open file, and its card, which may be another model's; `require` refuses that.
-
-    Raises:
-        BadFile: The path holds no model file that can be opened.
-    """
-    place, stated, binding = locate(path, component)
-    file = open_weights(place, mmap=mmap)
-    card = identify(file, component, stated)
-    if stated is not None and not binding and card.problem:
-        # a config.json beside a single file may be any model's; the tensors have the last word
-        alone = identify(file, component)
-        if not alone.problem:
-            card = replace(
-                alone,
-                cautions=(*alone.cautions, f"config.json beside the file was ignored: {card.problem}"),
-            )
-    return file, card
-
-
-def check_files(paths: Mapping[str, str | PathLike[str]]) -> None:
-    """Refuse files that do not make a pipeline together, by their headers, before a weight is read.
-
-    Args:
-        paths: "transformer", "text_encoder" and "vae" -> file or folder, as for the loaders; without a
-            transformer each is looked at alone.
-
-    Raises:
-        BadFile, UnknownFormat, WrongModel, BadWeights: As the loaders do; WrongModel also where each file
-            is sound and they do not fit each other.
-    """
-    cards, places = {}, {}
-    for component, path in paths.items():
-        file, card = open_component(path, component)
-        with file:
-            require(card, component, file.path)
-            cards[component], places[component] = card, file.path
-    configs = {component: card.config for component, card in cards.items()}
-    if "transformer" in configs:
-        check_compatible(**configs, paths=places)  # type: ignore[arg-type]  # `require` saw to their kinds
-
-
 def load_transformer(
     path: str | PathLike[str],
     dtype: torch.dtype = torch.float32,
@@ -116,8 +64,8 @@ def load_transformer(
     """Load an S3-DiT.
 
     Args:
-        path: See open_component.
-        dtype: Of the computation: float32, float16 or bfloat16. Packed weights keep their own type.
+        path: See `open_component`.
+        dtype: The dtype of the computation: float32, float16 or bfloat16. Packed weights keep their own type.
         device: Where the model is put.
         mmap: Use the weights in place; the file must not change meanwhile. False reads it into memory.
 
@@ -128,15 +76,7 @@ def load_transformer(
             or infinity in norms, biases or pad tokens.
         Unsupported: Its weights are stored in a way that is not read.
     """
-
-    def build(card: ModelCard) -> tuple[ZImageTransformer, names.Table]:
-        if not isinstance(card.config, TransformerConfig):
-            raise BadWeights(f"{printable(fspath(path))}: its size cannot be told")
-        table = names.transformer_table(card.config, card.layout)
-        # the vision branch of an Omni checkpoint has no part in text to image
-        return ZImageTransformer(card.config), tuple(e for e in table if not e.module.startswith("siglip_"))
-
-    return _load(path, "transformer", build, dtype, device, mmap)
+    return _load(ZImageTransformer, path, "transformer", dtype, device, mmap)
 
 
 def load_text_encoder(
@@ -147,15 +87,9 @@ def load_text_encoder(
 ) -> TextEncoder:
     """Load a Qwen3, Qwen2 or llama text encoder without its last layer and final norm.
 
-    See load_transformer.
+    Arguments and errors are those of `load_transformer`.
     """
-
-    def build(card: ModelCard) -> tuple[TextEncoder, names.Table]:
-        if not isinstance(card.config, TextEncoderConfig):
-            raise BadWeights(f"{printable(fspath(path))}: its size cannot be told")
-        return TextEncoder(card.config), names.text_encoder_table(card.config, card.layout)
-
-    return _load(path, "text_encoder", build, dtype, device, mmap)
+    return _load(TextEncoder, path, "text_encoder", dtype, device, mmap)
 
 
 def load_vae(
@@ -164,40 +98,56 @@ def load_vae(
     device: str | torch.device = "cpu",
     mmap: bool = True,
 ) -> Autoencoder:
-    """Load a Flux-style VAE. See load_transformer."""
-
-    def build(card: ModelCard) -> tuple[Autoencoder, names.Table]:
-        if not isinstance(card.config, AutoencoderConfig):
-            raise BadWeights(f"{printable(fspath(path))}: its size cannot be told")
-        return Autoencoder(card.config), names.autoencoder_table(card.config, card.layout)
-
-    return _load(path, "vae", build, dtype, device, mmap)
+    """Load a Flux-style VAE. Arguments and errors are those of `load_transformer`."""
+    return _load(Autoencoder, path, "vae", dtype, device, mmap)
 
 
 def _load(
+    kind: type[Network],
     path: str | PathLike[str],
     component: str,
-    build: Callable[[ModelCard], tuple[Network, names.Table]],
     dtype: torch.dtype,
     device: str | torch.device,
     mmap: bool,
 ) -> Network:
     if dtype not in DTYPES:
         raise BadArgument(f"dtype is {dtype}, wanted one of {', '.join(str(d) for d in DTYPES)}")
-    file, card = open_component(path, component, mmap)
+    opened = open_component(path, component, mmap)
     try:
-        require(card, component, file.path)
-        for caution in card.cautions:
-            warnings.warn(f"{printable(file.path)}: {caution}", UserWarning, stacklevel=4)
-        with torch.device("meta"), _Uninitialised():
-            model, table = build(card)
-        model.to(dtype)  # what a layer's dtype is decides which weights stay packed
-        fill(model, file, table, card.prefix, dtype)
+        require(opened.card, component, opened.file.path)
+        return load_network(kind, opened, dtype, device)
     except BaseException:
-        file.close()
+        opened.file.close()
         raise
+
+
+def load_network(
+    kind: type[Network], opened: Opened, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> Network:
+    """Build a network from a file that is open and was required to be one; the network keeps the file open.
+
+    Args:
+        kind: The network's class.
+        opened: Its file.
+        dtype: The dtype of the computation.
+        device: Where the network is put.
+
+    Raises:
+        BadWeights: A dense tensor holds NaN or infinity, or does not fit float16.
+    """
+    file, card = opened.file, opened.card
+    if card.config is None:
+        raise BadWeights(f"{printable(file.path)}: its size cannot be told")
+    for caution in card.cautions:
+        warnings.warn(f"{printable(file.path)}: {caution}", UserWarning, stacklevel=2)
+    table = _TABLES[kind](card.config, card.layout)
+    with torch.device("meta"), _Uninitialised():
+        model = kind(card.config)  # type: ignore[arg-type]  # `require` saw to the kind
+    model.to(dtype)  # what a layer's dtype is decides which weights stay packed
+    # the vision branch of an Omni checkpoint has no part in text to image
+    fill(model, file, tuple(e for e in table if not e.module.startswith("siglip_")), card.prefix, dtype)
     model.requires_grad_(False).eval()
-    _OPEN_FILES[model] = file
+    model.opened = opened
     return model.to(device)
 
 

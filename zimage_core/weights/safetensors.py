@@ -182,9 +182,9 @@ class ShardedSafetensors(WeightFile):
         self.metadata = {**file.metadata, **self.metadata}
 
     @property
-    def places(self) -> tuple[str, ...]:
+    def sources(self) -> tuple[Source, ...]:
         """The index and its shards."""
-        return (self.path, *(shard.path for shard in self.shards.values()))
+        return (self.source, *(shard.source for shard in self.shards.values()))
 
     def source_of(self, name: str) -> Source:
         """The shard that holds the tensor's bytes."""

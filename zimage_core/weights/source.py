@@ -11,6 +11,7 @@ Neither torch nor NumPy is imported before the first tensor is asked for.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import mmap as mmap_module
 import os
 import stat
@@ -42,6 +43,9 @@ _KINDS = {
 # Without it Linux counts every byte of a private writable map against the memory it may promise, and
 # refuses a 12 GB file on an 8 GB machine although no page of it is ever copied.
 _NO_RESERVE = getattr(mmap_module, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+WHOLE_FILE = 64 << 20
+"""Files of up to this many bytes are hashed whole; that takes about 0.1 s."""
+_SAMPLE = 1 << 20
 _MOST_AT_ONCE = 1 << 30  # one read call moves less than 2 GiB
 
 
@@ -96,6 +100,7 @@ class Source:
         self.mapped = mmap
         self._map: mmap_module.mmap | None = None
         self._handle = -1
+        self._digests: dict[bool, str] = {}
         try:
             self._refuse_special(Path(self.path).stat().st_mode)
             # O_NONBLOCK: should the path have become a FIFO since, opening it must not wait
@@ -211,6 +216,29 @@ class Source:
         if status.st_mtime_ns != changed:
             raise BadFile(self.path, "changed while in use: it was written to meanwhile", "load it again")
 
+    def digest(self, whole: bool) -> str:
+        """SHA-256 in hexadecimal of the open file; each kind is computed once.
+
+        Args:
+            whole: Read everything. Else hash the size as decimal text, the first MiB and the last MiB.
+
+        Raises:
+            BadFile: The file was changed, or cannot be read.
+        """
+        if whole not in self._digests:
+            hasher = hashlib.sha256()
+            if whole:
+                for offset in range(0, self.size, _SAMPLE):
+                    hasher.update(self.read_at(offset, min(_SAMPLE, self.size - offset)))
+            else:
+                sample = min(_SAMPLE, self.size)
+                hasher.update(str(self.size).encode())
+                hasher.update(self.read_at(0, sample))
+                hasher.update(self.read_at(self.size - sample, sample))
+            self.check_unchanged()
+            self._digests[whole] = hasher.hexdigest()
+        return self._digests[whole]
+
     def close(self) -> None:
         """Let the file go. Tensors that were handed out stay valid."""
         self._map = None
@@ -245,9 +273,35 @@ class WeightFile:
         self.tensors: dict[str, TensorInfo] = {}
 
     @property
-    def places(self) -> tuple[str, ...]:
+    def sources(self) -> tuple[Source, ...]:
         """The files on disk that make it up."""
-        return (self.path,)
+        return (self.source,)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Paths of the files on disk that make it up."""
+        return tuple(source.path for source in self.sources)
+
+    def identity(self, full: bool = False) -> dict[str, Any]:
+        """Name (never the folder), size and hash of the model that was opened, for an image's settings.
+
+        Files of up to 64 MiB, and any file with `full`, get `sha256` of the whole. Reading 7 GB takes longer
+        than some images do, so larger files get `fingerprint` instead: SHA-256 over the size as decimal text,
+        the first MiB and the last MiB. That tells models apart (the header lists every tensor, the tail holds
+        weights) but does not prove that nobody changed a byte in the middle. A model in shards has SHA-256
+        over its files' digests in hexadecimal, the index first.
+
+        Raises:
+            BadFile: A file was changed since it was opened, or cannot be read.
+        """
+        wholes = [full or source.size <= WHOLE_FILE for source in self.sources]
+        digests = [source.digest(whole) for source, whole in zip(self.sources, wholes, strict=True)]
+        joined = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        return {
+            "name": printable(Path(self.path).name),
+            "size": sum(source.size for source in self.sources),
+            "sha256" if all(wholes) else "fingerprint": joined,
+        }
 
     def source_of(self, name: str) -> Source:
         """The file on disk that holds the tensor's bytes."""

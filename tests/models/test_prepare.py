@@ -1,0 +1,78 @@
+"""What a run's steps have in common is prepared once, and is what each step would compute alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers import tiny
+from zimage_core.sampling.euler import network_time
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.transformer()
+
+
+def inputs(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    latent = torch.randn(16, 6, 4, generator=g)
+    return latent, torch.randn(9, 24, generator=g)
+
+
+def alone(model, latent, time, caption):
+    return model([latent.unsqueeze(1)], torch.tensor([time]), [caption])[0].squeeze(1)
+
+
+def count_calls(module, counts, name):
+    return module.register_forward_hook(lambda *_: counts.__setitem__(name, counts.get(name, 0) + 1))
+
+
+@torch.no_grad()
+def test_every_step_gives_what_it_gives_alone(model):
+    latent, caption = inputs()
+    times = [float(network_time(s)) for s in (1.0, 0.9, 0.5, 0.1)]
+    prepared = model.prepare([caption], times, (6, 4))
+    for i, time in enumerate(times):
+        # four rows or one: sums of 256 products in another order, 2^-24 * 256 of values about 1
+        want = alone(model, latent, time, caption)
+        torch.testing.assert_close(model.step(latent, prepared, i), want, rtol=0, atol=5e-5)
+
+
+@torch.no_grad()
+def test_one_time_is_the_same_to_the_bit(model):
+    latent, caption = inputs()
+    prepared = model.prepare([caption], [0.3], (6, 4))
+    assert torch.equal(model.step(latent, prepared, 0), alone(model, latent, 0.3, caption))
+
+
+@torch.no_grad()
+def test_captions_and_norms_run_once_a_run(model):
+    latent, caption = inputs()
+    counts: dict[str, int] = {}
+    places = {
+        "refiner": model.context_refiner[0],
+        "norms": model.layers[0].adaLN_modulation[0],
+        "time": model.t_embedder.mlp[0],
+        "block": model.layers[0],
+    }
+    handles = [count_calls(module, counts, name) for name, module in places.items()]
+    try:
+        prepared = model.prepare([caption, caption], [0.25, 0.5, 0.75], (6, 4))
+        for i in range(3):
+            for k in range(2):
+                model.step(latent, prepared, i, k)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert counts == {"refiner": 1, "norms": 1, "time": 1, "block": 6}
+
+
+@torch.no_grad()
+def test_each_caption_has_its_own_tokens_and_rotation(model):
+    latent, short = inputs()
+    long = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
+    prepared = model.prepare([short, long, short], [0.5], (6, 4))
+    assert [len(text) for text in prepared.texts] == [32, 64, 32]
+    for k, caption in enumerate((short, long, short)):
+        assert torch.equal(model.step(latent, prepared, 0, k), alone(model, latent, 0.5, caption))

@@ -1,0 +1,67 @@
+"""Latents to pixels, in smaller and smaller tiles where the memory of a GPU is too small."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import torch
+
+from zimage_core.errors import OutOfMemory
+from zimage_core.models.autoencoder import Autoencoder
+from zimage_core.models.vae_tiles import ways_to_decode
+from zimage_core.run.nonfinite import checked
+
+
+def decode(
+    vae: Autoencoder, latents: torch.Tensor, debug: bool = False, keep: torch.device | None = None
+) -> torch.Tensor:
+    """Latents [B, C, h, w] -> pixels [B, 3, 8 h, 8 w] float32 about [-1, 1]; one image at a time.
+
+    Where the memory of a GPU is too small: in smaller and smaller tiles, then with whole maps on the CPU.
+    The images are the same.
+
+    Args:
+        vae: Decodes.
+        latents: As the transformer has them, scaled and shifted.
+        debug: Check every block.
+        keep: Where maps of the whole image are kept, as a memory budget has planned; then this is the only
+            way that is tried.
+
+    Raises:
+        OutOfMemory: Not even the smallest tiles fit; the error carries the latents.
+        NonFinite: Names block and tensor.
+    """
+    config = vae.config
+    h, w = latents.shape[2:]
+    size = f"a picture of {config.spatial_factor * w} x {config.spatial_factor * h}"
+    ways = ways_to_decode(h, w, vae.tile) if keep is None else [{"tile": vae.tile, "keep": keep}]
+    left = [z[None] for z in latents / config.scaling_factor + config.shift_factor]
+    images: list[torch.Tensor] = []
+    while left:
+        try:
+            images.append(checked(vae, "VAE", partial(vae.decode, left[0], **ways[0]), debug))
+            del left[0]
+            continue
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+        # behind the handler: the exception held the frames that held the memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(ways) == 1:
+            raise OutOfMemory(
+                f"VAE: no memory to decode {size}, not even in the smallest tiles ({reason}); the "
+                "finished latents are in the attribute `latents` of this error: save them, then free "
+                "memory or call pipe.vae.to('cpu'), and pipe.vae.decode(error.latents / "
+                "pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor) gives pixels in [-1, 1]",
+                latents.cpu(),
+            )
+        if not ways[0]:  # the first time
+            warnings.warn(
+                f"VAE: no memory to decode {size} with tile = {vae.tile}; it is decoded again in "
+                "smaller tiles, which takes longer and gives the same picture; "
+                "pipe.enable_vae_tiling() before the run saves the failed attempt",
+                stacklevel=4,
+            )
+        del ways[0]
+    return torch.cat(images)

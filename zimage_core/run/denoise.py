@@ -1,0 +1,168 @@
+"""Noise to latents: the transformer under guidance, with the caller's callback after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zimage_core.errors import BadArgument, NonFinite
+from zimage_core.models.transformer import Predict, Prepared, ZImageTransformer
+from zimage_core.run import checks
+from zimage_core.run.nonfinite import explain, watch
+from zimage_core.run.request import Run
+from zimage_core.sampling.euler import network_time, sample
+from zimage_core.sampling.guidance import guide, scale_at
+
+
+class Denoiser:
+    """The transformer as `euler.sample` calls it, for all images of a run and both sides of guidance.
+
+    What the steps have in common is prepared in the first step, and anew after captions were replaced.
+
+    Args:
+        transformer: Estimates clean - noise.
+        positive: Caption features, one [L, cap_feat_dim] an image; may be replaced between steps.
+        negative: The same for the negative prompts; empty without guidance.
+        run: Noise levels and guidance.
+        predict: Runs in place of `transformer.predict`, such as a replayed graph.
+    """
+
+    def __init__(
+        self,
+        transformer: ZImageTransformer,
+        positive: Sequence[Tensor],
+        negative: Sequence[Tensor],
+        run: Run,
+        predict: Predict | None = None,
+    ) -> None:
+        self.transformer = transformer
+        self.captions = {"prompt_embeds": list(positive), "negative_prompt_embeds": list(negative)}
+        self.scale = run.guidance_scale
+        self.last: tuple[Tensor, Tensor, int] | None = None
+        self._run, self._predict = run, predict
+        self._prepared: Prepared | None = None
+
+    def replace(self, name: str, captions: list[Tensor]) -> None:
+        """Go on with other caption features: "prompt_embeds" or "negative_prompt_embeds"."""
+        self.captions[name] = captions
+        self._prepared = None
+
+    def __call__(self, latents: Tensor, time: Tensor, step: int) -> Tensor:
+        """latents [B, C, h, w] float32, time [] float32 -> estimate of clean - noise [B, C, h, w] float32."""
+        self.last = (latents, time, step)
+        if self._run.debug:
+            with watch(self.transformer, "transformer"):
+                return self._estimate(latents, time, step)
+        return self._estimate(latents, time, step)
+
+    def _estimate(self, latents: Tensor, time: Tensor, step: int) -> Tensor:
+        run = self._run
+        if self._prepared is None:
+            times = [float(network_time(sigma)) for sigma in run.sigmas[:-1]]
+            captions = [caption for side in self.captions.values() for caption in side]
+            h, w = latents.shape[-2:]
+            self._prepared = self.transformer.prepare(captions, times, (h, w))
+        prepared, count = self._prepared, len(latents)
+        members = latents.to(self.transformer.dtype)
+
+        def side(first: int) -> list[Tensor]:
+            return [
+                self.transformer.step(member, prepared, step, first + i, self._predict).float()
+                for i, member in enumerate(members)
+            ]
+
+        out, scale = side(0), scale_at(float(time), self.scale, run.cfg_truncation)
+        if scale > 0:
+            pairs = zip(out, side(count), strict=True)
+            out = [guide(pos, neg, scale, run.cfg_normalization) for pos, neg in pairs]
+        return torch.stack(out)
+
+    def again(self) -> None:
+        """Repeat the latest call with nothing remembered, to see where it went wrong."""
+        if self.last is not None:
+            self._prepared = self._predict = None
+            self._estimate(*self.last)
+
+
+def denoise(
+    pipe: Any,
+    denoiser: Denoiser,
+    run: Run,
+    after_step: Callable[[], object],
+    after_callback: Callable[[], object],
+) -> Tensor:
+    """Follow the noise levels of a run.
+
+    Args:
+        pipe: The pipeline, for the callback; its `_interrupt` ends the run after a step.
+        denoiser: Its transformer is on the device.
+        run: Starting noise, noise levels, callback.
+        after_step: Called after each step, before the caller's callback.
+        after_callback: Called after the caller's callback.
+
+    Returns:
+        Latents [B, C, h, w] float32 on the transformer's device.
+
+    Raises:
+        NonFinite: NaN or infinity; the message names the step, the block and the tensor.
+    """
+    done = 0
+
+    def step_end(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
+        nonlocal done
+        done = step + 1
+        after_step()
+        if run.callback is not None:
+            latents = call_back(pipe, run, denoiser, step, timestep, latents)
+            after_callback()
+        return latents
+
+    try:
+        start = run.latents.to(denoiser.transformer.device)
+        return sample(denoiser, start, run.sigmas, step_end, lambda: bool(pipe._interrupt))
+    except NonFinite as error:
+        if denoiser.last is None:
+            raise
+        if run.debug:
+            raise NonFinite(f"step {done + 1} of {run.steps}: {error}") from None
+        reason = explain(denoiser.transformer, "transformer", denoiser.again)
+        raise NonFinite(f"{error}; {reason}") from None
+
+
+def call_back(
+    pipe: Any, run: Run, denoiser: Denoiser, step: int, timestep: Tensor, latents: Tensor
+) -> Tensor:
+    """Give the caller's function the tensors that it asked for; put back what it returns.
+
+    No lock is held meanwhile, and the dict that it returns is only read. As in diffusers, the function may
+    set `pipe._guidance_scale` for the steps to come.
+
+    Raises:
+        BadArgument, BadShape: It set or returned something that the run cannot go on with.
+    """
+    if run.callback is None:
+        return latents
+    tensors = {"latents": latents, **denoiser.captions}
+    out = run.callback(pipe, step, timestep, {name: tensors[name] for name in run.callback_tensors})
+    denoiser.scale = checks.real("guidance_scale", pipe.guidance_scale, 0, checks.MAX_GUIDANCE)
+    if denoiser.scale > 0 and not denoiser.captions["negative_prompt_embeds"]:
+        raise BadArgument("guidance_scale: the callback set it above 0 in a run that began without guidance")
+    if out is None:
+        out = {}
+    if not isinstance(out, dict):
+        raise BadArgument(f"callback_on_step_end returned {checks.shown(out)}, wanted a dict or None")
+    for name, now in denoiser.captions.items():
+        if name in run.callback_tensors:
+            denoiser.replace(name, now)  # the function may have changed them in place
+        if out.get(name) is not None and out[name] is not now:
+            new = checks.embeds(name, out[name], denoiser.transformer.config.cap_feat_dim)
+            if len(new) != len(now):
+                raise BadArgument(f"{name}: the callback returned {len(new)}, wanted {len(now)}")
+            denoiser.replace(name, new)
+    changed = out.get("latents")
+    if changed is None or changed is latents:
+        return latents
+    return checks.latents(changed, tuple(latents.shape)).to(latents.device)

@@ -1,0 +1,176 @@
+"""Model files opened, identified and checked once; whoever needs one afterwards takes it from here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from zimage_core.errors import BadFile
+from zimage_core.weights.card import ModelCard, check_compatible, require
+from zimage_core.weights.files import open_weights
+from zimage_core.weights.identify import identify
+from zimage_core.weights.source import WeightFile
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """An open model file and what it is.
+
+    Args:
+        file: The file; its header is parsed, no tensor is read.
+        card: What the file was identified as.
+        stated: The config.json beside the file that the card agrees with; None where there is none.
+    """
+
+    file: WeightFile
+    card: ModelCard
+    stated: Mapping[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The file's name without its folder."""
+        return Path(self.file.path).name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Opened:
+        """A copy of a network reads the same open file."""
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A pickled network has its weights with it and comes from no file."""
+        return type(None), ()
+
+
+def open_component(path: str | PathLike[str] | Opened, component: str = "", mmap: bool = True) -> Opened:
+    """Open the file of a component and identify it; headers only.
+
+    Args:
+        path: A GGUF or safetensors file, an index of shards, a component's folder, or a diffusers folder.
+            A file that is open and identified already is taken as it is, but for a config.json beside it.
+        component: "transformer", "text_encoder" or "vae"; "" takes the file as whatever it is.
+        mmap: Hand out tensors as views of the file.
+
+    Returns:
+        The open file with its card, which may be another model's; `require` refuses that.
+
+    Raises:
+        BadFile: The path holds no model file that can be opened.
+    """
+    if isinstance(path, Opened):
+        return _with_config(path.file, component, path.card, *_locate(path.file.path, component)[1:])
+    place, stated, binding = _locate(path, component)
+    file = open_weights(place, mmap=mmap)
+    return _with_config(file, component, None, stated, binding)
+
+
+def identify_open(file: WeightFile) -> Opened:
+    """Identify an open file as whatever it is, with the config.json beside it where the two agree."""
+    card = identify(file)
+    if card.config is None:
+        return Opened(file, card)
+    return _with_config(file, card.kind, card, *_locate(file.path, card.kind)[1:])
+
+
+def open_pipeline(paths: Mapping[str, str | PathLike[str] | Opened], mmap: bool = True) -> dict[str, Opened]:
+    """Open the files of a pipeline and refuse those that do not make one together, by their headers alone.
+
+    Args:
+        paths: "transformer", "text_encoder" and "vae" -> file or folder, as for `open_component`; without a
+            transformer each is checked alone.
+        mmap: Hand out tensors as views of the files.
+
+    Returns:
+        The open files, for the caller to close.
+
+    Raises:
+        BadFile, UnknownFormat: A file cannot be opened.
+        WrongModel, BadWeights: It is another model or a damaged one; WrongModel also where each file is sound
+            and they do not fit each other.
+    """
+    opened: dict[str, Opened] = {}
+    try:
+        for component, path in paths.items():
+            opened[component] = part = open_component(path, component, mmap)
+            require(part.card, component, part.file.path)
+        configs = {component: part.card.config for component, part in opened.items()}
+        if "transformer" in configs:
+            places = {component: part.file.path for component, part in opened.items()}
+            check_compatible(**configs, paths=places)  # type: ignore[arg-type]  # `require` saw to their kinds
+    except BaseException:
+        for part in opened.values():
+            part.file.close()
+        raise
+    return opened
+
+
+def _with_config(
+    file: WeightFile,
+    component: str,
+    card: ModelCard | None,
+    stated: Mapping[str, Any] | None,
+    binding: bool,
+) -> Opened:
+    """Identify a file, and follow a config.json that is binding or that the tensors agree with."""
+    if stated is None:
+        return Opened(file, card if card is not None else identify(file, component))
+    agreed = identify(file, component, stated)
+    if binding or not agreed.problem:
+        return Opened(file, agreed, stated)
+    # a config.json beside a single file may be any model's; the tensors have the last word
+    alone = card if card is not None else identify(file, component)
+    if alone.problem:
+        return Opened(file, agreed)
+    caution = f"config.json beside the file was ignored: {agreed.problem}"
+    return Opened(file, replace(alone, cautions=(*alone.cautions, caution)))
+
+
+def _locate(path: str | PathLike[str], component: str) -> tuple[str, dict[str, Any] | None, bool]:
+    """What to open for a component, the config.json beside it, and whether that config is binding.
+
+    Args:
+        path: A weight file, a folder of one component, or a folder with `component` as a subfolder
+            (diffusers' layout).
+        component: "transformer", "text_encoder" or "vae".
+
+    Returns:
+        Path for `open_weights`; the parsed config.json or None; True where a folder was named, so that
+        its config.json must agree with the tensors. Beside a single file it may belong to another one.
+
+    Raises:
+        BadFile: The config.json of a named folder cannot be read.
+    """
+    place = Path(fspath(path))
+    try:
+        if not place.is_dir():
+            return fspath(path), _read_config(place.parent / "config.json", binding=False), False
+        if component and (place / component).is_dir():
+            place = place / component
+        elif (place / "model_index.json").is_file():
+            raise BadFile(
+                fspath(path), f"a model folder without the part {component!r}", f"download {component}/ to it"
+            )
+    except (OSError, ValueError):
+        return fspath(path), None, False  # open_weights says what is wrong with the path
+    return str(place), _read_config(place / "config.json", binding=True), True
+
+
+def _read_config(path: Path, binding: bool) -> dict[str, Any] | None:
+    """The parsed file; None where there is none, or where it cannot be read and is not binding."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        data = json.loads(text) if len(text) <= MAX_CONFIG_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        data = None
+    if isinstance(data, dict):
+        return data
+    if binding:
+        raise BadFile(str(path), "not a JSON object of at most 1 MiB that can be read", "download it again")
+    return None
