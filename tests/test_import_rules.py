@@ -28,8 +28,8 @@ DOORS: dict[str, set[str]] = {
     "text": {"config", "files"},
     "weights": {"config", "files", "formats", "models", "nn", "quant", "text"},
     "memory": {"config", "files", "formats", "models", "nn", "quant", "weights"},
-    "run": {"files", "memory", "models", "nn", "quant", "sampling", "text", "weights"},
-    "pipeline": {"files", "models", "run", "sampling", "text"},
+    "run": {"config", "files", "memory", "models", "nn", "quant", "sampling", "text", "weights"},
+    "pipeline": {"config", "memory", "models", "run", "sampling", "text", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {"config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},
     "study": {
