@@ -63,6 +63,16 @@ def room_of(path: Path) -> str:
     return parts[1] if len(parts) > 1 else parts[0]
 
 
+def test_no_file_imports_itself_by_way_of_others():
+    names = {module_name(path): path for path in sources()}
+    graph = {}
+    for name, path in names.items():
+        modules = {item.module for item in imports(path)}
+        found = {m if m in names else m.rpartition(".")[0] for m in modules}
+        graph[name] = (found & set(names)) - {name, "zimage_core"}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
 def test_the_table_has_no_cycle():
     order = list(TopologicalSorter(DOORS).static_order())
     assert set(order) == set(DOORS), "a door leads to a room that is not in the table"

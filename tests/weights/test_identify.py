@@ -96,7 +96,7 @@ def test_an_all_in_one_file_tells_all_its_parts():
 
 def test_identifying_needs_neither_torch_nor_numpy():
     code = (
-        "import sys; from zimage_core.weights import identify, names, infer, folders, storage\n"
+        "import sys; from zimage_core.weights import identify, names, infer, opened, storage\n"
         "sys.exit(bool({'torch', 'numpy', 'gguf'} & set(sys.modules)))"
     )
     root = Path(__file__).parents[2]

@@ -119,33 +119,42 @@ def identify(file: WeightFile, wanted: str = "", stated: Mapping[str, Any] | Non
 def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -> ModelCard:
     metadata: Mapping[str, Any] = file.metadata
     shapes = {name: info.shape for name, info in file.tensors.items()}
-    joined = "\n" + "\n".join(shapes) + "\n"
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str):
-        architecture = None
-
-    found = adapters.identify_lora(shapes) or adapters.identify_controlnet(shapes)
-    if found is None:
-        cards = {
-            kind: card
-            for kind, detect in _DETECTORS.items()
-            if (card := detect(shapes, metadata, stated if wanted == kind else None)) is not None
-        }
-        complete = "cap_pad_token" in joined and "layers.0.adaLN_modulation.0.weight" in joined
-        other = None if complete else recognise(joined, architecture)
-        if wanted in cards and cards[wanted].sound:
-            found = _with_companions(cards[wanted], cards)
-        elif other is not None:
-            title = other.title + _width_remark(other.family, shapes)
-            return ModelCard("other", other.family, title, problem=f"Z-Image does not use {other.title}")
-        elif cards:
-            found = _with_companions(cards.get(wanted) or next(iter(cards.values())), cards)
-        else:
-            found = _part_or_unknown(shapes, metadata, architecture)
+    cards = {
+        kind: card
+        for kind, detect in _DETECTORS.items()
+        if (card := detect(shapes, metadata, stated if wanted == kind else None)) is not None
+    }
+    if wanted in cards and cards[wanted].sound:
+        found = _with_companions(cards[wanted], cards)
+    else:
+        found = _adapter_or_lookalike(shapes, metadata) or (
+            _with_companions(cards.get(wanted) or next(iter(cards.values())), cards)
+            if cards
+            else _part_or_unknown(shapes, metadata)
+        )
     if found.kind not in _DETECTORS:
         return found
     problem = storage.storage_problem(file) or found.problem
     return replace(found, problem=problem, notes=found.notes + storage.storage_notes(file.tensors))
+
+
+def _adapter_or_lookalike(shapes: Shapes, metadata: Mapping[str, Any]) -> ModelCard | None:
+    """A LoRA, a ControlNet, or a model that Z-Image does not use; None for anything else."""
+    if adapter := adapters.identify_lora(shapes) or adapters.identify_controlnet(shapes):
+        return adapter
+    joined = "\n" + "\n".join(shapes) + "\n"
+    if "cap_pad_token" in joined and "layers.0.adaLN_modulation.0.weight" in joined:
+        return None
+    other = recognise(joined, _architecture(metadata))
+    if other is None:
+        return None
+    title = other.title + _width_remark(other.family, shapes)
+    return ModelCard("other", other.family, title, problem=f"Z-Image does not use {other.title}")
+
+
+def _architecture(metadata: Mapping[str, Any]) -> str | None:
+    name = metadata.get("general.architecture")
+    return name if isinstance(name, str) else None
 
 
 def _with_companions(card: ModelCard, cards: Mapping[str, ModelCard]) -> ModelCard:
@@ -248,10 +257,10 @@ def _text_encoder(
     if not layout:
         return None
     inside = _under(shapes, prefix)
-    architecture = metadata.get("general.architecture")
-    family = architecture if isinstance(architecture, str) else "qwen3"
+    architecture = _architecture(metadata)
+    family = "qwen3" if architecture is None else architecture
     card = ModelCard("text_encoder", family, "a text encoder", layout=layout, prefix=prefix)
-    if layout == "gguf" and isinstance(architecture, str) and architecture not in ("qwen3", "qwen2", "llama"):
+    if layout == "gguf" and architecture is not None and architecture not in ("qwen3", "qwen2", "llama"):
         title = f"a language model of architecture {printable(architecture, 40)!r}"
         return ModelCard("other", family, title, problem="its architecture is not one of qwen3, qwen2, llama")
     try:
@@ -313,7 +322,8 @@ def _best(kind: str, shapes: Shapes) -> tuple[str, str]:
     return (layout, prefix) if count >= ENOUGH_ANCHORS[kind] else ("", "")
 
 
-def _part_or_unknown(shapes: Shapes, metadata: Mapping[str, Any], architecture: str | None) -> ModelCard:
+def _part_or_unknown(shapes: Shapes, metadata: Mapping[str, Any]) -> ModelCard:
+    architecture = _architecture(metadata)
     if any(".attention_norm1." in name and "layers." in name for name in shapes):
         problem = "most of its tensors are missing: one shard of several; give the folder or the index file"
         return ModelCard("unknown", "z-image", "a part of a Z-Image transformer", problem=problem)
