@@ -172,9 +172,9 @@ def read_text(name: str) -> str:
         data = sys.stdin.buffer.read(MAX_PROMPT_FILE + 1)
         name = "standard input"
     else:
-        from zimage_core.files.untrusted import read_bytes
+        from zimage_core.files.untrusted import read_file
 
-        data = read_bytes(name)
+        data = read_file(name)
     if len(data) > MAX_PROMPT_FILE:
         raise BadFile(name, f"holds more than {MAX_PROMPT_FILE >> 20} MiB of prompts")
     try:

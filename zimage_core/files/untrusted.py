@@ -20,7 +20,7 @@ MAX_DEPTH = 64
 MAX_DIGITS = 20  # 2^64 has 20
 
 
-def read_bytes(path: str | PathLike[str]) -> bytes:
+def read_file(path: str | PathLike[str]) -> bytes:
     """The bytes of a regular file of at most `MAX_BYTES`.
 
     Raises:
@@ -56,9 +56,9 @@ def read_text(path: str | PathLike[str]) -> str:
     """A UTF-8 text file; a byte order mark is dropped.
 
     Raises:
-        BadFile: See `read_bytes`; also bytes that are not UTF-8.
+        BadFile: See `read_file`; also bytes that are not UTF-8.
     """
-    data = read_bytes(path)
+    data = read_file(path)
     if data.startswith(b"version https://git-lfs"):
         raise BadFile(path, "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`")
     try:

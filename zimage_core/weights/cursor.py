@@ -69,7 +69,7 @@ class Cursor:
         """BadFile with this fault."""
         raise BadFile(self.source.path, fault, AGAIN)
 
-    def need(self, count: int, what: str) -> None:
+    def require_bytes(self, count: int, what: str) -> None:
         """Check that `count` bytes are left before anything is read or allocated for them."""
         left = self.end - self.position
         if count > left:
@@ -82,7 +82,7 @@ class Cursor:
 
     def _at(self, count: int, what: str) -> int:
         """Index in the window of the next `count` bytes, which are checked, loaded and passed over."""
-        self.need(count, what)
+        self.require_bytes(count, what)
         index = self.position - self._start
         if index + count > len(self._window):
             size = min(max(_WINDOW, count), self.end - self.position)
@@ -104,7 +104,7 @@ class Cursor:
     def text(self, what: str, limit: int = MAX_STRING) -> str:
         """A length and that many bytes of UTF-8."""
         length = self.u64(f"the length of {what}")
-        self.need(length, f"{what} (a string of {length} bytes)")
+        self.require_bytes(length, f"{what} (a string of {length} bytes)")
         if length > limit:
             self.fail(f"{what} is a string of {length} bytes, at most {limit} are allowed")
         index = self._at(length, what)
@@ -145,7 +145,7 @@ class Cursor:
             size = count * 12
         else:
             self.fail(f"array {key} has the unknown item type {kind}")
-        self.need(size, f"array {key} of {count} items")
+        self.require_bytes(size, f"array {key} of {count} items")
         if count > MAX_ITEMS:
             self.fail(f"array {key} has {count} items, at most {MAX_ITEMS} are allowed")
         if kind == STRING:
@@ -176,7 +176,7 @@ class Cursor:
             self.position = self._start + index
             if self.position > self.end:
                 self.position -= length
-                self.need(length, f"a string of array {key}")
+                self.require_bytes(length, f"a string of array {key}")
             if length > MAX_STRING:
                 self.fail(f"array {key} holds a string of {length} bytes, at most {MAX_STRING} are allowed")
 

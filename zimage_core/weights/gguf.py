@@ -77,12 +77,12 @@ class GGUFFile(WeightFile):
         cursor = Cursor(self.source, order, 8)
         tensors = cursor.u64("the tensor count")
         keys = cursor.u64("the key count")
-        cursor.need(keys * _SMALLEST_KEY, f"metadata with a count of {keys} keys")
+        cursor.require_bytes(keys * _SMALLEST_KEY, f"metadata with a count of {keys} keys")
         if keys > MAX_KEYS:
             cursor.fail(f"a count of {keys} metadata keys, at most {MAX_KEYS} are allowed")
         self.metadata, self.alignment = self._read_metadata(cursor, keys)
         self._refuse_parts()
-        cursor.need(tensors * _SMALLEST_TENSOR, f"the table with a count of {tensors} tensors")
+        cursor.require_bytes(tensors * _SMALLEST_TENSOR, f"the table with a count of {tensors} tensors")
         if tensors > MAX_TENSORS:
             cursor.fail(f"a count of {tensors} tensors, at most {MAX_TENSORS} are allowed")
         table = [self._read_tensor(cursor) for _ in range(tensors)]
