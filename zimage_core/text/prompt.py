@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 
+from zimage_core.config import TransformerConfig
 from zimage_core.errors import BadArgument, Unsupported, printable
 from zimage_core.text.tokenizer import Tokenizer, check_text
 
@@ -17,9 +18,8 @@ TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 MAX_PROMPT_BYTES = 16 * 1024
 DEFAULT_LENGTH = 512
-# Caption positions start at 1 and are padded to a multiple of 32, the image follows at the next one, and
-# the transformer's time axis has 1536 positions: 47 * 32 is the last multiple that leaves room.
-MAX_LENGTH = 1504
+MAX_LENGTH = TransformerConfig().max_caption
+"""1504 tokens, template included."""
 
 
 def render(prompt: str, enable_thinking: bool = True, template: str | None = None) -> str:
