@@ -1,7 +1,7 @@
 """Sizes of the three networks from tensor shapes and metadata, as a single file carries no config.
 
-Shapes decide; metadata, a config.json beside the file, or the defaults of the released models add only
-what shapes cannot tell (rotary axes, epsilons, head counts without head norms). Where two sources
+Shapes decide. Metadata, a config.json beside the file, and the defaults of the released models add only
+what shapes cannot tell: rotary axes, epsilons, head counts without head norms. Where two sources
 disagree the file is refused. Every number is checked against a limit before anything is built from it.
 """
 
@@ -38,7 +38,7 @@ def count_layers(names: Iterable[str], stack: str) -> int:
     """Highest layer number + 1 among names `{stack}.{number}.{rest}`; 0 without any.
 
     Raises:
-        BadWeights: A number is beyond what any real model has; nothing is built from it.
+        BadWeights: A number is beyond what any real model has.
     """
     pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
     highest = -1
@@ -56,7 +56,11 @@ def squeezed(shape: Shape) -> Shape:
 
 
 def axes(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
-    """The lengths of a tensor's axes, as many as wanted; axes of length 1 may be added or absent."""
+    """Shape of a tensor of rank `rank`; where the file has more axes, those of length 1 are dropped.
+
+    Raises:
+        BadWeights: The tensor is missing, or has another rank or an axis of no sane length.
+    """
     shape = shapes.get(name)
     if shape is None:
         raise BadWeights(
@@ -97,7 +101,7 @@ def read_int(metadata: Mapping[str, Any], key: str, high: int) -> int | None:
 
 
 def parse_config(parse: Callable[[Mapping[str, Any]], ConfigT], data: Mapping[str, Any]) -> ConfigT:
-    """A config from JSON of unknown origin; whatever is wrong with it becomes one BadWeights."""
+    """Parse a config.json of unknown origin; whatever is wrong with it becomes one BadWeights."""
     try:
         return parse(data)
     except BadArgument as error:
@@ -340,7 +344,7 @@ def _text_layers(
     stated: TextEncoderConfig | None,
     block_count: int | None,
 ) -> int:
-    """Layers of the checkpoint; its last one may be absent from the file, as it is never run."""
+    """Layers of the model; the last one may be missing from the file, as it is never run."""
     present = count_layers(shapes, stack)
     total = stated.num_layers if stated else block_count
     if total is None:
