@@ -125,8 +125,8 @@ def test_model_eval_is_not_mistaken():
 @files
 def test_a_file_stays_readable(path):
     lines = path.read_text("utf-8").count("\n")
-    assert lines <= 350 or path.stem == "codebooks", (
-        f"{path.relative_to(ROOT)} has {lines} lines, 350 are enough"
+    assert lines <= 450 or path.stem == "codebooks", (
+        f"{path.relative_to(ROOT)} has {lines} lines, 450 are enough"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from zimage_core.errors import BadArgument
@@ -28,6 +29,7 @@ def _positive(owner: str, **values: object) -> None:
 
 
 def _field(owner: str, data: Mapping[str, Any], name: str, *default: Any) -> Any:
+    """Value of a config.json; where it is absent or null the default, or BadArgument without one."""
     if name in data and data[name] is not None:
         return data[name]
     if default:
@@ -117,30 +119,31 @@ class TransformerConfig:
     def from_json(cls, data: Mapping[str, Any]) -> TransformerConfig:
         """Config of diffusers' transformer/config.json; BadArgument says what is missing or not supported."""
         me = "S3-DiT config"
-        dim = int(_field(me, data, "dim"))
-        patches, frames = _field(me, data, "all_patch_size", [2]), _field(me, data, "all_f_patch_size", [1])
+        get = partial(_field, me, data)
+        dim = int(get("dim"))
+        patches, frames = get("all_patch_size", [2]), get("all_f_patch_size", [1])
         if len(patches) != 1 or list(frames) != [1]:
             raise BadArgument(f"{me}: patch sizes {patches} x {frames}; wanted one patch size and one frame")
-        heads = int(_field(me, data, "n_heads"))
-        if int(_field(me, data, "n_kv_heads", heads)) != heads:
+        heads = int(get("n_heads"))
+        if int(get("n_kv_heads", heads)) != heads:
             raise BadArgument(f"{me}: n_kv_heads differs from n_heads {heads}; S3-DiT has no grouped heads")
         siglip = data.get("siglip_feat_dim")
-        t, h, w = _field(me, data, "axes_dims", cls.axes_dims)
-        lt, lh, lw = _field(me, data, "axes_lens", cls.axes_lens)
+        t, h, w = get("axes_dims", cls.axes_dims)
+        lt, lh, lw = get("axes_lens", cls.axes_lens)
         return cls(
             dim=dim,
-            n_layers=int(_field(me, data, "n_layers")),
-            n_refiner_layers=int(_field(me, data, "n_refiner_layers", cls.n_refiner_layers)),
+            n_layers=int(get("n_layers")),
+            n_refiner_layers=int(get("n_refiner_layers", cls.n_refiner_layers)),
             n_heads=heads,
-            cap_feat_dim=int(_field(me, data, "cap_feat_dim")),
+            cap_feat_dim=int(get("cap_feat_dim")),
             hidden_dim=int(dim / 3 * 8),
-            in_channels=int(_field(me, data, "in_channels", cls.in_channels)),
+            in_channels=int(get("in_channels", cls.in_channels)),
             patch_size=int(patches[0]),
-            norm_eps=float(_field(me, data, "norm_eps", cls.norm_eps)),
-            rope_theta=float(_field(me, data, "rope_theta", cls.rope_theta)),
+            norm_eps=float(get("norm_eps", cls.norm_eps)),
+            rope_theta=float(get("rope_theta", cls.rope_theta)),
             axes_dims=(int(t), int(h), int(w)),
             axes_lens=(int(lt), int(lh), int(lw)),
-            t_scale=float(_field(me, data, "t_scale", cls.t_scale)),
+            t_scale=float(get("t_scale", cls.t_scale)),
             siglip_feat_dim=None if siglip is None else int(siglip),
         )
 
@@ -202,32 +205,30 @@ class TextEncoderConfig:
     def from_json(cls, data: Mapping[str, Any]) -> TextEncoderConfig:
         """Config of a config.json of transformers whose model_type is in `TEXT_ARCHITECTURES`."""
         me = "text encoder config"
-        arch = str(_field(me, data, "model_type"))
-        hidden, heads = int(_field(me, data, "hidden_size")), int(_field(me, data, "num_attention_heads"))
+        get = partial(_field, me, data)
+        arch = str(get("model_type"))
+        hidden, heads = int(get("hidden_size")), int(get("num_attention_heads"))
         scaling = data.get("rope_scaling") or data.get("rope_parameters") or {}
-        if (
-            isinstance(scaling, Mapping)
-            and scaling.get("rope_type", scaling.get("type", "default")) != "default"
-        ):
-            raise BadArgument(
-                f"{me}: rope scaling {scaling!r} is not supported; the encoders of Z-Image use none"
-            )
-        theta = data.get("rope_theta") or (
-            scaling.get("rope_theta") if isinstance(scaling, Mapping) else None
-        )
+        theta = data.get("rope_theta")
+        if isinstance(scaling, Mapping):
+            if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+                raise BadArgument(
+                    f"{me}: rope scaling {scaling!r} is not supported; the encoders of Z-Image use none"
+                )
+            theta = theta or scaling.get("rope_theta")
         return cls(
             arch=arch,
             hidden_size=hidden,
-            num_layers=int(_field(me, data, "num_hidden_layers")),
+            num_layers=int(get("num_hidden_layers")),
             num_heads=heads,
-            num_kv_heads=int(_field(me, data, "num_key_value_heads", heads)),
-            head_dim=int(_field(me, data, "head_dim", hidden // heads)),
-            intermediate_size=int(_field(me, data, "intermediate_size")),
-            vocab_size=int(_field(me, data, "vocab_size")),
+            num_kv_heads=int(get("num_key_value_heads", heads)),
+            head_dim=int(get("head_dim", hidden // heads)),
+            intermediate_size=int(get("intermediate_size")),
+            vocab_size=int(get("vocab_size")),
             rope_theta=float(theta or 10000.0),
-            rms_norm_eps=float(_field(me, data, "rms_norm_eps", cls.rms_norm_eps)),
+            rms_norm_eps=float(get("rms_norm_eps", cls.rms_norm_eps)),
             qk_norm=arch == "qwen3",
-            attention_bias=bool(_field(me, data, "attention_bias", arch == "qwen2")),
+            attention_bias=bool(get("attention_bias", arch == "qwen2")),
         )
 
 
@@ -275,17 +276,18 @@ class AutoencoderConfig:
     def from_json(cls, data: Mapping[str, Any]) -> AutoencoderConfig:
         """Config of diffusers' vae/config.json; BadArgument says what is missing or not supported."""
         me = "VAE config"
-        if _field(me, data, "use_quant_conv", False) or _field(me, data, "use_post_quant_conv", False):
+        get = partial(_field, me, data)
+        if get("use_quant_conv", False) or get("use_post_quant_conv", False):
             raise BadArgument(
                 f"{me}: it has quant_conv layers, so it is not a Flux-style VAE; get Flux's ae.safetensors"
             )
         return cls(
-            block_out_channels=tuple(int(c) for c in _field(me, data, "block_out_channels")),
-            layers_per_block=int(_field(me, data, "layers_per_block", cls.layers_per_block)),
-            latent_channels=int(_field(me, data, "latent_channels", cls.latent_channels)),
-            norm_num_groups=int(_field(me, data, "norm_num_groups", cls.norm_num_groups)),
-            scaling_factor=float(_field(me, data, "scaling_factor", cls.scaling_factor)),
-            shift_factor=float(_field(me, data, "shift_factor", cls.shift_factor)),
-            in_channels=int(_field(me, data, "in_channels", cls.in_channels)),
-            out_channels=int(_field(me, data, "out_channels", cls.out_channels)),
+            block_out_channels=tuple(int(c) for c in get("block_out_channels")),
+            layers_per_block=int(get("layers_per_block", cls.layers_per_block)),
+            latent_channels=int(get("latent_channels", cls.latent_channels)),
+            norm_num_groups=int(get("norm_num_groups", cls.norm_num_groups)),
+            scaling_factor=float(get("scaling_factor", cls.scaling_factor)),
+            shift_factor=float(get("shift_factor", cls.shift_factor)),
+            in_channels=int(get("in_channels", cls.in_channels)),
+            out_channels=int(get("out_channels", cls.out_channels)),
         )

@@ -106,7 +106,7 @@ def parse_config(parse: Callable[[Mapping[str, Any]], ConfigT], data: Mapping[st
         return parse(data)
     except BadArgument as error:
         raise BadWeights(f"config.json does not fit: {error}") from error
-    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise BadWeights(f"config.json holds a value of the wrong kind ({printable(error, 80)})") from error
 
 
