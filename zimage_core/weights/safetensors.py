@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, printable
+from zimage_core.files.untrusted import MAX_DIGITS
 from zimage_core.formats import FORMATS, BlockFormat, Field
 from zimage_core.weights.magic import refuse_known
-from zimage_core.weights.safetensors_header import MAX_DIGITS, MAX_NAME, MAX_TENSORS, HeaderParser
+from zimage_core.weights.safetensors_header import MAX_NAME, MAX_TENSORS, HeaderParser
 from zimage_core.weights.source import AGAIN, Source, TensorInfo, WeightFile, check_text
 
 MAX_HEADER = 100_000_000

@@ -1,7 +1,7 @@
 """Strict reading of the JSON in front of a safetensors file.
 
 The header is an object of tensors and of one map from text to text. Duplicate keys, unknown fields, numbers
-that are no sizes and lone surrogates are refused, so that no two readers can understand a file differently.
+that cannot be sizes and lone surrogates are refused, so that no two readers can understand a file differently.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import json
 from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, printable
+from zimage_core.files.untrusted import MAX_DIGITS
 from zimage_core.weights.source import AGAIN, check_text
 
 MAX_TENSORS = 100_000
 MAX_NAME = 1024
 MAX_DIMENSIONS = 8
-MAX_DIGITS = 20
 MAX_BRACKETS = 5 * MAX_TENSORS
 """Opening brackets in a header, those inside texts too. Two belong to a tensor; millions of empty lists would
 take gigabytes of memory before anything could be checked."""
@@ -48,10 +48,10 @@ class HeaderParser:
         raise BadFile(self.path, f"damaged header: {fault}", AGAIN)
 
     def parse(self) -> tuple[dict[str, str], dict[str, Entry]]:
-        """The metadata, and name to (dtype, shape, data_offsets).
+        """Read the metadata, and of each tensor (dtype, shape, data_offsets) by its name.
 
         Raises:
-            BadFile: Anything but the expected structure.
+            BadFile: The header has any other structure; the sentence says where.
         """
         metadata: dict[str, str] | None = None
         tensors: dict[str, Entry] = {}
@@ -71,7 +71,7 @@ class HeaderParser:
         return metadata or {}, tensors
 
     def _document(self) -> tuple[tuple[str, Any], ...]:
-        """The header's JSON as it stands; only its syntax and its size are checked."""
+        """Parse the header's JSON; only its syntax and its size are checked."""
         if not self.data.startswith(b"{"):
             self.fail(f"JSON must begin with {{, found {printable(bytes(self.data[:8]))}")
         if self.data.count(b"[") > MAX_BRACKETS:
