@@ -16,7 +16,7 @@ DOORS: dict[str, set[str]] = {
     "formats": set(),
     "codebooks": set(),
     "config": set(),
-    "files": set(),
+    "files": {"config"},
     "assets": set(),
     "reference": {"formats", "codebooks"},
     "kernels": {"formats", "codebooks"},

@@ -1,17 +1,25 @@
-"""Shapes and constants of the three networks, as frozen dataclasses."""
+"""Sizes and constants of the three networks; the defaults are those of Z-Image, Qwen3-4B and FLUX.1's VAE."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from zimage_core.errors import BadArgument
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
-"""The networks of a pipeline, by the names that files, folders and arguments have for them."""
+"""The three networks of a pipeline, by the names of their folders in diffusers' layout."""
+
+TEXT_ARCHITECTURES = ("qwen3", "qwen2", "llama")
+"""Architectures of text encoders, as `general.architecture` of a GGUF and `model_type` of a config.json."""
+
 HEAD_AXES = (32, 48, 48)
 """Rotary channels for (t, h, w) in every released Z-Image; they sum to head_dim 128."""
+
+PAD_MULTIPLE = 32
+"""Caption and image tokens are each filled up to a multiple of it with learned pad tokens (SEQ_MULTI_OF)."""
 
 
 def _positive(owner: str, **values: object) -> None:
@@ -21,6 +29,7 @@ def _positive(owner: str, **values: object) -> None:
 
 
 def _field(owner: str, data: Mapping[str, Any], name: str, *default: Any) -> Any:
+    """Value of a config.json; where it is absent or null the default, or BadArgument without one."""
     if name in data and data[name] is not None:
         return data[name]
     if default:
@@ -30,9 +39,7 @@ def _field(owner: str, data: Mapping[str, Any], name: str, *default: Any) -> Any
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """S3-DiT, the single-stream diffusion transformer.
-
-    Defaults are those of Z-Image-Turbo and Z-Image; see arXiv 2511.22699.
+    """Sizes of an S3-DiT, the single-stream diffusion transformer; see arXiv 2511.22699.
 
     Args:
         dim: Width of the token stream.
@@ -69,7 +76,7 @@ class TransformerConfig:
     siglip_feat_dim: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot belong together."""
+        """BadArgument where the sizes cannot belong together."""
         me = "S3-DiT config"
         _positive(me, dim=self.dim, n_layers=self.n_layers, n_heads=self.n_heads, hidden_dim=self.hidden_dim)
         _positive(
@@ -94,55 +101,59 @@ class TransformerConfig:
         return min(self.dim, 256)
 
     @property
+    def max_caption(self) -> int:
+        """Most tokens of a caption: positions start at 1, and the image takes one past the padded caption."""
+        return (self.axes_lens[0] - 2) // PAD_MULTIPLE * PAD_MULTIPLE
+
+    @property
     def patch_dim(self) -> int:
         """Numbers in one image token before embedding: patch_size^2 * in_channels."""
         return self.patch_size**2 * self.in_channels
 
     @property
     def patch_key(self) -> str:
-        """Module key of this patch size in diffusers' layout, e.g. "2-1"."""
+        """Key of this patch size in diffusers' module names, e.g. "2-1"."""
         return f"{self.patch_size}-1"
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TransformerConfig:
-        """From diffusers' transformer/config.json; BadArgument names what is missing or not supported."""
+        """Config of diffusers' transformer/config.json; BadArgument says what is missing or not supported."""
         me = "S3-DiT config"
-        dim = int(_field(me, data, "dim"))
-        patches, frames = _field(me, data, "all_patch_size", [2]), _field(me, data, "all_f_patch_size", [1])
+        get = partial(_field, me, data)
+        dim = int(get("dim"))
+        patches, frames = get("all_patch_size", [2]), get("all_f_patch_size", [1])
         if len(patches) != 1 or list(frames) != [1]:
             raise BadArgument(f"{me}: patch sizes {patches} x {frames}; wanted one patch size and one frame")
-        heads = int(_field(me, data, "n_heads"))
-        if int(_field(me, data, "n_kv_heads", heads)) != heads:
+        heads = int(get("n_heads"))
+        if int(get("n_kv_heads", heads)) != heads:
             raise BadArgument(f"{me}: n_kv_heads differs from n_heads {heads}; S3-DiT has no grouped heads")
         siglip = data.get("siglip_feat_dim")
-        t, h, w = _field(me, data, "axes_dims", HEAD_AXES)
-        lt, lh, lw = _field(me, data, "axes_lens", (1536, 512, 512))
+        t, h, w = get("axes_dims", cls.axes_dims)
+        lt, lh, lw = get("axes_lens", cls.axes_lens)
         return cls(
             dim=dim,
-            n_layers=int(_field(me, data, "n_layers")),
-            n_refiner_layers=int(_field(me, data, "n_refiner_layers", 2)),
+            n_layers=int(get("n_layers")),
+            n_refiner_layers=int(get("n_refiner_layers", cls.n_refiner_layers)),
             n_heads=heads,
-            cap_feat_dim=int(_field(me, data, "cap_feat_dim")),
+            cap_feat_dim=int(get("cap_feat_dim")),
             hidden_dim=int(dim / 3 * 8),
-            in_channels=int(_field(me, data, "in_channels", 16)),
+            in_channels=int(get("in_channels", cls.in_channels)),
             patch_size=int(patches[0]),
-            norm_eps=float(_field(me, data, "norm_eps", 1e-5)),
-            rope_theta=float(_field(me, data, "rope_theta", 256.0)),
+            norm_eps=float(get("norm_eps", cls.norm_eps)),
+            rope_theta=float(get("rope_theta", cls.rope_theta)),
             axes_dims=(int(t), int(h), int(w)),
             axes_lens=(int(lt), int(lh), int(lw)),
-            t_scale=float(_field(me, data, "t_scale", 1000.0)),
+            t_scale=float(get("t_scale", cls.t_scale)),
             siglip_feat_dim=None if siglip is None else int(siglip),
         )
 
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """A decoder-only language model whose second-to-last hidden state is the caption.
-
-    Defaults are those of Qwen3-4B.
+    """Sizes of a decoder-only language model whose second-to-last hidden state is the caption.
 
     Args:
-        arch: "qwen3", "qwen2" or "llama".
+        arch: One of `TEXT_ARCHITECTURES`.
         hidden_size: Width of the residual stream.
         num_layers: Layers of the checkpoint; only the first num_layers - 1 are run.
         num_heads: Query heads.
@@ -170,10 +181,11 @@ class TextEncoderConfig:
     attention_bias: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot belong together."""
+        """BadArgument where the sizes cannot belong together."""
         me = "text encoder config"
-        if self.arch not in ("qwen3", "qwen2", "llama"):
-            raise BadArgument(f"{me}: architecture {self.arch!r} is not one of qwen3, qwen2, llama")
+        if self.arch not in TEXT_ARCHITECTURES:
+            known = ", ".join(TEXT_ARCHITECTURES)
+            raise BadArgument(f"{me}: architecture {self.arch!r} is not one of {known}")
         _positive(me, hidden_size=self.hidden_size, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
         _positive(
             me, head_dim=self.head_dim, intermediate_size=self.intermediate_size, vocab_size=self.vocab_size
@@ -191,40 +203,38 @@ class TextEncoderConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TextEncoderConfig:
-        """From a Hugging Face config.json of model_type qwen3, qwen2 or llama."""
+        """Config of a config.json of transformers whose model_type is in `TEXT_ARCHITECTURES`."""
         me = "text encoder config"
-        arch = str(_field(me, data, "model_type"))
-        hidden, heads = int(_field(me, data, "hidden_size")), int(_field(me, data, "num_attention_heads"))
+        get = partial(_field, me, data)
+        arch = str(get("model_type"))
+        hidden, heads = int(get("hidden_size")), int(get("num_attention_heads"))
         scaling = data.get("rope_scaling") or data.get("rope_parameters") or {}
-        if (
-            isinstance(scaling, Mapping)
-            and scaling.get("rope_type", scaling.get("type", "default")) != "default"
-        ):
-            raise BadArgument(
-                f"{me}: rope scaling {scaling!r} is not supported; the encoders of Z-Image use none"
-            )
-        theta = data.get("rope_theta") or (
-            scaling.get("rope_theta") if isinstance(scaling, Mapping) else None
-        )
+        theta = data.get("rope_theta")
+        if isinstance(scaling, Mapping):
+            if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+                raise BadArgument(
+                    f"{me}: rope scaling {scaling!r} is not supported; the encoders of Z-Image use none"
+                )
+            theta = theta or scaling.get("rope_theta")
         return cls(
             arch=arch,
             hidden_size=hidden,
-            num_layers=int(_field(me, data, "num_hidden_layers")),
+            num_layers=int(get("num_hidden_layers")),
             num_heads=heads,
-            num_kv_heads=int(_field(me, data, "num_key_value_heads", heads)),
-            head_dim=int(_field(me, data, "head_dim", hidden // heads)),
-            intermediate_size=int(_field(me, data, "intermediate_size")),
-            vocab_size=int(_field(me, data, "vocab_size")),
+            num_kv_heads=int(get("num_key_value_heads", heads)),
+            head_dim=int(get("head_dim", hidden // heads)),
+            intermediate_size=int(get("intermediate_size")),
+            vocab_size=int(get("vocab_size")),
             rope_theta=float(theta or 10000.0),
-            rms_norm_eps=float(_field(me, data, "rms_norm_eps", 1e-6)),
+            rms_norm_eps=float(get("rms_norm_eps", cls.rms_norm_eps)),
             qk_norm=arch == "qwen3",
-            attention_bias=bool(_field(me, data, "attention_bias", arch == "qwen2")),
+            attention_bias=bool(get("attention_bias", arch == "qwen2")),
         )
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Flux-style VAE; defaults are those of FLUX.1 and Z-Image.
+    """Sizes of a Flux-style VAE.
 
     Args:
         block_out_channels: Width of each resolution, finest first; each but the last halves the side.
@@ -232,9 +242,9 @@ class AutoencoderConfig:
         latent_channels: Channels of a latent.
         norm_num_groups: Groups of every GroupNorm.
         scaling_factor: Latents of the transformer are (z - shift_factor) * scaling_factor.
-        shift_factor: See scaling_factor.
-        in_channels: Channels of the picture read.
-        out_channels: Channels of the picture made.
+        shift_factor: Subtracted from the latents before they are scaled.
+        in_channels: Channels of the image that is encoded.
+        out_channels: Channels of the image that is decoded.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -247,7 +257,7 @@ class AutoencoderConfig:
     out_channels: int = 3
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot belong together."""
+        """BadArgument where the sizes cannot belong together."""
         me = "VAE config"
         _positive(me, layers_per_block=self.layers_per_block, latent_channels=self.latent_channels)
         _positive(me, norm_num_groups=self.norm_num_groups, blocks=len(self.block_out_channels))
@@ -264,19 +274,20 @@ class AutoencoderConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AutoencoderConfig:
-        """From diffusers' vae/config.json."""
+        """Config of diffusers' vae/config.json; BadArgument says what is missing or not supported."""
         me = "VAE config"
-        if _field(me, data, "use_quant_conv", False) or _field(me, data, "use_post_quant_conv", False):
+        get = partial(_field, me, data)
+        if get("use_quant_conv", False) or get("use_post_quant_conv", False):
             raise BadArgument(
                 f"{me}: it has quant_conv layers, so it is not a Flux-style VAE; get Flux's ae.safetensors"
             )
         return cls(
-            block_out_channels=tuple(int(c) for c in _field(me, data, "block_out_channels")),
-            layers_per_block=int(_field(me, data, "layers_per_block", 2)),
-            latent_channels=int(_field(me, data, "latent_channels", 16)),
-            norm_num_groups=int(_field(me, data, "norm_num_groups", 32)),
-            scaling_factor=float(_field(me, data, "scaling_factor", 0.3611)),
-            shift_factor=float(_field(me, data, "shift_factor", 0.1159)),
-            in_channels=int(_field(me, data, "in_channels", 3)),
-            out_channels=int(_field(me, data, "out_channels", 3)),
+            block_out_channels=tuple(int(c) for c in get("block_out_channels")),
+            layers_per_block=int(get("layers_per_block", cls.layers_per_block)),
+            latent_channels=int(get("latent_channels", cls.latent_channels)),
+            norm_num_groups=int(get("norm_num_groups", cls.norm_num_groups)),
+            scaling_factor=float(get("scaling_factor", cls.scaling_factor)),
+            shift_factor=float(get("shift_factor", cls.shift_factor)),
+            in_channels=int(get("in_channels", cls.in_channels)),
+            out_channels=int(get("out_channels", cls.out_channels)),
         )

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from zimage_core.errors import BadShape, UnknownFormat, printable
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Format of plain floating-point numbers -> PyTorch's name of the type with the same bytes."""
 _INTEGERS = ("I8", "I16", "I32", "I64")
 
 
@@ -79,7 +80,7 @@ class BlockFormat:
     @property
     def is_float(self) -> bool:
         """True for F64, F32, F16 and BF16: one IEEE-style number a weight, no scale (fp8 needs one)."""
-        return self.name in _FLOATS
+        return self.name in FLOAT_DTYPES
 
     @property
     def is_integer(self) -> bool:

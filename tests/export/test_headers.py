@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from zimage_core import FORMATS, BadArgument, Unsupported, open_weights
 from zimage_core.export import safetensors_file
-from zimage_core.weights import gguf_layout
+from zimage_core.weights import gguf_writer
 from zimage_core.weights.gguf import GGUFFile
-from zimage_core.weights.gguf_layout import Typed
+from zimage_core.weights.gguf_writer import TypedArray
 from zimage_core.weights.safetensors import SafetensorsFile
 
 NAMES = st.text(st.sampled_from("abc.0_é"), min_size=1, max_size=12)
@@ -60,15 +60,15 @@ def fill(place, layout):
 @given(st.dictionaries(NAMES, st.one_of(NUMBERS, ARRAYS), max_size=5), tensors(PACKED))
 def test_a_gguf_is_read_as_it_was_meant(tmp_path, keys, rows):
     place = tmp_path / "a.gguf"
-    layout = gguf_layout.lay_out(keys, [(name, *row) for name, row in rows.items()])
+    layout = gguf_writer.lay_out(keys, [(name, *row) for name, row in rows.items()])
     fill(place, layout)
     with open_weights(place) as file:
         assert isinstance(file, GGUFFile)
         assert (file.version, file.alignment) == (3, 32)
         found = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in file.metadata.items()}
         assert found == keys
-        assert gguf_layout.raw_keys(file).keys() == keys.keys()
-        again = gguf_layout.lay_out(gguf_layout.raw_keys(file), [(n, *row) for n, row in rows.items()])
+        assert gguf_writer.raw_keys(file).keys() == keys.keys()
+        again = gguf_writer.lay_out(gguf_writer.raw_keys(file), [(n, *row) for n, row in rows.items()])
         assert again.header == layout.header, "types of keys survive"
         assert {n: (t.shape, t.format) for n, t in file.tensors.items()} == rows
         for number, name in enumerate(rows):
@@ -109,21 +109,21 @@ def test_shards_hold_every_tensor_once_and_stay_small(rows, limit):
 
 def test_what_a_container_cannot_hold_is_refused():
     with pytest.raises(Unsupported, match="GGUF has no place for F8_E4M3"):
-        gguf_layout.lay_out({}, [("a", (4,), FORMATS["F8_E4M3"])])
+        gguf_writer.lay_out({}, [("a", (4,), FORMATS["F8_E4M3"])])
     with pytest.raises(Unsupported, match="GGUF has no place for F32"):
-        gguf_layout.lay_out({}, [("a", (1,) * 5, FORMATS["F32"])])
+        gguf_writer.lay_out({}, [("a", (1,) * 5, FORMATS["F32"])])
     with pytest.raises(Unsupported, match="safetensors cannot hold"):
         safetensors_file.lay_out({}, [("a", (32,), FORMATS["Q8_0"])])
     with pytest.raises(BadArgument, match="no type for"):
-        gguf_layout.lay_out({"a": None}, [])
+        gguf_writer.lay_out({"a": None}, [])
     with pytest.raises(BadArgument, match="several types"):
-        gguf_layout.lay_out({"a": [1, "b"]}, [])
+        gguf_writer.lay_out({"a": [1, "b"]}, [])
     with pytest.raises(BadArgument, match="no type for"):
-        gguf_layout.lay_out({"a": 1 << 64}, [])
+        gguf_writer.lay_out({"a": 1 << 64}, [])
 
 
 def test_an_empty_array_keeps_the_type_that_was_asked_for(tmp_path):
-    layout = gguf_layout.lay_out({"merges": Typed([], "string"), "types": Typed([1], "i32")}, [])
+    layout = gguf_writer.lay_out({"merges": TypedArray([], "string"), "types": TypedArray([1], "i32")}, [])
     fill(tmp_path / "a.gguf", layout)
     with GGUFFile(tmp_path / "a.gguf") as file:
         assert file.metadata["merges"].item_type == "string"

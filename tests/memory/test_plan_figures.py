@@ -198,9 +198,8 @@ def test_rates_are_known_or_measured():
 
 def test_numbers_that_live_beside_tensors_are_the_same_here():
     from zimage_core.memory import activations
-    from zimage_core.models import sequence, vae_tiles
+    from zimage_core.models import vae_tiles
 
-    assert activations.PAD_MULTIPLE == sequence.PAD_MULTIPLE
     assert activations.MIN_TILE == vae_tiles.SMALLEST
 
 

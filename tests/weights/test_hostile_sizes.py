@@ -118,6 +118,13 @@ def test_sizes_that_lie_are_refused_with_a_sentence(shapes, metadata, component,
         require(card, component, "x")
 
 
+def test_a_config_of_no_heads_is_refused():
+    """Its head_dim would be a division by zero."""
+    stated = {"model_type": "qwen3", "hidden_size": 2560, "num_attention_heads": 0, "num_hidden_layers": 36}
+    card = identify(header(encoder()), "text_encoder", stated)
+    assert card.problem.startswith("config.json holds a value of the wrong kind")
+
+
 def test_many_strange_names_are_counted_and_a_few_are_shown():
     shapes = dit() | {f"x{i}.weight": (1,) for i in range(60_000)}
     card = identify(header(shapes))

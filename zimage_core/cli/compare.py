@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.cli.model_options import (
     DTYPES,
-    PARTS,
     add_model,
     add_picture,
     check_model,
@@ -21,6 +20,7 @@ from zimage_core.cli.model_options import (
     warnings_as_lines,
 )
 from zimage_core.cli.progress import Progress
+from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, printable
 from zimage_core.files.atomic import check_destination, write_atomically
 from zimage_core.files.units import in_seconds
@@ -131,7 +131,7 @@ def _check_files(args: argparse.Namespace) -> None:
 
     later = {"text_encoder": args.b_text_encoder, "vae": args.b_vae}
     for side in (_parts(args, args.a), _parts(args, args.b, **later)):
-        paths = {name: getattr(side, name) for name in PARTS if getattr(side, name) is not None}
+        paths = {name: getattr(side, name) for name in COMPONENTS if getattr(side, name) is not None}
         for part in open_pipeline(paths).values():
             part.file.close()
 
@@ -147,7 +147,7 @@ def _parts(args: argparse.Namespace, transformer: str, dtype: str | None = None,
 
         # an encoder without a VAE is left to `check_model`, which says what is missing
         alone = args.text_encoder is None and args.vae is None
-        for name in PARTS if alone else ("transformer",):
+        for name in COMPONENTS if alone else ("transformer",):
             if getattr(side, name) is None:
                 setattr(side, name, str(embedded().paths[name]))
     return side

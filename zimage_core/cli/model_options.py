@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, printable
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from zimage_core.pipeline import ZImagePipeline
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-PARTS = ("transformer", "text_encoder", "vae")
 MAX_PROMPT_FILE = 16 << 20
 MAX_WARNING = 100_000
 """Characters of a warning: one on a cut prompt shows all that is lost before it says what to do."""
@@ -116,9 +116,9 @@ def picture_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_model(args: argparse.Namespace) -> None:
     """Refuse some networks without the others, before anything is loaded."""
-    given = [name for name in PARTS if getattr(args, name) is not None]
-    if args.model is None and 0 < len(given) < len(PARTS):
-        missing = [name for name in PARTS if name not in given]
+    given = [name for name in COMPONENTS if getattr(args, name) is not None]
+    if args.model is None and 0 < len(given) < len(COMPONENTS):
+        missing = [name for name in COMPONENTS if name not in given]
         raise BadArgument(
             f"{' and '.join(map(option, given))} alone cannot draw: "
             f"give {' and '.join(map(option, missing))} too, or --model FOLDER"
@@ -144,7 +144,9 @@ def load_pipeline(args: argparse.Namespace) -> ZImagePipeline:
     for name in ("vram", "ram"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
-    parts = {name: getattr(args, name) for name in (*PARTS, "tokenizer") if getattr(args, name) is not None}
+    parts = {
+        name: getattr(args, name) for name in (*COMPONENTS, "tokenizer") if getattr(args, name) is not None
+    }
     if args.model is not None:
         return ZImagePipeline.from_pretrained(args.model, **parts, **options)
     if not parts:
@@ -172,9 +174,9 @@ def read_text(name: str) -> str:
         data = sys.stdin.buffer.read(MAX_PROMPT_FILE + 1)
         name = "standard input"
     else:
-        from zimage_core.files.untrusted import read_bytes
+        from zimage_core.files.untrusted import read_file
 
-        data = read_bytes(name)
+        data = read_file(name)
     if len(data) > MAX_PROMPT_FILE:
         raise BadFile(name, f"holds more than {MAX_PROMPT_FILE >> 20} MiB of prompts")
     try:

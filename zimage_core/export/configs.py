@@ -9,15 +9,13 @@ from typing import Any
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.export.checkpoint import TEXT_ENDS
 from zimage_core.export.streaming import Job
+from zimage_core.formats import FLOAT_DTYPES
 from zimage_core.weights.infer import Config
 
 HEAD = TEXT_ENDS["hf"][1]
 """The output matrix of a language model, absent where it is the embedding."""
 
 _CLASSES = {"qwen3": "Qwen3Model", "qwen2": "Qwen2Model", "llama": "LlamaModel"}
-
-
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def config_json(
@@ -42,7 +40,7 @@ def config_json(
     weights: Counter[str] = Counter()
     for job in jobs:
         weights[job.format.name] += job.target.weights
-    dtype = _DTYPES.get(weights.most_common(1)[0][0]) if weights else None
+    dtype = FLOAT_DTYPES.get(weights.most_common(1)[0][0]) if weights else None
     for key in found.keys() & {"torch_dtype", "dtype"}:
         found[key] = dtype or found[key]
     if isinstance(config, TextEncoderConfig):

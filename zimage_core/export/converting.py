@@ -28,7 +28,7 @@ from zimage_core.export.streaming import Job, Log, Progress, write_tensors
 from zimage_core.export.unfinished import Unfinished, check_room
 from zimage_core.files.atomic import check_destination, publish, temporary_place, unfinished, write_atomically
 from zimage_core.formats import FORMATS, BlockFormat
-from zimage_core.weights import gguf_layout
+from zimage_core.weights import gguf_writer
 
 LAYOUTS = {
     "transformer": {"diffusers": "split", "single": "fused", "gguf": "fused"},
@@ -133,7 +133,7 @@ def convert_file(
         else:
             rows = [(job.target.name, job.target.shape, job.format) for job in jobs]
             if to == "gguf":
-                laid_out = gguf_layout.lay_out(_gguf_keys(checkpoint, jobs, say), rows)
+                laid_out = gguf_writer.lay_out(_gguf_keys(checkpoint, jobs, say), rows)
             else:
                 laid_out = safetensors_file.lay_out({"format": "pt"}, rows)
             nbytes = _write(checkpoint, jobs, laid_out, out, overwrite, progress, say)
@@ -220,7 +220,7 @@ def _is_changed(source: Checkpoint, jobs: Sequence[Job]) -> bool:
 def _write(
     source: Checkpoint,
     jobs: Sequence[Job],
-    layout: gguf_layout.Layout,
+    layout: gguf_writer.Layout,
     out: str | PathLike[str],
     overwrite: bool,
     progress: Progress | None,

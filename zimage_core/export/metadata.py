@@ -20,7 +20,7 @@ from zimage_core.text.pretokenizers import PRE_TOKENIZERS
 from zimage_core.text.tokenizer_json import read_folder
 from zimage_core.text.vocabulary import Vocabulary
 from zimage_core.weights.gguf import GGUFFile
-from zimage_core.weights.gguf_layout import QUANTIZATION_VERSION, Typed, raw_keys
+from zimage_core.weights.gguf_writer import QUANTIZATION_VERSION, TypedArray, raw_keys
 
 TRANSFORMER_ARCH = "lumina2"
 """What every published Z-Image GGUF says, as ComfyUI-GGUF knows no other name for it."""
@@ -159,8 +159,8 @@ def vocabulary_keys(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": names[vocabulary.pre],
         "tokenizer.ggml.tokens": texts,
-        "tokenizer.ggml.token_type": Typed(types, "i32"),
-        "tokenizer.ggml.merges": Typed((f"{a} {b}" for a, b in vocabulary.merges), "string"),
+        "tokenizer.ggml.token_type": TypedArray(types, "i32"),
+        "tokenizer.ggml.merges": TypedArray((f"{a} {b}" for a, b in vocabulary.merges), "string"),
     }
     # Qwen's roles, which no tokenizer.json tells
     for role, text in (("bos", "<|endoftext|>"), ("eos", "<|im_end|>"), ("padding", "<|endoftext|>")):

@@ -22,7 +22,7 @@ from zimage_core.export.unfinished import Unfinished
 from zimage_core.files.atomic import check_destination
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.quantize.imatrix import Imatrix, read_imatrix
-from zimage_core.weights import gguf_layout
+from zimage_core.weights import gguf_writer
 
 LAYOUTS = {"transformer": "fused", "text_encoder": "gguf"}
 """Layout of weights/names.py in a GGUF."""
@@ -132,7 +132,7 @@ def quantize_file(
         jobs = _jobs(targets, formats, matrix, say)
         label = matrix.path or "given as an object" if matrix is not None else ""
         metadata = gguf_metadata(checkpoint, chosen, label, chosen.file_type)
-        layout = gguf_layout.lay_out(metadata, [(j.target.name, j.target.shape, j.format) for j in jobs])
+        layout = gguf_writer.lay_out(metadata, [(j.target.name, j.target.shape, j.format) for j in jobs])
         remark = f"interrupted; the same command goes on with {printable(Path(out).name, 120)}"
         identity = _identity(checkpoint, layout, matrix, allow_nonfinite)
         unfinished = Unfinished(out, layout.nbytes, identity, overwrite, remark)
@@ -191,7 +191,7 @@ def _jobs(
 
 
 def _identity(
-    source: Checkpoint, layout: gguf_layout.Layout, imatrix: Imatrix | None, allow_nonfinite: bool
+    source: Checkpoint, layout: gguf_writer.Layout, imatrix: Imatrix | None, allow_nonfinite: bool
 ) -> str:
     """The same text for a call that writes the same bytes."""
     states = [(place, Path(place).stat()) for place in source.file.places]

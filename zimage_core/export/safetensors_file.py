@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from zimage_core.errors import Unsupported, printable
 from zimage_core.formats import BlockFormat
-from zimage_core.weights.gguf_layout import Layout
+from zimage_core.weights.gguf_writer import Layout
 from zimage_core.weights.safetensors import DTYPES
 
 Row = tuple[str, tuple[int, ...], BlockFormat]

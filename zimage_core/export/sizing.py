@@ -20,7 +20,7 @@ from zimage_core.export.metadata import gguf_metadata, recipe_keys
 from zimage_core.export.mixes import KEPT, TEXT_PARTS, TRANSFORMER_PARTS
 from zimage_core.export.recipes import SOURCE, Recipe
 from zimage_core.files.units import in_bytes
-from zimage_core.weights import gguf_layout
+from zimage_core.weights import gguf_writer
 
 RELATIVE_ERROR = {
     "IQ1_S": 0.4452, "IQ2_XXS": 0.3272, "IQ2_S": 0.2381, "IQ3_XXS": 0.1763,
@@ -66,14 +66,14 @@ def recipe_for_size(
     how = "by measured costs" if costs else "by a rule of thumb"
     metadata = gguf_metadata(source)
 
-    def layout(types: Mapping[str, str]) -> tuple[Recipe, gguf_layout.Layout]:
+    def layout(types: Mapping[str, str]) -> tuple[Recipe, gguf_writer.Layout]:
         # the recipe stands in the header, whose size it so decides
         recipe = Recipe.of_types(f"{size} bytes", types, (f"types for {in_bytes(size)}, {how}",))
         rows = [
             (t.name, t.shape, choose_format(source, t, recipe.type_of(t.name, 0) if is_matrix(t) else "F32"))
             for t in targets
         ]
-        return recipe, gguf_layout.lay_out(metadata | recipe_keys(recipe), rows)
+        return recipe, gguf_writer.lay_out(metadata | recipe_keys(recipe), rows)
 
     _, draft = layout({t.name: "IQ2_XXS" for t in free})
     fixed = len(draft.header) + sum(_padded(draft.places[name][1]) for name in kept)
@@ -133,4 +133,4 @@ def _smallest(options: Mapping[str, Sequence[Option]]) -> int:
 
 
 def _padded(nbytes: int) -> int:
-    return -(-nbytes // gguf_layout.ALIGNMENT) * gguf_layout.ALIGNMENT
+    return -(-nbytes // gguf_writer.ALIGNMENT) * gguf_writer.ALIGNMENT

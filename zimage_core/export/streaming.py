@@ -20,7 +20,7 @@ from zimage_core.export.unfinished import Unfinished
 from zimage_core.formats import BlockFormat
 from zimage_core.quantize import numbers
 from zimage_core.quantize.encode import quantize
-from zimage_core.weights.gguf_layout import Layout
+from zimage_core.weights.gguf_writer import Layout
 
 Progress = Callable[[int, int, str], None]
 """(weights done, weights in all, tensor) -> None."""

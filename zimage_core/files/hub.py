@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face Hub: which files of one to fetch, and where they lie afterwards."""
+"""Repositories of the Hugging Face Hub: choosing the files of a pipeline and fetching them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
 
 REPO_ID = re.compile(r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?::(?P<tag>[\w.-]{1,64}))?")
@@ -17,29 +18,34 @@ _TAG = re.compile(
     r"(?:^|[-_.])((?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4|NVFP4|BF16|FP?16|FP?32|FP8[A-Z0-9_]*))(?=[-.]|$)",
     re.IGNORECASE,
 )
-_COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer", "scheduler")
+_FOLDERS = (*COMPONENTS, "tokenizer", "scheduler")
 _WEIGHTS = (".safetensors", ".gguf")
 _TEXTS = (".json", ".txt", ".model")
 
 
 def quant_tag(name: str) -> str | None:
-    """The quantisation that a file's name claims, e.g. "Q4_K_M"; decides nothing but which file to fetch."""
+    """The quantisation in a file's name, e.g. "Q4_K_M", or None; it decides only which file is fetched."""
     found = _TAG.findall(Path(name).stem)
     return str(found[-1]).upper() if found else None
 
 
 def select(files: Sequence[str], tag: str | None, repo: str) -> list[str]:
-    """The files of a repository that a pipeline needs.
+    """Choose the files of a repository that a pipeline needs.
 
-    A diffusers repository gives the folders of its components. Any other gives its GGUF and safetensors
-    files, of each quantised model the one with the wanted tag.
+    A diffusers repository gives the folders of its components. Any other gives its safetensors files, its
+    GGUF files of the wanted quantisation, and its small text files.
+
+    Args:
+        files: Names of all files of the repository.
+        tag: The wanted quantisation, e.g. "Q4_K_M"; None where there is only one.
+        repo: The repository, for messages.
 
     Raises:
-        BadArgument: Several quantisations and no tag, or none with that tag; the message lists them.
+        BadArgument: There are several quantisations and no tag, or none has that tag; they are listed.
     """
     weights = [f for f in files if f.endswith(_WEIGHTS)]
     if tag is None and "model_index.json" in files:
-        inside = [f for f in files if f.split("/")[0] in _COMPONENTS and f.endswith((*_WEIGHTS, *_TEXTS))]
+        inside = [f for f in files if f.split("/")[0] in _FOLDERS and f.endswith((*_WEIGHTS, *_TEXTS))]
         return ["model_index.json", *inside]
     tags = sorted({t for f in weights if f.endswith(".gguf") and (t := quant_tag(f))})
     if tag is None and len(tags) > 1:
@@ -60,20 +66,20 @@ def fetch(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Local folder with the files of "org/repo" or "org/repo:TAG", from the cache or downloaded into it.
+    """Fetch the files of a pipeline into the cache, unless they are there, and return their folder.
 
     Nothing is downloaded when HF_HUB_OFFLINE is set.
 
     Args:
-        source: The repository.
+        source: "org/repo" or "org/repo:TAG".
         revision: Branch, tag or commit.
-        cache_dir: In place of the Hub's own cache folder.
-        token: Of a user who may read it.
-        local_files_only: As if HF_HUB_OFFLINE were set.
+        cache_dir: Folder to use instead of the Hub's own cache.
+        token: Access token of a user who may read the repository.
+        local_files_only: Download nothing, as if HF_HUB_OFFLINE were set.
 
     Raises:
         Unsupported: The package huggingface_hub is not installed.
-        BadArgument: Not a repository's name, or the tag does not exist.
+        BadArgument: `source` is not a repository's name, or the tag does not exist.
         BadFile: The repository cannot be reached and is not in the cache.
     """
     match = REPO_ID.fullmatch(source)
@@ -100,8 +106,8 @@ def fetch(
     try:
         files = huggingface_hub.HfApi().list_repo_files(repo, revision=revision, token=token)
     except Exception as error:
-        # requests, httpx and the package's own classes share no base but this one
-        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
+        # the errors of requests, of httpx and of the package itself have no narrower base in common
+        reason = _first_line(error)
         local = _cached(repo, where)
         if local is None:
             fault = f"is not in the cache and the Hub gave: {reason}"
@@ -112,14 +118,12 @@ def fetch(
         patterns = [_escape(f) for f in chosen]
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, token=token, **where))
     except Exception as error:
-        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
-        raise BadFile(
-            repo, f"could not be downloaded: {reason}", "try again; what arrived is kept"
-        ) from error
+        fault = f"could not be downloaded: {_first_line(error)}"
+        raise BadFile(repo, fault, "try again; what arrived is kept") from error
 
 
 def _cached(repo: str, where: Mapping[str, Any]) -> Path | None:
-    """Folder of what was fetched earlier."""
+    """Folder of the files that were fetched earlier, or None."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -129,6 +133,10 @@ def _cached(repo: str, where: Mapping[str, Any]) -> Path | None:
         # a snapshot of which only the chosen files were fetched counts as incomplete there
         folder = Path(getattr(error, "snapshot_path", None) or "")
         return folder if folder.is_absolute() and folder.is_dir() else None
+
+
+def _first_line(error: Exception) -> str:
+    return printable(str(error).strip().split("\n")[0] or type(error).__name__)
 
 
 def _escape(name: str) -> str:

@@ -1,7 +1,8 @@
 """Settings inside PNG files: written beside the pixels, read back without decoding them.
 
-Two text chunks: `parameters`, the line that most galleries and web interfaces show, and `zimage`, the same as
-JSON. Reading uses the standard library alone and never trusts a length; the pixels are encoded by Pillow.
+There are two text chunks: `parameters` in the form that most galleries and web interfaces show, and `zimage`,
+the same settings as JSON. Pillow writes them. Reading uses the standard library alone, as importing Pillow
+would take longer than all of it, and never trusts a length.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JSON_KEYWORD = "zimage"
 A1111_KEYWORD = "parameters"
 MAX_TEXT = 16 * 1024
-"""Bytes of all our text chunks together; a longer prompt is cut here, not in the making of the picture."""
+"""Bytes of all our text chunks together; a longer prompt is cut here, not when the image is made."""
 READ_LIMIT = 1 << 20
-"""Bytes of text that are read from a picture of unknown origin, unpacked."""
+"""Bytes of text, unpacked, that are read from an image of unknown origin."""
+_ITXT_BYTES = 17
+"""Bytes of an uncompressed iTXt chunk beside keyword and text: length, type, five zeros, checksum."""
 
 
 @dataclass(frozen=True)
 class PngText:
-    """What a PNG says about itself.
+    """Size and text chunks of a PNG.
 
     Args:
         width: Pixels.
         height: Pixels.
-        text: Keyword -> text, of all text chunks in the file (the first of a keyword counts).
+        text: Keyword -> text of every text chunk; of two with one keyword, the first.
     """
 
     width: int
@@ -46,7 +49,7 @@ class PngText:
 
     @property
     def parameters(self) -> str | None:
-        """The `parameters` text of A1111 and its successors."""
+        """The `parameters` text of A1111 and its successors; None when there is none."""
         return self.text.get(A1111_KEYWORD)
 
     @property
@@ -60,10 +63,10 @@ class PngText:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> PngText:
-    """Size and text chunks of a PNG, without decoding it and without Pillow.
+    """Read size and text chunks of a PNG without decoding it.
 
     Raises:
-        BadFile: Not a PNG, or a chunk is cut, damaged or unreasonably large.
+        BadFile: The file is no PNG, or a chunk is cut, damaged or unreasonably large.
     """
     try:
         if not Path(path).is_file():
@@ -99,7 +102,7 @@ def _read(path: str | os.PathLike[str], file: BinaryIO) -> PngText:
                 raise BadFile(
                     path, f"holds more than {READ_LIMIT} bytes of text", "this program did not write it"
                 )
-            entry = _entry(kind, _chunk(path, file, kind, length), READ_LIMIT)
+            entry = _entry(kind, _chunk(path, file, kind, length))
             if entry is not None:
                 spent += len(entry[1])
                 text.setdefault(*entry)
@@ -116,7 +119,7 @@ def _chunk(path: str | os.PathLike[str], file: BinaryIO, kind: bytes, length: in
     return data
 
 
-def _entry(kind: bytes, data: bytes, limit: int) -> tuple[str, str] | None:
+def _entry(kind: bytes, data: bytes) -> tuple[str, str] | None:
     """One text chunk -> (keyword, text); None when it breaks section 11.3.3 of the PNG specification."""
     keyword, nul, rest = data.partition(b"\0")
     if not nul or not 1 <= len(keyword) <= 79:
@@ -125,50 +128,46 @@ def _entry(kind: bytes, data: bytes, limit: int) -> tuple[str, str] | None:
     if kind == b"tEXt":
         return name, rest.decode("latin-1")
     if kind == b"zTXt":
-        unpacked = _unpack(rest[1:], limit) if rest[:1] == b"\0" else None
+        unpacked = _unpack(rest[1:]) if rest[:1] == b"\0" else None
         return None if unpacked is None else (name, unpacked.decode("latin-1"))
     parts = rest[2:].split(b"\0", 2)
     if len(rest) < 2 or len(parts) != 3 or rest[0] > 1:
         return None
-    body = _unpack(parts[2], limit) if rest[0] == 1 else parts[2]
+    body = _unpack(parts[2]) if rest[0] == 1 else parts[2]
     return None if body is None else (name, body.decode("utf-8", "replace"))
 
 
-def _unpack(data: bytes, limit: int) -> bytes | None:
+def _unpack(data: bytes) -> bytes | None:
+    """The data unpacked; None where it is damaged or has more than `READ_LIMIT` bytes."""
     unzip = zlib.decompressobj()
     try:
-        out = unzip.decompress(data, limit)
+        out = unzip.decompress(data, READ_LIMIT)
     except zlib.error:
         return None
     return out if unzip.eof else None
 
 
 def encode(image: Image, settings: Mapping[str, Any] | None = None) -> bytes:
-    """A picture and its settings as the bytes of a PNG; the same input gives the same bytes.
+    """Encode an image and its settings as PNG; the same input gives the same bytes.
 
     Args:
-        image: RGB picture.
-        settings: What made it; see `text_chunks`. None writes no text at all.
+        image: RGB image.
+        settings: What made it, as `text_chunks` takes it. None writes no text at all.
     """
     from io import BytesIO
 
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for keyword, text in text_chunks(settings).items() if settings is not None else ():
+        info.add_itxt(keyword, text)
     buffer = BytesIO()
-    image.save(buffer, format="PNG")
-    png = buffer.getvalue()
-    if settings is None:
-        return png
-    header = len(SIGNATURE) + 8 + 13 + 4
-    chunks = b"".join(_itxt(name, text) for name, text in text_chunks(settings).items())
-    return png[:header] + chunks + png[header:]
-
-
-def _itxt(keyword: str, text: str) -> bytes:
-    body = b"iTXt" + keyword.encode("latin-1") + b"\0\0\0\0\0" + text.encode("utf-8", "replace")
-    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
 def text_chunks(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings -> keyword -> text, at most `MAX_TEXT` bytes in all; prompts are cut until they fit.
+    """The texts to write, by keyword: at most `MAX_TEXT` bytes of chunks, prompts cut until they fit.
 
     Args:
         settings: `prompt`, `negative_prompt`, `steps`, `guidance_scale`, `seed`, `width`, `height`, `shift`,
@@ -176,17 +175,17 @@ def text_chunks(settings: Mapping[str, Any]) -> dict[str, str]:
             JSON holds.
     """
     limit = MAX_TEXT
-    while True:
+    while limit:
         cut = {k: _cut(v, limit) if k in ("prompt", "negative_prompt") else v for k, v in settings.items()}
-        chunks = {
+        texts = {
             A1111_KEYWORD: _a1111(cut),
             JSON_KEYWORD: json.dumps(cut, ensure_ascii=False, allow_nan=False, separators=(",", ":")),
         }
-        if sum(len(_itxt(k, v)) for k, v in chunks.items()) <= MAX_TEXT:
-            return chunks
-        if limit < 2:
-            return {}  # file names alone fill the room: nothing is better than half a JSON
+        encoded = {keyword: text.encode("utf-8", "replace") for keyword, text in texts.items()}
+        if sum(_ITXT_BYTES + len(keyword) + len(text) for keyword, text in encoded.items()) <= MAX_TEXT:
+            return {keyword: text.decode() for keyword, text in encoded.items()}
         limit //= 2
+    return {}  # file names alone are too long: nothing is better than half a JSON
 
 
 def _cut(text: Any, limit: int) -> Any:
@@ -196,7 +195,7 @@ def _cut(text: Any, limit: int) -> Any:
 
 
 def _a1111(settings: Mapping[str, Any]) -> str:
-    """The text that A1111 writes: prompt, negative prompt, then one line of `Name: value` pairs."""
+    """The text that A1111 would write: prompt, negative prompt, then one line of `Name: value` pairs."""
     lines = [str(settings.get("prompt") or "")]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")

@@ -1,7 +1,7 @@
-"""Reading the small text files of a tokenizer without trusting them.
+"""Reading small text and JSON files of unknown origin: tokenizers, configs, recipes, prompts.
 
-A path may be a FIFO, a device, 100 GB of zeros or JSON nested a million deep: every one of these is a
-`BadFile` with one sentence, within the file's own size in memory.
+A path may be a FIFO, a device, 100 GB of zeros or JSON nested a million deep. Each of these becomes one
+`BadFile`, and reading takes little more memory than the file has bytes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MAX_DEPTH = 64
 MAX_DIGITS = 20  # 2^64 has 20
 
 
-def read_bytes(path: str | PathLike[str]) -> bytes:
-    """The bytes of a regular file of at most `MAX_BYTES`.
+def read_file(path: str | PathLike[str]) -> bytes:
+    """Read a regular file of at most `MAX_BYTES`.
 
     Raises:
-        BadFile: Missing, unreadable, not a regular file, empty or too large.
+        BadFile: It is missing, unreadable, not a regular file, empty or too large.
     """
     try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        # O_NONBLOCK: opening a FIFO must not wait for a writer
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
@@ -53,12 +53,12 @@ def read_bytes(path: str | PathLike[str]) -> bytes:
 
 
 def read_text(path: str | PathLike[str]) -> str:
-    """A UTF-8 text file; a byte order mark is dropped.
+    """Read a text file in UTF-8; a byte order mark is dropped.
 
     Raises:
-        BadFile: See `read_bytes`; also bytes that are not UTF-8.
+        BadFile: `read_file` refuses it, or it is not UTF-8.
     """
-    data = read_bytes(path)
+    data = read_file(path)
     if data.startswith(b"version https://git-lfs"):
         raise BadFile(path, "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`")
     try:
@@ -68,10 +68,11 @@ def read_text(path: str | PathLike[str]) -> str:
 
 
 def read_json(path: str | PathLike[str]) -> dict[str, Any]:
-    """A JSON object: no duplicate keys, no NaN, no long numbers, nested at most `MAX_DEPTH` deep.
+    """Read a file that holds a JSON object.
 
     Raises:
-        BadFile: See `read_text`; also everything in the line above.
+        BadFile: `read_text` refuses it, it is not a JSON object, or it has duplicate keys, NaN, infinity,
+            numbers of more than `MAX_DIGITS` digits or more than `MAX_DEPTH` levels.
     """
 
     def fail(fault: str) -> NoReturn:
@@ -106,7 +107,7 @@ def read_json(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def _check_depth(value: dict[str, Any], path: str | PathLike[str]) -> None:
-    """Level by level, so that depth costs no Python stack."""
+    """Refuse deep nesting; level by level, as a recursion of that depth would fail itself."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [

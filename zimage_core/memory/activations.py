@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.config import PAD_MULTIPLE, AutoencoderConfig, TextEncoderConfig, TransformerConfig
 
-PAD_MULTIPLE = 32
-"""As `models.sequence.PAD_MULTIPLE`, which lives beside tensors."""
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a number of each dtype that the networks compute in."""
 FLOAT32 = 4

@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zimage_core.config import TransformerConfig
+from zimage_core.config import PAD_MULTIPLE, TransformerConfig
 from zimage_core.errors import BadArgument
-
-PAD_MULTIPLE = 32
-"""Every stream is filled up to a multiple of this with learned pad tokens (SEQ_MULTI_OF)."""
 
 
 def pad_count(tokens: int) -> int:
@@ -67,12 +64,12 @@ def check_lengths(config: TransformerConfig, rows: int, cols: int, caption: int)
     Raises:
         BadArgument: A caption or a side of the picture is too long (or empty).
     """
-    t_max, h_max, w_max = config.axes_lens
-    longest = (t_max - 2) // PAD_MULTIPLE * PAD_MULTIPLE
+    longest = config.max_caption
     if not 1 <= caption <= longest:
         raise BadArgument(
             f"caption of {caption} tokens: this transformer takes 1 to {longest}; shorten the prompt"
         )
+    _, h_max, w_max = config.axes_lens
     if not (1 <= rows <= h_max and 1 <= cols <= w_max):
         side = config.patch_size * 8
         raise BadArgument(

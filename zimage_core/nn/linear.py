@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from zimage_core.errors import BadShape
+from zimage_core.formats import FLOAT_DTYPES
 from zimage_core.quant import ops
 from zimage_core.quant.tensor import QuantTensor
 
-_DENSE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DENSE = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()}
 
 Weight = nn.Parameter | QuantTensor
 

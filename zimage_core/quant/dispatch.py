@@ -174,6 +174,11 @@ def crossover(fmt: BlockFormat, architecture: str) -> int:
     return int(dequantise / ((1 / arch.efficiency - 1) * row))
 
 
+def planar_step(format_name: str) -> int:
+    """Weights of a row that its planes store together; a row is a whole number of them."""
+    return 128 if format_name == "Q2_0" else 64
+
+
 def planar_bytes(fmt: BlockFormat, rows: int, width: int) -> int:
     """Bytes of the planes of a weight [rows, width]."""
     return int(PLANAR_BITS[fmt.name] * rows * width / 8)
@@ -183,7 +188,7 @@ def _why_not_fused(fmt: BlockFormat, width: int, architecture: str, dtype: str) 
     """Why the fused kernel cannot take this weight; empty if it can."""
     if fmt.name not in PLANAR_BITS:
         return f"{fmt.name} has no planar layout"
-    step = 128 if fmt.name == "Q2_0" else 64
+    step = planar_step(fmt.name)
     if width % step:
         return f"rows of {width} weights are no multiple of {step}"
     if not ARCHITECTURES[family(architecture)].efficiency:

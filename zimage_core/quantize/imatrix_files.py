@@ -26,7 +26,7 @@ from torch import Tensor
 
 from zimage_core.errors import BadFile, WrongModel, printable
 from zimage_core.formats import FORMATS
-from zimage_core.weights import gguf_layout
+from zimage_core.weights import gguf_writer
 from zimage_core.weights.gguf import GGUFFile
 from zimage_core.weights.magic import refuse_known
 from zimage_core.weights.source import AGAIN, Source, check_text
@@ -198,15 +198,15 @@ def to_gguf(content: Content) -> Iterator[bytes]:
     """The chunks of a GGUF file of importances."""
     keys: dict[str, Any] = {
         KIND: "imatrix",
-        DATASETS: gguf_layout.Typed(map(_sound, content.datasets), "string"),
+        DATASETS: gguf_writer.TypedArray(map(_sound, content.datasets), "string"),
         CHUNKS: min(content.chunks, 2**32 - 1),
         CHUNK_SIZE: min(content.chunk_size, 2**32 - 1),
     }
     if content.edges:
-        keys[EDGES] = gguf_layout.Typed(content.edges, "f64")
+        keys[EDGES] = gguf_writer.TypedArray(content.edges, "f64")
     tensors = dict(_tensors(content))
     rows = ((name, tuple(tensor.shape), FORMATS["F32"]) for name, tensor in tensors.items())
-    layout = gguf_layout.lay_out(keys, rows)
+    layout = gguf_writer.lay_out(keys, rows)
     yield layout.header
     at = len(layout.header)
     for name, tensor in tensors.items():

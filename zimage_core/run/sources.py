@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, WrongModel, ZImageError, printable
 from zimage_core.files import hub
 from zimage_core.files.untrusted import read_json
@@ -19,8 +20,6 @@ from zimage_core.weights.identify import identify
 from zimage_core.weights.opened import Opened
 from zimage_core.weights.safetensors import shard_names
 
-COMPONENTS = tuple(WANTED)
-"""transformer, text_encoder, vae."""
 NAMING = (
     "ZImagePipeline.from_files(transformer=, text_encoder=, vae=), "
     "or --transformer FILE --text-encoder FILE --vae FILE on the command line"

@@ -1,1 +1,1 @@
-"""From a prompt to token ids."""
+"""Tokenizers, their files, and the prompt string."""

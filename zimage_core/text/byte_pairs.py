@@ -1,7 +1,7 @@
 """Byte-level byte-pair encoding, as in GPT-2 and Qwen.
 
 Text -> added tokens cut out literally -> NFC -> words -> bytes as printable characters -> merges.
-The library `tokenizers` does the work; the pipeline it is given is always ours.
+The library `tokenizers` does the work, with a pipeline that is built here and never read from a file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Character -> byte: printable bytes stand for themselves, the rest are moved up from U+0100.
+    """Character -> byte: printable bytes stand for themselves, the others are counted up from U+0100.
 
     Source: `bytes_to_unicode` in GPT-2's encoder.py.
     """
@@ -31,13 +31,13 @@ BYTE_OF = byte_alphabet()
 
 
 class BytePairs:
-    """Encoder and decoder of one vocabulary; holds no reference to the file.
+    """Encoder and decoder of one vocabulary; it holds no reference to the file.
 
     Args:
-        vocabulary: As read; checked here.
+        vocabulary: Vocabulary as read; it is checked here.
 
     Raises:
-        BadFile: The vocabulary contradicts itself (see `Vocabulary.checked`).
+        BadFile: The vocabulary contradicts itself; `Vocabulary.checked` lists how.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -50,7 +50,7 @@ class BytePairs:
         self._rust = _build(vocabulary, tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids. Warns when bytes of the text are not in the vocabulary (a real one has all 256)."""
+        """Text -> ids; warns of characters that the vocabulary lacks (a real one has all 256 bytes)."""
         ids = self._rust.encode(text, add_special_tokens=False).ids
         if self._missing_bytes and self._rust.normalizer is not None:
             text = self._rust.normalizer.normalize_str(text)
@@ -92,6 +92,6 @@ def _build(vocabulary: Vocabulary, tokens: dict[str, int]) -> tokenizers.Tokeniz
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in pre.patterns]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     rust.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
-    # The ids come from the vocabulary, in which the added tokens are. normalized=False: literal matches only.
+    # the ids come from the vocabulary, in which the added tokens are; normalized=False matches literally
     rust.add_tokens([AddedToken(content, normalized=False) for content in vocabulary.added])
     return rust

@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file: the keys `tokenizer.ggml.*`, as any mapping of key to value.
+"""Vocabulary of the tokenizer inside a GGUF file, from its keys `tokenizer.ggml.*`.
 
-Arrays may be lists or lazy sequences. Types and lengths are checked here; the reader has only promised
-that the bytes were there.
+The metadata may be any mapping, its arrays lists or lazy sequences. Types and lengths are checked here, as
+the reader of the file has only checked that the bytes are there.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from zimage_core.text.vocabulary import Vocabulary, check_unicode, split_merges
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
-# The values of tokenizer.ggml.token_type, which are also SentencePiece's ModelProto.SentencePiece.Type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Values of `tokenizer.ggml.token_type`, the same as SentencePiece's ModelProto.SentencePiece.Type."""
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A SentencePiece vocabulary: row i is the piece with id i."""
+    """A SentencePiece vocabulary: item i of each list belongs to the piece with id i."""
 
     path: str
     texts: list[str]
@@ -35,9 +35,13 @@ class Pieces:
 def read_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary | Pieces:
     """The vocabulary of a GGUF file.
 
+    Args:
+        metadata: Keys and values of the file.
+        path: The file, for messages.
+
     Raises:
-        BadFile: No tokenizer in it, or arrays that do not fit together.
-        Unsupported: Another kind of tokenizer; the message names it and the known ones.
+        BadFile: There is no tokenizer in it, or its arrays do not fit together.
+        Unsupported: Its tokenizer is of another kind; the message names it and the known ones.
     """
     model = metadata.get("tokenizer.ggml.model")
     if model is None:
@@ -76,7 +80,7 @@ def _byte_pairs(metadata: Mapping[str, Any], path: str) -> Vocabulary:
 def _pre(metadata: Mapping[str, Any], path: str) -> PreTokenizer:
     name = metadata.get("tokenizer.ggml.pre")
     if name is None:
-        # Old files say nothing: Qwen then had only one way, and for others llama.cpp falls back too.
+        # old files say nothing: Qwen had only one way then, and for others llama.cpp falls back, too
         name = "qwen2" if str(metadata.get("general.architecture")).startswith("qwen") else "default"
     if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise Unsupported(

@@ -1,11 +1,11 @@
-"""How a byte-level BPE cuts text into words before merging: one table.
+"""Table of the ways in which a byte-level BPE cuts text into words before it merges.
 
-The patterns are ours; a file only ever names a row of this table (GGUF), or holds patterns that are
-compared with it (tokenizer.json). No pattern from a file is ever compiled.
+A GGUF names a row of this table; a tokenizer.json holds patterns, which are compared with it. No pattern
+from a file is ever compiled. Several patterns are applied one after the other, each to the pieces that the
+one before left.
 
-Source: `llama-vocab.cpp` of llama.cpp for the names used in `tokenizer.ggml.pre`; the patterns are the
-ones in the models' own tokenizer.json. Several patterns are applied one after the other, each to the
-pieces that the one before left.
+Source: `llama-vocab.cpp` of llama.cpp for the names in `tokenizer.ggml.pre`; the models' own tokenizer.json
+for the patterns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What llama.cpp does with a file that names no pre-tokenizer.
+# what llama.cpp uses for a file that names no pre-tokenizer
 FALLBACK = (
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",

@@ -1,13 +1,14 @@
 """The prompt string of Z-Image's text encoder and its token ids.
 
-The string is Qwen3's chat template with one user turn and the opening of the answer, written out: no
-template language is evaluated, also not the one that a file may carry.
+The string is Qwen3's chat template with one user turn and the opening of the answer, written out here. No
+template language is evaluated, nor is a template taken from a file.
 """
 
 from __future__ import annotations
 
 import warnings
 
+from zimage_core.config import TransformerConfig
 from zimage_core.errors import BadArgument, Unsupported, printable
 from zimage_core.text.tokenizer import Tokenizer, check_text
 
@@ -17,21 +18,20 @@ TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 MAX_PROMPT_BYTES = 16 * 1024
 DEFAULT_LENGTH = 512
-# Caption positions start at 1 and are padded to a multiple of 32, the image follows at the next one, and
-# the transformer's time axis has 1536 positions: 47 * 32 is the last multiple that leaves room.
-MAX_LENGTH = 1504
+MAX_LENGTH = TransformerConfig().max_caption
+"""1504 tokens, template included."""
 
 
 def render(prompt: str, enable_thinking: bool = True, template: str | None = None) -> str:
-    """The string that is tokenised.
+    """Put a prompt into its template, which gives the string that is tokenised.
 
-    The prompt is put in as it is: not stripped; `<think>...</think>` and control tokens in it pass through.
+    The prompt is not changed: it is not stripped, and `<think>...</think>` and control tokens in it stay.
 
     Args:
         prompt: The user's text; may be empty.
         enable_thinking: True as the model was trained; False appends an empty `<think>` block.
-        template: None for Qwen3's; else a text in which `{prompt}` stands exactly once, used as it is
-            (`enable_thinking` is then without effect). "{prompt}" gives the bare prompt.
+        template: A text in which `{prompt}` stands exactly once, used as it is (`enable_thinking` then has
+            no effect); "{prompt}" gives the bare prompt. None takes Qwen3's.
 
     Raises:
         BadArgument: The template does not hold `{prompt}` exactly once.
@@ -48,7 +48,8 @@ def check_prompt(prompt: str, max_bytes: int = MAX_PROMPT_BYTES) -> None:
     """Refuse a prompt that no one can mean, before any work is done with it.
 
     Raises:
-        BadArgument: Not a string, over `max_bytes` in UTF-8, a NUL character, a lone surrogate.
+        BadArgument: It is not a string, has more than `max_bytes` in UTF-8, or holds a NUL character or a
+            lone surrogate.
     """
     check_text(prompt, "prompt")
     size = len(prompt.encode())
@@ -66,24 +67,24 @@ def prompt_ids(
     template: str | None = None,
     max_prompt_bytes: int = MAX_PROMPT_BYTES,
 ) -> list[int]:
-    """Token ids of a prompt in its template, tokenised as one string, cut on the right.
+    """Token ids of a prompt in its template, tokenised as one string and cut on the right.
 
-    The cut is the one of diffusers: over the limit the end of the template is lost together with the end of
-    the prompt, because that is how the ids are then. A UserWarning shows the text that is lost.
+    As in diffusers, a prompt over the limit loses the end of the template together with its own end. A
+    UserWarning shows the text that is lost.
 
     Args:
-        tokenizer: The text encoder's.
+        tokenizer: Tokenizer of the text encoder.
         prompt: The user's text; at most `max_prompt_bytes` in UTF-8.
         max_sequence_length: Most ids that are returned, template included; 1 to 1504.
-        enable_thinking: See `render`.
-        template: See `render`.
-        max_prompt_bytes: Guards against a prompt given by mistake.
+        enable_thinking: False appends an empty `<think>` block, as in `render`.
+        template: Text around `{prompt}`, as in `render`.
+        max_prompt_bytes: Limit that guards against a file given as a prompt by mistake.
 
     Returns:
         Between 1 and max_sequence_length ids (none only for an empty prompt in a bare template).
 
     Raises:
-        BadArgument: A prompt, template or limit out of range.
+        BadArgument: The prompt, the template or the limit is out of range.
         Unsupported: The tokenizer lacks the tokens of Qwen3's template.
     """
     if type(max_sequence_length) is not int or not 1 <= max_sequence_length <= MAX_LENGTH:

@@ -1,7 +1,7 @@
-"""SentencePiece vocabularies of llama-type GGUF files, through the library `sentencepiece`.
+"""Encoding with the SentencePiece vocabularies of llama-type GGUF files, by the library `sentencepiece`.
 
-The library loads only its own file format, a protobuf; it is written here by hand (three messages, a
-dozen fields) so that no protobuf package is needed.
+The library loads only its own file format, a protobuf of three messages and a dozen fields. It is written
+here by hand, so that no protobuf package is needed.
 Source: `sentencepiece_model.proto` of SentencePiece 0.2, for the field numbers.
 """
 
@@ -37,12 +37,12 @@ def _message(field: int, body: bytes) -> bytes:
 
 
 def model_proto(pieces: Pieces) -> bytes:
-    """The ModelProto of a vocabulary: pieces (1), trainer_spec (2), normalizer_spec (3)."""
+    """Bytes of a vocabulary's ModelProto: pieces (1), trainer_spec (2), normalizer_spec (3)."""
     out = [
         _message(1, _message(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind))
         for text, score, kind in zip(pieces.texts, pieces.scores, pieces.types, strict=True)
     ]
-    absent = (1 << 64) - 1  # -1 as a varint: no such token; they are cut out of the text before
+    absent = (1 << 64) - 1  # -1 as a varint: no such token, as control tokens are cut out of the text before
     trainer = (
         _number(3, BPE_MODEL)
         + _number(4, len(pieces.texts))
@@ -62,8 +62,11 @@ def model_proto(pieces: Pieces) -> bytes:
 class SentencePieces:
     """Encoder and decoder of one SentencePiece vocabulary.
 
-    Control tokens in a text are matched literally and become their ids, as in llama.cpp; each stretch of
+    Control tokens in a text are matched literally and become their ids, as in llama.cpp. Each stretch of
     text between them is encoded on its own, with its own leading space where the vocabulary wants one.
+
+    Args:
+        pieces: Vocabulary as read from a GGUF.
 
     Raises:
         BadFile: SentencePiece refuses the vocabulary.
@@ -98,7 +101,7 @@ class SentencePieces:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids -> text, control tokens as they are written."""
+        """Ids -> text, with control tokens as they are written."""
         for number in ids:
             if not 0 <= number < self.vocab_size:
                 raise BadArgument(f"token id {number} is not in the vocabulary of {self.vocab_size} tokens")

@@ -1,4 +1,4 @@
-"""Text to token ids and back, from any of the files a text encoder comes with."""
+"""Text to token ids and back, by a vocabulary from any of the files that text encoders come with."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from zimage_core.text.vocabulary import Vocabulary
 
 
 class HasMetadata(Protocol):
-    """What is needed of an open GGUF file."""
+    """The part of an open GGUF file that a tokenizer needs."""
 
     @property
     def path(self) -> str | PathLike[str]:
-        """Where the file lies, for messages."""
+        """Path of the file, for messages."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Key -> value or array."""
+        """Key -> value, or array as a sequence."""
 
 
 class Tokenizer:
-    """Text -> ids without template, beginning or end tokens.
+    """Text -> ids, without a template and without tokens for beginning and end.
 
     Added tokens such as `<|im_end|>` and `<think>` are matched literally wherever they stand in the text and
     become their own ids, also inside a user's prompt. Calls from several threads are safe.
 
     Args:
-        source: A vocabulary as read; use one of the `from_` constructors.
+        source: Vocabulary as read; the `from_` constructors read one.
     """
 
     def __init__(self, source: Vocabulary | Pieces) -> None:
@@ -41,26 +41,26 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, file: HasMetadata) -> Tokenizer:
-        """From the keys `tokenizer.ggml.*` of an open GGUF file.
+        """Tokenizer of an open GGUF file, from its keys `tokenizer.ggml.*`.
 
         Raises:
-            BadFile: No tokenizer in the file, or a damaged one.
-            Unsupported: A kind of tokenizer, or a pre-tokenizer name, that is not known here.
+            BadFile: There is no tokenizer in the file, or a damaged one.
+            Unsupported: The kind of tokenizer or the name of its pre-tokenizer is not known here.
         """
         return cls.from_metadata(file.metadata, file.path)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], path: str | PathLike[str] = "metadata") -> Tokenizer:
-        """Like `from_gguf`, from the key-values alone; `path` is only for messages."""
+        """Tokenizer of a GGUF file's metadata, with the errors of `from_gguf`; `path` is for messages."""
         return cls(read_gguf(metadata, str(path)))
 
     @classmethod
     def from_json(cls, path: str | PathLike[str]) -> Tokenizer:
-        """From a tokenizer.json.
+        """Tokenizer of a tokenizer.json.
 
         Raises:
-            BadFile: Damaged or contradictory.
-            Unsupported: It asks for something other than a byte-level BPE; the message names it.
+            BadFile: The file is damaged or contradicts itself.
+            Unsupported: It asks for something that a byte-level BPE does not do; the message names it.
         """
         return cls(read_tokenizer_json(path))
 
@@ -71,20 +71,20 @@ class Tokenizer:
         merges: str | PathLike[str],
         config: str | PathLike[str] | None = None,
     ) -> Tokenizer:
-        """From vocab.json and merges.txt; the added tokens come from tokenizer_config.json (`config`).
+        """Tokenizer of vocab.json and merges.txt, with the added tokens of tokenizer_config.json (`config`).
 
         Raises:
-            BadFile: Damaged or contradictory.
+            BadFile: A file is damaged, or they contradict each other.
         """
         return cls(read_vocab_merges(vocab, merges, config))
 
     @classmethod
     def from_folder(cls, folder: str | PathLike[str]) -> Tokenizer:
-        """From a diffusers `tokenizer/` folder, or the model folder around it.
+        """Tokenizer of a `tokenizer/` folder as diffusers writes it, or of the model folder around one.
 
         Raises:
-            BadFile: No tokenizer there, or a damaged one.
-            Unsupported: See `from_json`.
+            BadFile: There is no tokenizer, or a damaged one.
+            Unsupported: It asks for something that a byte-level BPE does not do; the message names it.
         """
         return cls(read_folder(folder))
 
@@ -92,7 +92,7 @@ class Tokenizer:
         """Text -> ids; nothing is added, stripped or cut.
 
         Raises:
-            BadArgument: Not a string, or a string with lone surrogates.
+            BadArgument: `text` is not a string, or holds a lone surrogate.
         """
         check_text(text, "text")
         return self._model.encode(text)
@@ -101,7 +101,7 @@ class Tokenizer:
         """Ids -> text, added tokens included.
 
         Raises:
-            BadArgument: An id that is not in the vocabulary.
+            BadArgument: An id is not in the vocabulary.
         """
         return self._model.decode([int(number) for number in ids])
 
@@ -125,7 +125,7 @@ class Tokenizer:
 
 
 def check_text(text: object, name: str) -> None:
-    """Refuse what cannot be written in UTF-8.
+    """Refuse what cannot be written in UTF-8; `name` is the argument's, for the message.
 
     Raises:
         BadArgument: `text` is not a string, or holds a lone surrogate.

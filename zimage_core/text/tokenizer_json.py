@@ -1,9 +1,9 @@
-"""Reading tokenizer.json, vocab.json + merges.txt and tokenizer_config.json.
+"""Reading a vocabulary from tokenizer.json, or from vocab.json, merges.txt and tokenizer_config.json.
 
 Only the vocabulary, the merges and the added tokens are taken. The rest of a tokenizer.json is compared
-with what this library does anyway; a file that asks for something else is refused by the name of that
-thing, because ignoring it would give other ids than the model was trained with. Padding and truncation
-are settings of a past session, not of the model: they are checked for sense and ignored.
+with what is done here in any case. A file that asks for something else is refused, and the sentence names
+that, because ignoring it would give other ids than those the model was trained with. Padding and
+truncation are settings of a past session, not of the model: they are checked for sense and ignored.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ MAX_LENGTH = 1 << 24
 
 
 def read_tokenizer_json(path: str | PathLike[str]) -> Vocabulary:
-    """The vocabulary in a tokenizer.json of Hugging Face's `tokenizers`.
+    """Read the vocabulary of a tokenizer.json, as the library `tokenizers` writes it.
 
     Raises:
-        BadFile: Damaged or contradictory.
+        BadFile: The file is damaged or contradicts itself.
         Unsupported: It asks for a model, normalizer, pre-tokenizer, post-processor or decoder that a
             byte-level BPE like Qwen's does not have; the message names it.
     """
@@ -195,7 +195,7 @@ class _Reader:
 
 
 def _other_file(data: Mapping[str, Any]) -> tuple[str, str] | None:
-    """What else a JSON file of a model folder is, and what to give instead; None where it cannot be told."""
+    """What a JSON file of a model folder is, and what to give instead of it; None where nothing tells."""
     give = "give tokenizer.json or the folder that holds it"
     if "weight_map" in data:
         return "an index of shards", give
@@ -209,11 +209,11 @@ def _other_file(data: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def added_tokens(items: Any, path: str) -> dict[str, int]:
-    """Content -> id from (id, description) pairs.
+    """Read added tokens from (id, description) pairs; the result is content -> id.
 
     Raises:
-        BadFile: A description that is not one, or one content or id twice.
-        Unsupported: A token that is not matched literally (strips spaces, whole words only).
+        BadFile: A description is damaged, or a content stands twice.
+        Unsupported: A token is not matched literally: it strips spaces or asks for whole words.
     """
     added: dict[str, int] = {}
     for number, item in items:
@@ -241,12 +241,17 @@ def read_vocab_merges(
     pre: str = "qwen2",
     added: str | PathLike[str] | None = None,
 ) -> Vocabulary:
-    """The older pair of files, with the added tokens of tokenizer_config.json or added_tokens.json.
+    """Read a vocabulary from the older pair of files, vocab.json and merges.txt.
 
-    Nothing else is read from that config: no class names, no templates.
+    Args:
+        vocab: vocab.json.
+        merges: merges.txt.
+        config: tokenizer_config.json, of which only the added tokens are read.
+        pre: Row of `PRE_TOKENIZERS`, which these files do not tell.
+        added: added_tokens.json, used where `config` has no added tokens.
 
     Raises:
-        BadFile: Damaged or contradictory.
+        BadFile: A file is damaged.
     """
     lines = [line for line in read_text(merges).split("\n") if line.strip("\r")]
     if lines and lines[0].startswith("#version"):
@@ -278,9 +283,9 @@ def _number(key: str, path: str | PathLike[str]) -> int:
 
 
 def read_folder(folder: str | PathLike[str]) -> Vocabulary:
-    """A tokenizer folder, or a model folder that holds one as `tokenizer/`.
+    """Read the vocabulary in a tokenizer folder, or in a model folder that holds one as `tokenizer/`.
 
-    tokenizer.json is preferred; else vocab.json + merges.txt.
+    tokenizer.json is taken before vocab.json with merges.txt.
 
     Raises:
         BadFile: Neither is there, or what is there is damaged.

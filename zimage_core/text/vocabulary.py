@@ -1,4 +1,4 @@
-"""What is taken from a file: vocabulary, merges and added tokens. Checked here, once, whatever the file.
+"""Vocabulary, merges and added tokens as taken from any kind of file, and the one check of them.
 
 The library that merges is written in Rust and aborts on some bad input, so nothing unchecked reaches it.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from zimage_core.errors import BadFile, printable
 from zimage_core.text.pretokenizers import PreTokenizer
 
-MAX_ID = (1 << 24) - 1  # sixteen million rows: far beyond any embedding table
+MAX_ID = (1 << 24) - 1  # sixteen million rows are far beyond any embedding table
 MAX_TOKEN_CHARS = 1 << 16
 
 
@@ -38,11 +38,11 @@ class Vocabulary:
     unknown: str | None = None
 
     def checked(self) -> dict[str, int]:
-        """Token -> id with the added tokens in it, when everything fits together.
+        """Check everything; the result is token -> id with the added tokens in it.
 
         Raises:
-            BadFile: An id out of range or used twice, an empty token, a lone surrogate, a merge of or into
-                something that is not in the vocabulary, an added token at odds with the vocabulary.
+            BadFile: An id is out of range or used twice, a token is empty or holds a lone surrogate, a merge
+                has or gives something that is not in the vocabulary, or an added token is at odds with it.
         """
         if not self.tokens:
             raise BadFile(self.path, "the vocabulary is empty")
@@ -86,7 +86,7 @@ class Vocabulary:
                 )
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides the ids: the same for one vocabulary in two file formats."""
+        """SHA-256 of all that decides the ids; one vocabulary has the same in all file formats."""
         digest = hashlib.sha256(repr((self.pre, self.unknown)).encode())
         everything = {**self.tokens, **self.added}
         by_id = sorted(everything.items(), key=lambda item: item[1])
@@ -97,7 +97,7 @@ class Vocabulary:
 
 
 def check_unicode(tokens: Iterable[str], path: str) -> None:
-    """Refuse lone surrogates, which JSON can spell and UTF-8 cannot."""
+    """Refuse lone surrogates with BadFile; JSON can spell them and UTF-8 cannot."""
     try:
         "".join(tokens).encode()
     except UnicodeEncodeError:
@@ -105,10 +105,10 @@ def check_unicode(tokens: Iterable[str], path: str) -> None:
 
 
 def split_merges(lines: Iterable[Any], path: str) -> list[tuple[str, str]]:
-    """Merges written as "left right" or as [left, right], as pairs.
+    """Pairs of merges that are written as "left right" or as [left, right].
 
     Raises:
-        BadFile: A merge that does not have two parts.
+        BadFile: A merge does not have two parts.
     """
     pairs: list[tuple[str, str]] = []
     for line in lines:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from zimage_core.config import COMPONENTS
 from zimage_core.errors import printable
 from zimage_core.weights.card import ModelCard
 from zimage_core.weights.infer import Shape, count_layers
@@ -18,14 +19,14 @@ _FACTOR = re.compile(r"(.+?)\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.
 _LYCORIS = re.compile(r"(.+)\.(lokr_w[12](?:_[ab])?|hada_w[12]_[ab])")
 _DOWN = ("lora_A", "lora_down", "lora.down")
 
-DIALECTS = (
-    ("lora_unet_", "kohya or musubi-tuner"),
-    ("lycoris_", "LyCORIS"),
-    ("base_model.model.", "PEFT"),
-    ("transformer.", "diffusers"),
-    ("diffusion_model.", "ai-toolkit or ComfyUI"),
-)
-"""Prefix of every key -> who writes it."""
+DIALECTS = {
+    "base_model.model.": "PEFT",
+    "lora_unet_": "kohya or musubi-tuner",
+    "lycoris_": "LyCORIS",
+    "transformer.": "diffusers",
+    "diffusion_model.": "ai-toolkit or ComfyUI",
+}
+"""Prefix of every key -> the program that writes it."""
 
 _TARGET = re.compile(
     r"(?:layers|noise_refiner|context_refiner)_\d{1,3}_"
@@ -33,11 +34,15 @@ _TARGET = re.compile(
     r"|(?:all_)?x_embedder(?:_2-1)?|(?:all_)?final_layer(?:_2-1)?_(?:linear|adaLN_modulation_1)"
     r"|cap_embedder_1|t_embedder_mlp_[02]"
 )
-"""A module of the S3-DiT with '.' written as '_', which is how kohya's names come."""
+"""Names of the S3-DiT's modules with '_' for '.', as kohya's programs write them."""
 
 
 def identify_lora(shapes: Mapping[str, Shape]) -> ModelCard | None:
-    """The card of a LoRA, LoKr or LoHa file, or None."""
+    """Card of a LoRA, LoKr or LoHa file; None for any other.
+
+    Args:
+        shapes: Tensor name -> shape.
+    """
     factors: dict[str, dict[str, Shape]] = {}
     lycoris = set()
     for name, shape in shapes.items():
@@ -48,23 +53,17 @@ def identify_lora(shapes: Mapping[str, Shape]) -> ModelCard | None:
     targets = [*factors, *sorted(lycoris)]
     if not targets:
         return None
-    prefix, dialect = next(((p, d) for p, d in DIALECTS if targets[0].startswith(p)), ("", "bare names"))
+    prefix, dialect = next(
+        (row for row in DIALECTS.items() if targets[0].startswith(row[0])), ("", "bare names")
+    )
     known = [target for target in targets if _TARGET.fullmatch(_module_key(target))]
-    ranks = sorted(
-        {shape[0] for pair in factors.values() for side, shape in pair.items() if side == "down" and shape}
-    )
-    label = (
-        f"rank {ranks[0]}"
-        if len(ranks) == 1
-        else f"ranks {ranks[0]} to {ranks[-1]}"
-        if ranks
-        else "LoKr or LoHa"
-    )
-    title = (
-        f"a LoRA for Z-Image ({label}, {len(targets)} layers)"
-        if known
-        else f"a LoRA for another model ({label})"
-    )
+    ranks = sorted({pair["down"][0] for pair in factors.values() if pair.get("down")})
+    label = "LoKr or LoHa"
+    if ranks:
+        label = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    title = f"a LoRA for another model ({label})"
+    if known:
+        title = f"a LoRA for Z-Image ({label}, {len(targets)} layers)"
     return ModelCard(
         "lora",
         "z-image" if known else "",
@@ -73,19 +72,12 @@ def identify_lora(shapes: Mapping[str, Shape]) -> ModelCard | None:
         layout=dialect,
         prefix=prefix,
         problem=_lora_problem(factors, targets, known),
-        needs=("transformer", "text_encoder", "vae"),
+        needs=COMPONENTS,
     )
 
 
 def _module_key(target: str) -> str:
-    for prefix in (
-        "base_model.model.",
-        "lora_unet_",
-        "lycoris_",
-        "transformer.",
-        "diffusion_model.",
-        "model.",
-    ):
+    for prefix in (*DIALECTS, "model."):
         target = target.removeprefix(prefix)
     return target.replace(".", "_")
 
@@ -110,7 +102,11 @@ def _lora_problem(factors: dict[str, dict[str, Shape]], targets: list[str], know
 
 
 def identify_controlnet(shapes: Mapping[str, Shape]) -> ModelCard | None:
-    """The card of a Z-Image ControlNet (Fun-Controlnet-Union and relatives), or None."""
+    """Card of a Z-Image ControlNet (Fun-Controlnet-Union and relatives); None for any other file.
+
+    Args:
+        shapes: Tensor name -> shape.
+    """
     embedder = next((n for n in shapes if n.endswith("control_all_x_embedder.2-1.weight")), None)
     if embedder is None:
         return None
@@ -122,7 +118,6 @@ def identify_controlnet(shapes: Mapping[str, Shape]) -> ModelCard | None:
     # Files of 2.0 may carry the refiner's projections filled with zeros, which only the data tells.
     variant = "1.0" if width == 16 else ("2.1" if refined else "2.0") + (" lite" if layers < 6 else "")
     title = f"a Z-Image ControlNet ({variant}, {layers} control layers, {width} control channels)"
-    needs = ("transformer", "text_encoder", "vae")
     return ModelCard(
-        "controlnet", "z-image", title, variant=variant, layout="split", prefix=prefix, needs=needs
+        "controlnet", "z-image", title, variant=variant, layout="split", prefix=prefix, needs=COMPONENTS
     )

@@ -1,7 +1,7 @@
-"""Reading the numbers and texts of a GGUF header, with every length checked before it is believed.
+"""Reading the numbers and texts of a GGUF header, with every length checked before it is used.
 
-The header is read through a window of 1 MiB that slides over the file, so a vocabulary of six
-megabytes is walked over but not kept; `LazyArray` reads it again when somebody asks.
+The header is read through a window of 1 MiB that slides over the file. A vocabulary of six megabytes is
+walked over and not kept; `LazyArray` reads it again when it is asked for.
 Sizes are Python integers throughout: they do not wrap.
 """
 
@@ -26,7 +26,6 @@ MAX_HEADER = 256 << 20
 _WINDOW = 1 << 20
 
 STRING, ARRAY, BOOL = 8, 9, 7
-# value type of GGUF -> name, struct code
 SCALARS = {
     0: ("u8", "B"),
     1: ("i8", "b"),
@@ -40,6 +39,7 @@ SCALARS = {
     11: ("i64", "q"),
     12: ("f64", "d"),
 }
+"""Number of a value type of GGUF -> its name and struct code."""
 TYPE_NAMES = {**{number: name for number, (name, _) in SCALARS.items()}, STRING: "string", ARRAY: "array"}
 
 
@@ -48,9 +48,9 @@ class Cursor:
 
     Args:
         source: The file.
-        order: "<" or ">".
-        position: Where to start.
-        end: Where the readable part ends; the end of the file by default.
+        order: Byte order, "<" or ">".
+        position: Offset of the first byte to read.
+        end: Offset behind the last byte that may be read; None for the end of the file.
     """
 
     def __init__(self, source: Source, order: str, position: int = 0, end: int | None = None) -> None:
@@ -69,8 +69,8 @@ class Cursor:
         """BadFile with this fault."""
         raise BadFile(self.source.path, fault, AGAIN)
 
-    def need(self, count: int, what: str) -> None:
-        """Check that `count` bytes are left before anything is read or allocated for them."""
+    def require_bytes(self, count: int, what: str) -> None:
+        """Refuse a file that has fewer than `count` bytes left, before they are read or allocated."""
         left = self.end - self.position
         if count > left:
             self.fail(
@@ -81,8 +81,8 @@ class Cursor:
             self.fail(f"the header exceeds {MAX_HEADER} bytes at {what}; no known model needs that")
 
     def _at(self, count: int, what: str) -> int:
-        """Index in the window of the next `count` bytes, which are checked, loaded and passed over."""
-        self.need(count, what)
+        """Load the next `count` bytes, pass over them and return their index in the window."""
+        self.require_bytes(count, what)
         index = self.position - self._start
         if index + count > len(self._window):
             size = min(max(_WINDOW, count), self.end - self.position)
@@ -92,19 +92,19 @@ class Cursor:
         return index
 
     def u32(self, what: str) -> int:
-        """The next four bytes as a number."""
+        """Read four bytes as a number."""
         index = self._at(4, what)
         return int(self._u32(self._window, index)[0])
 
     def u64(self, what: str) -> int:
-        """The next eight bytes as a number."""
+        """Read eight bytes as a number."""
         index = self._at(8, what)
         return int(self._u64(self._window, index)[0])
 
     def text(self, what: str, limit: int = MAX_STRING) -> str:
-        """A length and that many bytes of UTF-8."""
+        """Read a length and that many bytes of UTF-8."""
         length = self.u64(f"the length of {what}")
-        self.need(length, f"{what} (a string of {length} bytes)")
+        self.require_bytes(length, f"{what} (a string of {length} bytes)")
         if length > limit:
             self.fail(f"{what} is a string of {length} bytes, at most {limit} are allowed")
         index = self._at(length, what)
@@ -114,7 +114,7 @@ class Cursor:
             self.fail(f"{what} is not UTF-8 text")
 
     def value(self, kind: int, key: str) -> Any:
-        """One metadata value: int, float, bool, str or LazyArray."""
+        """Read one metadata value: int, float, bool, str or LazyArray."""
         if kind == STRING:
             return self.text(f"the value of {key}")
         if kind == ARRAY:
@@ -131,7 +131,7 @@ class Cursor:
         return number
 
     def array(self, key: str, depth: int = 1) -> LazyArray:
-        """An array, walked over and checked to its last item but not kept."""
+        """Walk over an array and check it to its last item, without keeping it."""
         if depth > MAX_NESTING:
             self.fail(f"key {key} nests arrays deeper than {MAX_NESTING}")
         kind = self.u32(f"the item type of array {key}")
@@ -145,7 +145,7 @@ class Cursor:
             size = count * 12
         else:
             self.fail(f"array {key} has the unknown item type {kind}")
-        self.need(size, f"array {key} of {count} items")
+        self.require_bytes(size, f"array {key} of {count} items")
         if count > MAX_ITEMS:
             self.fail(f"array {key} has {count} items, at most {MAX_ITEMS} are allowed")
         if kind == STRING:
@@ -161,7 +161,7 @@ class Cursor:
         return LazyArray(self.source, self.order, key, kind, count, start, self.position)
 
     def _skip_strings(self, count: int, key: str) -> None:
-        """Walk over `count` strings: 0.1 us each, which is what makes a Qwen vocabulary open at once."""
+        """Walk over `count` strings; 0.1 us each, so that a GGUF with a vocabulary opens at once."""
         unpack = self._u64
         left = count
         while left:
@@ -172,19 +172,19 @@ class Cursor:
                 length = unpack(window, index)[0]
                 index += 8 + length
                 left -= 1
-            # a length that lies jumps behind the window, so only the last one can
+            # a length that lies ends the inner loop, as it leads behind the window: only the last can
             self.position = self._start + index
             if self.position > self.end:
                 self.position -= length
-                self.need(length, f"a string of array {key}")
+                self.require_bytes(length, f"a string of array {key}")
             if length > MAX_STRING:
                 self.fail(f"array {key} holds a string of {length} bytes, at most {MAX_STRING} are allowed")
 
 
 class LazyArray(Sequence[Any]):
-    """An array of a GGUF header, read when its items are first asked for, then kept.
+    """An array of a GGUF header, read when its items are first asked for, and kept from then on.
 
-    The file has to be open at that moment. Items are int, float, bool, str or LazyArray.
+    The file must still be open at that moment. Items are int, float, bool, str or LazyArray.
     """
 
     __slots__ = ("_count", "_end", "_items", "_key", "_kind", "_order", "_source", "_start")
@@ -198,11 +198,11 @@ class LazyArray(Sequence[Any]):
 
     @property
     def item_type(self) -> str:
-        """GGUF's name for the type of the items: "string", "i32", "array"..."""
+        """GGUF's name of the items' type: "string", "i32", "array"..."""
         return TYPE_NAMES[self._kind]
 
     def tolist(self) -> list[Any]:
-        """All items, in a list of its own.
+        """All items in a new list.
 
         Raises:
             BadFile: A string is not UTF-8, or the file was changed since it was opened.

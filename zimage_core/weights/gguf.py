@@ -4,9 +4,9 @@ Layout: magic, version, tensor count, key count; the keys with their values; the
 dimensions, type, offset); padding to `general.alignment`; the data. Dimensions are stored with the
 one that is contiguous first, so a shape is their reverse.
 
-The rules that no hostile file gets past: every length is compared with what is left of the file
-before it is used; names are unique, short and printable; a row is a whole number of blocks; tensors
-start on the alignment, end inside the file and do not overlap. Order, gaps and trailing bytes are free.
+Every length is compared with what is left of the file before it is used. Names are unique, short and
+printable; a row is a whole number of blocks; tensors start on the alignment, end inside the file and do
+not overlap. Order, gaps and trailing bytes are free.
 
 Source: ggml/docs/gguf.md.
 """
@@ -50,11 +50,11 @@ class GGUFFile(WeightFile):
     Attributes:
         version: 2 or 3.
         alignment: Tensors start on multiples of it.
-        metadata: int, float, bool and str as such; arrays as LazyArray.
+        metadata: Key -> int, float, bool, str or LazyArray.
 
     Raises:
-        BadFile: Not a GGUF file, damaged, cut, or a part of a split one.
-        UnknownFormat: A tensor of a type that is not described in zimage_core.formats.
+        BadFile: The file is no GGUF file, is damaged or cut, or is a part of a split one.
+        UnknownFormat: It holds a tensor type that is not described in zimage_core.formats.
     """
 
     kind = "gguf"
@@ -77,12 +77,12 @@ class GGUFFile(WeightFile):
         cursor = Cursor(self.source, order, 8)
         tensors = cursor.u64("the tensor count")
         keys = cursor.u64("the key count")
-        cursor.need(keys * _SMALLEST_KEY, f"metadata with a count of {keys} keys")
+        cursor.require_bytes(keys * _SMALLEST_KEY, f"metadata with a count of {keys} keys")
         if keys > MAX_KEYS:
             cursor.fail(f"a count of {keys} metadata keys, at most {MAX_KEYS} are allowed")
         self.metadata, self.alignment = self._read_metadata(cursor, keys)
         self._refuse_parts()
-        cursor.need(tensors * _SMALLEST_TENSOR, f"the table with a count of {tensors} tensors")
+        cursor.require_bytes(tensors * _SMALLEST_TENSOR, f"the table with a count of {tensors} tensors")
         if tensors > MAX_TENSORS:
             cursor.fail(f"a count of {tensors} tensors, at most {MAX_TENSORS} are allowed")
         table = [self._read_tensor(cursor) for _ in range(tensors)]
@@ -91,7 +91,7 @@ class GGUFFile(WeightFile):
         self._check_original_shapes()
 
     def _order(self, head: bytes) -> tuple[str, int]:
-        """Byte order and version; the version is what tells the order."""
+        """Byte order and version; the order is the one in which the version is a known one."""
         if len(head) < 8:
             fault = f"truncated: {len(head)} bytes, a GGUF header has at least 24"
             raise BadFile(self.path, fault, AGAIN)
@@ -125,7 +125,7 @@ class GGUFFile(WeightFile):
         return metadata, alignment
 
     def _refuse_parts(self) -> None:
-        """A split model is several files; one of them alone holds some of the tensors."""
+        """Refuse one part of a split model: it holds only some of the tensors."""
         count = self.metadata.get("split.count", 0)
         if isinstance(count, int) and count > 1:
             number = self.metadata.get("split.no", 0)
@@ -150,7 +150,7 @@ class GGUFFile(WeightFile):
             raise UnknownFormat(f"{printable(self.path)}: tensor {shown}: {error}") from None
 
     def _place(self, table: list[_Row]) -> None:
-        """Turn the table into TensorInfos once each lies inside the file, aligned and apart from the rest."""
+        """Fill `tensors` from the table, once every row fits: aligned, inside the file, no overlap."""
         variant = self._q2_0_variant(table)
         for name, shape, fmt, offset in table:
             shown = printable(name, 80)
@@ -184,7 +184,7 @@ class GGUFFile(WeightFile):
                 raise BadFile(self.path, f"tensors {names} overlap", AGAIN)
 
     def _q2_0_variant(self, table: list[_Row]) -> BlockFormat | None:
-        """Which block stands under type number 42 in this file, told by the largest tensor that uses it."""
+        """Block under type number 42 in this file, told by its largest tensor; None without such tensors."""
         largest, rows, start = 0, 1, 0
         for _, shape, fmt, offset in table:
             weights = math.prod(shape)
@@ -196,7 +196,7 @@ class GGUFFile(WeightFile):
         return q2_0_variant(rows, largest, end - start)
 
     def _check_original_shapes(self) -> None:
-        """ComfyUI's converter stores tensors reshaped and notes the true shape; both must have one size."""
+        """Refuse a true shape, as ComfyUI's converter notes it of a reshaped tensor, of another size."""
         for key, value in self.metadata.items():
             info = self.tensors.get(key.removeprefix(_ORIGINAL_SHAPE))
             if not key.startswith(_ORIGINAL_SHAPE) or info is None:

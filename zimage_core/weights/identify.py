@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadWeights, printable
-from zimage_core.weights import adapters, infer, infer_text, names, storage
+from zimage_core.weights import adapters, infer, names, storage
 from zimage_core.weights.card import ModelCard, check_compatible, require, text_encoder_name
 from zimage_core.weights.lookalikes import recognise
 
@@ -265,7 +265,7 @@ def _text_encoder(
         return ModelCard("other", family, title, problem="its architecture is not one of qwen3, qwen2, llama")
     try:
         json_config = infer.parse_config(TextEncoderConfig.from_json, stated) if stated is not None else None
-        config, cautions = infer_text.text_encoder_config(inside, metadata, layout, json_config)
+        config, cautions = infer.text_encoder_config(inside, metadata, layout, json_config)
     except BadWeights as error:
         return replace(card, problem=str(error))
     title = f"a {text_encoder_name(config)} text encoder (width {config.hidden_size})"

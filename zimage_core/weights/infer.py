@@ -1,7 +1,7 @@
-"""Configs from tensor shapes and metadata, for files that carry no config of their own.
+"""Sizes of the three networks from tensor shapes and metadata, as a single file carries no config.
 
-Shapes decide; metadata, a config.json beside the file, or the defaults of the released models add only
-what shapes cannot tell (rotary axes, epsilons, head counts without head norms). Where two sources
+Shapes decide. Metadata, a config.json beside the file, and the defaults of the released models add only
+what shapes cannot tell: rotary axes, epsilons, head counts without head norms. Where two sources
 disagree the file is refused. Every number is checked against a limit before anything is built from it.
 """
 
@@ -10,16 +10,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
-from zimage_core.config import HEAD_AXES, AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.config import (
+    HEAD_AXES,
+    TEXT_ARCHITECTURES,
+    AutoencoderConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+)
 from zimage_core.errors import BadArgument, BadWeights, printable
 from zimage_core.weights.names import TIME_CHANNELS
 
 MAX_LAYERS = 512
 MAX_WIDTH = 1 << 17
 MAX_VOCABULARY = 1 << 22
+
+Z_IMAGE, QWEN3_4B, FLUX_VAE = TransformerConfig(), TextEncoderConfig(), AutoencoderConfig()
 
 Shape = tuple[int, ...]
 Config = TransformerConfig | TextEncoderConfig | AutoencoderConfig
@@ -30,7 +38,7 @@ def count_layers(names: Iterable[str], stack: str) -> int:
     """Highest layer number + 1 among names `{stack}.{number}.{rest}`; 0 without any.
 
     Raises:
-        BadWeights: A number is beyond what any real model has; nothing is built from it.
+        BadWeights: A number is beyond what any real model has.
     """
     pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
     highest = -1
@@ -48,7 +56,11 @@ def squeezed(shape: Shape) -> Shape:
 
 
 def axes(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
-    """The lengths of a tensor's axes, as many as wanted; axes of length 1 may be added or absent."""
+    """Shape of a tensor of rank `rank`; where the file has more axes, those of length 1 are dropped.
+
+    Raises:
+        BadWeights: The tensor is missing, or has another rank or an axis of no sane length.
+    """
     shape = shapes.get(name)
     if shape is None:
         raise BadWeights(
@@ -62,8 +74,8 @@ def axes(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
     return shape
 
 
-def number(metadata: Mapping[str, Any], key: str, low: float, high: float) -> float | None:
-    """A finite number of the metadata between the limits, or None where the key is absent."""
+def read_float(metadata: Mapping[str, Any], key: str, low: float, high: float) -> float | None:
+    """A finite number of the metadata, from `low` to `high`; None where the key is absent."""
     if key not in metadata:
         return None
     value = metadata[key]
@@ -80,21 +92,21 @@ def number(metadata: Mapping[str, Any], key: str, low: float, high: float) -> fl
     return float(f"{value:.7g}") if isinstance(value, float) else float(value)
 
 
-def whole(metadata: Mapping[str, Any], key: str, high: int) -> int | None:
-    """A whole number of the metadata from 1 to the limit, or None where the key is absent."""
-    value = number(metadata, key, 1, high)
+def read_int(metadata: Mapping[str, Any], key: str, high: int) -> int | None:
+    """A whole number of the metadata, from 1 to `high`; None where the key is absent."""
+    value = read_float(metadata, key, 1, high)
     if value is not None and value != int(value):
         raise BadWeights(f"metadata {key!r} is {value}, wanted a whole number")
     return None if value is None else int(value)
 
 
 def parse_config(parse: Callable[[Mapping[str, Any]], ConfigT], data: Mapping[str, Any]) -> ConfigT:
-    """A config from JSON of unknown origin; whatever is wrong with it becomes one BadWeights."""
+    """Parse a config.json of unknown origin; whatever is wrong with it becomes one BadWeights."""
     try:
         return parse(data)
     except BadArgument as error:
         raise BadWeights(f"config.json does not fit: {error}") from error
-    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise BadWeights(f"config.json holds a value of the wrong kind ({printable(error, 80)})") from error
 
 
@@ -119,9 +131,6 @@ def built(make: Callable[..., ConfigT], **fields: Any) -> ConfigT:
         raise BadWeights(f"the tensor shapes do not belong together: {error}") from error
 
 
-FULL_WIDTH, FULL_LAYERS = 3840, 30
-"""Of every released Z-Image transformer."""
-
 # --- S3-DiT --------------------------------------------------------------------------
 
 
@@ -131,10 +140,17 @@ def transformer_config(
     layout: str,
     stated: TransformerConfig | None = None,
 ) -> tuple[TransformerConfig, list[str]]:
-    """S3-DiT config from the shapes of unprefixed tensors, and cautions: what was assumed or is odd.
+    """Sizes of an S3-DiT.
 
-    Metadata that counts: `zimage.axes_dims`, `zimage.axes_lens` (arrays of 3), `zimage.rope_theta`,
-    `zimage.norm_eps`, `zimage.t_scale`.
+    Args:
+        shapes: Tensor name without prefix -> shape.
+        metadata: Its keys `zimage.axes_dims`, `zimage.axes_lens` (arrays of 3), `zimage.rope_theta`,
+            `zimage.norm_eps` and `zimage.t_scale` are read.
+        layout: One of `names.TRANSFORMER_LAYOUTS`.
+        stated: Config of a config.json, which must agree with the shapes.
+
+    Returns:
+        The config, and cautions: sentences on what was assumed or is odd.
 
     Raises:
         BadWeights: A tensor that decides the size is missing, or sizes contradict each other.
@@ -174,17 +190,24 @@ def transformer_config(
         in_channels=patch_dim // patch**2,
         patch_size=patch,
         axes_dims=_rotary_axes(head_dim, metadata, stated, cautions),
-        axes_lens=stated.axes_lens if stated else _triple(metadata, "zimage.axes_lens") or (1536, 512, 512),
+        axes_lens=stated.axes_lens if stated else _triple(metadata, "zimage.axes_lens") or Z_IMAGE.axes_lens,
         t_mid_dim=t_mid,
         siglip_feat_dim=siglip,
-        norm_eps=stated.norm_eps if stated else number(metadata, "zimage.norm_eps", 0, 0.1) or 1e-5,
-        rope_theta=stated.rope_theta if stated else number(metadata, "zimage.rope_theta", 1, 1e9) or 256.0,
-        t_scale=stated.t_scale if stated else number(metadata, "zimage.t_scale", 1e-3, 1e6) or 1000.0,
+        norm_eps=stated.norm_eps
+        if stated
+        else read_float(metadata, "zimage.norm_eps", 0, 0.1) or Z_IMAGE.norm_eps,
+        rope_theta=stated.rope_theta
+        if stated
+        else read_float(metadata, "zimage.rope_theta", 1, 1e9) or Z_IMAGE.rope_theta,
+        t_scale=stated.t_scale
+        if stated
+        else read_float(metadata, "zimage.t_scale", 1e-3, 1e6) or Z_IMAGE.t_scale,
     )
     same = ("dim", "n_layers", "n_refiner_layers", "n_heads", "cap_feat_dim", "in_channels", "patch_size")
     agree(config, stated, same)
-    if stated is None and dim == FULL_WIDTH and config.n_layers != FULL_LAYERS:
-        cautions.append(f"{config.n_layers} layers where Z-Image has {FULL_LAYERS}: a cut or altered model")
+    if stated is None and dim == Z_IMAGE.dim and config.n_layers != Z_IMAGE.n_layers:
+        layers = Z_IMAGE.n_layers
+        cautions.append(f"{config.n_layers} layers where Z-Image has {layers}: a cut or altered model")
     return config, cautions
 
 
@@ -220,6 +243,130 @@ def _rotary_axes(
     return head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8
 
 
+# --- text encoder --------------------------------------------------------------------
+
+
+def text_encoder_config(
+    shapes: Mapping[str, Shape],
+    metadata: Mapping[str, Any],
+    layout: str,
+    stated: TextEncoderConfig | None = None,
+) -> tuple[TextEncoderConfig, list[str]]:
+    """Sizes of a text encoder; arguments and result are those of `transformer_config`.
+
+    A GGUF's keys of llama.cpp are read, such as `qwen3.attention.head_count`.
+
+    Raises:
+        BadWeights: As `transformer_config` does; also where llama weights come without metadata.
+    """
+    cautions: list[str] = []
+    gguf = layout == "gguf"
+    stack, q, k, norm, up = (
+        ("blk", "attn_q", "attn_k", "attn_q_norm", "ffn_up")
+        if gguf
+        else ("layers", "self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm", "mlp.up_proj")
+    )
+    vocabulary, hidden = axes(shapes, "token_embd.weight" if gguf else "embed_tokens.weight", 2)
+    (q_rows, _) = axes(shapes, f"{stack}.0.{q}.weight", 2)
+    (k_rows, _) = axes(shapes, f"{stack}.0.{k}.weight", 2)
+    (inner, _) = axes(shapes, f"{stack}.0.{up}.weight", 2)
+    qk_norm, bias = f"{stack}.0.{norm}.weight" in shapes, f"{stack}.0.{q}.bias" in shapes
+    arch = metadata.get("general.architecture") if gguf else None
+    if arch not in TEXT_ARCHITECTURES:
+        arch = stated.arch if stated else "qwen3" if qk_norm else "qwen2" if bias else "llama"
+    if (arch == "qwen3") != qk_norm:
+        raise BadWeights(
+            f"architecture {arch!r} {'has no' if qk_norm else 'needs'} norms on q and k, the tensors differ"
+        )
+    _refuse_rope_scaling(shapes, metadata, str(arch))
+    heads = stated.num_heads if stated else read_int(metadata, f"{arch}.attention.head_count", 4096)
+    if qk_norm:
+        (head_dim,) = axes(shapes, f"{stack}.0.{norm}.weight", 1)
+    elif stated:
+        head_dim = stated.head_dim
+    elif heads:
+        head_dim = read_int(metadata, f"{arch}.attention.key_length", MAX_WIDTH) or hidden // heads
+    elif arch == "qwen2":
+        head_dim = 64 if hidden < 1536 else 128
+        cautions.append(f"no metadata: heads of {head_dim} channels assumed, as in Qwen2.5")
+    else:
+        raise BadWeights(
+            "llama weights do not tell their head count; a GGUF with metadata or a config.json is needed"
+        )
+    if head_dim < 2 or q_rows % head_dim or k_rows % head_dim:
+        raise BadWeights(f"heads of {head_dim} channels do not divide {q_rows} query and {k_rows} key rows")
+    if heads and heads != q_rows // head_dim:
+        raise BadWeights(
+            f"the metadata says {heads} heads, the tensors hold {q_rows // head_dim} of {head_dim} channels"
+        )
+    if stated:
+        theta, eps = stated.rope_theta, stated.rms_norm_eps
+    else:
+        default = replace(QWEN3_4B, rope_theta=1e4, rms_norm_eps=1e-5) if arch == "llama" else QWEN3_4B
+        theta = read_float(metadata, f"{arch}.rope.freq_base", 1, 1e12) or default.rope_theta
+        found = read_float(metadata, f"{arch}.attention.layer_norm_rms_epsilon", 0, 0.1)
+        eps = default.rms_norm_eps if found is None else found
+    config = built(
+        TextEncoderConfig,
+        arch=arch,
+        hidden_size=hidden,
+        num_layers=_text_layers(
+            shapes, stack, hidden, qk_norm, stated, read_int(metadata, f"{arch}.block_count", MAX_LAYERS)
+        ),
+        num_heads=q_rows // head_dim,
+        num_kv_heads=k_rows // head_dim,
+        head_dim=head_dim,
+        intermediate_size=inner,
+        vocab_size=vocabulary,
+        rope_theta=theta,
+        rms_norm_eps=eps,
+        qk_norm=qk_norm,
+        attention_bias=bias,
+    )
+    same = ("hidden_size", "num_heads", "num_kv_heads", "intermediate_size", "vocab_size", "attention_bias")
+    agree(config, stated, same)
+    if (config.arch, hidden) == (QWEN3_4B.arch, QWEN3_4B.hidden_size):
+        if config.rope_theta == 5e6:
+            cautions.append(
+                "rotary base 5e6: a Qwen3-4B-2507, not the original Qwen3-4B that Z-Image was trained with"
+            )
+        if vocabulary != QWEN3_4B.vocab_size:
+            rows = QWEN3_4B.vocab_size
+            cautions.append(f"{vocabulary} embedding rows where Qwen3-4B has {rows}: a derivative of it")
+    return config, cautions
+
+
+def _text_layers(
+    shapes: Mapping[str, Shape],
+    stack: str,
+    hidden: int,
+    qk_norm: bool,
+    stated: TextEncoderConfig | None,
+    block_count: int | None,
+) -> int:
+    """Layers of the model; the last one may be missing from the file, as it is never run."""
+    present = count_layers(shapes, stack)
+    total = stated.num_layers if stated else block_count
+    if total is None:
+        total = present
+        if qk_norm and hidden == QWEN3_4B.hidden_size:  # its true depth is known; cuts after layer 34 exist
+            total = QWEN3_4B.num_layers
+            if present not in (total, total - 1):
+                fault = f"it has {present} layers, Qwen3-4B has {total}; the file was cut or altered"
+                raise BadWeights(fault)
+    if present not in (total, total - 1):
+        raise BadWeights(f"the metadata says {total} layers, the tensors hold {present}")
+    return total
+
+
+def _refuse_rope_scaling(shapes: Mapping[str, Shape], metadata: Mapping[str, Any], arch: str) -> None:
+    scaling = metadata.get(f"{arch}.rope.scaling.type", "none")
+    if "rope_freqs.weight" in shapes or scaling not in ("none", ""):
+        raise BadWeights(
+            "the encoder scales its rotary frequencies, which no encoder of Z-Image does; get Qwen3-4B"
+        )
+
+
 # --- VAE -----------------------------------------------------------------------------
 
 
@@ -229,12 +376,12 @@ def autoencoder_config(
     layout: str,
     stated: AutoencoderConfig | None = None,
 ) -> tuple[AutoencoderConfig, list[str]]:
-    """VAE config from unprefixed tensors; and cautions.
+    """Sizes of a VAE; arguments and result are those of `transformer_config`.
 
-    Metadata that counts: `zimage.norm_num_groups`, `zimage.scaling_factor`, `zimage.shift_factor`.
+    The metadata's keys `zimage.norm_num_groups`, `zimage.scaling_factor` and `zimage.shift_factor` are read.
 
     Raises:
-        BadWeights: As in transformer_config.
+        BadWeights: A tensor that decides the size is missing, or sizes contradict each other.
     """
     cautions: list[str] = []
     stack, resnet = ("encoder.down", "block") if layout == "bfl" else ("encoder.down_blocks", "resnets")
@@ -245,21 +392,21 @@ def autoencoder_config(
     image_out, _, _, _ = _conv_axes(shapes, "decoder.conv_out.weight")
     _, image_in, _, _ = _conv_axes(shapes, "encoder.conv_in.weight")
     _, latent, _, _ = _conv_axes(shapes, "decoder.conv_in.weight")
-    groups = stated.norm_num_groups if stated else whole(metadata, "zimage.norm_num_groups", MAX_WIDTH)
+    groups = stated.norm_num_groups if stated else read_int(metadata, "zimage.norm_num_groups", MAX_WIDTH)
     if groups is None:
         groups = math.gcd(32, *widths)
         if groups != 32:
             cautions.append(f"{groups} norm groups assumed from the widths {widths}")
-    scaling = stated.scaling_factor if stated else number(metadata, "zimage.scaling_factor", 1e-4, 1e4)
-    shift = stated.shift_factor if stated else number(metadata, "zimage.shift_factor", -100, 100)
+    scaling = stated.scaling_factor if stated else read_float(metadata, "zimage.scaling_factor", 1e-4, 1e4)
+    shift = stated.shift_factor if stated else read_float(metadata, "zimage.shift_factor", -100, 100)
     config = built(
         AutoencoderConfig,
         block_out_channels=widths,
         layers_per_block=count_layers(shapes, f"{stack}.0.{resnet}"),
         latent_channels=latent,
         norm_num_groups=groups,
-        scaling_factor=0.3611 if scaling is None else scaling,
-        shift_factor=0.1159 if shift is None else shift,
+        scaling_factor=FLUX_VAE.scaling_factor if scaling is None else scaling,
+        shift_factor=FLUX_VAE.shift_factor if shift is None else shift,
         in_channels=image_in,
         out_channels=image_out,
     )
@@ -268,10 +415,11 @@ def autoencoder_config(
         stated,
         ("block_out_channels", "layers_per_block", "latent_channels", "in_channels", "out_channels"),
     )
+    mine = (config.scaling_factor, config.shift_factor)
     if (
         stated
-        and widths == (128, 256, 512, 512)
-        and (config.scaling_factor, config.shift_factor) != (0.3611, 0.1159)
+        and widths == FLUX_VAE.block_out_channels
+        and mine != (FLUX_VAE.scaling_factor, FLUX_VAE.shift_factor)
     ):
         cautions.append(
             f"scaling {config.scaling_factor} and shift {config.shift_factor} are not those of Flux: "

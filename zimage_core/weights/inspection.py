@@ -15,13 +15,14 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, ZImageError, printable
 
 if TYPE_CHECKING:
     from zimage_core.weights.files import WeightFile
     from zimage_core.weights.opened import Opened
 
-COMPONENTS = ("transformer", "text_encoder", "vae", "tokenizer")
+PARTS = (*COMPONENTS, "tokenizer")
 """What an image needs; a GGUF text encoder brings its own tokenizer."""
 MAX_FILES = 200  # of one folder
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".safetensors.index.json")
@@ -127,7 +128,7 @@ def _weights(opened: Opened, full: bool) -> Inspection:
     file, card = opened.file, opened.card
     faults = card.faults()
     needs = list(card.needs)
-    if card.kind in COMPONENTS and not _has_tokenizer(file, card.kind):
+    if card.kind in PARTS and not _has_tokenizer(file, card.kind):
         needs.append("tokenizer")
     return Inspection(
         path=file.path,
@@ -251,7 +252,7 @@ def _folder(path: Path, full: bool) -> Inspection:
     if not parts:
         raise BadFile(path, "a directory without model files", "name a model file or its folder")
     have = {part.kind for part in parts if part.usable}
-    needs = [name for name in COMPONENTS[:3] if name not in have]
+    needs = [name for name in COMPONENTS if name not in have]
     encoders = [part for part in parts if part.kind == "text_encoder"]
     if "tokenizer" not in have and all("tokenizer" in part.needs for part in encoders):
         needs.append("tokenizer")

@@ -1,8 +1,6 @@
-"""What a file that is no model may be instead, by its first bytes, and what to do about it."""
+"""What a file is that is no model, told by its first bytes, and what to do about it."""
 
 from __future__ import annotations
-
-from typing import NoReturn
 
 from zimage_core.errors import BadFile
 from zimage_core.weights.source import AGAIN
@@ -49,7 +47,11 @@ _KNOWN: tuple[tuple[bytes, str, str], ...] = (
 
 
 def refuse_known(path: str, head: bytes) -> None:
-    """BadFile that names what a file is by its first bytes, where they tell; else nothing."""
+    """Refuse a file whose first bytes are those of something else; return where they tell nothing.
+
+    Raises:
+        BadFile: The sentence says what the file is and what to do.
+    """
     if len(head) >= 8 and not head.strip(b"\x00"):
         raise BadFile(path, f"starts with {len(head)} zero bytes, no magic: an unfinished download", AGAIN)
     for magic, what, hint in _KNOWN:
@@ -57,9 +59,5 @@ def refuse_known(path: str, head: bytes) -> None:
             raise BadFile(path, f"{what}, not a GGUF or safetensors file", hint)
     page = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if page.startswith((b"<!doctype", b"<html", b"<head", b"<!--")):
-        _fail_page(path)
-
-
-def _fail_page(path: str) -> NoReturn:
-    fault = "an HTML page, not a model: the download saved a web page (an error, a login or a preview)"
-    raise BadFile(path, fault, "download the file itself, with your token if it is gated")
+        fault = "an HTML page, not a model: the download saved a web page (an error, a login or a preview)"
+        raise BadFile(path, fault, "download the file itself, with your token if it is gated")

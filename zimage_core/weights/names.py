@@ -1,8 +1,8 @@
-"""Checkpoint name <-> module name: exact tables for each network and layout, computed from the config.
+"""Tables from module names to checkpoint names, computed from the config, for each network and layout.
 
-Module names are diffusers' for the S3-DiT and the VAE and Hugging Face's (without "model.") for the text
-encoder. A table is a tuple of `Entry`, one for each parameter of the module; where a layout fuses tensors
-(qkv) several entries name the same checkpoint tensor and cut it by rows, without gaps or overlaps.
+Module names are those of diffusers for the S3-DiT and the VAE, and those of transformers (without "model.")
+for the text encoder. A table is a tuple of `Entry`, one for each parameter of the module. Where a layout
+fuses tensors (qkv), several entries name one checkpoint tensor and cut it by rows, without gaps or overlaps.
 Sources: diffusers' and ComfyUI's checkpoints, llama.cpp's GGUF names, the LDM names of ae.safetensors.
 """
 
@@ -24,16 +24,16 @@ VAE_LAYOUTS = ("diffusers", "bfl")
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one parameter of a module lies in a checkpoint.
+    """Place of one parameter of a module in a checkpoint.
 
     Args:
         module: Parameter name in the module.
         checkpoint: Tensor name in the file, without the file's prefix.
         shape: Shape of the parameter.
-        rows: (start, stop) of axis 0 of the checkpoint's tensor, or None for all of it.
-        total_rows: Axis 0 of the checkpoint's tensor where rows is given.
-        heads: Where positive, rows of each of this many heads are stored with the two halves
-            interleaved (llama.cpp does so for architecture "llama") and must be put back.
+        rows: (start, stop) on axis 0 of the checkpoint's tensor, or None for all of it.
+        total_rows: Length of axis 0 of the checkpoint's tensor where rows is given.
+        heads: If positive, the rows of each of so many heads are stored with their two halves interleaved,
+            as llama.cpp does for architecture "llama", and must be put back.
     """
 
     module: str
@@ -74,10 +74,10 @@ def _layout(wanted: str, known: tuple[str, ...]) -> None:
 
 
 def transformer_table(config: TransformerConfig, layout: str) -> Table:
-    """The S3-DiT in layout "split" (diffusers), "fused" (single file and GGUF) or "sdcpp".
+    """Table of the S3-DiT in layout "split" (diffusers), "fused" (single file and GGUF) or "sdcpp".
 
-    The last is what stable-diffusion.cpp writes from diffusers' files: the names of the single file, with
-    q, k and v apart as qkv.weight, qkv.weight.1 and qkv.weight.2.
+    Layout "sdcpp" is what stable-diffusion.cpp writes from diffusers' files: the names of the single file,
+    with q, k and v apart as qkv.weight, qkv.weight.1 and qkv.weight.2.
     """
     _layout(layout, TRANSFORMER_LAYOUTS)
     entries = tuple(_transformer(config, fused=layout != "split"))
@@ -163,7 +163,7 @@ GGUF_LAYER_NAMES = {
 
 
 def text_encoder_table(config: TextEncoderConfig, layout: str) -> Table:
-    """The text encoder in layout "hf" or "gguf".
+    """Table of the text encoder in layout "hf" or "gguf".
 
     The last layer and the final norm are left out: the caption is the hidden state before them.
     """
@@ -204,7 +204,7 @@ def _layer_parameters(c: TextEncoderConfig) -> Iterator[tuple[str, str, tuple[in
 
 
 def autoencoder_table(config: AutoencoderConfig, layout: str) -> Table:
-    """The VAE in layout "diffusers" or "bfl" (the LDM names of FLUX.1's ae.safetensors).
+    """Table of the VAE in layout "diffusers" or "bfl" (the LDM names of FLUX.1's ae.safetensors).
 
     In the BFL layout the four projections of an attention are 1x1 convolutions, (C, C, 1, 1).
     """

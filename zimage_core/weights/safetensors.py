@@ -1,7 +1,7 @@
-"""Reader of safetensors files, alone or in shards with an index.
+"""Reader of safetensors files, single or in shards with an index.
 
 Layout: the header's length (u64), the header (JSON), the data. The tensors must fill the data exactly:
-no hole, no overlap, no rest. Tensors are read one by one, never the whole file.
+no hole, no overlap, no rest.
 
 Source: https://github.com/huggingface/safetensors (README, "Format").
 """
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, printable
+from zimage_core.files.untrusted import MAX_DIGITS
 from zimage_core.formats import FORMATS, BlockFormat, Field
 from zimage_core.weights.magic import refuse_known
-from zimage_core.weights.safetensors_header import MAX_DIGITS, MAX_NAME, MAX_TENSORS, HeaderParser
+from zimage_core.weights.safetensors_header import MAX_NAME, MAX_TENSORS, HeaderParser
 from zimage_core.weights.source import AGAIN, Source, TensorInfo, WeightFile, check_text
 
 MAX_HEADER = 100_000_000
@@ -27,7 +28,7 @@ MAX_INDEX = 32 << 20
 
 
 def _plain(name: str, code: str) -> BlockFormat:
-    """A type that GGUF does not have and no weight is stored in: counters, masks, shared exponents."""
+    """A type of counters, masks or shared exponents, which no weight has and GGUF lacks."""
     field = Field("w", code)
     return BlockFormat(name, None, 1, field.nbytes, (field,))
 
@@ -46,10 +47,10 @@ class SafetensorsFile(WeightFile):
     Args:
         path: The file; a Source is taken over.
         mmap: Hand out tensors as views of a private map; False reads each into its own memory.
-        alone: False where the file is opened as one of several shards.
+        alone: False opens the file as one of several shards.
 
     Raises:
-        BadFile: Not safetensors, damaged, cut, or one shard of several.
+        BadFile: The file is not safetensors, is damaged or cut, or is one shard of several.
     """
 
     kind = "safetensors"
@@ -120,7 +121,7 @@ class SafetensorsFile(WeightFile):
         return TensorInfo(name, tuple(shape), fmt, self.data_start + first, nbytes)
 
     def _refuse_shard(self) -> None:
-        """A shard that is opened alone, under its own name or renamed, holds some of the tensors."""
+        """Refuse a shard that is opened alone, under its own name or renamed: it lacks tensors."""
         hint = "open the folder or its index with all shards beside it"
         numbers = _SHARD.search(self.path)
         if numbers and int(numbers[2]) > 1:
@@ -130,18 +131,18 @@ class SafetensorsFile(WeightFile):
             try:
                 shards = read_index(index)
             except BadFile:
-                continue  # that file is not the one to judge
+                continue  # a damaged index is not this file's fault
             if len(shards) > 1 and any(set(names) == set(self.tensors) for names in shards.values()):
                 fault = f"incomplete: exactly one of the {len(shards)} shards of {printable(index.name)}"
                 raise BadFile(self.path, fault, hint)
 
 
 class ShardedSafetensors(WeightFile):
-    """Several safetensors files under one index; all are opened, every tensor of the index is present.
+    """Several safetensors files under one index; all are opened, and together hold what the index lists.
 
     Args:
-        path: The index, `*.safetensors.index.json`.
-        mmap: As for SafetensorsFile.
+        path: The index, `*.safetensors.index.json`; a Source is taken over.
+        mmap: Hand out tensors as views of a private map; False reads each into its own memory.
 
     Raises:
         BadFile: A shard is missing or damaged, the index and the shards disagree on a tensor, or an
@@ -191,7 +192,7 @@ class ShardedSafetensors(WeightFile):
         return self.shards[self._shard_of[name]].source
 
     def check_unchanged(self) -> None:
-        """BadFile where a shard was written to or cut since it was opened."""
+        """Refuse a shard that was written to or cut since it was opened, with BadFile."""
         for shard in self.shards.values():
             shard.check_unchanged()
 
@@ -203,10 +204,10 @@ class ShardedSafetensors(WeightFile):
 
 
 def read_index(place: str | PathLike[str] | Source) -> dict[str, list[str]]:
-    """Shard name to the names of its tensors, from an index of shards.
+    """Read an index of shards: name of a shard -> names of its tensors.
 
     Raises:
-        BadFile: Not such an index, or an entry that is not a plain file name.
+        BadFile: The file is no such index, or an entry is not a plain file name.
     """
     if not isinstance(place, Source):
         source = Source(place)
@@ -249,7 +250,7 @@ def read_index(place: str | PathLike[str] | Source) -> dict[str, list[str]]:
 
 
 def shard_names(index: str | PathLike[str]) -> set[str]:
-    """The files that an index of shards lists; none where it cannot be read, for others to complain."""
+    """Names of the files that an index of shards lists; none where it cannot be read."""
     try:
         return set(read_index(index))
     except BadFile:

@@ -1,42 +1,36 @@
-"""Strict parser of the JSON in front of a safetensors file.
+"""Strict reading of the JSON in front of a safetensors file.
 
-It knows this one structure and nothing else, so there is no depth to overflow, no number to blow up
-and no key that two readers could understand differently: duplicate keys, unknown fields, NaN, control
-characters and lone surrogates are all refused. A general JSON parser would build a hundred megabytes
-of nested lists into gigabytes of objects before anything could be checked.
+The header is an object of tensors and of one map from text to text. Duplicate keys, unknown fields, numbers
+that cannot be sizes and lone surrogates are refused, so that no two readers understand a file differently.
 """
 
 from __future__ import annotations
 
-import re
-from typing import NoReturn
+import json
+from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, printable
+from zimage_core.files.untrusted import MAX_DIGITS
 from zimage_core.weights.source import AGAIN, check_text
 
 MAX_TENSORS = 100_000
 MAX_NAME = 1024
 MAX_DIMENSIONS = 8
-MAX_DIGITS = 20
+MAX_BRACKETS = 5 * MAX_TENSORS
+"""Opening brackets in a header, those inside texts too. Two belong to a tensor; millions of empty lists would
+take gigabytes of memory before anything could be checked."""
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 Entry = tuple[str, list[int], list[int]]  # dtype, shape, data_offsets
 
-_BLANKS = (b" ", b"\t", b"\r", b"\n")
-_SPACE = re.compile(rb"[ \t\r\n]*")
-_NUMBER = re.compile(rb"-?[0-9.eE+-]+")
-_INTEGER = re.compile(rb"0|[1-9][0-9]{0,%d}" % (MAX_DIGITS - 1))
-# An entry as every writer lays it out, for speed; whatever looks different goes token by token.
-_NUMBERS = rb"((?:0|[1-9][0-9]{0,%d})(?:,(?:0|[1-9][0-9]{0,%d})){0,%d})" % (
-    MAX_DIGITS - 1, MAX_DIGITS - 1, MAX_DIMENSIONS - 1
-)  # fmt: skip
-_USUAL_ENTRY = re.compile(
-    rb'\{"dtype":"([A-Z0-9_]{1,16})","shape":\[%s?\],"data_offsets":\[%s\]\}' % (_NUMBERS, _NUMBERS)
-)
-_CONTROL = re.compile(rb"[\x00-\x1f]")
+
+class _Literal(str):
+    """A number that cannot be a size, as the file writes it."""
 
 
 class HeaderParser:
-    """The header's JSON: an object of tensors, and of one map from text to text.
+    """Parser of one header; its objects stay tuples of pairs until checked, as a dict would hide duplicates.
 
     Args:
         path: The file, for messages.
@@ -46,175 +40,137 @@ class HeaderParser:
     def __init__(self, path: str, data: bytearray) -> None:
         self.path = path
         self.data = data
-        self.position = 0
+        self._objects = 0
+        self._numbers = 0
 
     def fail(self, fault: str) -> NoReturn:
         """BadFile with this fault."""
         raise BadFile(self.path, f"damaged header: {fault}", AGAIN)
 
-    def skip(self) -> None:
-        """Pass over white space."""
-        if self.data[self.position : self.position + 1] in _BLANKS:
-            found = _SPACE.match(self.data, self.position)
-            self.position = found.end() if found else self.position
+    def parse(self) -> tuple[dict[str, str], dict[str, Entry]]:
+        """Read the metadata, and of each tensor (dtype, shape, data_offsets) by its name.
 
-    def take(self, character: bytes) -> bool:
-        """Pass over this character if it comes next."""
-        if not self.data.startswith(character, self.position):
-            self.skip()
-            if not self.data.startswith(character, self.position):
-                return False
-        self.position += 1
-        return True
+        Raises:
+            BadFile: The header has any other structure; the sentence says where.
+        """
+        metadata: dict[str, str] | None = None
+        tensors: dict[str, Entry] = {}
+        for name, value in self._document():
+            self._check_unicode(name, "as a tensor name")
+            if name == "__metadata__":
+                if metadata is not None:
+                    self.fail("duplicate __metadata__")
+                metadata = self._metadata(value)
+            elif name in tensors:
+                self.fail(f"duplicate tensor name {printable(name, 80)}")
+            elif len(tensors) >= MAX_TENSORS:
+                self._too_many_tensors()
+            else:
+                check_text(self.path, "tensor name", name, MAX_NAME)
+                tensors[name] = self._entry(f"tensor {printable(name, 80)}", value)
+        return metadata or {}, tensors
 
-    def expect(self, character: bytes, where: str) -> None:
-        """Pass over this character or fail."""
-        if not self.take(character):
-            next_bytes = bytes(self.data[self.position : self.position + 8])
-            found = printable(next_bytes) if next_bytes else "the end"
-            self.fail(f"JSON expected {character.decode()} {where} at byte {self.position}, found {found}")
-
-    def text(self, where: str) -> str:
-        """A JSON string; escapes are resolved, control characters and lone surrogates refused."""
-        self.expect(b'"', where)
-        start = end = self.position
-        while True:
-            end = self.data.find(b'"', end)
-            if end < 0:
-                self.fail(f"JSON string without an end {where}, at byte {start}")
-            slashes = end
-            while slashes > start and self.data[slashes - 1] == 0x5C:
-                slashes -= 1
-            if (end - slashes) % 2 == 0:
-                break
-            end += 1
-        self.position = end + 1
-        raw = bytes(self.data[start:end])
+    def _document(self) -> tuple[tuple[str, Any], ...]:
+        """Parse the header's JSON; only its syntax and its size are checked."""
+        if not self.data.startswith(b"{"):
+            self.fail(f"JSON must begin with {{, found {printable(bytes(self.data[:8]))}")
+        if self.data.count(b"[") > MAX_BRACKETS:
+            self.fail(f"it has more than {MAX_BRACKETS} lists")
+        decoder = json.JSONDecoder(
+            object_pairs_hook=self._object,
+            parse_int=self._number,
+            parse_float=self._number,
+            parse_constant=self._number,
+        )
         try:
-            text = raw.decode("utf-8")
-            if b"\\" in raw:
-                import json
+            text = self.data.decode("utf-8")
+            document, end = decoder.raw_decode(text)
+        except UnicodeDecodeError as error:
+            self.fail(f"JSON is not UTF-8 text at byte {error.start}")
+        except json.JSONDecodeError as error:
+            self.fail(f"invalid JSON at character {error.pos}: {error.msg}")
+        except RecursionError:
+            self.fail("JSON nested too deep")
+        if rest := text[end:].lstrip(" \t\r\n"):
+            self.fail(f"{len(rest.encode())} extra bytes are trailing after the JSON")
+        return document  # type: ignore[no-any-return]  # it begins with a brace, so it is what _object returns
 
-                text = json.loads(f'"{text}"')
-                text.encode("utf-8")  # a lone surrogate cannot be
-            elif _CONTROL.search(raw):
-                self.fail(f"JSON string with a control character {where}")
-        except UnicodeError:
-            self.fail(f"JSON string {where} is not UTF-8 text")
-        except ValueError:
-            self.fail(f"JSON string {where} has an invalid escape")
-        return text
+    def _object(self, pairs: list[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
+        self._objects += 1
+        if self._objects > MAX_TENSORS + 2:  # with the metadata and the header itself
+            self._too_many_tensors()
+        return tuple(pairs)
 
-    def number(self, what: str) -> int:
-        """A non-negative integer of at most 20 digits."""
-        self.skip()
-        found = _NUMBER.match(self.data, self.position)
-        digits = found.group() if found else bytes(self.data[self.position : self.position + 8])
-        if not found or not _INTEGER.fullmatch(digits):
-            shown = printable(digits.decode("latin-1"), 30)
-            self.fail(
-                f"{what} holds {shown}, a non-negative integer of {MAX_DIGITS} digits at most is wanted"
-            )
-        self.position = found.end()
-        return int(digits)
+    def _number(self, digits: str) -> int | _Literal:
+        self._numbers += 1
+        if self._numbers > MAX_TENSORS * (MAX_DIMENSIONS + 2):
+            self._too_many_tensors()
+        # a minus is no digit: sizes are not negative
+        return int(digits) if len(digits) <= MAX_DIGITS and digits.isdigit() else _Literal(digits)
 
-    def numbers(self, what: str, limit: int) -> list[int]:
-        """An array of such integers."""
-        self.expect(b"[", f"to open {what}")
-        items: list[int] = []
-        if self.take(b"]"):
-            return items
-        while True:
-            items.append(self.number(what))
-            if len(items) > limit:
-                self.fail(f"{what} has more than {limit} dimensions or numbers")
-            if self.take(b"]"):
-                return items
-            self.expect(b",", f"in {what}")
+    def _too_many_tensors(self) -> NoReturn:
+        self.fail(f"the tensor count exceeds {MAX_TENSORS}")
 
-    def metadata(self) -> dict[str, str]:
-        """The object under __metadata__: text to text."""
-        self.expect(b"{", "to open __metadata__")
+    def _metadata(self, pairs: Any) -> dict[str, str]:
+        if not isinstance(pairs, tuple):
+            self.fail(f"JSON expected {{ to open __metadata__, found {_shown(pairs)}")
         result: dict[str, str] = {}
-        if self.take(b"}"):
-            return result
-        while True:
-            key = self.text("as a key of __metadata__")
+        for key, value in pairs:
+            self._check_unicode(key, "as a key of __metadata__")
             if key in result:
                 self.fail(f"duplicate key {printable(key, 60)} in __metadata__")
-            self.expect(b":", "in __metadata__")
-            result[key] = self.text("(values of __metadata__ are strings)")
-            if self.take(b"}"):
-                return result
-            self.expect(b",", "in __metadata__")
+            result[key] = self._text(value, "(values of __metadata__ are strings)")
+        return result
 
-    def entry(self, name: str) -> Entry:
+    def _entry(self, shown: str, pairs: Any) -> Entry:
         """dtype, shape and data_offsets of one tensor, in any order, each once."""
-        usual = _USUAL_ENTRY.match(self.data, self.position)
-        if usual and usual[3].count(b",") == 1:
-            self.position = usual.end()
-            sizes = [int(digits) for digits in (usual[2] or b"").split(b",") if digits]
-            return usual[1].decode(), sizes, [int(digits) for digits in usual[3].split(b",")]
-        shown = f"tensor {printable(name, 80)}"
-        self.expect(b"{", f"to open {shown}")
-        dtype, shape, offsets, seen = "", [0], [0], set()
-        more = not self.take(b"}")
-        while more:
-            field = self.text(f"as a field of {shown}")
-            if field in seen:
-                self.fail(f"duplicate field {printable(field, 40)} in {shown}")
-            seen.add(field)
-            self.expect(b":", f"in {shown}")
-            if field == "dtype":
-                dtype = self.text(f"as the dtype of {shown}")
-            elif field == "shape":
-                shape = self.numbers(f"the shape of {shown}", MAX_DIMENSIONS)
-            elif field == "data_offsets":
-                offsets = self.numbers(f"data_offsets of {shown}", 2)
-            else:
-                self.fail(f"unknown field {printable(field, 40)} in {shown}")
-            more = not self.take(b"}")
-            if more:
-                self.expect(b",", f"in {shown}")
-        missing = [field for field in ("dtype", "shape", "data_offsets") if field not in seen]
-        if missing:
-            self.fail(f"{shown} is missing {' and '.join(missing)}")
+        if not isinstance(pairs, tuple):
+            self.fail(f"JSON expected {{ to open {shown}, found {_shown(pairs)}")
+        fields = dict(pairs)
+        if fields.keys() != _FIELDS or len(fields) != len(pairs):
+            self._refuse_fields(shown, [field for field, _ in pairs])
+        dtype = self._text(fields["dtype"], f"as the dtype of {shown}")
+        shape = self._sizes(fields["shape"], f"the shape of {shown}", MAX_DIMENSIONS)
+        offsets = self._sizes(fields["data_offsets"], f"data_offsets of {shown}", 2)
         if len(offsets) != 2:
             self.fail(f"data_offsets of {shown} has length {len(offsets)}, 2 is wanted")
         return dtype, shape, offsets
 
-    def parse(self) -> tuple[dict[str, str], dict[str, Entry]]:
-        """The metadata, and name to (dtype, shape, data_offsets).
+    def _refuse_fields(self, shown: str, found: list[str]) -> NoReturn:
+        for number, field in enumerate(found):
+            if field not in _FIELDS:
+                self.fail(f"unknown field {printable(field, 40)} in {shown}")
+            if field in found[:number]:
+                self.fail(f"duplicate field {field} in {shown}")
+        missing = [field for field in ("dtype", "shape", "data_offsets") if field not in found]
+        self.fail(f"{shown} is missing {' and '.join(missing)}")
 
-        Raises:
-            BadFile: Anything but the expected structure.
-        """
-        metadata: dict[str, str] | None = None
-        tensors: dict[str, Entry] = {}
-        if self.data.count(b'"data_offsets"') > MAX_TENSORS:
-            self.fail(f"the tensor count exceeds {MAX_TENSORS}")
-        if not self.data.startswith(b"{"):
-            self.fail(f"JSON must begin with {{, found {printable(bytes(self.data[:8]))}")
-        self.expect(b"{", "to open the header")
-        more = not self.take(b"}")
-        while more:
-            name = self.text("as a tensor name")
-            self.expect(b":", "after a tensor name")
-            if name == "__metadata__":
-                if metadata is not None:
-                    self.fail("duplicate __metadata__")
-                metadata = self.metadata()
-            elif name in tensors:
-                self.fail(f"duplicate tensor name {printable(name, 80)}")
-            elif len(tensors) >= MAX_TENSORS:
-                self.fail(f"the tensor count exceeds {MAX_TENSORS}")
-            else:
-                check_text(self.path, "tensor name", name, MAX_NAME)
-                tensors[name] = self.entry(name)
-            more = not self.take(b"}")
-            if more:
-                self.expect(b",", "between tensors")
-        self.skip()
-        if self.position != len(self.data):
-            self.fail(f"{len(self.data) - self.position} extra bytes are trailing after the JSON")
-        return metadata or {}, tensors
+    def _sizes(self, items: Any, what: str, limit: int) -> list[int]:
+        if not isinstance(items, list):
+            self.fail(f"JSON expected [ to open {what}, found {_shown(items)}")
+        if len(items) > limit:
+            self.fail(f"{what} has more than {limit} dimensions or numbers")
+        for item in items:
+            if type(item) is not int:
+                wanted = f"a non-negative integer of {MAX_DIGITS} digits at most is wanted"
+                self.fail(f"{what} holds {_shown(item)}, {wanted}")
+        return items
+
+    def _text(self, value: Any, where: str) -> str:
+        if type(value) is not str:
+            self.fail(f'JSON expected " {where}, found {_shown(value)}')
+        self._check_unicode(value, where)
+        return value
+
+    def _check_unicode(self, text: str, where: str) -> None:
+        """Refuse lone surrogates, which an escape can spell."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.fail(f"JSON string {where} is not UTF-8 text")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "{" if isinstance(value, tuple) else "["
+    return printable(value if isinstance(value, _Literal) else json.dumps(value), 30)

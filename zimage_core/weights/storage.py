@@ -1,9 +1,9 @@
-"""How safetensors files store quantised weights: what is read, and what is refused by name.
+"""How safetensors files store quantised weights: what is read, and what is refused by its name.
 
-Read: float8 weights, plain or with a scale beside them (`X.scale_weight` of ComfyUI's older files,
-`X.weight_scale` with `X.comfy_quant` of its newer ones and of compressed-tensors). Everything else that
-appears in the wild keeps codes in ways that need its own arithmetic, and is refused with the way round.
-Source: ComfyUI's comfy/quant_ops.py and comfy/ops.py; the files' own tensor names.
+Float8 weights are read, plain or with a scale beside them (`X.scale_weight` in ComfyUI's older files,
+`X.weight_scale` with `X.comfy_quant` in its newer ones and in those of compressed-tensors). Other schemes
+need arithmetic of their own and are refused; the sentence says what to get instead.
+Source: ComfyUI's comfy/quant_ops.py and comfy/ops.py; the tensor names of published files.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 FP8 = ("F8_E4M3", "F8_E5M2")
 PLAIN = ("F32", "F16", "BF16")
 SCALED = (*FP8, *PLAIN)
-"""Weights that a scale may stand beside; some files have one beside every layer, whatever its type."""
+"""Types of weights that may have a scale; some files have one beside every layer, whatever its type."""
 COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
-"""Beside `X.weight`: what its numbers are to be multiplied by."""
+"""Endings of the tensor that the numbers of `X.weight` are multiplied by: `X` with one of these."""
 
 BINDING_SUFFIXES = (*SCALE_SUFFIXES, ".comfy_quant")
-"""Beside `X.weight`: what decides how its numbers are read."""
+"""Endings of the tensors that decide how the numbers of `X.weight` are read."""
 
 COMPANION_SUFFIXES = (*BINDING_SUFFIXES, ".scale_input", ".input_scale")
-"""Tensors that belong to the storage of a weight and are no weights; input scales are not needed."""
+"""Endings of all tensors that describe a stored weight and are no weights; input scales are not needed."""
 
 GLOBAL_MARKS = ("scaled_fp8",)
 
@@ -48,7 +48,7 @@ FOREIGN_STYLES = (
     (".qweight\n", "GPTQ, AWQ or Nunchaku"),
     (".biases\n", "MLX"),
 )
-"""Piece of a tensor name -> quantisation that this library does not read."""
+"""Piece of a tensor name -> the quantisation whose files have it, not read here; a newline ends the name."""
 
 WHOLE_NUMBERS = {
     "I8": "int8 (int8_tensorwise, convrot or another scheme)",
@@ -61,13 +61,13 @@ WHOLE_NUMBERS = {
     "U64": "integers",
     "BOOL": "truth values",
 }
-"""Type of a weight matrix that needs a scheme's own arithmetic -> the scheme."""
+"""Type of a weight matrix -> the scheme that stores weights so, not read here."""
 
 WAY_ROUND = "get the same model as GGUF, or as bf16 or fp8 safetensors"
 
 
 def storage_problem(file: WeightFile) -> str:
-    """Why the weights cannot be read, naming the style and the way round; "" where they can."""
+    """Why the weights of a file cannot be read and what to get instead; "" where they can."""
     tensors = file.tensors
     joined = "\n" + "\n".join(tensors) + "\n"
     for mark, style in FOREIGN_STYLES:
@@ -85,7 +85,7 @@ def storage_problem(file: WeightFile) -> str:
 
 
 def storage_notes(tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    """What is worth saying about the way the weights are stored."""
+    """Sentences on the way the weights are stored, for people."""
     if not any(info.format.name in FP8 for info in tensors.values()):
         return ()
     scaled = any(name.endswith(SCALE_SUFFIXES) for name in tensors)
@@ -100,10 +100,10 @@ def is_companion(name: str, names: Collection[str]) -> bool:
 
 
 def scaled_tensor(file: WeightFile, name: str) -> QuantTensor:
-    """The tensor `name`, with the scale that lies beside it in a file that has no `storage_problem`.
+    """The tensor `name` with the scale that lies beside it, if any; the file has no `storage_problem`.
 
     Raises:
-        BadWeights: The scale is NaN or infinite.
+        BadWeights: The scale holds NaN or infinity.
     """
     from dataclasses import replace
 
@@ -126,7 +126,7 @@ def _scale_name(file: WeightFile, stem: str) -> str | None:
 
 
 def _fault(file: WeightFile, stem: str) -> str:
-    """Why the weight of a layer cannot be read together with what lies beside it; "" where it can."""
+    """Why `{stem}.weight` cannot be read with the tensors beside it; "" where it can."""
     if stem + ".comfy_quant" in file.tensors and (fault := _comfy_fault(file, stem + ".comfy_quant")):
         return fault
     scale = _scale_name(file, stem)
@@ -144,7 +144,7 @@ def _fault(file: WeightFile, stem: str) -> str:
 
 
 def _comfy_fault(file: WeightFile, name: str) -> str:
-    """What a layer's comfy_quant, a short JSON text, asks for that is not done here; "" if nothing."""
+    """Why a layer's comfy_quant, a short JSON text, cannot be followed; "" where it can."""
     info = file.tensors[name]
     if info.nbytes > 4096:
         return f"has a comfy_quant of {info.nbytes} bytes, wanted a short JSON text"

@@ -1,6 +1,6 @@
-"""The header of a GGUF file, version 3: keys, tensor table, and where each tensor's data goes.
+"""Layout of a GGUF file to be written, version 3: its header, and where each tensor's data goes.
 
-Source: ggml/docs/gguf.md. The reader is weights/gguf.py; both know the value types from weights/cursor.py.
+Source: ggml/docs/gguf.md. The reader is weights/gguf.py; weights/cursor.py has the value types for both.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ _FIRST_KEY = 24  # magic, version, two counts
 
 
 @dataclass(frozen=True)
-class Raw:
-    """A metadata value as its bytes, type number first."""
+class RawValue:
+    """A metadata value as the bytes of a file, type number first."""
 
     data: bytes
 
 
-class Typed(list[Any]):
-    """An array of a given type, also where it is empty; its items' own types would say u32."""
+class TypedArray(list[Any]):
+    """An array whose GGUF type is given, as Python's ints and an empty list do not tell it.
+
+    Args:
+        items: Its values.
+        item_type: GGUF's name of their type: "string", "i32", "f64"...
+    """
 
     def __init__(self, items: Iterable[Any], item_type: str) -> None:
         super().__init__(items)
@@ -43,12 +48,12 @@ class Typed(list[Any]):
 
 @dataclass(frozen=True)
 class Layout:
-    """A file before its data: what it begins with and where each tensor lies.
+    """Plan of a file: its first bytes and the place of each tensor.
 
     Args:
-        header: The first bytes.
+        header: Everything before the tensors' data.
         places: Tensor -> (offset from the start of the file, bytes).
-        nbytes: Size of the file.
+        nbytes: Size of the whole file.
     """
 
     header: bytes
@@ -59,10 +64,12 @@ class Layout:
 def lay_out(
     metadata: Mapping[str, Any], tensors: Iterable[tuple[str, tuple[int, ...], BlockFormat]]
 ) -> Layout:
-    """Header and places of a GGUF file with these keys and tensors (name, shape in PyTorch's order, type).
+    """Lay out a GGUF file.
 
-    Values are bool, int (u32, or i32 or u64 where it does not fit), float (f32), str, `Raw`, and sequences of
-    one kind; what comes from another GGUF keeps its types through `raw_keys`.
+    Args:
+        metadata: Key -> bool, int (u32, or i32 or u64 where it does not fit), float (f32), str, `RawValue`,
+            or a sequence of one of these kinds. Values of another GGUF keep their types through `raw_keys`.
+        tensors: Name, shape in PyTorch's order, and format of each.
 
     Raises:
         Unsupported: A format without GGUF type number, or more than four dimensions.
@@ -91,10 +98,10 @@ def lay_out(
 
 
 def raw_keys(file: GGUFFile) -> dict[str, Any]:
-    """All keys of a GGUF file with their exact types; by value from a big-endian one.
+    """All metadata of a GGUF file with its exact types; plain values where the file is big-endian.
 
     Raises:
-        BadFile: It changed since it was opened.
+        BadFile: The file changed since it was opened.
     """
     if file.swapped:
         return dict(file.metadata)
@@ -103,8 +110,8 @@ def raw_keys(file: GGUFFile) -> dict[str, Any]:
     for _ in file.metadata:
         key = cursor.text("a metadata key")
         start = cursor.position
-        cursor.value(cursor.u32("a value type"), printable(key, 60))
-        found[key] = Raw(bytes(file.source.read_at(start, cursor.position - start)))
+        cursor.value(cursor.u32("a value type"), printable(key, 60))  # passes over it
+        found[key] = RawValue(bytes(file.source.read_at(start, cursor.position - start)))
     return found
 
 
@@ -114,7 +121,7 @@ def _text(text: str) -> bytes:
 
 
 def _kind(value: object) -> str:
-    """GGUF's name for the type of a plain value."""
+    """GGUF's name of the type that a plain value is written as."""
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):
@@ -134,11 +141,11 @@ def _plain(kind: str, value: Any) -> bytes:
 
 def _value(key: str, value: Any) -> bytes:
     """Type number and bytes of a value."""
-    if isinstance(value, Raw):
+    if isinstance(value, RawValue):
         return value.data
     if isinstance(value, Sequence) and not isinstance(value, str):
         items = list(value)
-        stated = getattr(value, "item_type", "")  # of a LazyArray or a Typed
+        stated = getattr(value, "item_type", "")  # a LazyArray or a TypedArray has one
         if stated and stated != TYPE_NAMES[ARRAY]:
             kind = stated
         else:
