@@ -6,18 +6,20 @@ import os
 import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # No shrinking outside `deep`: it costs minutes a failure, so an assertion names block and weight itself.
-# No deadline: the first call of an operation may load or compile.
+# No deadline and no check for slow examples: a first call may load or compile, and the machine may be busy.
+UNTIMED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate, Phase.target)
-settings.register_profile("dev", max_examples=25, deadline=None, phases=NO_SHRINK)
+settings.register_profile("dev", max_examples=25, phases=NO_SHRINK, **UNTIMED)
 settings.register_profile(
-    "ci", max_examples=50, deadline=None, derandomize=True, print_blob=True, phases=NO_SHRINK
+    "ci", max_examples=50, derandomize=True, print_blob=True, phases=NO_SHRINK, **UNTIMED
 )
-settings.register_profile("deep", max_examples=2000, deadline=None)
+settings.register_profile("deep", max_examples=2000, **UNTIMED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 # Before torch is imported: on tensors this small a second thread costs more than it gives.

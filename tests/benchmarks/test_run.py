@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,13 +189,16 @@ def test_every_element_of_a_product_counts(spoil):
     assert not product_error(y, x, "Q8_0", 200) < 1e-2
 
 
-def test_contestants_take_turns_and_ratios_are_of_the_same_repeat():
+@pytest.mark.parametrize(("tick", "repeats"), [(1e-3, 5), (1.0, 3)], ids=["in time", "past the deadline"])
+def test_contestants_take_turns_and_ratios_are_of_the_same_repeat(monkeypatch, tick, repeats):
     order = []
     calls = {name: lambda i, name=name: order.append(name) for name in ("a", "b")}
+    reads = itertools.count()  # every look at the clock finds it `tick` seconds later
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: tick * next(reads)))
     found = timing.measure(calls, torch.device("cpu"), Effort(5, 0, 1))
-    assert len(found["a"].seconds) == len(found["b"].seconds) == 5
+    assert len(found["a"].seconds) == len(found["b"].seconds) == repeats
     runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert runs == ["a", "b"] * 6  # once for the first guess, then once a repeat
+    assert runs == ["a", "b"] * (1 + repeats)  # once for the first guess, then once a repeat
     slow, fast = timing.Samples((2.0, 6.0, 4.0), "wall"), timing.Samples((1.0, 2.0, 4.0), "wall")
     assert slow.ratio(fast) == 2
 

@@ -119,14 +119,17 @@ def test_help_names_the_types_and_examples(zimage):
     assert set(quantizing.LAYOUTS) == {"transformer", "text_encoder"}
 
 
+# Both stand still in the middle, until the signal ends them.
 SLOW = (
-    "import sys, time, zimage_core.export.streaming as s, zimage_core.cli.main as m; encode = s.quantize\n"
-    "def slow(*a):\n    time.sleep(0.1)\n    return encode(*a)\n"
+    "import time, zimage_core.export.streaming as s, zimage_core.cli.main as m\n"
+    "encode, done = s.quantize, []\n"
+    "def slow(*a):\n    done.append(len(done) < 6 or time.sleep(600))\n    return encode(*a)\n"
     "s.quantize = slow; m.process()"
 )
 SLOW_COPY = (
-    "import time, zimage_core.export.checkpoint as c, zimage_core.cli.main as m; raw = c.Checkpoint.raw\n"
-    "def slow(*a):\n    time.sleep(0.1)\n    yield from raw(*a)\n"
+    "import time, zimage_core.export.checkpoint as c, zimage_core.cli.main as m\n"
+    "raw, done = c.Checkpoint.raw, []\n"
+    "def slow(*a):\n    done.append(len(done) < 3 or time.sleep(600))\n    yield from raw(*a)\n"
     "c.Checkpoint.raw = slow; m.process()"
 )
 
@@ -138,11 +141,11 @@ def test_a_stopped_run_says_how_to_go_on_and_does(wide, tmp_path, number):
     command = [sys.executable, "-c", SLOW, *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     journal = tmp_path / ".a.gguf.unfinished.log"
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while (not journal.exists() or len(journal.read_text().splitlines()) < 3) and time.monotonic() < until:
         time.sleep(0.02)
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number, err
     assert "interrupted; the same command goes on with a.gguf" in err
     assert "Traceback" not in err
@@ -159,10 +162,10 @@ def test_a_stopped_conversion_leaves_nothing(wide, tmp_path, out):
     command = [sys.executable, "-c", SLOW_COPY, "convert", str(wide), str(tmp_path / out)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not any(tmp_path.iterdir()) and time.monotonic() < until:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
     assert not list(tmp_path.iterdir())

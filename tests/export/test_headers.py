@@ -44,7 +44,7 @@ def tensors(draw, formats):
     return rows
 
 
-quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def fill(place, layout):

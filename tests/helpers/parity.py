@@ -1,14 +1,18 @@
 """Tiny random networks made by diffusers and transformers beside ours, and how far the two are apart.
 
 Used by tests/parity (which asserts) and benchmarks/parity.py (which writes the table of docs/numerics.md).
+Every comparison runs twice: in float64, where a difference is a difference of formulas, and in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,14 +32,106 @@ TRANSFORMER: dict[str, Any] = {
 }  # fmt: skip
 
 
+FLOAT32 = torch.float32
+"""The real one; `in_float64` gives its name to another."""
+
+WIDE = 1e-10
+"""Largest absolute difference allowed in float64.
+
+Values are 2 to 12, so one sum in another order is off by eps = 2e-16 of that, and the most sensitive case
+(guidance 4 at shift 6, eight steps) multiplies it by 200. The worst found is 3.7e-13 with AVX2 (AMD EPYC) and
+3.0e-13 held to SSE4. A single float32 rounding left on one side would be up to 6e-8 of the value before it is
+multiplied. 1e-10 lies between, a factor of 200 and more from either, so that neither another order of sums
+fails nor another formula passes.
+"""
+
+NARROW = 16
+"""In float32 the two may differ by this many times what float32 moves diffusers or transformers itself.
+
+That is the distance of their float32 result from their float64 result on the same CPU: no constant, so a CPU
+that sums in another order moves the limit along. If our rounding were as theirs, the two would differ by at
+most twice the distance; both are the largest of as few as 32 numbers, which is luck of another factor of 2 or
+3. Found: 2.7 at most, of the VAE at 8 x 8 pixels; 1.1 of the transformer. A single rounding to half precision
+is 8192 times one to float32, so 16 leaves no room for one.
+"""
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Inside, whatever asks for float32 by name gets float64, in this library and in the others.
+
+    Casts of rotary angles, times, norms, latents, noise levels and guidance are lifted on both sides alike,
+    so that no rounding hides a difference of formulas. Networks must be made inside or be given to `widen`:
+    buffers are computed at construction. What was drawn or written in float32 keeps its values.
+    """
+    default = torch.get_default_dtype()
+    with (
+        mock.patch.multiple(torch, float32=torch.float64, float=torch.float64, complex64=torch.complex128),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        mock.patch.object(np, "float32", np.float64),
+    ):
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
+def widen(module: nn.Module) -> None:
+    """Turn a network of theirs or ours that was read from a file, and is in float32, into one in float64."""
+    module.double()
+    with in_float64():
+        for part in module.modules():
+            if getattr(part, "rotary_emb", None) is not None:  # frequencies, computed when it was made
+                part.rotary_emb = type(part.rotary_emb)(part.config)
+
+
+def apart(a: Any, b: Any) -> float:
+    """Largest absolute difference of two tensors or arrays of one shape."""
+    a, b = (torch.as_tensor(x).to(torch.float64) for x in (a, b))
+    if a.shape != b.shape:
+        raise AssertionError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
+    return float((a - b).abs().max())
+
+
 @dataclass(frozen=True)
 class Difference:
-    """Largest absolute difference of one comparison."""
+    """Largest absolute differences of one output: theirs to ours, and what float32 moves theirs."""
 
     component: str
     case: str
     place: str
-    error: float
+    float64: float
+    float32: float
+    theirs: float
+    """Of their float32 result from their float64 result."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether both differences are rounding."""
+        return self.float64 <= WIDE and self.float32 <= NARROW * self.theirs
+
+
+Outputs = Mapping[str, tuple[Any, Any]]
+"""Theirs and ours by the name of the place."""
+
+
+def compare(component: str, case: str, run: Callable[[], Outputs]) -> list[Difference]:
+    """Run in float32 and in float64; `run` makes networks and inputs anew."""
+    narrow = run()
+    with in_float64():
+        wide = run()
+    return [
+        Difference(
+            component, case, place, apart(*wide[place]), apart(theirs, ours), apart(theirs, wide[place][0])
+        )
+        for place, (theirs, ours) in narrow.items()
+    ]
+
+
+def drawn(generator: torch.Generator, *shape: int) -> Tensor:
+    """Normal numbers, the same in both precisions."""
+    return torch.randn(shape, generator=generator, dtype=FLOAT32).to(torch.get_default_dtype())
 
 
 def randomise(module: nn.Module, std: float, seed: int = 0) -> None:
@@ -43,7 +139,8 @@ def randomise(module: nn.Module, std: float, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * std + (1.0 if "norm" in name else 0.0))
+            values = torch.randn(p.shape, generator=generator, dtype=FLOAT32) * std
+            p.copy_(values + (1.0 if "norm" in name else 0.0))
 
 
 def transformer_pair(std: float = 0.06) -> tuple[Any, ZImageTransformer]:
@@ -62,9 +159,10 @@ def transformer_inputs(
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Random latents, times and captions of the given sizes."""
     g = torch.Generator().manual_seed(1)
-    latents = [torch.randn(16, 1, h, w, generator=g) for h, w in sides]
-    features = [torch.randn(n, TRANSFORMER["cap_feat_dim"], generator=g) for n in captions]
-    return latents, torch.tensor([0.137, 0.625])[: len(sides)], features
+    latents = [drawn(g, 16, 1, h, w) for h, w in sides]
+    features = [drawn(g, n, TRANSFORMER["cap_feat_dim"]) for n in captions]
+    times = torch.tensor([0.137, 0.625], dtype=FLOAT32).to(torch.get_default_dtype())
+    return latents, times[: len(sides)], features
 
 
 def transformer_cases() -> Iterator[tuple[str, list[tuple[int, int]], list[int]]]:
@@ -92,23 +190,28 @@ def record(model: nn.Module, names: list[str]) -> dict[str, list[Tensor]]:
     return seen
 
 
-@torch.no_grad()
 def transformer_differences(sides: list[tuple[int, int]], captions: list[int], case: str) -> list[Difference]:
     """Every block's output and the final one, cut to each picture's own tokens."""
-    theirs, ours = transformer_pair()
-    want_blocks, got_blocks = record(theirs, BLOCKS), record(ours, BLOCKS)
-    x, t, caps = transformer_inputs(sides, captions)
-    want = theirs([v.clone() for v in x], t, [c.clone() for c in caps], return_dict=False)[0]
-    got = ours(x, t, caps)
-    out = []
-    for name in BLOCKS:
-        error = 0.0
-        for i in range(len(sides)):
-            mine = got_blocks[name][i]
-            error = max(error, float((want_blocks[name][0][i, : len(mine)] - mine).abs().max()))
-        out.append(Difference("transformer", case, name, error))
-    final = max(float((a - b).abs().max()) for a, b in zip(want, got, strict=True))
-    return [*out, Difference("transformer", case, "output", final)]
+
+    @torch.no_grad()
+    def run() -> Outputs:
+        theirs, ours = transformer_pair()
+        want_blocks, got_blocks = record(theirs, BLOCKS), record(ours, BLOCKS)
+        x, t, caps = transformer_inputs(sides, captions)
+        want = theirs([v.clone() for v in x], t, [c.clone() for c in caps], return_dict=False)[0]
+        got = ours(x, t, caps)
+        pairs = {}
+        for name in BLOCKS:
+            mine = got_blocks[name]
+            their = [want_blocks[name][0][i, : len(part)] for i, part in enumerate(mine)]
+            pairs[name] = (torch.cat(their), torch.cat(mine))
+        return {**pairs, "output": (_flat(want), _flat(got))}
+
+    return compare("transformer", case, run)
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
 
 
 ENCODERS = {
@@ -118,7 +221,6 @@ ENCODERS = {
 }
 
 
-@torch.no_grad()
 def text_encoder_difference(arch: str, length: int) -> Difference:
     """Against `hidden_states[-2]` of transformers."""
     import transformers
@@ -129,17 +231,21 @@ def text_encoder_difference(arch: str, length: int) -> Difference:
     if arch == "qwen3":
         sizes["head_dim"] = 16  # heads * head_dim is not hidden_size, as in Qwen3-4B
     config = config_class(**sizes)
-    theirs = model_class(config).eval()
-    randomise(theirs, 0.08)
-    ours = TextEncoder(TextEncoderConfig.from_json(config.to_dict())).eval()
-    keys = ours.load_state_dict(theirs.state_dict(), strict=False)
-    if keys.missing_keys or not all(k.startswith(("layers.3.", "norm.")) for k in keys.unexpected_keys):
-        raise AssertionError(keys)
     ids = torch.randint(0, 100, (length,), generator=torch.Generator().manual_seed(2))
-    want = theirs(ids[None], output_hidden_states=True).hidden_states[-2][0]
-    return Difference(
-        "text encoder", f"{arch}, {length} tokens", "hidden_states[-2]", float((want - ours(ids)).abs().max())
-    )
+
+    @torch.no_grad()
+    def run() -> Outputs:
+        theirs = model_class(config).eval()
+        randomise(theirs, 0.08)
+        ours = TextEncoder(TextEncoderConfig.from_json(config.to_dict())).eval()
+        keys = ours.load_state_dict(theirs.state_dict(), strict=False)
+        if keys.missing_keys or not all(k.startswith(("layers.3.", "norm.")) for k in keys.unexpected_keys):
+            raise AssertionError(keys)
+        want = theirs(ids[None], output_hidden_states=True).hidden_states[-2][0]
+        return {"hidden_states[-2]": (want, ours(ids))}
+
+    (found,) = compare("text encoder", f"{arch}, {length} tokens", run)
+    return found
 
 
 SMALL_VAE = AutoencoderConfig(block_out_channels=(16, 16, 32, 48), layers_per_block=2, norm_num_groups=8)
@@ -162,22 +268,22 @@ def autoencoder_pair(config: AutoencoderConfig = SMALL_VAE, std: float = 0.05) -
     return theirs, ours
 
 
-@torch.no_grad()
 def autoencoder_differences(height: int, width: int) -> list[Difference]:
     """Encode (mean and log-variance) and decode."""
-    theirs, ours = autoencoder_pair()
-    g = torch.Generator().manual_seed(3)
-    picture, z = (
-        torch.rand(2, 3, height, width, generator=g) * 2 - 1,
-        torch.randn(2, 16, height // 8, width // 8, generator=g),
-    )
-    posterior, (mean, logvar) = theirs.encode(picture).latent_dist, ours.moments(picture)
-    pairs = {
-        "encode mean": (posterior.mean, mean),
-        "encode log-variance": (posterior.logvar, logvar),
-        "decode": (theirs.decode(z).sample, ours.decode(z)),
-    }
-    return [
-        Difference("VAE", f"{width} x {height} px", k, float((a - b).abs().max()))
-        for k, (a, b) in pairs.items()
-    ]
+
+    @torch.no_grad()
+    def run() -> Outputs:
+        theirs, ours = autoencoder_pair()
+        g = torch.Generator().manual_seed(3)
+        picture = (
+            torch.rand(2, 3, height, width, generator=g, dtype=FLOAT32).to(torch.get_default_dtype()) * 2 - 1
+        )
+        z = drawn(g, 2, 16, height // 8, width // 8)
+        posterior, (mean, logvar) = theirs.encode(picture).latent_dist, ours.moments(picture)
+        return {
+            "encode mean": (posterior.mean, mean),
+            "encode log-variance": (posterior.logvar, logvar),
+            "decode": (theirs.decode(z).sample, ours.decode(z)),
+        }
+
+    return compare("VAE", f"{width} x {height} px", run)

@@ -9,16 +9,25 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tests.helpers import tiny
-from tests.helpers.parity import Difference
+from tests.helpers.parity import Difference, Outputs, compare, widen
 from zimage_core.pipeline import ZImagePipeline
 
 PROMPT = "a small red circle on the left 红色 <think>x</think>"
+LATENTS = "latents after the last step"
 Pair = tuple[Any, ZImagePipeline]
+
+
+class Pairs(NamedTuple):
+    """diffusers' pipeline and ours, in float32 and in float64."""
+
+    narrow: Pair
+    wide: Pair
+    shift: float
 
 
 class TheirTokenizer:
@@ -40,27 +49,49 @@ class TheirTokenizer:
         return BatchEncoding({"input_ids": ids, "attention_mask": mask})
 
 
-def make_pair(where: Path, shift: float) -> Pair:
-    """diffusers' pipeline and ours, read from one folder that diffusers and transformers have written."""
+def write_checkpoint(where: Path, shift: float) -> Path:
+    """A folder as diffusers and transformers save one, with our tokenizer."""
     import diffusers
     import transformers
 
-    drawn = tiny.folder(where / "drawn", shift)
-    theirs = diffusers.ZImagePipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(drawn / "scheduler"),
-        vae=diffusers.AutoencoderKL.from_pretrained(drawn / "vae"),
-        text_encoder=transformers.Qwen3Model.from_pretrained(drawn / "text_encoder", dtype=torch.float32),
-        tokenizer=None,
-        transformer=diffusers.ZImageTransformer2DModel.from_pretrained(drawn / "transformer"),
-    )
-    folder = where / "saved"
-    for part in ("transformer", "text_encoder", "vae", "scheduler"):
-        getattr(theirs, part).save_pretrained(folder / part)
+    drawn, folder = tiny.folder(where / "drawn", shift), where / "saved"
+    for part, kind in {
+        "transformer": diffusers.ZImageTransformer2DModel,
+        "text_encoder": transformers.Qwen3Model,
+        "vae": diffusers.AutoencoderKL,
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler,
+    }.items():
+        kind.from_pretrained(drawn / part).save_pretrained(folder / part)
     tiny.write_tokenizer(folder / "tokenizer")
     tiny.write_json(folder / "model_index.json", {"_class_name": "ZImagePipeline"})
+    return folder
+
+
+def make_pair(folder: Path) -> Pair:
+    """diffusers' pipeline and ours, read from one folder."""
+    import diffusers
+    import transformers
+
+    theirs = diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=transformers.Qwen3Model.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        tokenizer=None,
+        transformer=diffusers.ZImageTransformer2DModel.from_pretrained(folder / "transformer"),
+    )
     theirs.tokenizer = TheirTokenizer()
     theirs.set_progress_bar_config(disable=True)
     return theirs, ZImagePipeline.from_pretrained(folder)
+
+
+def make_pairs(where: Path, shift: float) -> Pairs:
+    """One checkpoint in float32 and in float64."""
+    folder = write_checkpoint(where, shift)
+    narrow, wide = make_pair(folder), make_pair(folder)
+    for pipe in wide:
+        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+            widen(part)
+    return Pairs(narrow, wide, shift)
 
 
 def both(pair: Pair, **kwargs: Any) -> tuple[Any, Any]:
@@ -75,6 +106,19 @@ def both(pair: Pair, **kwargs: Any) -> tuple[Any, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return theirs(**fresh()).images, ours(**fresh()).images
+
+
+def difference(pairs: Pairs, case: str, place: str = LATENTS, **options: Any) -> Difference:
+    """Of the outputs of a call, from the same noise."""
+    noise = start(case)
+
+    def run() -> Outputs:
+        dtype = torch.get_default_dtype()
+        pair = pairs.wide if dtype == torch.float64 else pairs.narrow
+        return {place: both(pair, latents=noise.to(dtype).clone, **CASES[case], **options)}
+
+    (found,) = compare("pipeline", f"shift {pairs.shift:g}, {case}", run)
+    return found
 
 
 def generator() -> torch.Generator:
@@ -116,8 +160,5 @@ def pipeline_differences() -> Iterator[Difference]:
     """Latents after the last step, for each case and both shifts."""
     with tempfile.TemporaryDirectory() as folder:
         for shift in (3.0, 6.0):
-            pair = make_pair(Path(folder) / str(shift), shift)
-            for case, options in CASES.items():
-                want, got = both(pair, latents=start(case).clone, **options)
-                error = float((want - got).abs().max())
-                yield Difference("pipeline", f"shift {shift:g}, {case}", "latents after the last step", error)
+            pairs = make_pairs(Path(folder) / str(shift), shift)
+            yield from (difference(pairs, case) for case in CASES)

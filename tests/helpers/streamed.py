@@ -22,7 +22,7 @@ DIT = replace(TOY_DIT, n_layers=5, n_refiner_layers=2)
 """7 blocks in a step."""
 ENCODER = toy_encoder(num_layers=6)
 """5 layers that run."""
-TIMEOUT = 20
+TIMEOUT = 120
 """Seconds after which a thread counts as stuck."""
 
 

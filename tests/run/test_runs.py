@@ -181,11 +181,11 @@ def test_a_second_thread_is_told_that_the_pipeline_is_busy(pipe):
 
     def hold(pipe, i, t, tensors):
         inside.set()
-        leave.wait(30)
+        leave.wait(120)
 
     worker = threading.Thread(target=lambda: latents_of(pipe, callback_on_step_end=hold))
     worker.start()
-    assert inside.wait(30)
+    assert inside.wait(120)
     try:
         with pytest.raises(Busy, match="already running"):
             latents_of(pipe)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from pathlib import Path
 
 import numpy as np
@@ -129,10 +128,8 @@ def test_a_folder_with_one_model_stands_for_it(models):
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path, make, fault):
     path = tmp_path / "model.gguf"
     make(path)
-    start = time.monotonic()
     with pytest.raises(BadFile, match=fault):
-        open_weights(path)
-    assert time.monotonic() - start < 5, "opening a FIFO must not wait for a writer"
+        open_weights(path)  # a FIFO that waited for a writer would never come back
 
 
 def test_a_socket_is_refused(tmp_path, monkeypatch):
