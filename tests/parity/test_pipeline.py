@@ -14,7 +14,7 @@ from tests.helpers import pipeline_parity
 from tests.helpers.parity import NARROW, WIDE, apart, compare, in_float64
 from tests.helpers.pipeline_parity import CASES, PROMPT, both, difference, generator, start
 from zimage_core.models.transformer import TransformerBlock
-from zimage_core.sampling import euler, guidance
+from zimage_core.run import denoise
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 
 pytestmark = pytest.mark.parity
@@ -37,7 +37,7 @@ def _another_shift(pipes, patch):
 
 
 def _conventional_guidance(pipes, patch):
-    patch.setattr(guidance, "guide", lambda pos, neg, scale, cap: neg + scale * (pos - neg))
+    patch.setattr(denoise, "guide", lambda pos, neg, scale, cap: neg + scale * (pos - neg))
 
 
 def _scale_and_gate_swapped(pipes, patch):
@@ -51,13 +51,13 @@ def _scale_and_gate_swapped(pipes, patch):
 
 
 def _time_a_little_late(pipes, patch):
-    original = euler.velocity
-    patch.setattr(euler, "velocity", lambda f, x, sigma, i: original(f, x, sigma * 0.99, i))
+    original = denoise.network_time
+    patch.setattr(denoise, "network_time", lambda sigma: original(sigma * 0.99))
 
 
 def _guidance_ends_late(pipes, patch):
-    original = guidance.scale_at
-    patch.setattr(guidance, "scale_at", lambda time, scale, end: original(time - 0.2, scale, end))
+    original = denoise.scale_at
+    patch.setattr(denoise, "scale_at", lambda time, scale, end: original(time - 0.2, scale, end))
 
 
 def _another_eps(pipes, patch):
