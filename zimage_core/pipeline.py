@@ -115,12 +115,12 @@ class ZImagePipeline:
         prompt_template: str | None = None,
         debug: bool = False,
     ) -> ZImageResult | tuple[Any]:
-        """Make pictures.
+        """Make images.
 
         Args:
             prompt: One or several.
             height: Pixels, a multiple of 16; default: the checkpoint's own size, 1024 if it names none.
-            width: The same.
+            width: Pixels, with the same default.
             num_inference_steps: Calls of the network; default 8, or 50 for the base checkpoint.
             sigmas: Own noise levels before the shift, falling, in (0, 1]; take the place of the steps.
             guidance_scale: pos + g (pos - neg), so 0 is off; default 0, or 4 for the base checkpoint.
@@ -128,11 +128,11 @@ class ZImagePipeline:
                 none.
             cfg_truncation: Guidance is off where 1 - sigma is above this; 1 or None: never.
             negative_prompt: What to move away from; without effect at guidance 0.
-            num_images_per_prompt: Pictures of each prompt, neighbours in the batch.
-            generator: Draws the noise exactly as diffusers does; one, or one a picture.
+            num_images_per_prompt: Images of each prompt, neighbours in the batch.
+            generator: Draws the noise exactly as diffusers does; one, or one an image.
             latents: Starting noise [B, 16, height / 8, width / 8] in place of a generator.
             prompt_embeds: Caption features in place of a prompt, a list of [L, cap_feat_dim].
-            negative_prompt_embeds: The same for the negative side.
+            negative_prompt_embeds: Caption features in place of a negative prompt.
             output_type: "pil", "np" [B, H, W, 3], "pt" [B, 3, H, W] (both in [0, 1]) or "latent".
             return_dict: False returns (images,).
             joint_attention_kwargs: diffusers' attention processors; there are none here, so None or
@@ -140,9 +140,9 @@ class ZImagePipeline:
             callback_on_step_end: f(pipe, step, timestep, tensors) -> dict of tensors to replace, or
                 None. An exception in it ends the run and comes out unchanged; setting `pipe._interrupt =
                 True` ends the denoising and decodes what is there.
-            callback_on_step_end_tensor_inputs: Of latents, prompt_embeds, negative_prompt_embeds.
+            callback_on_step_end_tensor_inputs: Any of latents, prompt_embeds, negative_prompt_embeds.
             max_sequence_length: Most prompt tokens, up to 1504.
-            seed: Picture i is drawn from seed + i (modulo 2^64), the same on every device and in every
+            seed: Image i is drawn from seed + i (modulo 2^64), the same on every device and in every
                 batch position. Without seed, generator and latents, one is drawn from torch's global
                 generator.
             cfg: The scale of other programs, guidance_scale + 1, so 1 is off; not together with it.
@@ -152,13 +152,13 @@ class ZImagePipeline:
             debug: Check the output of every block for NaN and infinity as it runs; slower.
 
         Returns:
-            The pictures with seeds, noise levels, timings and memory; see `ZImageResult`.
+            The images with seeds, noise levels, timings and memory; see `ZImageResult`.
 
         Raises:
             BadArgument: Any argument outside its range, before a weight is touched.
             Busy: Another run of this object has not ended.
             BadFile: A model file changed since it was opened.
-            OverBudget: The memory budget does not hold the least that this picture needs.
+            OverBudget: The memory budget does not hold the least that this image needs.
             OutOfMemory: The GPU cannot hold the decoding, not even in tiles; the error carries the latents.
             NonFinite: NaN or infinity; names the step, the block and, if a weight is to blame, the tensor.
         """
@@ -347,7 +347,7 @@ class ZImagePipeline:
             scheduler: Default: shift 3, as in Turbo. Loose files of the base checkpoint look the same,
                 so for those pass FlowMatchEulerScheduler(shift=6.0), which also sets 50 steps and
                 guidance 4.
-            dtype: Of the computation: float32, float16, bfloat16, as torch dtype or name. Default:
+            dtype: Dtype of the computation: float32, float16, bfloat16, as torch dtype or name. Default:
                 float32 on a CPU, float16 on GPUs before Ampere, else bfloat16. Weights stay packed as they
                 are in every case.
             torch_dtype: Another name for it, as in diffusers.
@@ -396,11 +396,11 @@ class ZImagePipeline:
 
         Args:
             pretrained_model_name_or_path: Folder or repository.
-            transformer: Taken instead of its own, like the next three; a repository with quantised
-                transformers alone needs the other parts from elsewhere.
-            text_encoder: The same for the text encoder.
-            vae: The same for the VAE.
-            tokenizer: The same for the tokenizer.
+            transformer: Taken instead of its own. A repository with quantised transformers alone needs the
+                other parts from elsewhere.
+            text_encoder: Taken instead of its own.
+            vae: Taken instead of its own.
+            tokenizer: Taken instead of its own.
             scheduler: Default: the folder's scheduler_config.json, else shift 3.
             dtype: As in `from_files`, like the next five.
             torch_dtype: Another name for it.
@@ -443,7 +443,7 @@ class ZImagePipeline:
         vram: int | str | None = None,
         ram: int | str | None = None,
     ) -> Self:
-        """The nano model inside the package: small pictures of shapes and letters, offline."""
+        """The nano model inside the package: small images of shapes and letters, offline."""
         paths = sources.embedded().paths
         return cls.from_files(
             **paths,  # type: ignore[arg-type]
@@ -518,7 +518,7 @@ class ZImagePipeline:
         return self
 
     def capture(self, on: bool = True) -> None:
-        """Record the steps of the runs to come as CUDA graphs, one for each picture size and caption length.
+        """Record the steps of the runs to come as CUDA graphs, one for each image size and caption length.
 
         A graph is recorded at the first step with new shapes and replayed from then on, in later runs too; it
         holds the activations of a step. What is computed is the same.
@@ -567,7 +567,7 @@ class ZImagePipeline:
 
         Args:
             vram: GPU memory for its tensors: bytes, "6GiB", "auto" for what is free when a run begins,
-                "least" for the smallest that the picture allows.
+                "least" for the smallest that the image allows.
             ram: Host memory of the process; the one that counts on a CPU.
             device: Where to compute; default: where the pipeline is.
 
@@ -661,10 +661,10 @@ class ZImagePipeline:
             self.limit_memory(vram="least", device="cuda")
 
     def enable_vae_slicing(self) -> None:
-        """For code written for diffusers: pictures of a batch are always decoded one by one here."""
+        """For code written for diffusers: images of a batch are always decoded one by one here."""
 
     def enable_vae_tiling(self, tile: int | None = None) -> None:
-        """Decode in tiles: less than half the memory at 1024 x 1024, the same picture, some more time.
+        """Decode in tiles: less than half the memory at 1024 x 1024, the same image, some more time.
 
         Args:
             tile: Latents a side, of 8 pixels each. Default: 32.

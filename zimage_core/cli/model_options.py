@@ -27,7 +27,7 @@ def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) ->
     """Options that name a model and where it computes.
 
     Args:
-        parser: Of the verb.
+        parser: The verb's parser.
         without: Parts that the verb names itself.
     """
     model = parser.add_argument_group("model")
@@ -77,10 +77,10 @@ def add_picture(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def add_study(parser: argparse.ArgumentParser, output: str) -> argparse._ArgumentGroup:
-    """Options of a verb that looks on while pictures of many prompts are drawn and writes one file.
+    """Options of a verb that watches images of many prompts being drawn and writes one file.
 
     Args:
-        parser: Of the verb.
+        parser: The verb's parser.
         output: Name of the file, where none is given.
 
     Returns:

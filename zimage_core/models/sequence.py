@@ -1,4 +1,4 @@
-"""How pictures and captions become token sequences: patches, pad counts, positions. No parameters."""
+"""How images and captions become token sequences: patches, pad counts, positions. No parameters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def caption_positions(padded: int) -> Tensor:
 def image_positions(rows: int, cols: int, padded_caption: int) -> Tensor:
     """(t, h, w) of each image token, then of its pads.
 
-    The picture's t is one past the *padded* caption; pads sit at (0, 0, 0), where no real token is.
+    The image's t is one past the *padded* caption; pads sit at (0, 0, 0), where no real token is.
     -> int64 [rows * cols + pads, 3].
     """
     count = rows * cols
@@ -62,7 +62,7 @@ def check_lengths(config: TransformerConfig, rows: int, cols: int, caption: int)
     """Refuse sequences beyond the positions that the model knows.
 
     Raises:
-        BadArgument: A caption or a side of the picture is too long (or empty).
+        BadArgument: A caption or a side of the image is too long (or empty).
     """
     longest = config.max_caption
     if not 1 <= caption <= longest:

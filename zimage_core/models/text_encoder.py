@@ -41,7 +41,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, turn: Rotation, scale: float) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, scale: float) -> Tensor:
         """x [..., L, hidden] -> [..., L, hidden], multiplied by `scale`."""
         per_head = (-1, self.head_dim)
         q, k = self.q_proj(x).unflatten(-1, per_head), self.k_proj(x).unflatten(-1, per_head)
@@ -79,10 +79,10 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, turn: Rotation, dtype: torch.dtype) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, dtype: torch.dtype) -> Tensor:
         """x [..., L, hidden] -> the same; the branches compute in `dtype`, the stream keeps its own."""
         scale = FP16_SCALE if dtype == torch.float16 else 1.0
-        branch = self.self_attn(self.input_layernorm(x).to(dtype), turn, scale)
+        branch = self.self_attn(self.input_layernorm(x).to(dtype), rope, scale)
         x = x + _unscaled(branch, x.dtype, scale)
         branch = self.mlp(self.post_attention_layernorm(x).to(dtype), scale)
         return x + _unscaled(branch, x.dtype, scale)
@@ -133,10 +133,10 @@ class TextEncoder(nn.Module):
         stream = torch.float32 if self.dtype == torch.float16 else self.dtype
         # the table may stay on the host while the layers are elsewhere: a few of its rows are read
         x: Tensor = self.embed_tokens(ids.to(self.embed_tokens.device)).to(self.device, stream)
-        turn = self.rotation(len(ids))
+        rope = self.rotation(len(ids))
         for i, layer in enumerate(self.layers):
             with self.stream.block(i):
-                x = layer(x, turn, self.dtype)
+                x = layer(x, rope, self.dtype)
         return x
 
     def rotation(self, length: int) -> Rotation:

@@ -1,6 +1,6 @@
 """S3-DiT, the scalable single-stream diffusion transformer of Z-Image (arXiv 2511.22699).
 
-Module names are those of diffusers' ZImageTransformer2DModel. One picture at a time runs without
+Module names are those of diffusers' ZImageTransformer2DModel. One image at a time runs without
 any mask: its pad tokens are learned and attended to, so nothing is ever hidden from anything, and a
 batch gives bit for bit what its members give alone.
 """
@@ -29,16 +29,16 @@ FREQUENCIES = 256
 MAX_PERIOD = 10000.0
 """Longest period of that sinusoid, in units of t * t_scale."""
 QK_NORM_EPS = 1e-5
-"""Of the norms on q and k, whatever norm_eps says."""
+"""Epsilon of the norms on q and k, whatever norm_eps says."""
 FINAL_NORM_EPS = 1e-6
-"""Of the LayerNorm before the last projection."""
+"""Epsilon of the LayerNorm before the last projection."""
 
 FP16_ATTENTION_SCALE = 2.0**-5
 FP16_FFN_SCALE = 2.0**-7
 """float16 ends at 65504, while v, attention output and w2 output reach 1e6 in trained models.
 
-Both branches end in an RMSNorm, so a power of two taken out in front of v and w3 and told to that
-norm cancels exactly; only float16 uses it.
+Both branches end in an RMSNorm, so a power of two that is taken out in front of v and w3, and passed to that
+norm, cancels exactly. Only float16 uses it.
 """
 
 
@@ -103,11 +103,11 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.head_dim, QK_NORM_EPS)
         self.norm_k = RMSNorm(config.head_dim, QK_NORM_EPS)
 
-    def forward(self, x: Tensor, turn: Rotation, scale: float) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation, scale: float) -> Tensor:
         """x [..., L, dim] -> [..., L, dim], multiplied by `scale`."""
         per_head = (self.heads, -1)
         q, k = self.to_q(x).unflatten(-1, per_head), self.to_k(x).unflatten(-1, per_head)
-        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, QK_NORM_EPS, *turn)
+        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, QK_NORM_EPS, *rope)
         v = self.to_v(x if scale == 1.0 else x * scale).unflatten(-1, per_head)
         out: Tensor = self.to_out[0](attention(q, k, v))
         return out
@@ -155,7 +155,7 @@ class TransformerBlock(nn.Module):
         return out
 
     def forward(
-        self, x: Tensor, turn: Rotation, temb: Tensor | None = None, modulation: Tensor | None = None
+        self, x: Tensor, rope: Rotation, temb: Tensor | None = None, modulation: Tensor | None = None
     ) -> Tensor:
         """x [..., L, dim] -> [..., L, dim].
 
@@ -169,7 +169,7 @@ class TransformerBlock(nn.Module):
         if modulation is not None:
             scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.unsqueeze(-2).chunk(4, dim=-1)
         norm_in, norm_out = self.attention_norm1, self.attention_norm2
-        a = self.attention(rms_norm_modulate(x, norm_in.weight, norm_in.eps, scale_msa), turn, attn_scale)
+        a = self.attention(rms_norm_modulate(x, norm_in.weight, norm_in.eps, scale_msa), rope, attn_scale)
         x = gate_norm_residual(x, a, norm_out.weight, norm_out.eps, gate_msa, attn_scale)
         norm_in, norm_out = self.ffn_norm1, self.ffn_norm2
         f = self.feed_forward(rms_norm_modulate(x, norm_in.weight, norm_in.eps, scale_mlp), ffn_scale)
@@ -293,8 +293,8 @@ class ZImageTransformer(nn.Module):
         }
         texts = tuple(refined[id(caption)] for caption in captions)
         blocks, final = self.modulate(torch.tensor(times, dtype=torch.float32))
-        turns = tuple(rotations[len(text)] for text in texts)
-        return Prepared(tuple(captions), tuple(times), texts, turns, blocks, final)
+        ropes = tuple(rotations[len(text)] for text in texts)
+        return Prepared(tuple(captions), tuple(times), texts, ropes, blocks, final)
 
     def step(
         self, latent: Tensor, prepared: Prepared, i: int, caption: int = 0, predict: Predict | None = None
@@ -354,10 +354,10 @@ class ZImageTransformer(nn.Module):
         normed, project = self.cap_embedder[0](caption.to(self.device)), self.cap_embedder[1]
         text = project(normed.to(self.dtype))
         text = torch.cat((text, self.cap_pad_token.expand(sequence.pad_count(len(text)), -1)))
-        turn = self.rotation(sequence.caption_positions(len(text)))
+        rope = self.rotation(sequence.caption_positions(len(text)))
         for block in self.context_refiner:
             with self.stream.once(block):
-                text = block(text, turn)
+                text = block(text, rope)
         refined: Tensor = text
         return refined
 
@@ -369,7 +369,7 @@ class ZImageTransformer(nn.Module):
         return blocks, final
 
     def joint_rotation(self, rows: int, cols: int, padded_caption: int) -> Rotation:
-        """Rotation of the joint sequence of a picture of rows x cols patches and a padded caption."""
+        """Rotation of the joint sequence of an image of rows x cols patches and a padded caption."""
         image = sequence.image_positions(rows, cols, padded_caption)
         return self.rotation(torch.cat((image, sequence.caption_positions(padded_caption))))
 

@@ -15,9 +15,9 @@ from zimage_core.sampling.noise import MAX_SEED
 from zimage_core.text.prompt import check_prompt
 
 MAX_PIXELS = 4096 * 4096
-"""Attention takes time with the square of the pixels; a picture of this size is hours on any machine."""
+"""Attention takes time with the square of the pixels; an image of this size takes hours on any machine."""
 MAX_BATCH_PIXELS = 256 * 1024 * 1024
-"""Of all pictures of one call: 256 of 1024 x 1024, which take 3.2 GB before they are rounded to bytes."""
+"""Most pixels of all images of one call: 256 of 1024 x 1024, which take 3.2 GB before they are rounded to bytes."""
 MAX_IMAGES = 1024
 MAX_GUIDANCE = 30.0
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -76,7 +76,7 @@ def side(name: str, value: Any, multiple: int, most: int) -> int:
 
 
 def area(height: int, width: int, images: int) -> None:
-    """Refuse pictures that no machine finishes, and more of them at once than memory is likely to hold."""
+    """Refuse images that no machine finishes, and more of them at once than memory is likely to hold."""
     if height * width * images > MAX_BATCH_PIXELS:
         raise BadArgument(
             f"num_images_per_prompt: {images} pictures of {width} x {height} in one call, wanted at most "

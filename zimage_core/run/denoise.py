@@ -25,7 +25,7 @@ class Denoiser:
     Args:
         transformer: Estimates clean - noise.
         positive: Caption features, one [L, cap_feat_dim] an image; may be replaced between steps.
-        negative: The same for the negative prompts; empty without guidance.
+        negative: Caption features of the negative prompts; empty without guidance.
         run: Noise levels and guidance.
         predict: Runs in place of `transformer.predict`, such as a replayed graph.
     """

@@ -1,4 +1,4 @@
-"""What a run returns: pictures, and how they were made."""
+"""What a run returns: images, and how they were made."""
 
 from __future__ import annotations
 
@@ -75,18 +75,18 @@ class Clock:
 
 @dataclass(frozen=True)
 class ZImageResult:
-    """Pictures and their making; `.images` and `[0]` as in diffusers.
+    """Images and their making; `.images` and `[0]` as in diffusers.
 
     Args:
         images: PIL images; or [B, H, W, 3] float32 NumPy, [B, 3, H, W] float32, or latents [B, 16, h, w]
             float32, after `output_type`.
-        seeds: Seed of each picture; None where the noise came from a generator or from given latents.
+        seeds: Seed of each image; None where the noise came from a generator or from given latents.
         sigmas: Noise levels of the run, one more than steps.
         timings: Seconds per stage.
         peak_memory: Highest resident memory of the process so far in bytes, earlier runs included; on a
             GPU the highest allocation there. 0 where the system does not tell.
-        settings: Of each picture: prompt, steps, guidance and so on, as they go into a PNG.
-        interrupted: The callback stopped the run, the pictures are unfinished.
+        settings: Prompt, steps, guidance and so on of each image, as they go into a PNG.
+        interrupted: The callback stopped the run, the images are unfinished.
         memory: Under a memory budget: the plan that was followed and what was streamed.
         files: Component -> name, size and hash of the file that was opened; see `WeightFile.identity`.
         opened: Component -> that file, still open.
@@ -105,7 +105,7 @@ class ZImageResult:
 
     @property
     def seed(self) -> int | None:
-        """Seed of the first picture."""
+        """Seed of the first image."""
         return self.seeds[0]
 
     def __getitem__(self, index: int | str) -> Any:
@@ -115,10 +115,10 @@ class ZImageResult:
         return (self.images,)[index]
 
     def metadata(self, index: int = 0, full_hash: bool = False) -> dict[str, Any]:
-        """Settings and file hashes of picture `index`, as the `zimage` chunk of its PNG holds them.
+        """Settings and file hashes of image `index`, as the `zimage` chunk of its PNG holds them.
 
         Args:
-            index: Which picture.
+            index: Which image.
             full_hash: Hash whole files, whatever their size; see `WeightFile.identity`.
 
         Raises:
@@ -137,17 +137,17 @@ class ZImageResult:
         metadata: bool = True,
         full_hash: bool = False,
     ) -> None:
-        """Write picture `index` as a PNG, whole or not at all.
+        """Write image `index` as a PNG, whole or not at all.
 
         Args:
             path: Destination.
-            index: Which picture.
+            index: Which image.
             force: Replace an existing file.
             metadata: Write prompt, seed, settings and file hashes into it (never a path).
             full_hash: See `metadata()`.
 
         Raises:
-            BadArgument: The run was asked for arrays or latents, or there is no such picture.
+            BadArgument: The run was asked for arrays or latents, or there is no such image.
             BadFile: The file exists and `force` is not set, or it cannot be written.
         """
         if not isinstance(self.images, list):
@@ -188,7 +188,7 @@ def settings_of(run: Run, shift: float, dtype: torch.dtype) -> tuple[dict[str, A
 
 
 def to_output(pixels: torch.Tensor, output_type: str) -> list[Image] | np.ndarray[Any, Any] | torch.Tensor:
-    """Decoder output [B, 3, H, W] about [-1, 1] -> what the caller asked for, in [0, 1] or as 8-bit pictures.
+    """Decoder output [B, 3, H, W] about [-1, 1] -> what the caller asked for, in [0, 1] or as 8-bit images.
 
     Rounds to the nearest of 256 levels, as diffusers' image processor does.
     """

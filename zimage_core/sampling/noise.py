@@ -15,7 +15,7 @@ def fresh_seed() -> int:
     """A seed for a run that named none.
 
     From torch's global generator, so that `torch.manual_seed` still decides. 32 bits: short enough to copy
-    from a picture's settings by hand.
+    from an image's settings by hand.
     """
     return int(torch.randint(0, 2**32, ()).item())
 

@@ -62,7 +62,7 @@ VAE_ANCHORS = {
     ),
 }
 ENOUGH_ANCHORS = {"transformer": 5, "text_encoder": 3, "vae": 2}
-"""So many of a network's anchors make a file that network, perhaps a damaged one."""
+"""A file with so many of a network's anchors is that network, perhaps a damaged one."""
 
 DROPPED = {
     "transformer": ("norm_final.weight",),
@@ -72,7 +72,7 @@ DROPPED = {
 """Tensors that the networks have in files and never use; beginnings of names for the text encoder."""
 
 QUANT_CONVS = ("quant_conv.weight", "post_quant_conv.weight")
-"""Of every VAE but FLUX.1's; FLUX.2's stand inside its encoder and decoder."""
+"""Tensors of every VAE but FLUX.1's; FLUX.2's stand inside its encoder and decoder."""
 
 FOREIGN_PREFIXES = (
     "model_ema.",
@@ -106,7 +106,7 @@ def identify(file: WeightFile, wanted: str = "", stated: Mapping[str, Any] | Non
     """What the file is; never raises for a file that could be opened.
 
     Args:
-        file: An open GGUF or safetensors file; of its data only ComfyUI's short comfy_quant texts are read.
+        file: An open GGUF or safetensors file; only ComfyUI's short comfy_quant texts are read of its data.
         wanted: Component to look for first, in a file that holds several.
         stated: Parsed config.json that lies beside the file and must agree with it.
     """

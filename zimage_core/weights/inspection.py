@@ -1,6 +1,6 @@
 """What a file is, what it holds, and what it lacks to make an image, from headers alone.
 
-Takes model files (GGUF, safetensors, sharded or not), folders of them, tokenizer files and pictures made
+Takes model files (GGUF, safetensors, sharded or not), folders of them, tokenizer files and images made
 here. Loads neither torch nor NumPy unless the data itself is asked for (`full=True`).
 """
 
@@ -55,9 +55,9 @@ class Inspection:
     Args:
         path: As given.
         container: "gguf", "safetensors", "tokenizer", "png" or "folder".
-        nbytes: Size on disk; of a folder, its model files together.
+        nbytes: Size on disk; for a folder, its model files together.
         kind: "transformer", "text_encoder", "vae", "lora", "tokenizer", "image", "pipeline", "other" ...
-        title: The same for a sentence.
+        title: The kind in words, for a sentence.
         usable: Whether this library can use it.
         problem: Why it cannot, or "".
         config: Sizes of the network, or other facts.
@@ -65,9 +65,9 @@ class Inspection:
         needs: Components that must come from other files before an image can be made.
         notes: Sentences worth reading.
         warnings: Values that are not finite or do not fit float16 (only with `full`).
-        metadata: Keys of the file, long values shortened; of a picture, its settings.
+        metadata: Keys of the file, long values shortened; the settings of an image.
         tensors: name -> (format, shape, bytes).
-        parts: Of a folder: its files.
+        parts: The files of a folder.
     """
 
     path: str
