@@ -163,6 +163,13 @@ _ALL = (
 FORMATS: dict[str, BlockFormat] = {fmt.name: fmt for fmt in _ALL}
 _BY_GGML_TYPE = {fmt.ggml_type: fmt for fmt in _ALL if fmt.ggml_type is not None}
 
+DTYPE_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+"""Name of the torch dtype with the same bytes, for each format of plain numbers."""
+
 _NOT_WEIGHTS = {9: "Q8_1", 15: "Q8_K"}
 _REMOVED = {
     4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",

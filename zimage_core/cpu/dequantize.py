@@ -131,22 +131,3 @@ def _aligned(blocks: Tensor, work: Workspace | None) -> Tensor:
     if work is None:
         return blocks.clone()
     return work.take(torch.uint8, *blocks.shape).copy_(blocks)
-
-
-def dequantize(packed: Tensor, fmt: BlockFormat, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [..., row bytes] -> [..., K].
-
-    Block formats are computed in float32 and rounded once. Plain numbers are converted directly, and
-    of the same dtype returned as a view where the bytes are aligned.
-    """
-    check_rows(packed, fmt)
-    if fmt.is_float or fmt.is_integer:
-        native = numbers.DTYPES[fmt.name]
-        readable = packed.is_contiguous() and packed.storage_offset() % fmt.nbytes == 0
-        readable = readable and packed.data_ptr() % fmt.nbytes == 0
-        source = packed if readable else packed.clone(memory_format=torch.contiguous_format)
-        return source.view(native).to(dtype)
-    shape = (*packed.shape[:-1], packed.shape[-1] // fmt.nbytes * fmt.weights)
-    out = torch.empty(shape, dtype=torch.float32, device=packed.device)
-    dequantize_into(out, packed, fmt)
-    return out.to(dtype)

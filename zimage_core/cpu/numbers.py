@@ -8,18 +8,9 @@ from torch import Tensor
 from zimage_core.cpu.pieces import f32, gather, words16
 from zimage_core.cpu.tables import table
 from zimage_core.cpu.workspace import Workspace
-from zimage_core.formats import BlockFormat
+from zimage_core.formats import DTYPE_NAMES, BlockFormat
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPE_NAMES.items()}
 """The torch dtype with the same bytes."""
 
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from zimage_core.errors import BadShape
+from zimage_core.formats import DTYPE_NAMES
 from zimage_core.quant import ops
 from zimage_core.quant.tensor import QuantTensor
-
-_DENSE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Weight = nn.Parameter | QuantTensor
 
@@ -46,7 +45,7 @@ class _Weighted(nn.Module):
             BadShape: The shape is not this module's.
         """
         self.dtype = dtype or self.dtype
-        plain = _DENSE.get(quant.format.name) == self.dtype and quant.scale is None
+        plain = f"torch.{DTYPE_NAMES.get(quant.format.name)}" == str(self.dtype) and quant.scale is None
         self.set_weight(nn.Parameter(quant.dequantize(self.dtype), requires_grad=False) if plain else quant)
 
     def set_weight(self, weight: Weight) -> Weight:

@@ -15,7 +15,7 @@ from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.models.vae_tiles import TILE
 from zimage_core.nn.cuda_graphs import StepGraphs
 from zimage_core.nn.linear import Linear
-from zimage_core.quant.dispatch import resident_set
+from zimage_core.quant.dispatch import largest_that_fit
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.run.checks import read_device, read_dtype, whole
 
@@ -119,7 +119,7 @@ class Placement:
             name: module.in_features * module.out_features * size - module.weight.nbytes
             for name, module in layers.items()
         }
-        chosen = resident_set(growth, budget)
+        chosen = largest_that_fit(growth, budget)
         for name in chosen:
             layers[name].dequantize_weight(self.dtype)
             self._as_loaded = False
