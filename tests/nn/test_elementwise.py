@@ -15,7 +15,7 @@ import zimage_core.kernels
 from tests.helpers.fused import DTYPES, EPS, STEPS, Draw, assert_is_the_oracle, draws, tuple_of
 from tests.helpers.tree import ROOT
 from zimage_core.errors import BadShape
-from zimage_core.nn import elementwise, elementwise_torch
+from zimage_core.nn import elementwise
 from zimage_core.quant import dispatch
 
 every_step = pytest.mark.parametrize("step", STEPS, ids=str)
@@ -27,7 +27,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 @given(data=st.data())
 def test_the_twin_is_the_oracle(step, dtype, data):
     arguments = step.arguments(data.draw(draws(dtype, rows=40)))
-    got = getattr(elementwise_torch, f"{step.name}_torch")(*arguments)
+    got = getattr(elementwise, f"{step.name}_torch")(*arguments)
     assert_is_the_oracle(got, step.expected(*arguments))
     assert all(r.dtype == a.dtype for r, a in zip(tuple_of(got), arguments, strict=False))
 
@@ -139,10 +139,8 @@ def test_a_vector_for_each_member_is_the_members_alone(kernels):
     )
     assert not kernels  # they take one vector
     for i in range(2):
-        assert torch.equal(
-            together[0][i], elementwise_torch.rms_norm_modulate_torch(x[i], weight, EPS, each[i])
-        )
-        alone = elementwise_torch.gate_norm_residual_torch(x[i], branch[i], weight, EPS, each[i], 0.5)
+        assert torch.equal(together[0][i], elementwise.rms_norm_modulate_torch(x[i], weight, EPS, each[i]))
+        alone = elementwise.gate_norm_residual_torch(x[i], branch[i], weight, EPS, each[i], 0.5)
         assert torch.equal(together[1][i], alone)
 
 
