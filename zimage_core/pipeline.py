@@ -13,7 +13,7 @@ import torch
 from zimage_core.errors import BadArgument, Busy, NonFinite, OutOfMemory
 from zimage_core.files.png import file_identity
 from zimage_core.models.conditioning import Conditioning
-from zimage_core.models.vae_tiles import ways_to_decode
+from zimage_core.models.vae_tiles import DecodeWay, ways_to_decode
 from zimage_core.run.batch import Batch, make_batch
 from zimage_core.run.checks import StepCallback
 from zimage_core.run.loading import Components
@@ -297,12 +297,12 @@ class ZImagePipeline(Components):
         size = f"a picture of {config.spatial_factor * w} x {config.spatial_factor * h}"
         ways = ways_to_decode(h, w, self.vae.tile)
         if self._arena is not None and self._arena.keep is not None:
-            ways = [{"tile": self.vae.tile, "keep": self._arena.keep}]
+            ways = [DecodeWay(self.vae.tile, self._arena.keep)]
         left = [z[None] for z in latents / config.scaling_factor + config.shift_factor]
         pictures: list[torch.Tensor] = []
         while left:
             try:
-                decode = partial(self.vae.decode, left[0], **ways[0])
+                decode = partial(self.vae.decode, left[0], ways[0].tile, ways[0].keep)
                 pictures.append(checked(self.vae, "VAE", decode, debug))
                 del left[0]
                 continue
@@ -319,7 +319,7 @@ class ZImagePipeline(Components):
                     "pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor) gives pixels in [-1, 1]",
                     latents.cpu(),
                 )
-            if not ways[0]:  # the first time
+            if ways[0] == DecodeWay():  # the first time
                 warnings.warn(
                     f"VAE: no memory to decode {size} with tile = {self.vae.tile}; it is decoded again in "
                     "smaller tiles, which takes longer and gives the same picture; "
