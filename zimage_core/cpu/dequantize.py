@@ -1,7 +1,6 @@
-"""The one door to the torch dequantisers: packed rows to float32, tile by tile.
+"""`dequantize_into`: packed rows to float32 by torch, tile by tile.
 
-A tile is what its intermediates leave room for in a core's second-level cache; each family's
-decoder works on one tile with scratch that is reused by the next. Exact against
+The decoder of a family works on one tile with scratch that the next tile reuses. Exact against
 `zimage_core.reference.dequantize` (tests/cpu/test_dequantize.py); timings come from
 benchmarks/cpu_dequantize.py.
 """
@@ -14,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zimage_core.cpu import i_quants, k_quants, legacy, numbers, small
-from zimage_core.cpu.pool import spread
+from zimage_core.cpu import i_quants, k_quants, legacy, numbers
+from zimage_core.cpu.pool import in_parallel
 from zimage_core.cpu.workspace import Workspace, workspace
 from zimage_core.errors import BadShape
 from zimage_core.formats import BlockFormat
@@ -51,13 +50,13 @@ DECODERS: dict[str, tuple[Header, Body]] = {
     "IQ2_S": (i_quants.iq2_s_header, i_quants.iq2_s_body),
     "IQ4_XS": (i_quants.iq4_xs_header, i_quants.iq4_xs_body),
     "IQ1_M": (i_quants.iq1_m_header, i_quants.iq1_body),
-    "TQ1_0": (small.tq1_0_header, small.tq1_0_body),
-    "TQ2_0": (small.tq2_0_header, small.tq2_0_body),
-    "MXFP4": (small.mxfp4_header, small.mxfp4_body),
-    "NVFP4": (small.nvfp4_header, small.nvfp4_body),
-    "Q1_0": (legacy.scale_header, small.q1_0_body),
-    "Q2_0": (legacy.scale_header, small.q2_0_body),
-    "Q2_0_128": (legacy.scale_header, small.q2_0_body),
+    "TQ1_0": (legacy.tq1_0_header, legacy.tq1_0_body),
+    "TQ2_0": (legacy.tq2_0_header, legacy.tq2_0_body),
+    "MXFP4": (legacy.mxfp4_header, legacy.mxfp4_body),
+    "NVFP4": (legacy.nvfp4_header, legacy.nvfp4_body),
+    "Q1_0": (legacy.scale_header, legacy.q1_0_body),
+    "Q2_0": (legacy.scale_header, legacy.q2_0_body),
+    "Q2_0_128": (legacy.scale_header, legacy.q2_0_body),
     "F8_E4M3": (numbers.fp8_header, partial(numbers.fp8_body, "F8_E4M3")),
     "F8_E5M2": (numbers.fp8_header, partial(numbers.fp8_body, "F8_E5M2")),
 }
@@ -70,7 +69,7 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
     Args:
         out: float32 [..., K], contiguous.
         packed: uint8 [..., row bytes], the same leading axes, same device, any alignment.
-        fmt: The format of the rows.
+        fmt: Format of the rows.
 
     Raises:
         BadShape: out and packed do not describe the same rows.
@@ -105,7 +104,7 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
                 body(piece, dense, work, *rows)
 
     if out.device.type == "cpu" and len(blocks) > chunk:
-        spread(decode, len(blocks))
+        in_parallel(decode, len(blocks))
     else:
         decode(0, len(blocks))
 

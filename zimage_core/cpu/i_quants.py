@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zimage_core.cpu.pieces import (
+from zimage_core.cpu.fields import (
     column,
     floats,
     gather,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zimage_core.cpu.pieces import f32, gather, words16
+from zimage_core.cpu.fields import f32, gather, words16
 from zimage_core.cpu.tables import table
 from zimage_core.cpu.workspace import Workspace
 from zimage_core.formats import DTYPE_NAMES, BlockFormat

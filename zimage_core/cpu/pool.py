@@ -78,7 +78,7 @@ def _submit(share: Task, rows: int, multiple: int, threads: int) -> list[Future[
         ]
 
 
-def spread(task: Task, rows: int, multiple: int = 8) -> None:
+def in_parallel(task: Task, rows: int, multiple: int = 8) -> None:
     """Run `task` over 0..rows, cut into one range for each thread; return when all are done.
 
     Ranges start at multiples of `multiple`. With one torch thread, and inside a task, the caller

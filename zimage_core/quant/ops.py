@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from zimage_core.cpu.dequantize import dequantize_into
 from zimage_core.cpu.numbers import DTYPES
-from zimage_core.cpu.pool import spread
+from zimage_core.cpu.pool import in_parallel
 from zimage_core.cpu.workspace import workspace
 from zimage_core.errors import BadArgument, BadShape, Unsupported
 from zimage_core.formats import FORMATS
@@ -103,7 +103,7 @@ def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tenso
 
     if out.numel():
         worth_it = flat.device.type == "cpu" and out.numel() * width >= SPREAD_FROM
-        spread(multiply, rows) if worth_it else multiply(0, rows)
+        in_parallel(multiply, rows) if worth_it else multiply(0, rows)
     if weight.scale is not None:
         out.mul_(weight.scale.view(-1))
     if bias is not None:
