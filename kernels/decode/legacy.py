@@ -90,7 +90,7 @@ def tq1_0_codes(base, live, table):
 
 @triton.jit
 def tq1_0_scales(base, live):
-    """d behind the digits."""
+    """d after the digits."""
     return (half(tl.load(base + _TQ1_0_D, mask=live, other=0)),)
 
 
@@ -102,7 +102,7 @@ def tq2_0_codes(base, live, table):
 
 @triton.jit
 def tq2_0_scales(base, live):
-    """d behind the codes."""
+    """d after the codes."""
     return (half(tl.load(base + _TQ2_0_D, mask=live, other=0)),)
 
 

@@ -27,7 +27,7 @@ class Decoder:
         affine: Whether there is a minimum.
         zero: level = code - zero.
         lookup: level = table[code]; the table holds sixteen.
-        bits: Of a code in the planar layout of the fused kernel; 0 where there is none.
+        bits: Width of a code in the planar layout of the fused kernel; 0 where there is none.
         exponent: d is a power of two beyond float16; bfloat16 holds it.
         float_small: The small scales are float16 numbers, not integers.
     """

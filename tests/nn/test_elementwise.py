@@ -1,4 +1,4 @@
-"""Defends: the plain torch steps are their formulas, and the door checks shapes and chooses who runs."""
+"""Defends: the plain torch steps are their formulas; public steps check shapes and choose what runs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_gradient_is_torchs(step, kernels):
 
 @every_step
 def test_the_gradient_is_that_of_the_formula(step):
-    """Of a smooth function, by central differences in float64 of the oracle's formula."""
+    """The gradient of a smooth function, by central differences in float64 of the oracle's formula."""
     arguments = step.arguments(Draw(4, torch.float32, 2, 6, heads=2))
     asked = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
     weights = [
@@ -208,7 +208,7 @@ def test_shapes_that_do_not_fit_are_refused_in_one_sentence(words, kernels):
     assert not kernels
 
 
-def test_importing_the_door_loads_no_triton():
+def test_importing_the_steps_loads_no_triton():
     """What torch itself loads aside."""
     script = (
         "import sys, torch\nbefore = set(sys.modules)\n"

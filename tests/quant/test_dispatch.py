@@ -52,7 +52,7 @@ def dense_bytes(case: dict) -> int:
 
 
 def fused_is_possible(case: dict, free: int) -> bool:
-    """Said once more from the contract: planes, tensor cores, a half type, and room unless planes exist."""
+    """Said once more from the contract: planes, tensor cores, a half type, and memory unless planes exist."""
     name, width = case["format_name"], case["width"]
     if name not in dispatch.PLANAR_BITS or width % (128 if name == "Q2_0" else 64):
         return False

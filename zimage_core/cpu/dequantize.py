@@ -41,17 +41,17 @@ DECODERS: dict[str, tuple[Header, Body]] = {
     "Q4_K": (k_quants.affine_header, k_quants.q4_k_body),
     "Q5_K": (k_quants.affine_header, k_quants.q5_k_body),
     "Q6_K": (k_quants.q6_k_header, k_quants.q6_k_body),
-    "IQ2_XXS": (i_quants.iq2_xxs_header, i_quants.iq2_xxs_body),
-    "IQ2_XS": (i_quants.iq2_xs_header, i_quants.iq2_xs_body),
-    "IQ3_XXS": (i_quants.iq3_xxs_header, i_quants.iq3_xxs_body),
-    "IQ1_S": (i_quants.iq1_s_header, i_quants.iq1_body),
+    "IQ2_XXS": (i_quants.iq2_xxs_header, partial(i_quants.grid_body, "iq2_xxs")),
+    "IQ2_XS": (i_quants.iq2_xs_header, partial(i_quants.grid_body, "iq2_xs")),
+    "IQ3_XXS": (i_quants.iq3_xxs_header, partial(i_quants.grid_body, "iq3_xxs")),
+    "IQ1_S": (i_quants.iq1_s_header, partial(i_quants.grid_body, "iq1")),
     "IQ4_NL": (legacy.scale_header, legacy.iq4_nl_body),
-    "IQ3_S": (i_quants.iq3_s_header, i_quants.iq3_s_body),
+    "IQ3_S": (i_quants.iq3_s_header, partial(i_quants.grid_body, "iq3_s")),
     "IQ2_S": (i_quants.iq2_s_header, i_quants.iq2_s_body),
     "IQ4_XS": (i_quants.iq4_xs_header, i_quants.iq4_xs_body),
-    "IQ1_M": (i_quants.iq1_m_header, i_quants.iq1_body),
-    "TQ1_0": (legacy.tq1_0_header, legacy.tq1_0_body),
-    "TQ2_0": (legacy.tq2_0_header, legacy.tq2_0_body),
+    "IQ1_M": (i_quants.iq1_m_header, partial(i_quants.grid_body, "iq1")),
+    "TQ1_0": (partial(legacy.scale_header, offset=52), legacy.tq1_0_body),
+    "TQ2_0": (partial(legacy.scale_header, offset=64), legacy.tq2_0_body),
     "MXFP4": (legacy.mxfp4_header, legacy.mxfp4_body),
     "NVFP4": (legacy.nvfp4_header, legacy.nvfp4_body),
     "Q1_0": (legacy.scale_header, legacy.q1_0_body),
@@ -60,7 +60,7 @@ DECODERS: dict[str, tuple[Header, Body]] = {
     "F8_E4M3": (numbers.fp8_header, partial(numbers.fp8_body, "F8_E4M3")),
     "F8_E5M2": (numbers.fp8_header, partial(numbers.fp8_body, "F8_E5M2")),
 }
-"""Every block format and fp8; plain numbers go through `numbers.number`."""
+"""Every block format and fp8; plain numbers are copied by torch."""
 
 
 def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
@@ -85,7 +85,8 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
         return
     blocks, values = packed.reshape(-1, fmt.nbytes), out.view(-1, fmt.weights)
     if fmt.is_float or fmt.is_integer:
-        numbers.number(fmt, _aligned(blocks, None), values)
+        # torch's own copy rounds to nearest even where float32 is the narrower type
+        values.copy_(_aligned(blocks, None).view(numbers.DTYPES[fmt.name]))
         return
     header, body = DECODERS[fmt.name]
     chunk, tile = max(CHUNK // fmt.weights, 1), max(TILE // fmt.weights, 1)

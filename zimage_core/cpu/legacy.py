@@ -15,9 +15,9 @@ from zimage_core.cpu.tables import table
 from zimage_core.cpu.workspace import Workspace
 
 
-def scale_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
-    """d at byte 0."""
-    return (half(blocks, 0),)
+def scale_header(blocks: Tensor, work: Workspace, offset: int = 0) -> tuple[Tensor, ...]:
+    """d at byte `offset`."""
+    return (half(blocks, offset),)
 
 
 def affine_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
@@ -79,11 +79,6 @@ def iq4_nl_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor) -> None
         torch.mul(levels("iq4_nl", plane, work)[:, 2:], d, out=out[:, 16 * side : 16 * side + 16])
 
 
-def tq1_0_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
-    """d."""
-    return (half(blocks, 52),)
-
-
 def tq1_0_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor) -> None:
     """d * (trit - 1), five trits a byte: trit p of b is the carry of 3 * (b * 3^p mod 256)."""
     power, value = work.take(u8, *blocks.shape), work.take(f32, *blocks.shape)
@@ -94,11 +89,6 @@ def tq1_0_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor) -> None:
         torch.mul(value[:, 32:48], d, out=out[:, 160 + 16 * p : 176 + 16 * p])
         if p < 4:
             torch.mul(value[:, 48:52], d, out=out[:, 240 + 4 * p : 244 + 4 * p])
-
-
-def tq2_0_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
-    """d."""
-    return (half(blocks, 64),)
 
 
 def tq2_0_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor) -> None:
@@ -119,7 +109,7 @@ def q1_0_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor) -> None:
 
 def q2_0_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor) -> None:
     """d * (two bits - 1), four to a byte; of 64 weights and, in a fork, of 128."""
-    value = floats(gather_bytes("crumbs", blocks, i8, work), work)
+    value = floats(gather_bytes("two_bit", blocks, i8, work), work)
     torch.mul(value[:, 8:], d, out=out)
 
 

@@ -34,8 +34,8 @@ class Tile:
     Args:
         top: First row.
         left: First column.
-        bottom: Row behind the last.
-        right: Column behind the last.
+        bottom: Row after the last.
+        right: Column after the last.
         skip_rows: Rows at the top that belong to the tile above.
         skip_columns: Columns at the left that belong to the tile to the left.
     """

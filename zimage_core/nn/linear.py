@@ -71,7 +71,7 @@ class _Weighted(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is, dense or packed."""
+        """The device of the weight, dense or packed."""
         return self.weight.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

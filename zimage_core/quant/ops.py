@@ -117,7 +117,7 @@ def embedding(ids: Tensor, weight: Tensor | QuantTensor, dtype: torch.dtype = to
     Args:
         ids: Integers [...] below the number of rows.
         weight: [rows, hidden].
-        dtype: Of the result when the table is packed; a dense table keeps its own.
+        dtype: dtype of the result when the table is packed; rows of a dense table keep theirs.
 
     Returns:
         [..., hidden].
