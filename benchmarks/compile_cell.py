@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from zimage_core.formats import FORMATS
 from zimage_core.kernels import elementwise, tiles
 from zimage_core.kernels.decode.table import DECODERS
-from zimage_core.kernels.dequantize import dequantize
+from zimage_core.kernels.dequantize import dequantize_into
 from zimage_core.kernels.matmul import matmul
 from zimage_core.kernels.planar import Planes, plane_shapes, repack, step_weights
 
@@ -162,7 +162,7 @@ def launch(cell: Cell) -> None:
         if cell.kernel == "repack":
             repack(packed, fmt)
         else:
-            dequantize(packed, fmt, empty(ROWS, WIDTH, dtype=dtype))
+            dequantize_into(empty(ROWS, WIDTH, dtype=dtype), packed, fmt)
     elif cell.kernel in ("matmul", "sum"):
         fmt = FORMATS[cell.format or "Q8_0"]
         shapes = plane_shapes(fmt, ROWS, WIDTH)

@@ -19,7 +19,7 @@ from benchmarks.weights import (
     packed_matrix,
     product_error,
 )
-from zimage_core.cpu.dequantize import dequantize_into
+from zimage_core.cpu.dequantize import dequantize_into as by_torch
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.quant import ops
 from zimage_core.quant.tensor import QuantTensor
@@ -73,10 +73,10 @@ def dequant(bench: Bench, fmt: BlockFormat, n: int, k: int, case: str) -> None:
 
     contestants = []
     if runs:
-        from zimage_core.kernels.dequantize import dequantize
+        from zimage_core.kernels.dequantize import dequantize_into as by_triton
 
         def kernel(i: int) -> None:
-            dequantize(packed[i], fmt, outs[i % len(outs)])
+            by_triton(outs[i % len(outs)], packed[i], fmt)
 
         contestants.append(Contestant("kernel", kernel, error(kernel), 0.0, moved, timed=timed))
     else:
@@ -84,7 +84,7 @@ def dequant(bench: Bench, fmt: BlockFormat, n: int, k: int, case: str) -> None:
     if not bench.gpu and bench.dtype == torch.float32:
 
         def ours(i: int) -> None:
-            dequantize_into(outs[i % len(outs)], packed[i], fmt)
+            by_torch(outs[i % len(outs)], packed[i], fmt)
 
         contestants.append(Contestant("cpu", ours, error(ours), 0.0, moved, capture=False))
     missing = peers.why_no_diffusers(fmt)
@@ -135,12 +135,12 @@ def matmul(bench: Bench, fmt: BlockFormat, n: int, k: int, m: int, case: str) ->
     quant = [QuantTensor(p, fmt, (n, k)) for p in packed]
     contestants = [entry("ops.linear", lambda i: ops.linear(x, quant[i]), size + about, capture=bench.gpu)]
     if runs:
-        from zimage_core.kernels.dequantize import dequantize
+        from zimage_core.kernels.dequantize import dequantize_into
         from zimage_core.kernels.matmul import matmul as product
         from zimage_core.kernels.planar import can_repack, repack
 
         def dequantize_first(i: int) -> Tensor:
-            dequantize(packed[i], fmt, scratch)
+            dequantize_into(scratch, packed[i], fmt)
             return functional.linear(x, scratch)
 
         contestants.append(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.report import RESULTS, write
-from zimage_core.nn import elementwise_torch as once
+from zimage_core.nn import elementwise as once
 
 EPS = 1e-5
 

@@ -16,7 +16,6 @@ from benchmarks.kernel_cases import compiled, kernels
 from benchmarks.timing import copies
 from benchmarks.weights import relative_error
 from zimage_core.nn import elementwise as fused
-from zimage_core.nn import elementwise_torch as plain
 from zimage_core.nn.attention import attention
 
 
@@ -28,7 +27,7 @@ def elementwise(bench: Bench, case: cases.ElementwiseCase) -> None:
     inputs = [_elementwise_inputs(case, dtype, device, seed) for seed in range(rotation)]
     want = _elementwise_truth(name, inputs[0])
     limit = bench.limit(1e-2, 1e-5)
-    twin = getattr(plain, f"{name}_torch")
+    twin = getattr(fused, f"{name}_torch")
     moved = case.nbytes(dtype.itemsize)
 
     def error(run: Callable[[int], Any]) -> Callable[[], float]:

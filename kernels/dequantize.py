@@ -46,7 +46,7 @@ def _dequantize_kernel(
     tl.store(out + place, tl.reshape(weight, (SB, WEIGHTS)).to(out.dtype.element_ty), mask=live[:, None])
 
 
-def dequantize(packed: torch.Tensor, fmt: BlockFormat, out: torch.Tensor) -> None:
+def dequantize_into(out: torch.Tensor, packed: torch.Tensor, fmt: BlockFormat) -> None:
     """Fill `out` [..., K], contiguous float32, float16 or bfloat16, from uint8 [..., row bytes] on its device."""
     blocks = out.numel() // fmt.weights
     if not blocks:

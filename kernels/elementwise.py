@@ -2,8 +2,8 @@
 
 Norms: one program a row (a row of heads for q and k), the row is read once and stays in registers.
 Gate: one program a run of 2,048 elements. float32 inside, rounded once to the dtype of the result.
-Multiply-adds may be fused. Shapes are checked at the door, `zimage_core.nn.elementwise`.
-Oracle: tests/helpers/fused.py, of zimage_core.reference.layers. Tests: tests/kernels/test_elementwise.py.
+Multiply-adds may be fused. `zimage_core.nn.elementwise` checks shapes before it calls.
+Oracle: tests/helpers/fused.py, from zimage_core.reference.layers. Tests: tests/kernels/test_elementwise.py.
 """
 
 import torch

@@ -21,7 +21,7 @@ from zimage_core.kernels.planar import Planes, step_weights
 
 @triton.jit
 def _matmul_kernel(
-    x, codes, crumbs, bits, d, small, bias, y,  # [M, K], planes, [N], [M, N] or partial sums [SPLITS, M, N]
+    x, codes, two_bit, bits, d, small, bias, y,  # [M, K], planes, [N], [M, N] or partial sums [SPLITS, M, N]
     M, N, K, steps,                     # steps of 32 SIDES weights for one program
     stride_x, stride_y,                 # of rows, in elements
     BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
@@ -53,8 +53,8 @@ def _matmul_kernel(
     acc = tl.full((BN, BM), 0.0, tl.float32)
     for i in range(start, stop):
         if SIDES == 4:
-            crumbs_tile = tl.load(
-                crumbs + (i * N + n)[:, None] * 32 + j[None, :], mask=live_n[:, None], other=0
+            two_bit_tile = tl.load(
+                two_bit + (i * N + n)[:, None] * 32 + j[None, :], mask=live_n[:, None], other=0
             )
         for side in tl.static_range(SIDES):
             run = i * SIDES + side
@@ -71,7 +71,7 @@ def _matmul_kernel(
                     )
                 code = ((nibbles >> (side % 2 * 4)) & 15).to(tl.int32)
             if SIDES == 4:
-                code |= ((crumbs_tile >> (side * 2)) & 3).to(tl.int32) << (BITS // 6 * 4)
+                code |= ((two_bit_tile >> (side * 2)) & 3).to(tl.int32) << (BITS // 6 * 4)
             if BITS == 3 or BITS == 5:
                 word = tl.load(bits + run * N + n, mask=live_n, other=0)
                 code |= ((word[:, None] >> j[None, :]) & 1) << (BITS - 1)

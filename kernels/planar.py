@@ -6,7 +6,7 @@ of a tile next to each other:
 
     codes   uint8 [K / 64, N, 32]   low nibbles k, high nibbles k + 32 of each 64 (codes of 4 to 6 bits)
             uint8 [K / 32, N, 32]   whole codes (8 bits)
-    crumbs  uint8 [K / 128, N, 32]  two bits of k, k + 32, k + 64, k + 96 of each 128 (2 and 3 bits; 6 above the nibble)
+    two_bit uint8 [K / 128, N, 32]  two bits of k, k + 32, k + 64, k + 96 of each 128 (2 and 3 bits; 6 above the nibble)
     bits    int32 [K / 32, N]       the top bit of each of 32 weights (3 and 5 bits)
     d       int16 [K / block, N]    float16 scale of a block (bfloat16 of MXFP4's powers of two); with a minimum
                                     int32, its d in the high half
@@ -39,7 +39,7 @@ class Planes(NamedTuple):
     """A weight [N, K] in planes; see the head of this file. Planes that a format lacks are empty."""
 
     codes: torch.Tensor
-    crumbs: torch.Tensor
+    two_bit: torch.Tensor
     bits: torch.Tensor
     d: torch.Tensor
     small: torch.Tensor
@@ -58,7 +58,7 @@ def plane_shapes(fmt: BlockFormat, rows: int, width: int) -> dict[str, tuple[tup
     runs = width // 32 if bits == 8 else width // 64 if bits >= 4 else 0
     return {
         "codes": ((runs, rows, 32), torch.uint8),
-        "crumbs": ((width // 128 if bits in (2, 3, 6) else 0, rows, 32), torch.uint8),
+        "two_bit": ((width // 128 if bits in (2, 3, 6) else 0, rows, 32), torch.uint8),
         "bits": ((width // 32 if bits in (3, 5) else 0, rows), torch.int32),
         "d": ((width // fmt.weights, rows), torch.int32 if pair else torch.int16),
         "small": ((width // group if decoder.sub else 0, rows), torch.int16 if wide else torch.int8),
@@ -87,7 +87,7 @@ def _fold(plane, code, FIELDS: tl.constexpr, COUNT32: tl.constexpr, N, K):
 
 @triton.jit
 def _repack_kernel(
-    packed, codes, crumbs, bits, d, small,  # words of [N, K / WEIGHTS] blocks; the planes
+    packed, codes, two_bit, bits, d, small,  # words of [N, K / WEIGHTS] blocks; the planes
     N, K,
     CODES: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, WEIGHTS: tl.constexpr,
     GROUPS: tl.constexpr, SUB: tl.constexpr, AFFINE: tl.constexpr, ZERO: tl.constexpr, LOOKUP: tl.constexpr,
@@ -112,7 +112,7 @@ def _repack_kernel(
     elif BITS >= 4:
         _fold(codes, code & 15, 2, COUNT32, N, K)
     if BITS == 2 or BITS == 3 or BITS == 6:
-        _fold(crumbs, (code >> (BITS // 6 * 4)) & 3, 4, COUNT32, N, K)
+        _fold(two_bit, (code >> (BITS // 6 * 4)) & 3, 4, COUNT32, N, K)
     if BITS == 3 or BITS == 5:
         tl.store(bits + step * N + row, tl.sum((tile >> (BITS - 1)) << j[None, :], 1), mask=some)
 

@@ -37,7 +37,7 @@ DOORS: dict[str, set[str]] = {
         "weights",
     },
 }  # fmt: skip
-REACH_KERNELS = {"zimage_core.quant.gpu", "zimage_core.nn.elementwise"}
+REACH_KERNELS = {"zimage_core.quant.dequantize", "zimage_core.quant.gpu", "zimage_core.nn.elementwise"}
 EVERYTHING = {"cli", "zimage_core"}  # the two ends of the house; zimage_core itself is __init__.py
 DATA_ONLY = {"errors", "formats", "codebooks", "config", "files", "cli"}
 """Rooms that load the standard library alone; a third party's package waits inside a function."""

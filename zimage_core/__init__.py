@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from zimage_core.formats import FORMATS
     from zimage_core.memory.arena import MemoryPlan
     from zimage_core.pipeline import ZImagePipeline
-    from zimage_core.quant.ops import dequantize
+    from zimage_core.quant.dequantize import dequantize
     from zimage_core.quant.tensor import QuantTensor
     from zimage_core.weights.files import open_weights
     from zimage_core.weights.identify import identify
@@ -72,7 +72,7 @@ _HOME = {  # public name -> module; whatever is not here is an error class
     "QuantTensor": "quant.tensor",
     "ZImagePipeline": "pipeline",
     "convert_file": "export.converting",
-    "dequantize": "quant.ops",
+    "dequantize": "quant.dequantize",
     "identify": "weights.identify",
     "inspect_file": "weights.inspection",
     "load_text_encoder": "weights.load",

@@ -14,8 +14,12 @@ from dataclasses import dataclass
 
 from zimage_core.errors import BadShape, UnknownFormat, printable
 
-FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Format of plain floating-point numbers -> PyTorch's name of the type with the same bytes."""
+DTYPE_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+"""Name of the torch dtype with the same bytes, for each format of plain numbers."""
 _INTEGERS = ("I8", "I16", "I32", "I64")
 
 
@@ -80,7 +84,7 @@ class BlockFormat:
     @property
     def is_float(self) -> bool:
         """True for F64, F32, F16 and BF16: one IEEE-style number a weight, no scale (fp8 needs one)."""
-        return self.name in FLOAT_DTYPES
+        return self.name in ("F64", "F32", "F16", "BF16")
 
     @property
     def is_integer(self) -> bool:

@@ -16,7 +16,7 @@ def word_bytes(name: str) -> int:
 
 
 def at(name: str, field: str, shift: int = 0) -> tl.constexpr:
-    """Offset of a field in words (a constant that kernels may read), `shift` bytes behind its start."""
+    """Offset of a field in words, `shift` bytes after its start; a constant that kernels may read."""
     offset, width = FORMATS[name].offset(field) + shift, word_bytes(name)
     if offset % width:
         raise ValueError(f"{name}.{field} starts inside a word of {width} bytes")

@@ -10,7 +10,7 @@ import torch
 
 from zimage_core.codebooks import codebook
 from zimage_core.formats import FORMATS
-from zimage_core.kernels.decode import i_quants, k_quants, legacy, small
+from zimage_core.kernels.decode import i_quants, k_quants, legacy
 from zimage_core.kernels.decode.bits import word_bytes
 
 
@@ -27,7 +27,7 @@ class Decoder:
         affine: Whether there is a minimum.
         zero: level = code - zero.
         lookup: level = table[code]; the table holds sixteen.
-        bits: Of a code in the planar layout of the fused kernel; 0 where there is none.
+        bits: Width of a code in the planar layout of the fused kernel; 0 where there is none.
         exponent: d is a power of two beyond float16; bfloat16 holds it.
         float_small: The small scales are float16 numbers, not integers.
     """
@@ -80,13 +80,13 @@ DECODERS: dict[str, Decoder] = {
     "IQ3_S": Decoder(i_quants.iq3_s_codes, i_quants.iq3_s_scales, 8, sub=True),
     "IQ1_S": Decoder(i_quants.iq1_s_codes, i_quants.iq1_s_scales, 8, sub=True),
     "IQ1_M": Decoder(i_quants.iq1_m_codes, i_quants.iq1_m_scales, 16, sub=True),
-    "TQ1_0": Decoder(small.tq1_0_codes, small.tq1_0_scales, zero=1),
-    "TQ2_0": Decoder(small.tq2_0_codes, small.tq2_0_scales, zero=1, bits=2),
-    "MXFP4": Decoder(small.mxfp4_codes, small.mxfp4_scale, lookup=True, bits=4, exponent=True),
-    "NVFP4": Decoder(small.nvfp4_codes, small.nvfp4_scales, 4, sub=True, lookup=True, bits=4, float_small=True),
-    "Q1_0": Decoder(small.q1_0_codes, legacy.scale),
-    "Q2_0": Decoder(small.q2_0_codes, legacy.scale, zero=1, bits=2),
-    "Q2_0_128": Decoder(small.q2_0_128_codes, legacy.scale, zero=1, bits=2),
+    "TQ1_0": Decoder(legacy.tq1_0_codes, legacy.tq1_0_scales, zero=1),
+    "TQ2_0": Decoder(legacy.tq2_0_codes, legacy.tq2_0_scales, zero=1, bits=2),
+    "MXFP4": Decoder(legacy.mxfp4_codes, legacy.mxfp4_scale, lookup=True, bits=4, exponent=True),
+    "NVFP4": Decoder(legacy.nvfp4_codes, legacy.nvfp4_scales, 4, sub=True, lookup=True, bits=4, float_small=True),
+    "Q1_0": Decoder(legacy.q1_0_codes, legacy.scale),
+    "Q2_0": Decoder(legacy.q2_0_codes, legacy.scale, zero=1, bits=2),
+    "Q2_0_128": Decoder(legacy.q2_0_128_codes, legacy.scale, zero=1, bits=2),
 }
 # fmt: on
 

@@ -16,8 +16,8 @@ from benchmarks.contest import Bench, Contestant, contest
 from benchmarks.records import COLUMNS, Results, read
 from benchmarks.timing import Ceilings, Effort
 from benchmarks.weights import dequantize_error, packed_matrix, product_error, some_rows
-from zimage_core.cpu.dequantize import dequantize
 from zimage_core.formats import FORMATS
+from zimage_core.quant.dequantize import dequantize
 
 TINY = dataclasses.replace(
     cases.TRANSFORMER, dim=256, n_layers=1, n_refiner_layers=1, n_heads=2, cap_feat_dim=256, hidden_dim=256
@@ -148,7 +148,7 @@ def bench(tmp_path) -> Bench:
 def test_a_wrong_contestant_is_refused_and_never_timed(tmp_path):
     fmt, timed = FORMATS["Q4_K"], []
     packed = packed_matrix("Q4_K", 100, 512, torch.device("cpu"))
-    good = dequantize(packed, fmt)
+    good = dequantize(packed, fmt.name)
     swapped = good.roll(64, 0)  # two tiles mixed up
 
     def wrong(i: int) -> None:

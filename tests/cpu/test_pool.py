@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from zimage_core.cpu.pool import MAX_WORKERS, spread
+from zimage_core.cpu.pool import MAX_WORKERS, in_parallel
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def _threads():
 def test_every_row_is_visited_once(threads, rows):
     torch.set_num_threads(threads)
     seen: list[tuple[int, int]] = []
-    spread(lambda start, stop: seen.append((start, stop)), rows)
+    in_parallel(lambda start, stop: seen.append((start, stop)), rows)
     ranges = sorted(seen)
     assert [row for start, stop in ranges for row in range(start, stop)] == list(range(rows))
     assert all(start % 8 == 0 for start, _ in ranges)
@@ -34,7 +34,7 @@ def test_every_row_is_visited_once(threads, rows):
 def test_workers_share_the_threads_out_and_nobody_else_notices():
     torch.set_num_threads(4)
     inside: list[int] = []
-    spread(lambda *_: inside.append(torch.get_num_threads()), 1000)
+    in_parallel(lambda *_: inside.append(torch.get_num_threads()), 1000)
     assert inside == [1] * 4
     fresh: list[int] = []
     thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
@@ -46,7 +46,7 @@ def test_workers_share_the_threads_out_and_nobody_else_notices():
 def test_a_task_may_spread_again():
     torch.set_num_threads(2)
     done: list[int] = []
-    spread(lambda start, stop: spread(lambda a, b: done.append(b - a), stop - start), 64)
+    in_parallel(lambda start, stop: in_parallel(lambda a, b: done.append(b - a), stop - start), 64)
     assert sum(done) == 64
 
 
@@ -57,9 +57,9 @@ def test_the_pool_survives_a_fault():
         raise ValueError(f"rows from {start}")
 
     with pytest.raises(ValueError, match="rows from 0"):
-        spread(fault, 100)
+        in_parallel(fault, 100)
     seen: list[int] = []
-    spread(lambda start, stop: seen.append(stop - start), 100)
+    in_parallel(lambda start, stop: seen.append(stop - start), 100)
     assert sum(seen) == 100
 
 
@@ -67,10 +67,10 @@ def test_the_pool_survives_a_fault():
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_child_makes_its_own_threads():
     torch.set_num_threads(2)
-    spread(lambda *_: None, 100)
+    in_parallel(lambda *_: None, 100)
     child = os.fork()
     if child == 0:
         seen: list[int] = []
-        spread(lambda start, stop: seen.append(stop - start), 100)
+        in_parallel(lambda start, stop: seen.append(stop - start), 100)
         os._exit(0 if sum(seen) == 100 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -46,6 +46,6 @@ def calls(monkeypatch) -> Counter[str]:
     monkeypatch.setattr(gpu, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(gpu, "_local", gpu._Local())
     counted(matmul_module, "matmul", "fused")
-    counted(dequantize_module, "dequantize", "dequantise")
+    counted(dequantize_module, "dequantize_into", "dequantise")
     counted(planar, "repack", "repack")
     return counts

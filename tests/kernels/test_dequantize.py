@@ -14,7 +14,7 @@ from tests.helpers.blocks import assert_same_bits, packed_rows, six_bit_scales
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.kernels import tiles
 from zimage_core.kernels.decode.table import DECODERS
-from zimage_core.kernels.dequantize import dequantize
+from zimage_core.kernels.dequantize import dequantize_into
 from zimage_core.reference.blocks import as_blocks
 from zimage_core.reference.dequantize import dequantize as reference
 from zimage_core.reference.encode import finite_scales
@@ -46,7 +46,7 @@ def run(
     with pytest.MonkeyPatch.context() as patch:
         if weights_a_program:
             patch.setattr(tiles, "dequantize_weights", lambda: weights_a_program)
-        dequantize(packed, fmt, room[:count].view(shape))
+        dequantize_into(room[:count].view(shape), packed, fmt)
     assert room[count:].isnan().all(), f"{fmt.name}: weights were written behind the last block"
     return room[:count].view(shape).cpu()
 

@@ -12,6 +12,7 @@ from zimage_core.errors import BadShape, Unsupported
 from zimage_core.kernels import planar
 from zimage_core.nn.linear import Embedding
 from zimage_core.quant import dispatch, gpu, ops
+from zimage_core.quant.dequantize import dequantize
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.reference.blocks import as_blocks
 from zimage_core.reference.dequantize import dequantize as reference
@@ -182,7 +183,7 @@ def test_dequantize_is_the_reference(fmt, device, calls):
     weight = quant(fmt.name, 6, 256, device)
     stacked = QuantTensor(weight.packed.view(2, 3, -1), fmt, (2, 3, 256))
     wanted = torch.from_numpy(reference(weight.packed.cpu().numpy(), fmt))
-    for got in (stacked.dequantize(), ops.dequantize(stacked.packed, fmt.name)):
+    for got in (stacked.dequantize(), dequantize(stacked.packed, fmt.name)):
         assert got.shape == (2, 3, 256)
         assert torch.equal(got.cpu().view(6, 256), wanted)
     assert calls == ({"dequantise": 2} if fmt.weights > 1 else {})
@@ -200,7 +201,7 @@ def test_dequantize_knows_every_float_type_and_a_scale(dtype, device):
 
 def test_rows_that_are_not_whole_blocks_are_refused(device, calls):
     with pytest.raises(BadShape, match="Q4_K"):
-        ops.dequantize(torch.zeros(2, 145, dtype=torch.uint8, device=device), "Q4_K")
+        dequantize(torch.zeros(2, 145, dtype=torch.uint8, device=device), "Q4_K")
     assert not calls
 
 

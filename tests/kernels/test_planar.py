@@ -62,7 +62,7 @@ every_planar = pytest.mark.parametrize("fmt", [FORMATS[name] for name in LAYOUT]
 def read_planes(planes: Planes, fmt: BlockFormat, width: int) -> np.ndarray:
     """Weights [N, K] in float64, which holds every product and difference here exactly."""
     bits, zero, group, minimum = LAYOUT[fmt.name]
-    codes, crumbs, top, d, small = (plane.cpu().numpy() for plane in planes)
+    codes, two_bit, top, d, small = (plane.cpu().numpy() for plane in planes)
     k = np.arange(width)
     code = np.zeros((d.shape[1], width), np.int64)
     if bits == 8:
@@ -70,7 +70,7 @@ def read_planes(planes: Planes, fmt: BlockFormat, width: int) -> np.ndarray:
     elif bits >= 4:
         code |= (codes[k // 64, :, k % 32].T >> (k % 64 // 32 * 4)) & 15
     if bits in (2, 3, 6):
-        code |= ((crumbs[k // 128, :, k % 32].T >> (k % 128 // 32 * 2)) & 3).astype(np.int64) << (
+        code |= ((two_bit[k // 128, :, k % 32].T >> (k % 128 // 32 * 2)) & 3).astype(np.int64) << (
             bits // 6 * 4
         )
     if bits in (3, 5):

@@ -16,7 +16,7 @@ from zimage_core.config import AutoencoderConfig
 from zimage_core.memory.activations import decode_bytes
 from zimage_core.models import vae_tiles
 from zimage_core.models.autoencoder import Autoencoder
-from zimage_core.models.vae_tiles import layout, ways_to_decode
+from zimage_core.models.vae_tiles import DecodeWay, layout, ways_to_decode
 from zimage_core.pipeline import ZImagePipeline
 
 # Same float32 sums in another order. The tiny VAE's random weights give values about 5; measured 2e-5. The
@@ -215,9 +215,9 @@ def test_tiles_take_less_than_half_of_the_whole_at_1024_and_little_with_maps_els
 )
 def test_after_a_failure_tiles_are_halved_and_the_last_keeps_maps_on_the_cpu(tile, sizes):
     first, *rest = ways_to_decode(100, 128, tile)
-    assert first == {}
-    assert [way["tile"] for way in rest] == sizes
-    assert [("keep" in way) for way in rest] == [False] * (len(rest) - 1) + [True]
+    assert first == DecodeWay()
+    assert [way.tile for way in rest] == sizes
+    assert [way.keep for way in rest] == [None] * (len(rest) - 1) + [torch.device("cpu")]
 
 
 def test_maps_kept_elsewhere_give_the_same_bits(vae, monkeypatch):

@@ -1,4 +1,4 @@
-"""Defends: the plain torch steps are their formulas, and the door checks shapes and chooses who runs."""
+"""Defends: the plain torch steps are their formulas; public steps check shapes and choose what runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import zimage_core.kernels
 from tests.helpers.fused import DTYPES, EPS, STEPS, Draw, assert_is_the_oracle, draws, tuple_of
 from tests.helpers.tree import ROOT
 from zimage_core.errors import BadShape
-from zimage_core.nn import elementwise, elementwise_torch
+from zimage_core.nn import elementwise
 from zimage_core.quant import dispatch
 
 every_step = pytest.mark.parametrize("step", STEPS, ids=str)
@@ -27,7 +27,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 @given(data=st.data())
 def test_the_twin_is_the_oracle(step, dtype, data):
     arguments = step.arguments(data.draw(draws(dtype, rows=40)))
-    got = getattr(elementwise_torch, f"{step.name}_torch")(*arguments)
+    got = getattr(elementwise, f"{step.name}_torch")(*arguments)
     assert_is_the_oracle(got, step.expected(*arguments))
     assert all(r.dtype == a.dtype for r, a in zip(tuple_of(got), arguments, strict=False))
 
@@ -101,7 +101,7 @@ def test_a_gradient_is_torchs(step, kernels):
 
 @every_step
 def test_the_gradient_is_that_of_the_formula(step):
-    """Of a smooth function, by central differences in float64 of the oracle's formula."""
+    """The gradient of a smooth function, by central differences in float64 of the oracle's formula."""
     arguments = step.arguments(Draw(4, torch.float32, 2, 6, heads=2))
     asked = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
     weights = [
@@ -139,10 +139,8 @@ def test_a_vector_for_each_member_is_the_members_alone(kernels):
     )
     assert not kernels  # they take one vector
     for i in range(2):
-        assert torch.equal(
-            together[0][i], elementwise_torch.rms_norm_modulate_torch(x[i], weight, EPS, each[i])
-        )
-        alone = elementwise_torch.gate_norm_residual_torch(x[i], branch[i], weight, EPS, each[i], 0.5)
+        assert torch.equal(together[0][i], elementwise.rms_norm_modulate_torch(x[i], weight, EPS, each[i]))
+        alone = elementwise.gate_norm_residual_torch(x[i], branch[i], weight, EPS, each[i], 0.5)
         assert torch.equal(together[1][i], alone)
 
 
@@ -210,7 +208,7 @@ def test_shapes_that_do_not_fit_are_refused_in_one_sentence(words, kernels):
     assert not kernels
 
 
-def test_importing_the_door_loads_no_triton():
+def test_importing_the_steps_loads_no_triton():
     """What torch itself loads aside."""
     script = (
         "import sys, torch\nbefore = set(sys.modules)\n"

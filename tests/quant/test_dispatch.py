@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from zimage_core.errors import BadArgument, UnknownFormat, Unsupported
 from zimage_core.formats import FORMATS
 from zimage_core.quant import dispatch
-from zimage_core.quant.dispatch import ARCHITECTURES, MODES, Choice, choose, crossover, family, resident_set
+from zimage_core.quant.dispatch import (
+    ARCHITECTURES,
+    MODES,
+    Choice,
+    choose,
+    crossover,
+    family,
+    largest_that_fit,
+)
 
 NO_TENSOR_CORES = ("sm_70", "sm_72", "sm_75")
 ARCHS = ("cpu", *ARCHITECTURES, "sm_72", "sm_87", "sm_103", "sm_121", "gfx1151", "gfx950")
@@ -44,7 +52,7 @@ def dense_bytes(case: dict) -> int:
 
 
 def fused_is_possible(case: dict, free: int) -> bool:
-    """Said once more from the contract: planes, tensor cores, a half type, and room unless planes exist."""
+    """Said once more from the contract: planes, tensor cores, a half type, and memory unless planes exist."""
     name, width = case["format_name"], case["width"]
     if name not in dispatch.PLANAR_BITS or width % (128 if name == "Q2_0" else 64):
         return False
@@ -58,15 +66,11 @@ def test_every_case_has_a_path_that_it_can_take_or_a_refusal(case):
     found = answer(**case)
     possible = fused_is_possible(case, case["free_bytes"])
     if isinstance(found, Unsupported):
-        wants = case["mode"]
-        assert wants in ("resident", "fused"), "only what was asked for by name is refused"
+        assert case["mode"] == "fused", "only what was asked for by name is refused"
         assert case["architecture"] != "cpu"
-        if wants == "resident":
-            assert dense_bytes(case) > case["free_bytes"]
-        else:
-            assert not possible
+        assert not possible
         return
-    assert found.path in ("resident", "fused", "dequantise", "cpu")
+    assert found.path in ("fused", "dequantise", "cpu")
     assert found.reason
     assert (found.path == "cpu") == (case["architecture"] == "cpu")
     if found.path == "fused":
@@ -83,8 +87,6 @@ def test_every_case_has_a_path_that_it_can_take_or_a_refusal(case):
         assert found.path in ("cpu", "dequantise")
     if found.path == "dequantise" and FORMATS[case["format_name"]].weights > 1:
         assert case["mode"] in ("auto", "dequantise")
-    if case["mode"] == "auto":
-        assert found.path != "resident", "weights are made resident when they are loaded, not on the way"
 
 
 @given(case=cases)
@@ -109,22 +111,16 @@ def test_what_is_possible_and_asked_for_is_done(case):
     case["mode"] = "fused"
     if fused_is_possible(case, case["free_bytes"]) and FORMATS[case["format_name"]].weights > 1:
         assert choose(**case).path == "fused"
-    case["mode"] = "resident"
-    if case["architecture"] != "cpu" and dense_bytes(case) <= case["free_bytes"]:
-        assert choose(**case).path == "resident"
 
 
 @pytest.mark.parametrize("name", dispatch.PLANAR_BITS)
 def test_memory_is_enough_to_the_byte(name):
-    """For planes of 40 rows, and for dense ones; planes that exist need nothing more."""
+    """Planes of 40 rows fit or they do not; planes that exist need nothing more."""
     need = dispatch.planar_bytes(FORMATS[name], 40, 256)
     arguments = (name, 40, 256, 1, "sm_90")
     assert choose(*arguments, need) == Choice("fused", choose(*arguments, need).reason, need)
     assert choose(*arguments, need - 1).path == "dequantise"
     assert choose(*arguments, 0, planes=True).path == "fused"
-    assert choose(*arguments, 40 * 256 * 2, "resident").path == "resident"
-    with pytest.raises(Unsupported, match="need 20480 bytes and 20479 are free"):
-        choose(*arguments, 40 * 256 * 2 - 1, "resident")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +131,6 @@ def test_memory_is_enough_to_the_byte(name):
         ({"free_bytes": 10}, r"planes need 8524800 bytes and 10 are free"),
         ({"width": 3872}, "rows of 3872 weights are no multiple of 64"),
         ({"dtype": "float32"}, "float32 has no tensor cores"),
-        ({"mode": "resident", "free_bytes": 10}, r"3840 x 3840 need 29491200 bytes and 10 are free"),
     ],
 )
 def test_a_refusal_names_what_is_in_the_way_and_what_to_do(changed, says):
@@ -161,7 +156,7 @@ def test_plain_numbers_are_converted_whatever_is_asked_of_blocks(name):
     ("arguments", "error", "says"),
     [
         (("Q9_K", 40, 256, 1, "sm_90", 0), UnknownFormat, "Q9_K"),
-        (("Q4_K", 40, 256, 1, "sm_90", 0, "fast"), BadArgument, "'fast'.*auto, resident, fused, dequantise"),
+        (("Q4_K", 40, 256, 1, "sm_90", 0, "fast"), BadArgument, "'fast'.*auto, fused, dequantise"),
         (("Q4_K", 40, 256, 1, "sm_30", 0), BadArgument, "'sm_30' is not known; known are cpu, sm_70"),
         (("Q4_K", 40, 256, 1, "mps", 0), BadArgument, "'mps'"),
         (("Q4_K", 0, 256, 1, "sm_90", 0), BadArgument, "no positive size"),
@@ -212,23 +207,23 @@ sizes = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(0
 
 
 @given(sizes=sizes, budget=st.integers(0, 400))
-def test_a_resident_set_is_within_its_budget_largest_first(sizes, budget):
-    chosen = resident_set(sizes, budget)
+def test_what_is_dequantised_is_within_its_budget_largest_first(sizes, budget):
+    chosen = largest_that_fit(sizes, budget)
     growth = [sizes[name] for name in chosen]
     assert sum(growth) <= budget
     assert growth == sorted(growth, reverse=True)
     assert len(set(chosen)) == len(chosen)
-    assert chosen == resident_set(dict(sizes), budget)
+    assert chosen == largest_that_fit(dict(sizes), budget)
     left = budget - sum(growth)
     assert all(sizes[name] > left for name in set(sizes) - set(chosen)), "one more would have fitted"
     bigger = [name for name in sizes if sizes[name] == max(sizes.values()) <= budget]
     assert not bigger or chosen[0] == bigger[0]
 
 
-def test_a_resident_set_does_not_depend_on_the_order_of_distinct_sizes():
+def test_what_is_dequantised_does_not_depend_on_the_order_of_distinct_sizes():
     items = {"w1": 40, "w2": 39, "to_q": 15, "to_k": 14}
     for budget in range(0, 110, 7):
-        answers = {tuple(resident_set(dict(order), budget)) for order in permutations(items.items())}
+        answers = {tuple(largest_that_fit(dict(order), budget)) for order in permutations(items.items())}
         assert len(answers) == 1, f"budget {budget}: {answers}"
 
 
@@ -257,9 +252,26 @@ def test_another_value_of_the_variable_is_refused_at_the_first_weight(monkeypatc
 
 @pytest.mark.parametrize("value", ["resident", "fast", ""])
 def test_a_wrong_path_in_the_environment_is_one_sentence(monkeypatch, value):
-    monkeypatch.setattr(dispatch, "MODE", value)
-    with pytest.raises(BadArgument, match=r"ZIMAGE_PATH is .* must be auto, fused or dequantise"):
+    monkeypatch.setattr(dispatch, "MODE", None)
+    monkeypatch.setenv("ZIMAGE_MATMUL", value)
+    with pytest.raises(BadArgument, match=r"ZIMAGE_MATMUL is .* must be auto, fused or dequantise"):
         dispatch.mode()
+
+
+def test_the_environment_is_read_at_the_first_use_and_the_old_name_still_works(monkeypatch):
+    monkeypatch.setattr(dispatch, "KERNELS", None)
+    monkeypatch.setattr(dispatch, "MODE", None)
+    monkeypatch.setenv("ZIMAGE_KERNELS", "on")
+    monkeypatch.delenv("ZIMAGE_MATMUL", raising=False)
+    monkeypatch.setenv("ZIMAGE_PATH", "fused")
+    assert dispatch.kernels_for(torch.device("cpu"))
+    with pytest.deprecated_call(match="ZIMAGE_PATH is now called ZIMAGE_MATMUL"):
+        assert dispatch.mode() == "fused"
+    monkeypatch.setenv("ZIMAGE_MATMUL", "dequantise")
+    assert dispatch.mode() == "fused", "read once"
+    monkeypatch.setattr(dispatch, "MODE", None)
+    with pytest.deprecated_call():
+        assert dispatch.mode() == "dequantise"
 
 
 @pytest.mark.parametrize(

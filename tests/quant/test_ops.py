@@ -14,6 +14,7 @@ from zimage_core.cpu import workspace as workspaces
 from zimage_core.errors import BadArgument, BadShape, UnknownFormat, Unsupported
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.quant import ops
+from zimage_core.quant.dequantize import dequantize
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.reference.dequantize import dequantize as reference
 from zimage_core.reference.encode import random_blocks
@@ -248,7 +249,7 @@ def test_ids_outside_the_table_are_named(bad, table):
 @every_format
 def test_public_dequantize_is_the_reference(fmt: BlockFormat):
     packed = random_blocks(fmt, (2, 3, 2 * fmt.weights), np.random.default_rng(0))
-    got = ops.dequantize(torch.from_numpy(packed), fmt.name)
+    got = dequantize(torch.from_numpy(packed), fmt.name)
     assert got.shape == (2, 3, 2 * fmt.weights)
     assert np.array_equal(got.numpy(), reference(packed, fmt.name), equal_nan=True)
 
@@ -256,16 +257,16 @@ def test_public_dequantize_is_the_reference(fmt: BlockFormat):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: ops.dequantize(torch.zeros(18, dtype=torch.uint8), "Q4_9"), UnknownFormat, "Q4_K"),
-        (lambda: ops.dequantize(torch.zeros(17, dtype=torch.uint8), "Q4_0"), BadShape, "blocks of 18"),
-        (lambda: ops.dequantize(torch.zeros(18), "Q4_0"), BadShape, "uint8"),
-        (lambda: ops.dequantize(b"\0" * 18, "Q4_0"), BadArgument, "torch.Tensor"),
+        (lambda: dequantize(torch.zeros(18, dtype=torch.uint8), "Q4_9"), UnknownFormat, "Q4_K"),
+        (lambda: dequantize(torch.zeros(17, dtype=torch.uint8), "Q4_0"), BadShape, "blocks of 18"),
+        (lambda: dequantize(torch.zeros(18), "Q4_0"), BadShape, "uint8"),
+        (lambda: dequantize(b"\0" * 18, "Q4_0"), BadArgument, "torch.Tensor"),
         (
-            lambda: ops.dequantize(torch.zeros(18, dtype=torch.uint8), "Q4_0", torch.int8),
+            lambda: dequantize(torch.zeros(18, dtype=torch.uint8), "Q4_0", torch.int8),
             BadArgument,
             "dtype",
         ),
-        (lambda: ops.dequantize(torch.zeros(18, dtype=torch.uint8), "Q4_0", "float32"), BadArgument, "dtype"),
+        (lambda: dequantize(torch.zeros(18, dtype=torch.uint8), "Q4_0", "float32"), BadArgument, "dtype"),
     ],
 )
 def test_bad_arguments_of_dequantize_are_named(call, error, words):
@@ -301,3 +302,21 @@ def test_quant_tensor_cuts_moves_and_counts():
     number = QuantTensor(torch.tensor([1.5]).view(torch.uint8), FORMATS["F32"], ())
     assert number.dequantize().shape == ()
     assert number.dequantize() == 1.5
+
+
+@torch.no_grad()
+def test_packed_weights_compile_whole_on_a_cpu():
+    """No break at a packed weight, whose widths and rows of x vary; the same bits as without a compiler."""
+    weights = [quant("Q4_K", 512, 256), quant("Q8_0", 256, 512), quant("F16", 768, 256)]
+
+    def work(x: torch.Tensor) -> torch.Tensor:
+        for weight in weights:
+            x = ops.linear(x, weight)
+        return x + weights[1].dequantize()[0, 0] + dequantize(weights[2].packed, "F16")[0, 0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(work, fullgraph=True, backend="aot_eager")
+    for rows in (5, 9, 31):
+        x = torch.randn(rows, 256)
+        assert torch.equal(compiled(x), work(x))
+    torch._dynamo.reset()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_core import __version__
-from zimage_core.cli import paths_table
+from zimage_core.cli import dispatch_table
 from zimage_core.errors import ZImageError, printable
 from zimage_core.files.units import in_bytes
 from zimage_core.formats import FORMATS
@@ -69,12 +69,12 @@ def _paths(args: argparse.Namespace, devices: list[dict[str, Any]]) -> int:
     free = real("--free", 8 if args.free is None else args.free, 0, 1e6) * 1e9
     if args.free is None and args.architecture is None:
         free = gpu.get("memory_free_bytes", free)
-    found = paths_table.paths(architecture, int(free))
+    found = dispatch_table.paths(architecture, int(free))
     if args.json:
         report = {"architecture": architecture, "free_bytes": int(free), "paths": found}
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
     else:
-        sys.stdout.write("\n".join(paths_table.lines(architecture, int(free), found)) + "\n")
+        sys.stdout.write("\n".join(dispatch_table.lines(architecture, int(free), found)) + "\n")
     return 0
 
 
@@ -134,6 +134,8 @@ def _cpu() -> dict[str, Any]:
 def _gpus(cpu: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
+    from zimage_core.quant.gpu import architecture
+
     cpu["threads"] = torch.get_num_threads()
     found: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -144,21 +146,12 @@ def _gpus(cpu: dict[str, Any]) -> list[dict[str, Any]]:
                 "name": f"cuda:{index}",
                 "title": properties.name,
                 "compute_capability": f"{properties.major}.{properties.minor}",
-                "architecture": _architecture(properties),
+                "architecture": architecture(torch.device("cuda", index)),
                 "memory_bytes": total,
                 "memory_free_bytes": free,
             }
         )
     return found
-
-
-def _architecture(properties: Any) -> str:
-    """sm_90; gfx942 on AMD."""
-    import torch
-
-    if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
 
 
 def _embedded_model() -> tuple[dict[str, Any] | None, str]:

@@ -1,4 +1,4 @@
 """The torch dequantiser: packed blocks to float32, for every format of `formats.FORMATS`.
 
-One door, `dequantize.dequantize_into`; one file a family behind it. Exact against `reference/`.
+Others call `dequantize.dequantize_into`; each family of formats has a file. Exact against `reference/`.
 """

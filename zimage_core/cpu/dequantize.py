@@ -1,7 +1,6 @@
-"""The one door to the torch dequantisers: packed rows to float32, tile by tile.
+"""`dequantize_into`: packed rows to float32 by torch, tile by tile.
 
-A tile is what its intermediates leave room for in a core's second-level cache; each family's
-decoder works on one tile with scratch that is reused by the next. Exact against
+The decoder of a family works on one tile with scratch that the next tile reuses. Exact against
 `zimage_core.reference.dequantize` (tests/cpu/test_dequantize.py); timings come from
 benchmarks/cpu_dequantize.py.
 """
@@ -14,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zimage_core.cpu import i_quants, k_quants, legacy, numbers, small
-from zimage_core.cpu.pool import spread
+from zimage_core.cpu import i_quants, k_quants, legacy, numbers
+from zimage_core.cpu.pool import in_parallel
 from zimage_core.cpu.workspace import Workspace, workspace
 from zimage_core.errors import BadShape
 from zimage_core.formats import BlockFormat
@@ -42,26 +41,26 @@ DECODERS: dict[str, tuple[Header, Body]] = {
     "Q4_K": (k_quants.affine_header, k_quants.q4_k_body),
     "Q5_K": (k_quants.affine_header, k_quants.q5_k_body),
     "Q6_K": (k_quants.q6_k_header, k_quants.q6_k_body),
-    "IQ2_XXS": (i_quants.iq2_xxs_header, i_quants.iq2_xxs_body),
-    "IQ2_XS": (i_quants.iq2_xs_header, i_quants.iq2_xs_body),
-    "IQ3_XXS": (i_quants.iq3_xxs_header, i_quants.iq3_xxs_body),
-    "IQ1_S": (i_quants.iq1_s_header, i_quants.iq1_body),
+    "IQ2_XXS": (i_quants.iq2_xxs_header, partial(i_quants.grid_body, "iq2_xxs")),
+    "IQ2_XS": (i_quants.iq2_xs_header, partial(i_quants.grid_body, "iq2_xs")),
+    "IQ3_XXS": (i_quants.iq3_xxs_header, partial(i_quants.grid_body, "iq3_xxs")),
+    "IQ1_S": (i_quants.iq1_s_header, partial(i_quants.grid_body, "iq1")),
     "IQ4_NL": (legacy.scale_header, legacy.iq4_nl_body),
-    "IQ3_S": (i_quants.iq3_s_header, i_quants.iq3_s_body),
+    "IQ3_S": (i_quants.iq3_s_header, partial(i_quants.grid_body, "iq3_s")),
     "IQ2_S": (i_quants.iq2_s_header, i_quants.iq2_s_body),
     "IQ4_XS": (i_quants.iq4_xs_header, i_quants.iq4_xs_body),
-    "IQ1_M": (i_quants.iq1_m_header, i_quants.iq1_body),
-    "TQ1_0": (small.tq1_0_header, small.tq1_0_body),
-    "TQ2_0": (small.tq2_0_header, small.tq2_0_body),
-    "MXFP4": (small.mxfp4_header, small.mxfp4_body),
-    "NVFP4": (small.nvfp4_header, small.nvfp4_body),
-    "Q1_0": (legacy.scale_header, small.q1_0_body),
-    "Q2_0": (legacy.scale_header, small.q2_0_body),
-    "Q2_0_128": (legacy.scale_header, small.q2_0_body),
+    "IQ1_M": (i_quants.iq1_m_header, partial(i_quants.grid_body, "iq1")),
+    "TQ1_0": (partial(legacy.scale_header, offset=52), legacy.tq1_0_body),
+    "TQ2_0": (partial(legacy.scale_header, offset=64), legacy.tq2_0_body),
+    "MXFP4": (legacy.mxfp4_header, legacy.mxfp4_body),
+    "NVFP4": (legacy.nvfp4_header, legacy.nvfp4_body),
+    "Q1_0": (legacy.scale_header, legacy.q1_0_body),
+    "Q2_0": (legacy.scale_header, legacy.q2_0_body),
+    "Q2_0_128": (legacy.scale_header, legacy.q2_0_body),
     "F8_E4M3": (numbers.fp8_header, partial(numbers.fp8_body, "F8_E4M3")),
     "F8_E5M2": (numbers.fp8_header, partial(numbers.fp8_body, "F8_E5M2")),
 }
-"""Every block format and fp8; plain numbers go through `numbers.number`."""
+"""Every block format and fp8; plain numbers are copied by torch."""
 
 
 def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
@@ -70,7 +69,7 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
     Args:
         out: float32 [..., K], contiguous.
         packed: uint8 [..., row bytes], the same leading axes, same device, any alignment.
-        fmt: The format of the rows.
+        fmt: Format of the rows.
 
     Raises:
         BadShape: out and packed do not describe the same rows.
@@ -86,7 +85,8 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
         return
     blocks, values = packed.reshape(-1, fmt.nbytes), out.view(-1, fmt.weights)
     if fmt.is_float or fmt.is_integer:
-        numbers.number(fmt, _aligned(blocks, None), values)
+        # torch's own copy rounds to nearest even where float32 is the narrower type
+        values.copy_(_aligned(blocks, None).view(numbers.DTYPES[fmt.name]))
         return
     header, body = DECODERS[fmt.name]
     chunk, tile = max(CHUNK // fmt.weights, 1), max(TILE // fmt.weights, 1)
@@ -105,7 +105,7 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
                 body(piece, dense, work, *rows)
 
     if out.device.type == "cpu" and len(blocks) > chunk:
-        spread(decode, len(blocks))
+        in_parallel(decode, len(blocks))
     else:
         decode(0, len(blocks))
 
@@ -131,22 +131,3 @@ def _aligned(blocks: Tensor, work: Workspace | None) -> Tensor:
     if work is None:
         return blocks.clone()
     return work.take(torch.uint8, *blocks.shape).copy_(blocks)
-
-
-def dequantize(packed: Tensor, fmt: BlockFormat, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [..., row bytes] -> [..., K].
-
-    Block formats are computed in float32 and rounded once. Plain numbers are converted directly, and
-    of the same dtype returned as a view where the bytes are aligned.
-    """
-    check_rows(packed, fmt)
-    if fmt.is_float or fmt.is_integer:
-        native = numbers.DTYPES[fmt.name]
-        readable = packed.is_contiguous() and packed.storage_offset() % fmt.nbytes == 0
-        readable = readable and packed.data_ptr() % fmt.nbytes == 0
-        source = packed if readable else packed.clone(memory_format=torch.contiguous_format)
-        return source.view(native).to(dtype)
-    shape = (*packed.shape[:-1], packed.shape[-1] // fmt.nbytes * fmt.weights)
-    out = torch.empty(shape, dtype=torch.float32, device=packed.device)
-    dequantize_into(out, packed, fmt)
-    return out.to(dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zimage_core.cpu.pieces import (
+from zimage_core.cpu.fields import (
     column,
     floats,
     gather,
@@ -74,7 +74,7 @@ def iq2_xs_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
 def iq2_s_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
     """d * (1/2 + s) / 4 for 16 weights; ten bits of grid; eight sign bits."""
     scales = _nibble_scales(blocks, 74, 8, work).add_(0.5).mul_(half(blocks, 0) * 0.25)
-    high = gather_bytes("crumbs_8", blocks[:, 66:74], i16, work)
+    high = gather_bytes("two_bit_8", blocks[:, 66:74], i16, work)
     signs = work.take(i32, len(blocks), 32).copy_(blocks[:, 34:66])
     return scales, _indices(blocks[:, 2:34], high, work), signs
 
@@ -123,14 +123,9 @@ def iq4_xs_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
     return (scales.mul_(half(blocks, 0)),)
 
 
-def iq2_xxs_body(blocks: Tensor, out: Tensor, work: Workspace, scales: Tensor, index: Tensor) -> None:
-    """scale * grid * sign."""
-    _scaled(gather("iq2_xxs", index, i8, work), scales, out)
-
-
-def iq2_xs_body(blocks: Tensor, out: Tensor, work: Workspace, scales: Tensor, index: Tensor) -> None:
-    """scale * grid * sign."""
-    _scaled(gather("iq2_xs", index, i8, work), scales, out)
+def grid_body(name: str, blocks: Tensor, out: Tensor, work: Workspace, scales: Tensor, index: Tensor) -> None:
+    """scale * what the table `name` holds: grid * sign, or for IQ1 grid +- 1/8, in eighths."""
+    _scaled(gather(name, index, i8, work), scales, out)
 
 
 def iq2_s_body(
@@ -139,21 +134,6 @@ def iq2_s_body(
     """scale * grid * sign; grid and sign together would need a table of 2 MB."""
     values = gather("iq2_s", index, i8, work)
     _scaled(values.mul_(gather("signs8", signs, i8, work)), scales, out)
-
-
-def iq3_xxs_body(blocks: Tensor, out: Tensor, work: Workspace, scales: Tensor, index: Tensor) -> None:
-    """scale * grid * sign."""
-    _scaled(gather("iq3_xxs", index, i8, work), scales, out)
-
-
-def iq3_s_body(blocks: Tensor, out: Tensor, work: Workspace, scales: Tensor, index: Tensor) -> None:
-    """scale * grid * sign."""
-    _scaled(gather("iq3_s", index, i8, work), scales, out)
-
-
-def iq1_body(blocks: Tensor, out: Tensor, work: Workspace, scales: Tensor, index: Tensor) -> None:
-    """scale * (grid +- 1/8): the table holds eighths."""
-    _scaled(gather("iq1", index, i8, work), scales, out)
 
 
 def iq4_xs_body(blocks: Tensor, out: Tensor, work: Workspace, scales: Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zimage_core.cpu.pieces import (
+from zimage_core.cpu.fields import (
     bytes_of_columns,
     floats,
     half,

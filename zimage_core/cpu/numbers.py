@@ -5,28 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zimage_core.cpu.pieces import f32, gather, words16
+from zimage_core.cpu.fields import f32, gather, words16
 from zimage_core.cpu.tables import table
 from zimage_core.cpu.workspace import Workspace
-from zimage_core.formats import FLOAT_DTYPES, BlockFormat
+from zimage_core.formats import DTYPE_NAMES
 
-DTYPES: dict[str, torch.dtype] = {
-    **{name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()},
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPE_NAMES.items()}
 """The torch dtype with the same bytes."""
 
 
-def number(fmt: BlockFormat, blocks: Tensor, out: Tensor) -> None:
-    """Convert by torch's own copy: rounds to nearest even where float32 is the narrower type."""
-    out.copy_(blocks.view(DTYPES[fmt.name]))
-
-
 def fp8_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
-    """Nothing: the scale is the tensor's."""
+    """No columns: the one scale belongs to the whole tensor."""
     return ()
 
 

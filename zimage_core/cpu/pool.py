@@ -19,7 +19,7 @@ MAX_WORKERS = 8
 """Beyond this Python's own lock is the limit; each worker then gets several torch threads."""
 
 Task = Callable[[int, int], None]
-"""(start, stop) -> None, for rows of something."""
+"""(start, stop) -> None: does the work of a range of rows."""
 
 
 class _Inside(threading.local):
@@ -30,7 +30,7 @@ _inside = _Inside()
 
 
 class _Pool:
-    """An executor whose threads run torch with `inner` threads each."""
+    """An executor whose workers share out `threads` torch threads among them."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -55,7 +55,7 @@ _pool: _Pool | None = None
 
 
 def _forget() -> None:
-    """In a forked child: the threads are gone, and the lock may have been held."""
+    """Start anew in a forked child, where the threads are gone and the lock may have been held."""
     global _lock, _pool
     _lock, _pool = threading.Lock(), None
 
@@ -78,7 +78,7 @@ def _submit(share: Task, rows: int, multiple: int, threads: int) -> list[Future[
         ]
 
 
-def spread(task: Task, rows: int, multiple: int = 8) -> None:
+def in_parallel(task: Task, rows: int, multiple: int = 8) -> None:
     """Run `task` over 0..rows, cut into one range for each thread; return when all are done.
 
     Ranges start at multiples of `multiple`. With one torch thread, and inside a task, the caller

@@ -53,7 +53,7 @@ def _build(name: str) -> Tensor:
             return _pack((1 - _signs(256, 8)) * 8, torch.int64)
         case "bits_high16":  # the same less 16
             return _pack((1 - _signs(256, 8)) * 8 - 16, torch.int64)
-        case "crumbs":  # byte -> its four 2-bit fields less 1, 4 x int8
+        case "two_bit":  # byte -> its four 2-bit fields less 1, 4 x int8
             return _pack(_fields(256, [0, 2, 4, 6], 3, 0).to(torch.int8) - 1, torch.int32)
         case "iq4_nl" | "e2m1":  # two nibbles in the low halves of two bytes -> 2 x float32
             level = _grid(name).flatten().float()
@@ -81,7 +81,7 @@ def _build(name: str) -> Tensor:
             return _pack(_fields(256, [0, 4], 15, 8), torch.int32)
         case "nibbles_9":
             return _pack(_fields(256, [0, 4], 15, 9), torch.int32)
-        case "crumbs_8":  # byte -> four 2-bit fields << 8, 4 x int16
+        case "two_bit_8":  # byte -> four 2-bit fields << 8, 4 x int16
             return _pack(_fields(256, [0, 2, 4, 6], 3, 8), torch.int64)
         case "bits_8":  # byte -> eight bits << 8, 8 x int16
             return _pack(_fields(256, [*range(8)], 1, 8), torch.complex128)
@@ -113,6 +113,6 @@ def _build(name: str) -> Tensor:
 
 @cache
 def table(name: str, device: torch.device) -> Tensor:
-    """A table [entries], at home on `device`; `_build` says what each of them holds."""
+    """A table [entries] on `device`, kept; `_build` says what each of them holds."""
     with torch.inference_mode(False):  # it outlives the caller's mode
         return _build(name).to(device)

@@ -9,7 +9,7 @@ from typing import Any
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.export.checkpoint import TEXT_ENDS
 from zimage_core.export.streaming import Job
-from zimage_core.formats import FLOAT_DTYPES
+from zimage_core.formats import DTYPE_NAMES, FORMATS
 from zimage_core.weights.infer import Config
 
 HEAD = TEXT_ENDS["hf"][1]
@@ -40,7 +40,8 @@ def config_json(
     weights: Counter[str] = Counter()
     for job in jobs:
         weights[job.format.name] += job.target.weights
-    dtype = FLOAT_DTYPES.get(weights.most_common(1)[0][0]) if weights else None
+    most = FORMATS[weights.most_common(1)[0][0]] if weights else None
+    dtype = DTYPE_NAMES[most.name] if most is not None and most.is_float else None
     for key in found.keys() & {"torch_dtype", "dtype"}:
         found[key] = dtype or found[key]
     if isinstance(config, TextEncoderConfig):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, BadWeights, printable
-from zimage_core.formats import FLOAT_DTYPES, FORMATS
+from zimage_core.formats import DTYPE_NAMES, FORMATS
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
-from zimage_core.quant.dispatch import PLANAR_BITS, SCRATCH_BYTES, crossover, planar_bytes, planar_step
+from zimage_core.quant.dispatch import PLANAR_BITS, SCRATCH_BYTES, crossover, planar_bytes, planar_width
 from zimage_core.weights import names
 from zimage_core.weights.card import ModelCard
 from zimage_core.weights.opened import Opened, open_pipeline
@@ -55,13 +55,13 @@ class Matrix:
             return min(SCRATCH_BYTES, self.weights * item)
         if self.scaled:  # in float32, then multiplied, then rounded
             return self.weights * (2 * FLOAT32 + item)
-        return 0 if FLOAT_DTYPES.get(self.format) == dtype else self.weights * item
+        return 0 if DTYPE_NAMES.get(self.format) == dtype else self.weights * item
 
     def planes(self, tokens: int, architecture: str) -> int:
         """Bytes of its planes if a product with so many rows of x would use them, else 0."""
-        if self.format not in PLANAR_BITS or self.width % planar_step(self.format):
-            return 0
         fmt = FORMATS[self.format]
+        if self.format not in PLANAR_BITS or self.width % planar_width(fmt):
+            return 0
         return planar_bytes(fmt, self.rows, self.width) if tokens <= crossover(fmt, architecture) else 0
 
 

@@ -48,7 +48,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, per_head)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attention(rotate_half(q, turn), rotate_half(k, turn), v, causal=True)
+        mixed = attention(rotate_half(q, rope), rotate_half(k, rope), v, causal=True)
         out: Tensor = self.o_proj(mixed if scale == 1.0 else mixed * scale)
         return out
 

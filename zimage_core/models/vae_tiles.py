@@ -1,8 +1,8 @@
-"""The VAE's decoder in tiles: the picture of the whole decoder, in less memory, without a seam.
+"""The VAE's decoder in tiles: the image of the whole decoder, in less memory, without a seam.
 
 Tiles that are decoded apart differ in tone, because each GroupNorm then sees the mean and variance of its
-tile instead of the picture's, and blending only hides that. Here tiles go through the decoder layer by layer:
-every norm gets the statistics of the whole picture and every 3x3 convolution a pixel of the neighbours, so
+tile instead of the image's, and blending only hides that. Here tiles go through the decoder layer by layer:
+every norm gets the statistics of the whole image and every 3x3 convolution a pixel of the neighbours, so
 the result is that of the whole decoder up to rounding, for every tile size, and nothing needs blending.
 
 What has to exist as a whole are two maps at a time: the one that a residual block adds to, and the one
@@ -14,13 +14,12 @@ has the size of the latents.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from zimage_core.models.autoencoder import Decoder, ResnetBlock, UpBlock, Upsample
+from zimage_core.models.vae_blocks import Decoder, ResnetBlock, UpBlock, Upsample
 
 TILE = 32
 """Latents a side that tiling starts with: 256 pixels. Larger ones are hardly faster."""
@@ -35,8 +34,8 @@ class Tile:
     Args:
         top: First row.
         left: First column.
-        bottom: Row behind the last.
-        right: Column behind the last.
+        bottom: Row after the last.
+        right: Column after the last.
         skip_rows: Rows at the top that belong to the tile above.
         skip_columns: Columns at the left that belong to the tile to the left.
     """
@@ -84,7 +83,7 @@ def _spans(length: int, tile: int) -> list[tuple[int, int, int]]:
 
 @torch.no_grad()
 def decode_tiled(decoder: Decoder, z: Tensor, tile: int, keep: torch.device | None = None) -> Tensor:
-    """What `decoder(z)` gives up to rounding, one picture and one tile at a time.
+    """What `decoder(z)` gives up to rounding, one image and one tile at a time.
 
     No gradients: maps are changed in place.
 
@@ -92,7 +91,7 @@ def decode_tiled(decoder: Decoder, z: Tensor, tile: int, keep: torch.device | No
         decoder: Its modules are called, so hooks on them see every tile.
         z: Latents.
         tile: Latents a side, at least 1.
-        keep: Where the maps of the whole picture are kept. Default: with z. With the CPU for a decoder on a
+        keep: Where the maps of the whole image are kept. Default: with z. With the CPU for a decoder on a
             GPU little more than a tile is needed there, and each map travels a few times.
 
     Shape:
@@ -100,20 +99,20 @@ def decode_tiled(decoder: Decoder, z: Tensor, tile: int, keep: torch.device | No
     """
     tiles = layout(z.shape[2], z.shape[3], tile)
     if len(tiles) == 1:
-        pictures = [decoder(z[i : i + 1]) for i in range(len(z))]
+        images = [decoder(z[i : i + 1]) for i in range(len(z))]
     else:
-        pictures = [_decode_one(decoder, z[i : i + 1], tiles, keep or z.device) for i in range(len(z))]
-    return torch.cat(pictures) if len(pictures) > 1 else pictures[0]
+        images = [_decode_one(decoder, z[i : i + 1], tiles, keep or z.device) for i in range(len(z))]
+    return torch.cat(images) if len(images) > 1 else images[0]
 
 
 def _decode_one(decoder: Decoder, z: Tensor, tiles: list[Tile], keep: torch.device) -> Tensor:
     x = _Map(decoder.mid_block(decoder.conv_in(z)).to(keep), z.device)
-    for i, block in enumerate(cast("list[UpBlock]", decoder.up_blocks), 2):
+    for i, block in enumerate(cast(list[UpBlock], decoder.up_blocks), 2):
         for resnet in block.resnets:
-            x = _residual(cast("ResnetBlock", resnet), x, tiles)
+            x = _residual(cast(ResnetBlock, resnet), x, tiles)
         for up in block.upsamplers:
             tiles = [t.times(2) for t in tiles]
-            x = _Map(x.data, z.device, cast("Upsample", up))
+            x = _Map(x.data, z.device, cast(Upsample, up))
             if i < len(decoder.up_blocks):
                 x = _whole_map(x, tiles)
     out = z.new_empty((1, decoder.conv_out.out_channels, *x.size))
@@ -125,10 +124,10 @@ def _decode_one(decoder: Decoder, z: Tensor, tiles: list[Tile], keep: torch.devi
 
 
 class _Map:
-    """A map [1, C, H, W] of the whole picture, or one that is upsampled tile by tile as it is read.
+    """A map [1, C, H, W] of the whole image, or one that is upsampled tile by tile as it is read.
 
     Args:
-        data: The map; with `up` the one of half the side.
+        data: The map itself; with `up`, the map of half the side.
         device: Where tiles are wanted.
         up: What makes the wanted map of `data`.
     """
@@ -170,7 +169,7 @@ class _Map:
 def _frame(part: Tensor, t: Tile, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Zeros [1, C, rows, columns] for a tile with a rim of 1, and the view of them where `part` belongs.
 
-    The rim of a tile at the edge of the picture stays zero, which is how the convolutions pad.
+    The rim of a tile at the edge of the image stays zero, which is how the convolutions pad.
     """
     frame = torch.empty(
         (1, part.shape[1], rows, columns),
@@ -253,13 +252,21 @@ def _affine(norm: nn.GroupNorm, x: _Map, tiles: list[Tile]) -> tuple[Tensor, Ten
     return tuple(v.float().to(x.device).view(1, -1, 1, 1) for v in (scale, shift))  # type: ignore[return-value]
 
 
-def ways_to_decode(h: int, w: int, tile: int | None) -> list[dict[str, Any]]:
-    """Arguments for `Autoencoder.decode`, each of which needs less memory than those before it.
+@dataclass(frozen=True)
+class DecodeWay:
+    """How an image is decoded: the arguments `tile` and `keep` of `Autoencoder.decode`."""
 
-    First as it is, `tile` being the attribute of the autoencoder; then in tiles, halved down to `SMALLEST`;
-    at last with the maps of the whole picture on the CPU.
+    tile: int | None = None
+    keep: torch.device | None = None
+
+
+def ways_to_decode(h: int, w: int, tile: int | None) -> list[DecodeWay]:
+    """Ways to decode latents [h, w], each of which needs less memory than those before it.
+
+    The first leaves the choice to `tile`, the attribute of the autoencoder; then come tiles, halved down to
+    `SMALLEST`; the last keeps the maps of the whole image on the CPU.
     """
     start = max(h, w) if tile is None else min(tile, max(h, w))
     sizes = [size for size in (2**n for n in range(20, 0, -1)) if SMALLEST <= size < start]
-    last = {"tile": min(start, SMALLEST), "keep": torch.device("cpu")}
-    return [{}, *({"tile": size} for size in sizes), last]
+    last = DecodeWay(min(start, SMALLEST), torch.device("cpu"))
+    return [DecodeWay(), *map(DecodeWay, sizes), last]

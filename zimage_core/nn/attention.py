@@ -8,7 +8,7 @@ from torch import Tensor, nn
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for each head.
 
-    Never masked but for `causal`: a sequence holds the tokens of one picture only, and its pad
+    There is no mask but `causal`: a sequence holds the tokens of one image only, and its pad
     tokens take part by design.
 
     Shape:

@@ -1,7 +1,7 @@
 """Steps recorded once as CUDA graphs and replayed: the launches of a thousand kernels become one.
 
 A graph holds addresses, so everything that changes between steps is copied into inputs of its own. One graph
-for each set of shapes (picture size, padded caption length).
+for each set of shapes (image size, padded caption length).
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class _Recorded:
 
 
 class StepGraphs:
-    """Stands for `ZImageTransformer.step`; records at the first call with new shapes, replays from then on.
+    """A callable in place of `ZImageTransformer.step`; shapes that are new are recorded, others replayed.
 
-    Weights are read where they were when a graph was recorded: after `.to`, `make_resident` or a change of
+    Weights are read where they were when a graph was recorded: after `.to`, dequantising or another change of
     weights make a new object.
 
     Args:

@@ -1,22 +1,20 @@
-"""The element-wise steps of an S3-DiT block: shapes are checked and the code that runs is chosen here.
+"""The element-wise steps of an S3-DiT block: float32 inside, rounded once at the end.
 
-Triton kernels where `paths.kernels_for` says so and no gradient is asked for, their twins in plain
-torch elsewhere; both compute in float32 and round once. Under torch.compile a kernel is one opaque
-operator of the namespace `zimage`.
+Each step checks shapes, then runs a Triton kernel where `dispatch.kernels_for` says so and no gradient is
+asked for, and the function `*_torch` below elsewhere. Both take the same order of operations. Under
+torch.compile a kernel is one opaque operator of the namespace `zimage`.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from zimage_core.errors import BadShape
-from zimage_core.nn.elementwise_torch import (
-    gate_norm_residual_torch,
-    qk_norm_rope_torch,
-    rms_norm_modulate_torch,
-    silu_gate_torch,
-)
 from zimage_core.quant.dispatch import kernels_for
 
 
@@ -36,13 +34,19 @@ def rms_norm_modulate(x: Tensor, weight: Tensor, eps: float, scale: Tensor | Non
     Raises:
         BadShape: weight or scale does not fit x.
     """
-    _check_vector("rms_norm_modulate", "weight", x, weight)
-    if scale is not None:
-        scale = _vector("rms_norm_modulate", "scale", x, scale)
-    if not _fused(x, weight, scale) or _per_member(scale):
+    _check_weight("rms_norm_modulate", "weight", x, weight)
+    scale = _vector("rms_norm_modulate", "scale", x, scale)
+    if not _fused(x, weight, scale) or (scale is not None and scale.ndim > 1):
         return rms_norm_modulate_torch(x, weight, eps, scale)
-    run = _rms_norm_modulate_op if torch.compiler.is_compiling() else _rms_norm_modulate
-    return run(x, weight, eps, scale)
+    out: Tensor = _run("rms_norm_modulate", x, weight, eps, scale)
+    return out
+
+
+def rms_norm_modulate_torch(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
+    """`rms_norm_modulate` in plain torch, unchecked."""
+    # vectors are multiplied with each other first: one pass less over the activations
+    gain = weight.float() if scale is None else weight.float() * (1 + scale.float())
+    return (_unit(x, eps) * gain).to(x.dtype)
 
 
 def gate_norm_residual(
@@ -67,13 +71,20 @@ def gate_norm_residual(
         BadShape: branch, weight or gate does not fit x.
     """
     _check_same("gate_norm_residual", "branch", x, branch)
-    _check_vector("gate_norm_residual", "weight", x, weight)
-    if gate is not None:
-        gate = _vector("gate_norm_residual", "gate", x, gate)
-    if not _fused(x, branch, weight, gate) or _per_member(gate):
+    _check_weight("gate_norm_residual", "weight", x, weight)
+    gate = _vector("gate_norm_residual", "gate", x, gate)
+    if not _fused(x, branch, weight, gate) or (gate is not None and gate.ndim > 1):
         return gate_norm_residual_torch(x, branch, weight, eps, gate, factor)
-    run = _gate_norm_residual_op if torch.compiler.is_compiling() else _gate_norm_residual
-    return run(x, branch, weight, eps, gate, factor)
+    out: Tensor = _run("gate_norm_residual", x, branch, weight, eps, gate, factor)
+    return out
+
+
+def gate_norm_residual_torch(
+    x: Tensor, branch: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, factor: float = 1.0
+) -> Tensor:
+    """`gate_norm_residual` in plain torch, unchecked."""
+    gain = weight.float() if gate is None else weight.float() * gate.float().tanh()
+    return torch.addcmul(x.float(), _unit(branch, eps * factor * factor), gain).to(x.dtype)
 
 
 def qk_norm_rope(
@@ -88,7 +99,7 @@ def qk_norm_rope(
         k_weight: [D].
         eps: Added to the mean square of a head.
         cos: Cosines of the angles, float32 [L, D / 2].
-        sin: Sines, likewise.
+        sin: Sines of the angles, float32 [L, D / 2].
 
     Returns:
         [..., L, H, D] twice, each in its dtype.
@@ -100,16 +111,31 @@ def qk_norm_rope(
     if q.ndim < 3 or q.shape[-1] % 2:
         raise BadShape(f"{name}: q must be [..., L, H, D] with an even D, not of shape {tuple(q.shape)}")
     _check_same(name, "k", q, k)
-    _check_vector(name, "q_weight", q, q_weight)
-    _check_vector(name, "k_weight", k, k_weight)
+    _check_weight(name, "q_weight", q, q_weight)
+    _check_weight(name, "k_weight", k, k_weight)
     want = (q.shape[-3], q.shape[-1] // 2)
     for label, angles in (("cos", cos), ("sin", sin)):
         if tuple(angles.shape) != want:
             raise BadShape(f"{name}: {label} has shape {tuple(angles.shape)}, q wants {want}")
     if not _fused(q, k, q_weight, k_weight, cos, sin):
         return qk_norm_rope_torch(q, k, q_weight, k_weight, eps, cos, sin)
-    run = _qk_norm_rope_op if torch.compiler.is_compiling() else _qk_norm_rope
-    return run(q, k, q_weight, k_weight, eps, cos, sin)
+    out: tuple[Tensor, Tensor] = _run(name, q, k, q_weight, k_weight, eps, cos, sin)
+    return out
+
+
+def qk_norm_rope_torch(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`qk_norm_rope` in plain torch, unchecked."""
+    turn = torch.complex(cos.float(), sin.float()).unsqueeze(-2)
+
+    def turned(x: Tensor, weight: Tensor) -> Tensor:
+        # the same products as written out, one pass for six
+        normed = _unit(x, eps) * weight.float()
+        pairs = torch.view_as_complex(normed.reshape(*x.shape[:-1], x.shape[-1] // 2, 2))
+        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+    return turned(q, q_weight), turned(k, k_weight)
 
 
 def silu_gate(gate: Tensor, up: Tensor, factor: float = 1.0) -> Tensor:
@@ -130,19 +156,20 @@ def silu_gate(gate: Tensor, up: Tensor, factor: float = 1.0) -> Tensor:
     _check_same("silu_gate", "up", gate, up)
     if not _fused(gate, up):
         return silu_gate_torch(gate, up, factor)
-    run = _silu_gate_op if torch.compiler.is_compiling() else _silu_gate
-    return run(gate, up, factor)
+    out: Tensor = _run("silu_gate", gate, up, factor)
+    return out
 
 
-def _fused(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether a kernel runs: kernels know no gradient."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (first, *others)):
-        return False
-    return kernels_for(first.device)
+def silu_gate_torch(gate: Tensor, up: Tensor, factor: float = 1.0) -> Tensor:
+    """`silu_gate` in plain torch, unchecked."""
+    product = functional.silu(gate.float()) * up.float()
+    return (product if factor == 1.0 else product * factor).to(gate.dtype)
 
 
-def _per_member(vector: Tensor | None) -> bool:
-    return vector is not None and vector.ndim > 1
+def _unit(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, float32."""
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
 def _check_same(name: str, label: str, x: Tensor, other: Tensor) -> None:
@@ -150,13 +177,15 @@ def _check_same(name: str, label: str, x: Tensor, other: Tensor) -> None:
         raise BadShape(f"{name}: {label} has shape {tuple(other.shape)}, wanted that of x, {tuple(x.shape)}")
 
 
-def _check_vector(name: str, label: str, x: Tensor, vector: Tensor) -> None:
-    if x.shape[-1:] != vector.shape or x.ndim == 0:
-        raise _misfit(name, label, x, vector)
+def _check_weight(name: str, label: str, x: Tensor, weight: Tensor) -> None:
+    if x.shape[-1:] != weight.shape or x.ndim == 0:
+        raise _misfit(name, label, x, weight)
 
 
-def _vector(name: str, label: str, x: Tensor, vector: Tensor) -> Tensor:
+def _vector(name: str, label: str, x: Tensor, vector: Tensor | None) -> Tensor | None:
     """[1, ..., 1, D] -> [D]; a vector for each member of a batch stays as it is."""
+    if vector is None:
+        return None
     if vector.ndim and vector.shape[-1] == x.shape[-1]:
         if vector.numel() == x.shape[-1]:
             return vector.reshape(-1)
@@ -173,72 +202,45 @@ def _misfit(name: str, label: str, x: Tensor, vector: Tensor) -> BadShape:
     )
 
 
-# The functions below reach the kernels; Triton is imported at the first call, never before.
+def _fused(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel runs: kernels know no gradient."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (first, *others)):
+        return False
+    return kernels_for(first.device)
 
 
-def _rms_norm_modulate(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None) -> Tensor:
-    from zimage_core.kernels import elementwise as kernels
-
-    return kernels.rms_norm_modulate(x, weight, eps, scale)
-
-
-def _gate_norm_residual(
-    x: Tensor, branch: Tensor, weight: Tensor, eps: float, gate: Tensor | None, factor: float
-) -> Tensor:
-    from zimage_core.kernels import elementwise as kernels
-
-    return kernels.gate_norm_residual(x, branch, weight, eps, gate, factor)
+def _run(name: str, *arguments: Any) -> Any:
+    """A kernel by its name; under torch.compile as an operator."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.zimage, name)(*arguments)
+    return _kernel(name, *arguments)
 
 
-def _qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    from zimage_core.kernels import elementwise as kernels
+def _kernel(name: str, *arguments: Any) -> Any:
+    from zimage_core.kernels import elementwise as kernels  # Triton is imported at the first call
 
-    return kernels.qk_norm_rope(q, k, q_weight, k_weight, eps, cos, sin)
-
-
-def _silu_gate(gate: Tensor, up: Tensor, factor: float) -> Tensor:
-    from zimage_core.kernels import elementwise as kernels
-
-    return kernels.silu_gate(gate, up, factor)
+    return getattr(kernels, name)(*arguments)
 
 
 # Schemas are written out: they are what a saved graph depends on.
-_rms_norm_modulate_op = torch.library.custom_op(
-    "zimage::rms_norm_modulate",
-    _rms_norm_modulate,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, float eps, Tensor? scale) -> Tensor",
-)
-_gate_norm_residual_op = torch.library.custom_op(
-    "zimage::gate_norm_residual",
-    _gate_norm_residual,
-    mutates_args=(),
-    schema="(Tensor x, Tensor branch, Tensor weight, float eps, Tensor? gate, float factor) -> Tensor",
-)
-_qk_norm_rope_op = torch.library.custom_op(
-    "zimage::qk_norm_rope",
-    _qk_norm_rope,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, Tensor sin) "
-    "-> (Tensor, Tensor)",
-)
-_silu_gate_op = torch.library.custom_op(
-    "zimage::silu_gate",
-    _silu_gate,
-    mutates_args=(),
-    schema="(Tensor gate, Tensor up, float factor) -> Tensor",
-)
+_SCHEMAS = {
+    "rms_norm_modulate": "(Tensor x, Tensor weight, float eps, Tensor? scale) -> Tensor",
+    "gate_norm_residual": "(Tensor x, Tensor branch, Tensor weight, float eps, Tensor? gate, float factor) "
+    "-> Tensor",
+    "qk_norm_rope": "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, Tensor cos, "
+    "Tensor sin) -> (Tensor, Tensor)",
+    "silu_gate": "(Tensor gate, Tensor up, float factor) -> Tensor",
+}
 
 
-@_rms_norm_modulate_op.register_fake
-@_gate_norm_residual_op.register_fake
-@_silu_gate_op.register_fake
-def _like_the_first(first: Tensor, *others: object) -> Tensor:
-    return torch.empty_like(first, memory_format=torch.contiguous_format)
+def _fake(outputs: int, *arguments: Any) -> Any:
+    """What a kernel returns, without values: tensors like its first `outputs` arguments, contiguous."""
+    like = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in arguments[:outputs]]
+    return like[0] if outputs == 1 else tuple(like)
 
 
-@_qk_norm_rope_op.register_fake
-def _like_q_and_k(q: Tensor, k: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    return _like_the_first(q), _like_the_first(k)
+for _name, _schema in _SCHEMAS.items():
+    _operator = torch.library.custom_op(
+        f"zimage::{_name}", partial(_kernel, _name), mutates_args=(), schema=_schema
+    )
+    _operator.register_fake(partial(_fake, 2 if _name == "qk_norm_rope" else 1))

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from zimage_core.errors import BadShape
-from zimage_core.formats import FLOAT_DTYPES
+from zimage_core.formats import DTYPE_NAMES
 from zimage_core.quant import ops
 from zimage_core.quant.tensor import QuantTensor
-
-_DENSE = {name: getattr(torch, dtype) for name, dtype in FLOAT_DTYPES.items()}
 
 Weight = nn.Parameter | QuantTensor
 
@@ -47,7 +45,7 @@ class _Weighted(nn.Module):
             BadShape: The shape is not this module's.
         """
         self.dtype = dtype or self.dtype
-        plain = _DENSE.get(quant.format.name) == self.dtype and quant.scale is None
+        plain = f"torch.{DTYPE_NAMES.get(quant.format.name)}" == str(self.dtype) and quant.scale is None
         self.set_weight(nn.Parameter(quant.dequantize(self.dtype), requires_grad=False) if plain else quant)
 
     def set_weight(self, weight: Weight) -> Weight:
@@ -73,7 +71,7 @@ class _Weighted(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is, dense or packed."""
+        """The device of the weight, dense or packed."""
         return self.weight.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -35,12 +35,12 @@ def rotation(positions: Tensor, dims: Sequence[int], theta: float) -> Rotation:
     return angle.cos(), angle.sin()
 
 
-def rotate_half(x: Tensor, turn: Rotation) -> Tensor:
+def rotate_half(x: Tensor, angles: Rotation) -> Tensor:
     """Rotate channels (j, j + D / 2) by angle j; float32 inside, dtype of x outside.
 
     Shape:
-        x [..., L, H, D], turn of [L, D / 2] -> [..., L, H, D].
+        x [..., L, H, D], angles [L, D / 2] -> [..., L, H, D].
     """
-    cos, sin = (t.unsqueeze(-2) for t in turn)
+    cos, sin = (t.unsqueeze(-2) for t in angles)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

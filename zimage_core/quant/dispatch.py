@@ -1,6 +1,5 @@
-"""Which way a packed weight takes to a product: one pure function, and whether kernels run at all.
+"""How a packed weight is multiplied: `choose`, a pure function, and whether kernels run at all.
 
-    resident     dequantised once, when the model is loaded; torch's own product from then on
     fused        decoded inside the product, from planes (kernels/planar.py): few rows of x
     dequantise   dequantised into scratch for each product, then torch's own product: many rows of x
     cpu          slab by slab in float32
@@ -11,6 +10,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -23,13 +23,14 @@ from zimage_core.formats import BlockFormat, by_name
 if TYPE_CHECKING:
     import torch
 
-MODES = ("auto", "resident", "fused", "dequantise")
+MODES = ("auto", "fused", "dequantise")
 
-MODE = os.environ.get("ZIMAGE_PATH", "auto")
-"""What every packed product is asked for: auto, fused or dequantise. See `mode`."""
+MODE: str | None = None
+"""One of MODES, asked for every packed product. None until `mode` reads the environment at its first call."""
 
-KERNELS = os.environ.get("ZIMAGE_KERNELS", "auto")
-"""auto: on GPUs where Triton is installed. off: never. on: everywhere, for tests in Triton's interpreter."""
+KERNELS: str | None = None
+"""auto: kernels run on GPUs where Triton is installed. off: never. on: everywhere, for tests in Triton's
+interpreter. None until `kernels_for` reads the environment at its first call."""
 
 OLDEST_TRITON = (3, 6)
 
@@ -50,11 +51,13 @@ def find_triton() -> bool:
 HAS_TRITON = find_triton()
 
 SCRATCH_BYTES = 192 << 20
-"""Most bytes of dense weights at a time; a larger matrix of blocks goes through in slabs of rows. The largest
-of the family as a file holds it is w1 or w3, 79 MB in bfloat16."""
+"""Most bytes of dense weights at a time; a larger matrix of blocks is multiplied in slabs of rows.
+
+The largest matrices of the family are w1 and w3, 79 MB in bfloat16.
+"""
 
 PLANES_MARGIN = 4 << 30
-"""Bytes of free device memory that planes must leave for activations and for decoding a picture."""
+"""Bytes of free device memory that planes must leave for activations and for decoding an image."""
 
 PLANAR_BITS = {
     "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5, "Q2_K": 3.125, "Q3_K": 3.5625,
@@ -73,9 +76,9 @@ class Architecture:
     """What the choice needs to know of a GPU.
 
     Args:
-        tensor_flops: Of large bfloat16 products, float32 sums, per second.
-        bandwidth: Of a large copy, bytes per second.
-        efficiency: Of the fused kernel at many rows, over that of torch's product; 0 where Triton has no
+        tensor_flops: Operations per second of large bfloat16 products with float32 sums.
+        bandwidth: Bytes per second of a large copy.
+        efficiency: Speed of the fused kernel at many rows over that of torch's product; 0 where Triton has no
             tensor cores to offer.
     """
 
@@ -125,6 +128,9 @@ def kernels_for(device: torch.device) -> bool:
     Raises:
         BadArgument: The environment variable ZIMAGE_KERNELS is none of auto, on, off.
     """
+    global KERNELS
+    if KERNELS is None:
+        KERNELS = os.environ.get("ZIMAGE_KERNELS", "auto")
     if KERNELS == "auto":
         return device.type == "cuda" and HAS_TRITON and _compiles(device)
     if KERNELS not in ("on", "off"):
@@ -133,13 +139,18 @@ def kernels_for(device: torch.device) -> bool:
 
 
 def mode() -> str:
-    """MODE, checked; resident is not asked for here but made, by `make_resident`.
+    """What every packed product is asked for: one of MODES.
 
     Raises:
-        BadArgument: The environment variable ZIMAGE_PATH is none of auto, fused, dequantise.
+        BadArgument: The environment variable ZIMAGE_MATMUL is none of auto, fused, dequantise.
     """
-    if MODE not in MODES or MODE == "resident":
-        raise BadArgument(f"ZIMAGE_PATH is {MODE!r}; it must be auto, fused or dequantise")
+    global MODE
+    if MODE is None:
+        MODE = os.environ.get("ZIMAGE_MATMUL", os.environ.get("ZIMAGE_PATH", "auto"))
+        if "ZIMAGE_PATH" in os.environ:
+            warnings.warn("ZIMAGE_PATH is now called ZIMAGE_MATMUL", DeprecationWarning, stacklevel=2)
+    if MODE not in MODES:
+        raise BadArgument(f"ZIMAGE_MATMUL is {MODE!r}; it must be auto, fused or dequantise")
     return MODE
 
 
@@ -174,23 +185,22 @@ def crossover(fmt: BlockFormat, architecture: str) -> int:
     return int(dequantise / ((1 / arch.efficiency - 1) * row))
 
 
-def planar_step(format_name: str) -> int:
-    """Weights of a row that its planes store together; a row is a whole number of them."""
-    return 128 if format_name == "Q2_0" else 64
-
-
 def planar_bytes(fmt: BlockFormat, rows: int, width: int) -> int:
     """Bytes of the planes of a weight [rows, width]."""
     return int(PLANAR_BITS[fmt.name] * rows * width / 8)
+
+
+def planar_width(fmt: BlockFormat) -> int:
+    """Weights of a row that a step of the fused kernel takes: only whole steps have planes."""
+    return 128 if fmt.name == "Q2_0" else 64
 
 
 def _why_not_fused(fmt: BlockFormat, width: int, architecture: str, dtype: str) -> str:
     """Why the fused kernel cannot take this weight; empty if it can."""
     if fmt.name not in PLANAR_BITS:
         return f"{fmt.name} has no planar layout"
-    step = planar_step(fmt.name)
-    if width % step:
-        return f"rows of {width} weights are no multiple of {step}"
+    if width % planar_width(fmt):
+        return f"rows of {width} weights are no multiple of {planar_width(fmt)}"
     if not ARCHITECTURES[family(architecture)].efficiency:
         return f"Triton has no tensor cores to offer on {architecture}"
     if dtype not in ("float16", "bfloat16"):
@@ -213,15 +223,15 @@ def choose(
     """The path of x [tokens, width] times a packed W [rows, width].
 
     Args:
-        format_name: As in `zimage_core.formats.FORMATS`.
-        rows: N.
-        width: K.
-        tokens: M.
+        format_name: Key of `zimage_core.formats.FORMATS`.
+        rows: Rows of W.
+        width: Weights of a row.
+        tokens: Rows of x.
         architecture: "cpu", "sm_75" ... "sm_120", "gfx942" ...; others map to the nearest older one.
-        free_bytes: Of device memory that the path may take for itself.
-        mode: One of MODES; resident and fused say what is wanted and fail where it cannot be had. Plain
-            numbers (F16, fp8) are always converted: there is nothing to fuse.
-        dtype: Of x.
+        free_bytes: Device memory that the path may take for itself.
+        mode: One of MODES; fused is refused where it cannot be had. Plain numbers (F16, fp8) are always
+            converted: there is nothing to fuse.
+        dtype: Name of x's dtype.
         planes: Whether the planes of the weight exist already.
 
     Raises:
@@ -237,12 +247,6 @@ def choose(
     if architecture == "cpu":
         return Choice("cpu", "no GPU: slab by slab in float32")
     dense = rows * width * (4 if dtype == "float32" else 2)
-    if mode == "resident":
-        if dense > free_bytes:
-            raise Unsupported(
-                f"resident weights of {rows} x {width} need {dense} bytes and {free_bytes} are free; use auto"
-            )
-        return Choice("resident", "asked for", dense)
     if fmt.weights == 1:
         return Choice("dequantise", f"{fmt.name} needs a conversion only", dense)
     obstacle = _why_not_fused(fmt, width, architecture, dtype)
@@ -263,15 +267,15 @@ def choose(
     return Choice("dequantise", f"{tokens} rows of x are more than {most}", dense)
 
 
-def resident_set(sizes: dict[str, int], budget: int) -> list[str]:
-    """Names of the weights to keep dense under a budget, largest gain first.
+def largest_that_fit(sizes: dict[str, int], budget: int) -> list[str]:
+    """Names of the weights to dequantise once under a budget, largest growth first.
 
     Args:
         sizes: Bytes that each weight grows by when it is dequantised.
         budget: Bytes of growth allowed in all.
 
     Returns:
-        In the order in which to dequantise them; equal sizes keep the order of `sizes`.
+        The names in the order in which to dequantise them; equal sizes keep the order of `sizes`.
     """
     chosen, left = [], budget
     for name, growth in sorted(sizes.items(), key=lambda item: -item[1]):

@@ -1,8 +1,8 @@
-"""Operations on weights that may be packed: the only door from the layers to the dequantisers.
+"""`linear` and `embedding`, whose weight may be dense or packed.
 
-On a GPU `accelerator` multiplies, on the path that `paths` chooses. On a CPU a packed weight is
-dequantised row slab by row slab into one reused float32 scratch and multiplied in float32; nothing
-of it is kept. So packed weights cost the memory of the file and one slab.
+On a GPU `gpu` multiplies, on the path that `dispatch` chooses. On a CPU a packed weight is dequantised slab
+by slab of rows into one reused float32 scratch and multiplied in float32; nothing of it is kept. So packed
+weights cost the memory of the file and one slab.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch.nn import functional
 
 from zimage_core.cpu.dequantize import dequantize_into
 from zimage_core.cpu.numbers import DTYPES
-from zimage_core.cpu.pool import spread
+from zimage_core.cpu.pool import in_parallel
 from zimage_core.cpu.workspace import workspace
-from zimage_core.errors import BadArgument, BadShape, Unsupported, printable
-from zimage_core.formats import FORMATS, by_name
+from zimage_core.errors import BadArgument, BadShape, Unsupported
+from zimage_core.formats import FORMATS
 from zimage_core.quant import gpu
+from zimage_core.quant.dequantize import dense_rows
 from zimage_core.quant.dispatch import kernels_for
-from zimage_core.quant.tensor import QuantTensor, per_row
-from zimage_core.quant.tensor import dequantize as dequantize_rows
+from zimage_core.quant.tensor import PlaneCache, QuantTensor, per_row
 
 SLAB_BYTES = 4 << 20
-"""Of dequantised rows that wait for the multiplication, for each thread.
+"""Bytes of dequantised rows that wait for the multiplication, for each thread.
 
 Half of it halves the speed of the multiplication from 1,000 tokens on; twice as much wins 5 per cent
 there and loses as much at 256, where it falls out of the cache.
@@ -32,33 +32,7 @@ there and loses as much at 256, where it falls out of the cache.
 SPREAD_FROM = 1 << 24
 """Products from which a matrix is shared out among threads: 0.4 ms, several times the cost of asking."""
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_FORMAT_OF = {dtype: FORMATS[name] for name, dtype in DTYPES.items()}
-
-
-def dequantize(packed: Tensor, format_name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Packed rows to dense weights, on the device where they are.
-
-    Args:
-        packed: uint8 [..., row bytes], rows of whole blocks.
-        format_name: As in `zimage_core.formats.FORMATS`: "Q4_K", "BF16", "F8_E4M3" ...
-        dtype: Of the result, a float type. Blocks are computed in float32 and rounded once.
-
-    Returns:
-        [..., K] with K = row bytes / block bytes * block weights. Plain numbers of that dtype come
-        back as a view of `packed`.
-
-    Raises:
-        UnknownFormat: No such format; the message lists them.
-        BadShape: packed is not uint8 or its rows are not whole blocks.
-        BadArgument: packed is no tensor or dtype no float type.
-    """
-    fmt = by_name(format_name)
-    if not isinstance(packed, Tensor):
-        raise BadArgument(f"packed must be a uint8 torch.Tensor, not {printable(type(packed).__name__)}")
-    if dtype not in _FLOATS:
-        raise BadArgument(f"dtype must be a torch float type such as torch.float32, not {printable(dtype)}")
-    return dequantize_rows(packed, fmt, dtype)
+_FORMAT_OF = {dtype: FORMATS[name] for name, dtype in DTYPES.items() if not name.startswith("F8")}
 
 
 def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) -> Tensor:
@@ -100,12 +74,16 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
             "with QuantTensor.dequantize()"
         )
     with torch.no_grad():
-        if x.dtype != torch.float64 and kernels_for(x.device):
-            return gpu.linear(x, weight.packed, weight.format, weight.scale, bias, weight.planes)
+        if torch.compiler.is_compiling():
+            planes = list(weight.planes.planes or ())
+            out: Tensor = _linear_op(x, weight.packed, weight.format.name, weight.scale, bias, planes)
+            return out
         return _packed_linear(x, weight, bias)
 
 
 def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
+    if x.dtype != torch.float64 and kernels_for(x.device):
+        return gpu.linear(x, weight, bias)
     rows, width = weight.shape
     flat = x.reshape(-1, width).float().contiguous()  # the strides of x must not choose the BLAS routine
     out = torch.empty(len(flat), rows, dtype=torch.float32, device=flat.device)
@@ -125,7 +103,7 @@ def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tenso
 
     if out.numel():
         worth_it = flat.device.type == "cpu" and out.numel() * width >= SPREAD_FROM
-        spread(multiply, rows) if worth_it else multiply(0, rows)
+        in_parallel(multiply, rows) if worth_it else multiply(0, rows)
     if weight.scale is not None:
         out.mul_(weight.scale.view(-1))
     if bias is not None:
@@ -139,7 +117,7 @@ def embedding(ids: Tensor, weight: Tensor | QuantTensor, dtype: torch.dtype = to
     Args:
         ids: Integers [...] below the number of rows.
         weight: [rows, hidden].
-        dtype: Of the result when the table is packed; a dense table keeps its own.
+        dtype: dtype of the result when the table is packed; rows of a dense table keep theirs.
 
     Returns:
         [..., hidden].
@@ -161,8 +139,28 @@ def embedding(ids: Tensor, weight: Tensor | QuantTensor, dtype: torch.dtype = to
         return functional.embedding(ids, weight)
     flat = ids.reshape(-1).to(weight.device)
     packed = weight.packed.index_select(0, flat)
-    dense = dequantize_rows(packed, weight.format)
+    dense = dense_rows(packed, weight.format, torch.float32)
     if weight.scale is not None:
         scale = weight.scale if weight.scale.numel() == 1 else weight.scale[flat]
         dense = dense * per_row(scale, 2)
     return dense.to(dtype).view(*ids.shape, weight.shape[1])
+
+
+# A graph of torch.compile holds this operator, which is opaque to the compiler.
+@torch.library.custom_op("zimage::linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    packed: Tensor,
+    format_name: str,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    planes: list[Tensor],
+) -> Tensor:
+    shape = (packed.shape[0], x.shape[-1])
+    cache = PlaneCache(tuple(planes) or None, closed=True)
+    return _packed_linear(x, QuantTensor(packed, FORMATS[format_name], shape, scale, cache), bias)
+
+
+@_linear_op.register_fake
+def _(x: Tensor, packed: Tensor, *_: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))

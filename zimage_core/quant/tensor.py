@@ -1,7 +1,7 @@
 """Packed weights: bytes as a file holds them, with what is needed to read them.
 
-Not a tensor subclass: nothing happens to it implicitly. Everything that a weight file hands out is
-one, float32 included, since a view of the bytes costs nothing.
+A QuantTensor is no tensor subclass, so nothing happens to it implicitly. Weight files hand out everything in
+this form, float32 included, since a view of the bytes costs nothing.
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimage_core.cpu.dequantize import check_rows
-from zimage_core.cpu.dequantize import dequantize as dequantize_by_torch
 from zimage_core.errors import BadShape
 from zimage_core.formats import BlockFormat
-from zimage_core.quant import gpu
-from zimage_core.quant.dispatch import kernels_for
+from zimage_core.quant.dequantize import dense_rows
 
 
 @dataclass
 class PlaneCache:
-    """The planes that a GPU derived from one weight, once a product has wanted them.
+    """The planes of one weight, made on a GPU once a product has wanted them.
 
     Args:
         planes: `kernels.planar.Planes`; None where there are none (yet).
-        closed: No planes will be made: there was no room, or the bytes lie in memory that other weights use
-            too, so that planes would outlive what they were made of.
+        closed: Whether no more planes will be made: memory was short, or the bytes lie in memory that other
+            weights use too, so that planes would outlive what they were made of.
     """
 
     planes: Any = None
@@ -40,8 +37,8 @@ class QuantTensor:
 
     Args:
         packed: uint8 [..., row bytes], the leading axes of `shape`; usually a view of a mapped file.
-        format: Of the blocks.
-        shape: Logical, last axis = weights a row. () is one number.
+        format: Block format of the bytes.
+        shape: Logical shape, whose last axis counts weights; () is one number.
         scale: float32, one number or one for each index of axis 0; multiplies the dequantised rows
             (fp8 from safetensors).
         planes: What a GPU derived from these bytes; lives and dies with this object.
@@ -79,7 +76,7 @@ class QuantTensor:
 
     @property
     def device(self) -> torch.device:
-        """Where the bytes are."""
+        """The device of the bytes."""
         return self.packed.device
 
     def rows(self, start: int, stop: int) -> QuantTensor:
@@ -102,25 +99,10 @@ class QuantTensor:
         Plain numbers of that dtype without a scale come back as a view of the same bytes: do not
         write to the result.
         """
-        dense = dequantize(self.packed, self.format, dtype if self.scale is None else torch.float32)
+        dense = dense_rows(self.packed, self.format, dtype if self.scale is None else torch.float32)
         if self.scale is not None:
             dense = (dense * per_row(self.scale, dense.ndim)).to(dtype)
         return dense.view(self.shape)
-
-
-def dequantize(packed: Tensor, fmt: BlockFormat, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [..., row bytes] -> [..., K] on the device where they are, by Triton or by torch.
-
-    Block formats are computed in float32 and rounded once. Plain numbers of that dtype may come back as a
-    view.
-
-    Raises:
-        BadShape: packed is not uint8 or its rows are not whole blocks.
-    """
-    if fmt.weights > 1 and kernels_for(packed.device):
-        check_rows(packed, fmt)
-        return gpu.dequantize(packed, fmt, dtype)
-    return dequantize_by_torch(packed, fmt, dtype)
 
 
 def per_row(scale: Tensor, ndim: int) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from zimage_core.cpu.pool import spread
+from zimage_core.cpu.pool import in_parallel
 from zimage_core.errors import BadArgument, BadShape, BadWeights, Unsupported
 from zimage_core.formats import BlockFormat, by_name
 from zimage_core.quantize import i_quants, iq4, k_quants, legacy, numbers, small
@@ -141,7 +141,7 @@ def _encode_all(
                 encode(box)
 
         if on_cpu:
-            spread(share, len(turn), multiple=1)
+            in_parallel(share, len(turn), multiple=1)
         else:
             share(0, len(turn))
         if progress is not None:

@@ -17,7 +17,7 @@ from zimage_core.text.prompt import check_prompt
 MAX_PIXELS = 4096 * 4096
 """Attention takes time with the square of the pixels; an image of this size takes hours on any machine."""
 MAX_BATCH_PIXELS = 256 * 1024 * 1024
-"""Most pixels of all images of one call: 256 of 1024 x 1024, which take 3.2 GB before they are rounded to bytes."""
+"""Most pixels of one call: 256 images of 1024 x 1024, which take 3.2 GB before they are rounded to bytes."""
 MAX_IMAGES = 1024
 MAX_GUIDANCE = 30.0
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

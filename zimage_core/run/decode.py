@@ -9,7 +9,7 @@ import torch
 
 from zimage_core.errors import OutOfMemory
 from zimage_core.models.autoencoder import Autoencoder
-from zimage_core.models.vae_tiles import ways_to_decode
+from zimage_core.models.vae_tiles import DecodeWay, ways_to_decode
 from zimage_core.run.nonfinite import checked
 
 
@@ -35,12 +35,14 @@ def decode(
     config = vae.config
     h, w = latents.shape[2:]
     size = f"a picture of {config.spatial_factor * w} x {config.spatial_factor * h}"
-    ways = ways_to_decode(h, w, vae.tile) if keep is None else [{"tile": vae.tile, "keep": keep}]
+    ways = ways_to_decode(h, w, vae.tile) if keep is None else [DecodeWay(vae.tile, keep)]
     left = [z[None] for z in latents / config.scaling_factor + config.shift_factor]
     images: list[torch.Tensor] = []
     while left:
         try:
-            images.append(checked(vae, "VAE", partial(vae.decode, left[0], **ways[0]), debug))
+            images.append(
+                checked(vae, "VAE", partial(vae.decode, left[0], ways[0].tile, ways[0].keep), debug)
+            )
             del left[0]
             continue
         except torch.OutOfMemoryError as error:
@@ -56,7 +58,7 @@ def decode(
                 "pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor) gives pixels in [-1, 1]",
                 latents.cpu(),
             )
-        if not ways[0]:  # the first time
+        if ways[0] == DecodeWay():  # the first time
             warnings.warn(
                 f"VAE: no memory to decode {size} with tile = {vae.tile}; it is decoded again in "
                 "smaller tiles, which takes longer and gives the same picture; "

@@ -13,7 +13,7 @@ from zimage_core.memory.arena import Arena, MemoryPlan, MemoryReport
 from zimage_core.models.transformer import Predict, ZImageTransformer
 from zimage_core.nn.cuda_graphs import StepGraphs
 from zimage_core.nn.linear import Linear
-from zimage_core.quant.dispatch import resident_set
+from zimage_core.quant.dispatch import largest_that_fit
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.run.checks import read_device, read_dtype, whole
 from zimage_core.run.request import Run
@@ -87,7 +87,7 @@ class Placement:
             name: layer.in_features * layer.out_features * dtype.itemsize - layer.weight.nbytes
             for name, layer in layers.items()
         }
-        chosen = resident_set(growth, budget)
+        chosen = largest_that_fit(growth, budget)
         for name in chosen:
             layers[name].dequantize_weight(dtype)
             self._as_loaded = False

@@ -1,6 +1,6 @@
-"""What at least two families need: fields of blocks, scales, gathers.
+"""Fields of blocks, scales and gathers, as at least two families of formats read them.
 
-A family's file has two functions a format. `x_header(blocks, work)` reads the scales and indices of
+The file of a family has two functions a format. `x_header(blocks, work)` reads the scales and indices of
 many blocks at once, because an operation on a few bytes of each block costs mostly its call; it
 returns tensors with one row a block. `x_body(blocks, out, work, *header)` turns the weights of a
 tile that fits the core's cache into float32.

@@ -1,31 +1,28 @@
-"""The table of `zimage doctor --paths`: which way each format takes to a product, and why."""
+"""The table of `zimage doctor --paths`: how each format is multiplied, and why."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from zimage_core.errors import Unsupported
 from zimage_core.files.units import in_bytes
 from zimage_core.formats import FORMATS
-from zimage_core.quant.dispatch import Choice, choose, crossover
+from zimage_core.quant.dispatch import choose, crossover
 
 ROWS, WIDTH = 10240, 3840
 """The widest matrix of S3-DiT, w1 and w3."""
 TOKENS = {"adaptive norms": 8, "short prompt": 32, "256 px": 288, "512 px": 1056, "1024 px": 4128}
-"""Rows of x: steps of a run, tokens of a caption, tokens of picture and caption."""
+"""Rows of x: steps of a run, tokens of a caption, tokens of image and caption."""
 
 
-def paths(architecture: str, free_bytes: int, mode: str = "auto") -> list[dict[str, Any]]:
+def paths(architecture: str, free_bytes: int) -> list[dict[str, Any]]:
     """For each block format: the path at each of TOKENS, the reason at the last, and the crossover.
 
     Raises:
-        BadArgument: The architecture or the mode is not known.
+        BadArgument: The architecture is not known.
     """
     found = []
-    for fmt in FORMATS.values():
-        if fmt.weights == 1:
-            continue
-        choices = [_choose(fmt.name, tokens, architecture, free_bytes, mode) for tokens in TOKENS.values()]
+    for fmt in (each for each in FORMATS.values() if each.weights > 1):
+        choices = [choose(fmt.name, ROWS, WIDTH, m, architecture, free_bytes) for m in TOKENS.values()]
         found.append(
             {
                 "format": fmt.name,
@@ -36,13 +33,6 @@ def paths(architecture: str, free_bytes: int, mode: str = "auto") -> list[dict[s
             }
         )
     return found
-
-
-def _choose(name: str, tokens: int, architecture: str, free_bytes: int, mode: str) -> Choice:
-    try:
-        return choose(name, ROWS, WIDTH, tokens, architecture, free_bytes, mode)
-    except Unsupported as error:
-        return Choice("refused", str(error))
 
 
 def lines(architecture: str, free_bytes: int, found: list[dict[str, Any]]) -> list[str]:
