@@ -174,6 +174,7 @@ HEADERS = {
     "the shape of tensor a holds true": raw({"a": entry(shape=[True])}, bytes(16)),
     r"to open the shape of tensor a, found \{": raw({"a": entry(shape=[]) | {"shape": {}}}, bytes(16)),
     "it has more than 500000 lists": raw(b'{"a":[' + b"[]," * 500_000 + b"[]]}"),
+    "it has more than 2000000 texts": raw(b'{"a":[' + b'"",' * 2_000_000 + b'""]}'),
     "tensor count exceeds": raw(b'{"a":[' + b"1," * 1_000_001 + b"1]}"),
     "the tensor count exceeds 100000": raw(b"{" + b'"a":{},' * 100_002 + b'"a":{}}'),
 }  # fmt: skip

@@ -19,6 +19,8 @@ MAX_DIMENSIONS = 8
 MAX_BRACKETS = 5 * MAX_TENSORS
 """Opening brackets in a header, those inside texts too. Two belong to a tensor; millions of empty lists would
 take gigabytes of memory before anything could be checked."""
+MAX_QUOTES = 40 * MAX_TENSORS
+"""Quotation marks in a header. Ten belong to a tensor; the others leave room for metadata that is JSON itself."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -76,6 +78,8 @@ class HeaderParser:
             self.fail(f"JSON must begin with {{, found {printable(bytes(self.data[:8]))}")
         if self.data.count(b"[") > MAX_BRACKETS:
             self.fail(f"it has more than {MAX_BRACKETS} lists")
+        if self.data.count(b'"') > MAX_QUOTES:
+            self.fail(f"it has more than {MAX_QUOTES // 2} texts")
         decoder = json.JSONDecoder(
             object_pairs_hook=self._object,
             parse_int=self._number,
