@@ -14,6 +14,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from tests.helpers import parity, pipeline_parity
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +55,7 @@ def main() -> None:
     """Measure, then replace the table and the raw data."""
     found = measure()
     packages = {p: version(p) for p in ("torch", "diffusers", "transformers")}
-    cpu = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+    cpu = f"a CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
     raw = {
         "python": platform.python_version(),
         "cpu": cpu,

@@ -125,7 +125,7 @@ def test_a_trained_decoder_in_tiles_is_nearer_to_float64_than_whole(nano):
     z = latents(1, 16, 32, 24) * 2
     exact = copy.deepcopy(nano).double().decode(z)
     whole, tiled = (float((nano.decode(z, tile) - exact).abs().max()) for tile in (None, 16))
-    assert tiled <= 2e-5
+    assert tiled <= 1e-4  # a hundredth of an 8-bit level; 5e-6 found, with AVX2 and without
     assert tiled <= whole
 
 

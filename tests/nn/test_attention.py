@@ -23,7 +23,14 @@ def test_attention_is_the_formula(lead, kv_heads, causal):
     want = torch.from_numpy(layers.attention(q.numpy(), k.numpy(), v.numpy(), mask)).flatten(-2)
     got = attention(q, k, v, causal)
     assert got.shape == (*lead, 9, 64)
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6)  # sums of 16 and of 9 float32 products
+    # A score is a sum of 16 products, at most |q| |k| / 4 in size. Its error moves a softmax by twice that,
+    # relatively; 16 more roundings are for the exponential and the sums of 9.
+    eps, largest = 2.0**-24, [float(x.norm(dim=-1).max()) for x in (q, k)]
+    limit = (2 * 16 * largest[0] * largest[1] / 4 + 16) * eps * float(v.abs().max())
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=limit)
+    exact = attention(q.double(), k.double(), v.double(), causal)
+    want = layers.attention(*(x.double().numpy() for x in (q, k, v)), mask)
+    torch.testing.assert_close(exact, torch.from_numpy(want).flatten(-2), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("lead", [(), (2,)])
