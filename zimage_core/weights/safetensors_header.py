@@ -20,7 +20,7 @@ MAX_BRACKETS = 5 * MAX_TENSORS
 """Opening brackets in a header, those inside texts too. Two belong to a tensor; millions of empty lists would
 take gigabytes of memory before anything could be checked."""
 MAX_QUOTES = 40 * MAX_TENSORS
-"""Quotation marks in a header. Ten belong to a tensor; the others leave room for metadata that is JSON itself."""
+"""Quotation marks in a header. Ten belong to a tensor; the others leave room for metadata that is JSON."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
