@@ -23,7 +23,7 @@ examples:
   zimage quantize turbo.safetensors turbo.gguf --size 3.5GB --imatrix turbo.imatrix.gguf
   zimage quantize turbo.safetensors turbo.gguf --fit 6GiB --sensitivity turbo.json
 
-An interrupted run is continued by the same command. docs/quantizing.md has the recipes.
+An interrupted run leaves OUT as it was. docs/quantizing.md has the recipes.
 """
 
 
@@ -118,7 +118,7 @@ def _size(args: argparse.Namespace) -> int | None:
         return None if args.size is None else read_bytes("--size", args.size)
     if args.component == "text_encoder":
         raise BadArgument("--fit is for a transformer, whose steps it counts; give --size for a text encoder")
-    from zimage_core.export.fit import largest_transformer
+    from zimage_core.export.sizing import largest_transformer
 
     vram = read_bytes("--fit", args.fit)
     return largest_transformer(args.source, vram, args.width, args.height)

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.vram is not None or args.ram is not None:
         raise BadArgument("sensitivity: weights are exchanged in place; leave out --vram and --ram")
 
-    from zimage_core.export.costs import Sensitivity, write_sensitivity
+    from zimage_core.export.sensitivity import Sensitivity, write_sensitivity
     from zimage_core.export.sizing import FAST
     from zimage_core.quantize.imatrix import read_imatrix
     from zimage_core.study.sensitivity import check_types, measure

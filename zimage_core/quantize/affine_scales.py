@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zimage_core.quantize.blocks import as_half
-from zimage_core.quantize.rounding import (
+from zimage_core.quantize.scale_search import (
     TINY,
     Moments,
     Runs,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zimage_core.quantize.blocks import as_half
 from zimage_core.quantize.grid import DELTA, Groups, grid
-from zimage_core.quantize.rounding import TINY, block_costs, exponents, reciprocal
+from zimage_core.quantize.scale_search import TINY, block_costs, exponents, reciprocal
 
 _RATIOS = (-0.4, 0.5)
 """Logarithms of the least and the largest scale tried, over the guess."""

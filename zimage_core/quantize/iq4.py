@@ -17,7 +17,7 @@ from zimage_core.quantize.blocks import (
     packed_rows,
     to_half,
 )
-from zimage_core.quantize.rounding import (
+from zimage_core.quantize.scale_search import (
     Nearest,
     blocks_of,
     fit_symmetric,

@@ -10,7 +10,13 @@ from torch import Tensor
 from zimage_core.formats import FORMATS
 from zimage_core.quantize.affine_scales import AffineSearch
 from zimage_core.quantize.blocks import Encoder, pack_planes, packed_rows, to_half
-from zimage_core.quantize.rounding import blocks_of, fit_affine, nearest_integer, starting_scales, unit_runs
+from zimage_core.quantize.scale_search import (
+    blocks_of,
+    fit_affine,
+    nearest_integer,
+    starting_scales,
+    unit_runs,
+)
 from zimage_core.quantize.signed_scales import SignedSearch
 from zimage_core.quantize.starts import CUTS, PEAKS, Cuts
 

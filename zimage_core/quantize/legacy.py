@@ -21,7 +21,7 @@ from zimage_core.quantize.blocks import (
     packed_rows,
     to_half,
 )
-from zimage_core.quantize.rounding import (
+from zimage_core.quantize.scale_search import (
     blocks_of,
     centre_of,
     fit_affine,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zimage_core.quantize.blocks import as_half
-from zimage_core.quantize.rounding import (
+from zimage_core.quantize.scale_search import (
     TINY,
     Moments,
     Nearest,

@@ -16,7 +16,7 @@ from zimage_core.cpu.tables import table
 from zimage_core.formats import FORMATS
 from zimage_core.quantize.blocks import Encoder, as_half, pack_consecutive, pack_planes, packed_rows, to_half
 from zimage_core.quantize.legacy import half_away, inverse_of
-from zimage_core.quantize.rounding import (
+from zimage_core.quantize.scale_search import (
     FLOOR,
     Runs,
     block_costs,

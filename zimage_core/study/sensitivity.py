@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from zimage_core.errors import BadArgument, printable
-from zimage_core.export.costs import Sensitivity
 from zimage_core.export.mixes import KEPT
 from zimage_core.export.recipes import TYPES, fitting
+from zimage_core.export.sensitivity import Sensitivity
 from zimage_core.export.sizing import FAST
 from zimage_core.nn.linear import Linear
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.quantize.imatrix import Imatrix
-from zimage_core.study.swap import dense, encode, importance_of, matrices, stored_as
+from zimage_core.study.swap import dense, encode_layers, importance_of, matrices, stored_as
 from zimage_core.study.velocity import Call, check_whole, velocity_error
 
 OnTensor = Callable[[int, int, str], None]
@@ -104,7 +104,7 @@ def measure(
             if on_tensor is not None:
                 on_tensor(done, runs, name)
             done += 1
-            with stored_as(encode(layers, fmt, importance_of(imatrix, name))):
+            with stored_as(encode_layers(layers, fmt, importance_of(imatrix, name))):
                 return velocity_error(pipe.transformer, calls)
 
         # the type that its rows allow; several may fall back to the same
@@ -115,10 +115,10 @@ def measure(
                     measured[fmt] = cost(fmt)
         else:
             first = fitting(probe, layers[0].in_features).name
-            unit = weight_error(layers, encode(layers, first, importance), importance)
+            unit = weight_error(layers, encode_layers(layers, first, importance), importance)
             per_error = cost(first) / unit if unit else 0.0
             for fmt in set(stored.values()):
-                packed = encode(layers, fmt, importance)
+                packed = encode_layers(layers, fmt, importance)
                 measured[fmt] = per_error * weight_error(layers, packed, importance)
         costs[name] = {fmt: measured[actual] for fmt, actual in stored.items()}
         if on_costs is not None:

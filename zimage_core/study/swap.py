@@ -13,7 +13,7 @@ from zimage_core.formats import by_name
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Linear
 from zimage_core.quant.tensor import QuantTensor
-from zimage_core.quantize.encode import quantize
+from zimage_core.quantize.encode import encode
 from zimage_core.quantize.imatrix import Imatrix
 from zimage_core.weights.names import transformer_table
 
@@ -41,16 +41,23 @@ def dense(layer: Linear) -> Tensor:
     return layer.weight.detach().float()
 
 
-def encode(layers: Sequence[Linear], fmt: str, importance: Tensor | None = None) -> dict[Linear, QuantTensor]:
-    """The weights of layers in another format; importance [in_features] as `quantize.encode.quantize` has it.
+def encode_layers(
+    layers: Sequence[Linear], fmt: str, importance: Tensor | None = None
+) -> dict[Linear, QuantTensor]:
+    """The weights of layers in another format.
+
+    Args:
+        layers: Layers whose weights have the same number of columns.
+        fmt: Name of the format.
+        importance: Float [in_features], as `zimage_core.encode` takes it.
 
     Raises:
-        BadShape, BadWeights, Unsupported: See there.
+        BadShape, BadWeights, Unsupported: As `zimage_core.encode` does.
     """
     found = {}
     for layer in layers:
         weight = dense(layer)
-        packed = quantize(weight, fmt, None if importance is None else importance.to(weight.device))
+        packed = encode(weight, fmt, None if importance is None else importance.to(weight.device))
         found[layer] = QuantTensor(packed, by_name(fmt), tuple(weight.shape))
     return found
 
@@ -66,7 +73,7 @@ def encode_all(
     for name, wanted in types.items():
         if wanted != SOURCE:
             fmt = fitting(wanted, layers[name][0].in_features).name
-            found.update(encode(layers[name], fmt, importance_of(imatrix, name)))
+            found.update(encode_layers(layers[name], fmt, importance_of(imatrix, name)))
     return found
 
 
