@@ -131,7 +131,7 @@ def _report(args: argparse.Namespace, imatrix: Imatrix, seconds: float, progress
         }
         record = {
             "path": args.output, "bytes": size, "pictures": imatrix.chunks, "seconds": seconds,
-            "datasets": list(imatrix.datasets), "edges": list(imatrix.edges), "tensors": entries,
+            "datasets": list(imatrix.datasets), "tensors": entries,
         }  # fmt: skip
         sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         return
