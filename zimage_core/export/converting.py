@@ -35,7 +35,7 @@ LAYOUTS = {
 """Component -> kind of file -> layout of weights/names.py."""
 KINDS = ("diffusers", "single", "gguf")
 FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
-"""What packed weights may be dequantised to."""
+"""Option -> type that packed weights are dequantised to."""
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 SHARD_BYTES = 5 * 10**9
 NARROW_KEY = "zimage.float_type"
@@ -213,7 +213,7 @@ def _same_types(source: Checkpoint, jobs: Sequence[Job]) -> bool:
 
 
 def _is_changed(source: Checkpoint, jobs: Sequence[Job]) -> bool:
-    """Whether any tensor is more than copied."""
+    """Whether any tensor gets another type than it had."""
     return any(source.format_of(j.target) != j.format or source.is_scaled(j.target) for j in jobs)
 
 

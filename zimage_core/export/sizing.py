@@ -44,7 +44,7 @@ FACTORS = {
     "token_embd.weight": 4.0,
     "output.weight": 4.0,
 }
-"""Pattern -> how much more an error there is believed to cost."""
+"""Pattern of tensors -> factor by which an error there is believed to cost more."""
 
 _ATTEMPTS = 4
 
@@ -57,7 +57,7 @@ STEPS = 8
 def recipe_for_size(
     source: Checkpoint, targets: Sequence[Target], size: int, sensitivity: Sensitivity | None = None
 ) -> Recipe:
-    """A recipe whose GGUF has at most `size` bytes.
+    """The recipe of a GGUF of at most `size` bytes.
 
     Args:
         source: The checkpoint.

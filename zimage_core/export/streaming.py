@@ -93,7 +93,7 @@ def packed_rows(
     """The bytes of a tensor in its new type, in pieces of whole rows.
 
     Raises:
-        BadWeights: As `write_tensors` does.
+        BadWeights: NaN or infinity that is not allowed, or finite numbers beyond float16 in a tensor for F16.
     """
     exact = source.format_of(job.target) == job.format and not source.is_scaled(job.target)
     check = _FiniteCheck(source.file.path, job, nonfinite)

@@ -93,8 +93,7 @@ class Spool:
 class BlockWatch:
     """Hooks on the blocks of a transformer; a context manager that removes them.
 
-    A step is one call of the transformer. Of its images and guidance sides the first is compared, which is
-    the positive side of the first image.
+    In each step only the positive side of the first image is compared.
 
     Args:
         net: The transformer.
