@@ -139,8 +139,10 @@ def _chart(lines: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
         parts.append(f'<text x="{x(i)}" y="{_HEIGHT}" text-anchor="middle">{escape(names[i])}</text>')
     legend = ""
     for colour, (name, line) in zip(cycle(COLOURS), lines.items(), strict=False):
-        points = " ".join(f"{x(i)},{y(math.log10(v))}" for i, v in enumerate(line) if 0 < v < math.inf)
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        points = [(x(i), y(math.log10(v))) for i, v in enumerate(line) if 0 < v < math.inf]
+        path = " ".join(f"{px},{py}" for px, py in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{px}" cy="{py}" r="3" fill="{colour}"/>' for px, py in points]
         legend += f' <span style="color:{colour}">&#9632;</span> {escape(name)}'
     return f'<svg width="{_WIDTH}" height="{_HEIGHT + 4}">{"".join(parts)}</svg><div>{legend}</div>'
 
