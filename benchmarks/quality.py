@@ -34,7 +34,7 @@ from zimage_core.export.quantizing import quantize_file
 from zimage_core.export.recipes import SOURCE, TYPES, Recipe, Rule
 from zimage_core.formats import by_name
 from zimage_core.quant.tensor import QuantTensor
-from zimage_core.quantize.encode import ENCODERS, quantize
+from zimage_core.quantize.encode import ENCODERS, encode
 from zimage_core.quantize.imatrix import Imatrix
 from zimage_core.run.sources import embedded
 from zimage_core.study.collect import collect_imatrix
@@ -87,7 +87,7 @@ def random_error(fmt: str, kind: str) -> float:
     for width in (256, 3840, 10240):
         draw = rng.standard_normal((ROWS, width)) if kind == "gauss" else rng.standard_t(5, (ROWS, width))
         x = torch.from_numpy(draw.astype(np.float32) * 0.02)
-        out = QuantTensor(quantize(x, fmt), by_name(fmt), tuple(x.shape)).dequantize()
+        out = QuantTensor(encode(x, fmt), by_name(fmt), tuple(x.shape)).dequantize()
         far += float((out.double() - x.double()).square().sum())
         size += float(x.double().square().sum())
     return math.sqrt(far / size)

@@ -28,7 +28,7 @@ from benchmarks.report import RESULTS, spread, write
 from tests.helpers import ggml
 from tests.helpers.quantized import SAME_BYTES, Array, importance, real_weights, weighted_error, weights
 from zimage_core.formats import by_name
-from zimage_core.quantize.encode import ENCODERS, quantize
+from zimage_core.quantize.encode import ENCODERS, encode
 
 SHAPE = (64, 3840)
 SPEED_ROWS = (256, 1024)
@@ -46,7 +46,7 @@ def matrices(real: Path | None) -> dict[str, Array]:
 
 def ours(name: str, x: Array, costs: Array | None) -> NDArray[np.uint8]:
     """Packed rows by our encoder."""
-    return quantize(torch.from_numpy(x), name, None if costs is None else torch.from_numpy(costs)).numpy()
+    return encode(torch.from_numpy(x), name, None if costs is None else torch.from_numpy(costs)).numpy()
 
 
 def theirs(name: str, x: Array, costs: Array | None) -> dict[str, float]:

@@ -22,7 +22,7 @@ from benchmarks.report import RESULTS, machine
 from zimage_core import quantize_file
 from zimage_core.config import TransformerConfig
 from zimage_core.export import safetensors_file
-from zimage_core.export.unfinished import Unfinished
+from zimage_core.files.atomic import atomic_file
 from zimage_core.formats import FORMATS
 from zimage_core.weights import names
 
@@ -36,8 +36,8 @@ def write_source(path: Path, config: TransformerConfig) -> None:
     layout = safetensors_file.lay_out({}, [(n, s, FORMATS["BF16"]) for n, s in shapes.items()])
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
     pools: dict[int, np.ndarray] = {}
-    with Unfinished(path, layout.nbytes, "", overwrite=False).writing() as file:
-        file.write(0, layout.header)
+    with atomic_file(path, nbytes=layout.nbytes) as file:
+        file.write(layout.header)
         for name, shape in shapes.items():
             if shape[-1] not in pools:
                 rows = torch.randn(POOL, shape[-1], generator=generator) * 0.02
@@ -45,7 +45,8 @@ def write_source(path: Path, config: TransformerConfig) -> None:
             data = pools[shape[-1]][rng.integers(0, POOL, int(np.prod(shape[:-1])))]
             if "norm" in name:
                 data = torch.ones(shape, dtype=torch.bfloat16).view(torch.int16).numpy()
-            file.write(layout.places[name][0], data.tobytes())
+            file.seek(layout.places[name][0])
+            file.write(data.tobytes())
 
 
 def peak_bytes() -> int:
@@ -73,8 +74,6 @@ def main() -> None:
             os._exit(0)
         os.waitpid(child, 0)
     out = args.folder / f"{args.type}.gguf"
-    for leftover in args.folder.glob(f".{out.name}.unfinished*"):
-        leftover.unlink()  # an interrupted run would be continued and its time not counted
     before, cpu = peak_bytes(), time.process_time()
     done = quantize_file(source, out, args.type, overwrite=True)
     cpu = time.process_time() - cpu

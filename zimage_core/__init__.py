@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from zimage_core.pipeline import ZImagePipeline
     from zimage_core.quant.dequantize import dequantize
     from zimage_core.quant.tensor import QuantTensor
+    from zimage_core.quantize.encode import encode
     from zimage_core.weights.files import open_weights
     from zimage_core.weights.identify import identify
     from zimage_core.weights.inspection import inspect_file
@@ -57,6 +58,7 @@ __all__ = [
     "ZImagePipeline",
     "convert_file",
     "dequantize",
+    "encode",
     "identify",
     "inspect_file",
     "load_text_encoder",
@@ -73,6 +75,7 @@ _HOME = {  # public name -> module; whatever is not here is an error class
     "ZImagePipeline": "pipeline",
     "convert_file": "export.converting",
     "dequantize": "quant.dequantize",
+    "encode": "quantize.encode",
     "identify": "weights.identify",
     "inspect_file": "weights.inspection",
     "load_text_encoder": "weights.load",

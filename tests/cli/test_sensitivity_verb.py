@@ -85,7 +85,7 @@ def test_a_memory_limit_is_refused(folder, prompts, tmp_path, capsys, limit):
 
 
 def test_a_partial_file_grows_and_is_read_like_a_whole_one(folder, prompts, tmp_path, monkeypatch):
-    from zimage_core.export.costs import read_sensitivity
+    from zimage_core.export.sensitivity import read_sensitivity
     from zimage_core.study import sensitivity
 
     real, count = sensitivity.velocity_error, 0

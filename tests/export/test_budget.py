@@ -36,7 +36,7 @@ def brute_force(options, budget):
 
 @given(tensors, st.integers(0, 150))
 def test_small_cases_are_close_to_brute_force(rows, extra):
-    """A few tensors with arbitrary steps are the hardest case for exchanges of two.
+    """A few tensors with arbitrary steps are the hardest case for moves of single tensors.
 
     The gap is bounded by the largest step that one tensor can take, the integrality gap of this knapsack.
     """

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,6 @@ from safetensors.torch import load_file
 
 from tests.helpers.wide import wide_state
 from zimage_core import BadFile, convert_file
-from zimage_core.files import atomic
 
 
 class Stopped(Exception):
@@ -56,17 +52,15 @@ def test_a_place_that_no_folder_can_take_is_told_in_a_sentence(wide, tmp_path, m
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
-def test_two_processes_that_write_one_folder_do_not_touch_each_other(wide, tmp_path, monkeypatch):
+def test_two_conversions_to_one_folder_do_not_touch_each_other(wide, tmp_path):
     """The second one starts and ends while the first one writes; the first to finish has the name."""
-    real, started = os.getpid(), []
+    started = []
 
     def meanwhile(done, total, name):
         if not started:
             started.append(True)
-            monkeypatch.setattr(atomic.os, "getpid", lambda: os.getppid())
             with pytest.raises(Stopped):
                 convert_file(wide, tmp_path / "out", progress=stop)
-            monkeypatch.setattr(atomic.os, "getpid", lambda: real)
 
     convert_file(wide, tmp_path / "out", progress=meanwhile)
     assert started
@@ -74,12 +68,11 @@ def test_two_processes_that_write_one_folder_do_not_touch_each_other(wide, tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_a_killed_conversion_left_is_removed_by_the_next(wide, tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    living = tmp_path / f".out.part-{os.getppid()}-0"
-    for left in (tmp_path / f".out.part-{dead.pid}-0", living):
-        left.mkdir()
-        (left / "shard").write_bytes(b"x")
-    convert_file(wide, tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [living.name, "out"]
+def test_a_folder_that_appears_meanwhile_is_not_replaced(wide, tmp_path):
+    def meanwhile(done, total, name):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "precious").write_text("x")
+
+    with pytest.raises(BadFile, match="could not be written"):
+        convert_file(wide, tmp_path / "out", progress=meanwhile)
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]

@@ -26,7 +26,7 @@ from zimage_core import (
 from zimage_core.config import TransformerConfig
 from zimage_core.export.mixes import MIXES
 from zimage_core.export.recipes import Recipe, Rule
-from zimage_core.quantize.encode import quantize
+from zimage_core.quantize.encode import encode
 from zimage_core.quantize.imatrix import Imatrix, flat
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights import names
@@ -45,7 +45,7 @@ def test_the_file_is_the_encoder_applied_to_each_tensor(wide, tmp_path):
         assert "* = Q8_0" in file.metadata["zimage.recipe"]
         assert file.size == done.nbytes
         fused = torch.cat([state[f"layers.0.attention.to_{p}.weight"] for p in "qkv"])
-        assert torch.equal(file.tensor(QKV).packed, quantize(fused, "Q8_0"))
+        assert torch.equal(file.tensor(QKV).packed, encode(fused, "Q8_0"))
         assert file.tensor(QKV).shape == (3 * 256, 256)
         assert file.tensors["x_pad_token"].shape == (1, 256)
         assert file.tensors["x_pad_token"].format.name == "F32"
@@ -261,6 +261,23 @@ def test_progress_counts_every_weight(wide, tmp_path):
     done = [step[0] for step in seen]
     assert done == sorted(done)
     assert seen[-1][0] == seen[-1][1] == sum(p.numel() for p in wide_state().values())
+
+
+def test_an_interrupted_call_leaves_the_old_file_and_the_next_one_starts_anew(wide, tmp_path):
+    out = tmp_path / "a.gguf"
+    out.write_bytes(b"old")
+
+    def interrupt(done, total, name):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_file(wide, out, "Q8_0", overwrite=True, progress=interrupt)
+    assert out.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
+    quantize_file(wide, out, "Q8_0", overwrite=True)
+    quantize_file(wide, tmp_path / "b.gguf", "Q8_0")
+    assert out.read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
 @pytest.mark.slow

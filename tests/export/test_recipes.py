@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from zimage_core.config import TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, BadFile
 from zimage_core.export.checkpoint import Part, Target
-from zimage_core.export.choice import choose_formats
 from zimage_core.export.mixes import MIXES, standard_mix
 from zimage_core.export.recipes import (
     TYPES,
     Recipe,
     Rule,
+    choose_formats,
     fitting,
     parse_recipe,
     read_recipe,

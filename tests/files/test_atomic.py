@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 from tests.helpers.tree import ROOT
 from zimage_core.errors import BadFile
 from zimage_core.files import atomic
-from zimage_core.files.atomic import check_destination, write_atomically
+from zimage_core.files.atomic import SPARE, atomic_file, atomic_folder, check_destination, write_atomically
 
 CHUNKS = [bytes([i]) * 1000 for i in range(5)]
 FAULTS = [
@@ -126,7 +127,7 @@ def test_what_is_no_place_for_a_file_is_named_before_any_work(tmp_path, place, w
             call(tmp_path / place, True)
 
 
-def test_a_killed_writer_leaves_the_old_file_and_the_next_one_cleans_up(tmp_path):
+def test_a_killed_writer_leaves_the_old_file_and_does_not_stop_the_next_one(tmp_path):
     target = tmp_path / "a.png"
     target.write_bytes(b"old")
     code = (
@@ -138,10 +139,10 @@ def test_a_killed_writer_leaves_the_old_file_and_the_next_one_cleans_up(tmp_path
     assert run.returncode == -9
     assert target.read_bytes() == b"old"
     (left,) = [name for name in names(tmp_path) if name != "a.png"]
-    assert left.startswith(".a.png.part-")
-    (tmp_path / f".a.png.part-{os.getppid()}-0").write_bytes(b"of a living process")
+    assert re.fullmatch(r"\.a\.png\.[0-9a-f]{8}\.tmp", left)
     write_atomically(target, b"new", overwrite=True)
-    assert names(tmp_path) == sorted(["a.png", f".a.png.part-{os.getppid()}-0"])
+    assert target.read_bytes() == b"new"
+    assert names(tmp_path) == sorted(["a.png", left])
 
 
 def test_the_longest_name_fits(tmp_path):
@@ -160,3 +161,68 @@ def test_unfinished_files_can_be_removed_from_a_signal_handler(tmp_path):
 
     with pytest.raises(BadFile, match="no such file"):
         write_atomically(tmp_path / "a", chunks())
+
+
+def test_the_end_of_the_process_removes_folders_too(tmp_path):
+    def write():
+        with atomic_folder(tmp_path / "a") as folder:
+            (folder / "shard").write_bytes(b"x")
+            atomic.remove_unfinished()
+            assert names(tmp_path) == []
+
+    with pytest.raises(BadFile, match="no such file"):
+        write()
+
+
+# --- large files, whose size is known ----------------------------------------------------
+
+
+def test_a_file_of_known_size_is_written_in_any_order(tmp_path):
+    with atomic_file(tmp_path / "a", nbytes=10) as out:
+        out.seek(6)
+        out.write(b"cd")
+        out.seek(0)
+        out.write(b"ab")
+    assert (tmp_path / "a").read_bytes() == b"ab\0\0\0\0cd\0\0"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
+    for place in (atomic_file, atomic_folder):
+        with (
+            pytest.raises(BadFile, match=r"1 kB are free on its disk, 16\.8 MB are needed; free some space"),
+            place(tmp_path / "a", nbytes=3000),
+        ):
+            pytest.fail("began")
+    assert names(tmp_path) == []
+    usage.free = 3000 + SPARE
+    with atomic_file(tmp_path / "a", nbytes=3000):
+        pass
+
+
+def no_space(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("reserves", [False, True])
+def test_a_disk_that_fills_up_leaves_no_half_file(tmp_path, monkeypatch, reserves):
+    def write():
+        with atomic_file(tmp_path / "a", nbytes=3000) as out:
+            assert not reserves
+            out.write(b"x")
+            no_space()
+
+    if reserves:
+        monkeypatch.setattr(os, "posix_fallocate", no_space)
+    with pytest.raises(BadFile, match="the disk is full, 3 kB were wanted; what was written is removed"):
+        write()
+    assert names(tmp_path) == []
+
+
+def test_a_system_that_cannot_reserve_space_is_served(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    with atomic_file(tmp_path / "a", nbytes=3000) as out:
+        out.write(b"x")
+    assert (tmp_path / "a").stat().st_size == 3000

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.quantized import BLOCK_TYPES, K_TYPES, SAME_BYTES, importance, weighted_error, weights
-from zimage_core.quantize.encode import quantize
+from zimage_core.quantize.encode import encode
 from zimage_core.reference.dequantize import dequantize
 
 every_type = pytest.mark.parametrize("name", BLOCK_TYPES)
@@ -15,7 +15,7 @@ K = 512
 
 
 def decoded(x, name, costs=None):
-    packed = quantize(torch.from_numpy(x), name, None if costs is None else torch.from_numpy(costs))
+    packed = encode(torch.from_numpy(x), name, None if costs is None else torch.from_numpy(costs))
     return dequantize(packed.numpy(), name)
 
 
@@ -143,9 +143,9 @@ def test_scales_are_least_squares_solutions(name, kind, costs):
 def test_decoded_weights_are_encoded_again_with_less_loss(name, kind):
     """Weights that lie on levels already: a second pass costs a part of the first."""
     x = weights(kind, (8, K))
-    first = quantize(torch.from_numpy(x), name)
+    first = encode(torch.from_numpy(x), name)
     once = dequantize(first.numpy(), name)
-    again = quantize(torch.from_numpy(once), name).numpy()
+    again = encode(torch.from_numpy(once), name).numpy()
     assert weighted_error(again, name, once, None) <= 0.65 * weighted_error(first.numpy(), name, x, None)
 
 

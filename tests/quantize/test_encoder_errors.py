@@ -17,11 +17,11 @@ import torch
 from tests.helpers import ggml
 from tests.helpers.quantized import SAME_BYTES, importance, real_weights, weighted_error, weights
 from tests.helpers.tree import ROOT
-from zimage_core.quantize import numbers
-from zimage_core.quantize.encode import ENCODERS, quantize
+from zimage_core.quantize import float_types
+from zimage_core.quantize.encode import ENCODERS, encode
 
 BAR = 1.01
-TYPES = tuple(name for name in ENCODERS if name not in numbers.ENCODERS)
+TYPES = tuple(name for name in ENCODERS if name not in float_types.ENCODERS)
 RECORD = ROOT / "benchmarks" / "results" / "quantize_errors.json"
 
 
@@ -40,7 +40,7 @@ def cases():
 
 
 def error(name, x, costs):
-    packed = quantize(torch.from_numpy(x), name, None if costs is None else torch.from_numpy(costs))
+    packed = encode(torch.from_numpy(x), name, None if costs is None else torch.from_numpy(costs))
     return weighted_error(packed.numpy(), name, x, costs)
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tests.helpers.grid_optimum import EVEN
 from tests.helpers.quantized import importance, weighted_error, weights
 from zimage_core.formats import by_name
-from zimage_core.quantize import encode, grid, i_quants, iq4
-from zimage_core.quantize.encode import quantize
+from zimage_core.quantize import encode as encode_module
+from zimage_core.quantize import grid, i_quants, iq4
+from zimage_core.quantize.encode import encode
 from zimage_core.quantize.grid_scales import search
 from zimage_core.reference.dequantize import dequantize
 
@@ -39,7 +40,7 @@ def small_slabs():
 def decoded(x, name, costs=None):
     """Weights [n, K] -> what they become, finite."""
     y = dequantize(
-        quantize(torch.from_numpy(x), name, None if costs is None else torch.from_numpy(costs)).numpy(), name
+        encode(torch.from_numpy(x), name, None if costs is None else torch.from_numpy(costs)).numpy(), name
     )
     assert np.isfinite(y).all()
     return y
@@ -121,7 +122,7 @@ def test_only_ratios_of_importance_count(name, factor):
 
 
 def weighted_error_of(x, name, costs):
-    packed = quantize(torch.from_numpy(x), name, torch.from_numpy(costs)).numpy()
+    packed = encode(torch.from_numpy(x), name, torch.from_numpy(costs)).numpy()
     return weighted_error(packed, name, x, costs.astype(np.float64) / costs.max())
 
 
@@ -161,15 +162,15 @@ def test_rows_slabs_and_threads_change_no_bit(name, weighted, monkeypatch):
     monkeypatch.setattr(grid, "SCORES", 1 << 18)
     x = torch.from_numpy(weights("student", (5, 768)))
     costs = torch.from_numpy(importance(768)) if weighted else None
-    whole = quantize(x, name, costs)
+    whole = encode(x, name, costs)
     assert whole.shape == (5, by_name(name).row_bytes(768))
-    assert torch.equal(torch.stack([quantize(row, name, costs) for row in x]), whole)
-    assert torch.equal(quantize(x.flip(0), name, costs).flip(0), whole)
-    monkeypatch.setattr(encode, "SLAB", 512)
+    assert torch.equal(torch.stack([encode(row, name, costs) for row in x]), whole)
+    assert torch.equal(encode(x.flip(0), name, costs).flip(0), whole)
+    monkeypatch.setattr(encode_module, "SLAB", 512)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert torch.equal(quantize(x, name, costs), whole)
+        assert torch.equal(encode(x, name, costs), whole)
     finally:
         torch.set_num_threads(threads)
 
@@ -181,9 +182,9 @@ def test_groups_of_rows_of_any_size_give_the_same_bytes(name, kind):
     for seed in range(6):
         x = torch.from_numpy(weights(kind, (41, 768), seed))
         costs = torch.from_numpy(importance(768, seed)) if seed % 2 else None
-        whole = quantize(x, name, costs)
+        whole = encode(x, name, costs)
         for size in (1, 3, 7):
-            assert torch.equal(torch.cat([quantize(part, name, costs) for part in x.split(size)]), whole)
+            assert torch.equal(torch.cat([encode(part, name, costs) for part in x.split(size)]), whole)
 
 
 @pytest.mark.parametrize("name", i_quants.ENCODERS)
@@ -199,7 +200,7 @@ def test_importance_of_each_row_of_its_own(name):
 def test_a_gpu_errs_as_little(name):
     """Products round in another order there, so that near ties may fall otherwise."""
     x, costs = torch.from_numpy(weights("student", (4, 1024))), torch.from_numpy(importance(1024))
-    here, there = quantize(x, name, costs).numpy(), quantize(x.cuda(), name, costs.cuda()).cpu().numpy()
+    here, there = encode(x, name, costs).numpy(), encode(x.cuda(), name, costs.cuda()).cpu().numpy()
     error = weighted_error(here, name, x.numpy(), costs.numpy())
     assert weighted_error(there, name, x.numpy(), costs.numpy()) == pytest.approx(error, rel=1e-3)
 

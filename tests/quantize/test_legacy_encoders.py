@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.helpers import ggml
 from tests.helpers.quantized import importance, weighted_error, weights
 from zimage_core.formats import by_name
-from zimage_core.quantize.encode import quantize
+from zimage_core.quantize.encode import encode
 from zimage_core.reference.dequantize import dequantize
 
 gguf = pytest.importorskip("gguf")
@@ -51,7 +51,7 @@ def theirs(x, name):
 
 
 def ours(x, name, costs=None):
-    return quantize(torch.from_numpy(x), name, None if costs is None else torch.from_numpy(costs)).numpy()
+    return encode(torch.from_numpy(x), name, None if costs is None else torch.from_numpy(costs)).numpy()
 
 
 @st.composite

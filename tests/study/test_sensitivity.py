@@ -12,18 +12,17 @@ from tests.helpers import tiny
 from zimage_core import ZImagePipeline
 from zimage_core.errors import BadArgument, BadFile, BadShape, OverBudget, Unsupported, WrongModel
 from zimage_core.export.checkpoint import Checkpoint
-from zimage_core.export.costs import Sensitivity, read_sensitivity, write_sensitivity
-from zimage_core.export.fit import largest_transformer
 from zimage_core.export.quantizing import quantize_file
 from zimage_core.export.recipes import Recipe, parse_recipe
-from zimage_core.export.sizing import RELATIVE_ERROR
+from zimage_core.export.sensitivity import Sensitivity, read_sensitivity, write_sensitivity
+from zimage_core.export.sizing import RELATIVE_ERROR, largest_transformer
 from zimage_core.formats import by_name
 from zimage_core.nn.linear import Linear
 from zimage_core.quant.tensor import QuantTensor
-from zimage_core.quantize.encode import quantize
+from zimage_core.quantize.encode import encode
 from zimage_core.quantize.imatrix import flat
 from zimage_core.study.sensitivity import candidates, measure, weight_error
-from zimage_core.study.swap import dense, encode, encode_all, matrices, stored_as
+from zimage_core.study.swap import dense, encode_all, encode_layers, matrices, stored_as
 from zimage_core.study.velocity import record, velocity_error
 
 OPTIONS = {"height": 48, "width": 32, "num_inference_steps": 3}
@@ -70,7 +69,7 @@ def test_a_cost_is_the_error_of_one_tensor_alone(pipe, calls, sensitivity):
     layers = matrices(pipe.transformer)[name]
     assert len(layers) == 3
     wrong = total = 0.0
-    with stored_as(encode(layers, "Q4_0")), torch.inference_mode():
+    with stored_as(encode_layers(layers, "Q4_0")), torch.inference_mode():
         for call in calls:
             latents, times = [call.latent.unsqueeze(1)], torch.tensor([call.time])
             (found,) = pipe.transformer(latents, times, [call.caption])
@@ -102,8 +101,8 @@ def test_a_probe_scales_by_weight_errors(pipe, calls, sensitivity):
         if "w2" in name:
             continue
         layers = matrices(pipe.transformer)[name]
-        ratio = weight_error(layers, encode(layers, "Q8_0"), None)
-        ratio /= weight_error(layers, encode(layers, "Q4_0"), None)
+        ratio = weight_error(layers, encode_layers(layers, "Q8_0"), None)
+        ratio /= weight_error(layers, encode_layers(layers, "Q4_0"), None)
         assert costs["Q8_0"] == pytest.approx(costs["Q4_0"] * ratio, rel=1e-6)
 
 
@@ -132,7 +131,7 @@ def test_weights_come_back_after_an_error(pipe):
 def test_a_layer_exchanges_dense_and_packed_weights():
     layer = Linear(64, 3)
     own = layer.weight
-    packed = QuantTensor(quantize(own.detach(), "Q8_0"), by_name("Q8_0"), (3, 64))
+    packed = QuantTensor(encode(own.detach(), "Q8_0"), by_name("Q8_0"), (3, 64))
     assert torch.equal(layer.set_weight(packed), own)
     assert layer.weight is packed
     assert torch.equal(dense(layer), packed.dequantize(torch.float32))

@@ -1,4 +1,4 @@
-"""`zimage compare A B`: two transformers, or two settings, drawing the same pictures from the same noise."""
+"""`zimage compare A B`: compare two transformers, or two settings, drawing the same images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from zimage_core.study.comparison import Comparison
 
 SAME = "default"
-"""In place of a file: the transformer of --model, or the embedded one."""
+"""The word that names the transformer of --model, or the embedded one."""
 MAX_SEEDS = 1000
 _EPILOG = """\
 A and B are transformer files; `default` is the transformer of --model or the embedded one. The other parts
@@ -79,7 +79,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check what can be checked, compare, write, print."""
+    """Check the arguments, compare, write the reports and print the figures."""
     prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
     _check(args, prompts)
     for path in filter(None, (args.report, args.sheet)):
@@ -126,7 +126,7 @@ def _check(args: argparse.Namespace, prompts: list[str]) -> None:
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    """B's files are looked at before A draws."""
+    """Refuse unusable files of A and of B before A draws."""
     from zimage_core.weights.opened import open_pipeline
 
     later = {"text_encoder": args.b_text_encoder, "vae": args.b_vae}
@@ -137,7 +137,7 @@ def _check_files(args: argparse.Namespace) -> None:
 
 
 def _parts(args: argparse.Namespace, transformer: str, dtype: str | None = None, **parts: str | None) -> Any:
-    """The options as `load_pipeline` takes them, for one of the two sides."""
+    """The options of `load_pipeline` for one of the two models."""
     given = {name: path for name, path in parts.items() if path is not None}
     side = argparse.Namespace(**{**vars(args), **given})
     side.transformer = None if transformer == SAME else transformer
@@ -145,7 +145,7 @@ def _parts(args: argparse.Namespace, transformer: str, dtype: str | None = None,
     if side.model is None:
         from zimage_core.run.sources import embedded
 
-        # an encoder without a VAE is left to `check_model`, which says what is missing
+        # `check_model` refuses an encoder without a VAE, and says what is missing
         alone = args.text_encoder is None and args.vae is None
         for name in COMPONENTS if alone else ("transformer",):
             if getattr(side, name) is None:
@@ -161,7 +161,7 @@ def _loader(
 
 
 def _labels(args: argparse.Namespace) -> tuple[str, str]:
-    """The files, and what else differs for B."""
+    """Labels of A and B: their files, and the options that differ for B."""
     options = ("b_dtype", "b_steps", "b_guidance", "b_text_encoder", "b_vae")
     changed = [f"{name[2:]}={getattr(args, name)}" for name in options if getattr(args, name) is not None]
     return printable(args.a), printable(" ".join([args.b, *changed]))
@@ -179,7 +179,7 @@ def _write(args: argparse.Namespace, comparison: Comparison) -> None:
 
 
 def _lines(c: Comparison) -> list[str]:
-    """The comparison as text."""
+    """The comparison as lines of text."""
     lines = [f"{label}: {in_seconds(time)}" for label, time in zip(c.labels, c.seconds, strict=True)]
     pictures = f"{len(c.pictures)} pictures" if len(c.pictures) > 1 else "1 picture"
     velocity = "" if c.velocity is None else f", velocity error {c.velocity:.3%}"

@@ -1,4 +1,4 @@
-"""`zimage convert IN OUT`: the same numbers in another layout."""
+"""`zimage convert IN OUT`: write a checkpoint in another layout."""
 
 from __future__ import annotations
 
@@ -29,35 +29,30 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="IN", help="GGUF, safetensors, or a folder of diffusers' layout")
-    parser.add_argument("out", metavar="OUT", help="NAME.gguf, NAME.safetensors, or a new folder")
-    parser.add_argument(
-        "--to", choices=("diffusers", "single", "gguf"), help="default: what the name of OUT says"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("source", metavar="IN", help="GGUF, safetensors, or a folder of diffusers' layout")
+    add("out", metavar="OUT", help="NAME.gguf, NAME.safetensors, or a new folder")
+    add("--to", choices=("diffusers", "single", "gguf"), help="default: what the name of OUT says")
+    add(
         "--component",
         choices=("transformer", "text_encoder", "vae"),
         help="of a folder or file with several; default: the transformer",
     )
-    parser.add_argument(
-        "--dequantize", choices=("bf16", "f16", "f32"), help="make packed weights plain numbers of this type"
-    )
-    parser.add_argument(
+    add("--dequantize", choices=("bf16", "f16", "f32"), help="make packed weights plain numbers of this type")
+    add(
         "--prefix",
         default="",
         metavar="TEXT",
         help="before each name of a single file: model.diffusion_model.",
     )
-    parser.add_argument(
-        "--shard-size", default="5GB", metavar="BYTES", help="of a folder's files, default 5GB"
-    )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is a file that exists")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add("--shard-size", default="5GB", metavar="BYTES", help="of a folder's files, default 5GB")
+    add("--force", action="store_true", help="replace OUT if it is a file that exists")
+    add("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and print one line of what came out."""
+    """Convert, and print one line about the file or folder."""
     shard_bytes = read_bytes("--shard-size", args.shard_size)
     from zimage_core.export.converting import convert_file
 

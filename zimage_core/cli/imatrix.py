@@ -1,4 +1,4 @@
-"""`zimage imatrix --prompts FILE`: how large the inputs of each weight matrix are as pictures are drawn."""
+"""`zimage imatrix --prompts FILE`: collect an importance matrix while images are drawn."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check what can be checked, load, collect, write."""
+    """Check the arguments, load the model, collect, and write the file."""
     prompts = read_prompts(args.prompts)
     check_destination(args.output, args.force)
     _check(args, prompts)
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, prompts: list[str]) -> None:
-    """What the pipeline would refuse after the model is loaded is refused here, before."""
+    """Refuse, before the model is loaded, what the pipeline would refuse afterwards."""
     from zimage_core.run import checks
 
     check_model(args)
@@ -131,7 +131,7 @@ def _report(args: argparse.Namespace, imatrix: Imatrix, seconds: float, progress
         }
         record = {
             "path": args.output, "bytes": size, "pictures": imatrix.chunks, "seconds": seconds,
-            "datasets": list(imatrix.datasets), "edges": list(imatrix.edges), "tensors": entries,
+            "datasets": list(imatrix.datasets), "tensors": entries,
         }  # fmt: skip
         sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         return

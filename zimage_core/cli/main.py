@@ -135,7 +135,7 @@ def _report(error: BaseException, debug: bool, status: int, prefix: str = "") ->
 
 
 def _handle_signals() -> None:
-    """Ctrl-C and SIGTERM end the process at once: no traceback, no unfinished file but what can be resumed.
+    """Ctrl-C and SIGTERM end the process at once: no traceback, no unfinished file.
 
     The process ends inside the handler. An exception instead would have to travel through foreign code
     (imports, callbacks, destructors) that prints or swallows it.
@@ -145,12 +145,11 @@ def _handle_signals() -> None:
         try:
             # not there yet while the module is being imported: then there is nothing to remove
             clean = getattr(sys.modules.get("zimage_core.files.atomic"), "remove_unfinished", None)
-            remarks = clean() if clean is not None else []
+            if clean is not None:
+                clean()
             # past Python's buffers, which may be in use below us
             if os.isatty(2):
                 os.write(2, b"\n")
-            for remark in remarks:
-                os.write(2, f"{remark}\n".encode("utf-8", "backslashreplace"))
         finally:
             os._exit(128 + number)
 

@@ -1,4 +1,4 @@
-"""`zimage quantize IN OUT`: a GGUF of fewer bits from any checkpoint."""
+"""`zimage quantize IN OUT`: make a GGUF of fewer bits from any checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ examples:
   zimage quantize turbo.safetensors turbo.gguf --size 3.5GB --imatrix turbo.imatrix.gguf
   zimage quantize turbo.safetensors turbo.gguf --fit 6GiB --sensitivity turbo.json
 
-An interrupted run is continued by the same command. docs/quantizing.md has the recipes.
+An interrupted run leaves OUT as it was. docs/quantizing.md has the recipes.
 """
 
 
@@ -39,8 +39,9 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="IN", help="GGUF, safetensors, or a folder of diffusers' layout")
-    parser.add_argument("out", metavar="OUT", help="the GGUF to write")
+    add = parser.add_argument
+    add("source", metavar="IN", help="GGUF, safetensors, or a folder of diffusers' layout")
+    add("out", metavar="OUT", help="the GGUF to write")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--type", metavar="NAME", help="a standard mix, such as Q4_K_M")
     choice.add_argument("--recipe", metavar="FILE", help="lines of PATTERN [LAYERS] = TYPE")
@@ -50,35 +51,27 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         metavar="VRAM",
         help="6GiB: the size whose steps keep all weights there, at the size of -W -H",
     )
-    parser.add_argument(
-        "-W", "--width", type=int, default=1024, metavar="N", help="for --fit (default: 1024)"
-    )
-    parser.add_argument(
-        "-H", "--height", type=int, default=1024, metavar="N", help="for --fit (default: 1024)"
-    )
-    parser.add_argument(
+    add("-W", "--width", type=int, default=1024, metavar="N", help="for --fit (default: 1024)")
+    add("-H", "--height", type=int, default=1024, metavar="N", help="for --fit (default: 1024)")
+    add(
         "--sensitivity", metavar="FILE", help="measured costs for --size and --fit, from `zimage sensitivity`"
     )
-    parser.add_argument("--write-recipe", metavar="FILE", help="write the chosen types as a recipe, too")
-    parser.add_argument("--imatrix", metavar="FILE", help="importance matrix, from `zimage imatrix`")
-    parser.add_argument(
+    add("--write-recipe", metavar="FILE", help="write the chosen types as a recipe, too")
+    add("--imatrix", metavar="FILE", help="importance matrix, from `zimage imatrix`")
+    add(
         "--component",
         choices=("transformer", "text_encoder"),
         help="of a folder or file with several; default: the transformer",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    parser.add_argument(
-        "--requantize", action="store_true", help="take a source that is quantised already; errors add up"
-    )
-    parser.add_argument(
-        "--allow-nonfinite", action="store_true", help="take NaN as 0 and infinity as the largest number"
-    )
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add("--force", action="store_true", help="replace OUT if it exists")
+    add("--requantize", action="store_true", help="take a source that is quantised already; errors add up")
+    add("--allow-nonfinite", action="store_true", help="take NaN as 0 and infinity as the largest number")
+    add("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantise, and print one line of what came out."""
+    """Quantise, and print one line about the file."""
     from zimage_core.export.quantizing import quantize_file
     from zimage_core.export.recipes import write_recipe
 
@@ -113,12 +106,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _size(args: argparse.Namespace) -> int | None:
-    """Bytes that the file may have."""
+    """Bytes that the file may have; None where its size is not limited."""
     if args.fit is None:
         return None if args.size is None else read_bytes("--size", args.size)
     if args.component == "text_encoder":
         raise BadArgument("--fit is for a transformer, whose steps it counts; give --size for a text encoder")
-    from zimage_core.export.fit import largest_transformer
+    from zimage_core.export.sizing import largest_transformer
 
     vram = read_bytes("--fit", args.fit)
     return largest_transformer(args.source, vram, args.width, args.height)

@@ -1,4 +1,4 @@
-"""`zimage sensitivity --prompts FILE`: what each type costs in each tensor, for `zimage quantize --size`."""
+"""`zimage sensitivity --prompts FILE`: measure the cost of each type in each tensor."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check what can be checked, load, record, measure, write."""
+    """Check the arguments, load the model, record calls, measure, and write the file."""
     prompts = read_prompts(args.prompts)
     check_destination(args.output, args.force)
     check_model(args)
     if args.vram is not None or args.ram is not None:
         raise BadArgument("sensitivity: weights are exchanged in place; leave out --vram and --ram")
 
-    from zimage_core.export.costs import Sensitivity, write_sensitivity
+    from zimage_core.export.sensitivity import Sensitivity, write_sensitivity
     from zimage_core.export.sizing import FAST
     from zimage_core.quantize.imatrix import read_imatrix
     from zimage_core.study.sensitivity import check_types, measure

@@ -1,8 +1,8 @@
 """A checkpoint of any layout, read tensor by tensor under the names of any other layout.
 
 Two tables of weights/names.py, joined by module, tell which rows of which stored tensors make each tensor of
-the wanted layout: fused qkv from three, or three from one. Bytes are read with pread, slab by slab; a map of
-the file would count every page that was touched as memory of this process.
+the wanted layout: a fused qkv is made from three tensors, or three from one. Bytes are read with pread, slab
+by slab, since every touched page of a mapped file would count as memory of this process.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ SLAB = 1 << 24
 """Weights that are dense in memory at one time."""
 
 TEXT_ENDS = {"hf": ("norm.weight", "lm_head.weight"), "gguf": ("output_norm.weight", "output.weight")}
-"""Final norm and output matrix of a language model, which no picture needs and other programs do."""
+"""Final norm and output matrix of a language model, which other programs need and an image does not."""
 
 MODEL_PREFIX = "model."
-"""Hugging Face's, before every tensor of a language model but lm_head."""
+"""Hugging Face's prefix of every tensor of a language model except lm_head."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows start..stop of axis 0, of `of` in all, of a stored tensor; 0..1 of 1 is the whole of it."""
+    """Rows of a stored tensor: from start to stop, if it has `of` rows. 0 to 1 of 1 is the whole tensor."""
 
     name: str
     start: int = 0
@@ -49,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor of the wanted layout: its parts one below the other."""
+    """A tensor of the wanted layout, made of parts that are stacked along axis 0."""
 
     name: str
     shape: tuple[int, ...]
@@ -57,17 +57,17 @@ class Target:
 
     @property
     def rows(self) -> int:
-        """Rows that blocks run along."""
+        """Number of rows; blocks lie along rows."""
         return math.prod(self.shape[:-1])
 
     @property
     def columns(self) -> int:
-        """Weights in a row."""
+        """Number of weights in a row."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def weights(self) -> int:
-        """Numbers in all."""
+        """Number of all weights."""
         return math.prod(self.shape)
 
 
@@ -75,9 +75,9 @@ class Checkpoint:
     """An open model of one network; a context manager that closes it.
 
     Args:
-        path: GGUF or safetensors file, index of shards, folder of a component or of a pipeline.
-        component: "transformer", "text_encoder" or "vae"; None takes what the file is, and of a pipeline's
-            folder the transformer.
+        path: A GGUF or safetensors file, an index of shards, a folder of a component or of a pipeline.
+        component: "transformer", "text_encoder" or "vae". None takes the one that the file holds, or the
+            transformer of a pipeline's folder.
 
     Raises:
         BadFile, UnknownFormat: It cannot be opened.
@@ -92,7 +92,8 @@ class Checkpoint:
         try:
             require(self.card, self.component, self.file.path)
             self.stated = _agreeing(opened.stated, self.card.config)
-            self.folder = Path(fspath(path)) if Path(fspath(path)).is_dir() else Path(fspath(path)).parent
+            place = Path(fspath(path))
+            self.folder = place if place.is_dir() else place.parent
         except BaseException:
             self.file.close()
             raise
@@ -106,11 +107,11 @@ class Checkpoint:
 
     @property
     def config(self) -> Any:
-        """Sizes of the network."""
+        """Config with the sizes of the network."""
         return self.card.config
 
     def targets(self, layout: str, prefix: str = "") -> list[Target]:
-        """The tensors of `layout` (one of weights/names.py), each made of stored ones.
+        """The tensors of `layout` (one of weights/names.py), each made of stored tensors.
 
         Tensors that no layout has a name for (norm_final) are left out.
 
@@ -144,16 +145,16 @@ class Checkpoint:
         return found
 
     def format_of(self, target: Target) -> BlockFormat | None:
-        """The one format that all parts are stored in, or None."""
+        """The format of all parts, or None where they have several."""
         found = {self.file.tensors[part.name].format.name: part for part in target.parts}
         return self.file.tensors[target.parts[0].name].format if len(found) == 1 else None
 
     def formats_of(self, target: Target) -> set[str]:
-        """Names of the formats that the parts are stored in."""
+        """Names of the formats of the parts."""
         return {self.file.tensors[part.name].format.name for part in target.parts}
 
     def is_scaled(self, target: Target) -> bool:
-        """Whether a scale beside a part multiplies its numbers (fp8)."""
+        """Whether a separate scale multiplies the numbers of a part (fp8)."""
         return any(part.name in self._scaled for part in target.parts)
 
     def raw(self, target: Target) -> Iterator[bytearray]:
@@ -168,7 +169,7 @@ class Checkpoint:
                 yield self._native(data, info.format)
 
     def dense(self, target: Target) -> Iterator[Tensor]:
-        """The numbers, float32 [rows, K], a slab at a time; scales are applied."""
+        """The numbers in slabs of float32 [rows, K]; scales are applied."""
         for part in target.parts:
             info = self.file.tensors[part.name]
             columns = info.shape[-1] if info.shape else 1
@@ -184,7 +185,7 @@ class Checkpoint:
                 yield QuantTensor(packed.view(count, width), info.format, (count, columns), rows).dequantize()
 
     def _span(self, part: Part) -> tuple[int, int]:
-        """Offset in the file and number of bytes."""
+        """Offset of a part in its file, and its number of bytes."""
         info = self.file.tensors[part.name]
         return (
             info.offset + info.nbytes * part.start // part.of,
@@ -192,7 +193,7 @@ class Checkpoint:
         )
 
     def _scale(self, part: Part) -> Tensor | None:
-        """float32: one number, or one for each row of the part."""
+        """Scale of a part, float32: one number or one for each of its rows; None where it has none."""
         if part.name not in self._scaled:
             return None
         scale = storage.scaled_tensor(self.file, part.name).scale
@@ -208,7 +209,7 @@ class Checkpoint:
         return bytearray(flipped.numpy().tobytes())
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         self.file.close()
 
     def __enter__(self) -> Checkpoint:
@@ -219,7 +220,7 @@ class Checkpoint:
 
 
 def _component(path: str | PathLike[str]) -> str:
-    """Which network a file or folder holds."""
+    """Name of the network that a file or folder holds."""
     if (Path(fspath(path)) / "model_index.json").is_file():
         return "transformer"
     with open_weights(path) as file:
@@ -232,7 +233,7 @@ def _component(path: str | PathLike[str]) -> str:
 
 
 def _agreeing(stated: Mapping[str, Any] | None, config: object) -> Mapping[str, Any] | None:
-    """The config.json beside the weights, where it is theirs: beside a single file it may be another's."""
+    """The config.json beside the weights if it agrees with them: beside a single file it may be another's."""
     try:
         same = stated is not None and type(config).from_json(stated) == config  # type: ignore[attr-defined]
     except (ZImageError, TypeError, ValueError, AttributeError):
@@ -241,11 +242,11 @@ def _agreeing(stated: Mapping[str, Any] | None, config: object) -> Mapping[str, 
 
 
 def _table(component: str, config: object, layout: str) -> names.Table:
-    """Every parameter that a file of the network has a name for."""
+    """The table of every parameter that a file of the network has a name for."""
     if component == "transformer" and isinstance(config, TransformerConfig):
         return names.transformer_table(config, layout)
     if component == "text_encoder" and isinstance(config, TextEncoderConfig):
-        # one layer more, since that table leaves the last one out
+        # one layer more than the config has, since the table leaves out the last one
         return names.text_encoder_table(replace(config, num_layers=config.num_layers + 1), layout)
     if component == "vae" and isinstance(config, AutoencoderConfig):
         return names.autoencoder_table(config, layout)
@@ -257,7 +258,7 @@ def _part(name: str, entry: names.Entry) -> Part:
 
 
 def _joined(parts: list[Part]) -> tuple[Part, ...]:
-    """Neighbouring rows of one tensor as one part."""
+    """The parts with neighbouring rows of one tensor joined into one part."""
     joined = [parts[0]]
     for part in parts[1:]:
         last = joined[-1]

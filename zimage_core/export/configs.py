@@ -1,4 +1,4 @@
-"""The config.json of diffusers and transformers from our configs, for folders that are written."""
+"""The config.json of a written folder, as diffusers and transformers read it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zimage_core.formats import DTYPE_NAMES, FORMATS
 from zimage_core.weights.infer import Config
 
 HEAD = TEXT_ENDS["hf"][1]
-"""The output matrix of a language model, absent where it is the embedding."""
+"""Output matrix of a language model; it is missing where the embedding is used instead."""
 
 _CLASSES = {"qwen3": "Qwen3Model", "qwen2": "Qwen2Model", "llama": "LlamaModel"}
 
@@ -21,12 +21,12 @@ _CLASSES = {"qwen3": "Qwen3Model", "qwen2": "Qwen2Model", "llama": "LlamaModel"}
 def config_json(
     config: Config, jobs: Sequence[Job], stated: Mapping[str, Any] | None = None, changed: bool = False
 ) -> dict[str, Any]:
-    """What a folder's config.json holds: the source's own where it had one, with what the new weights decide.
+    """The config.json of a folder: the source's own where it has one, updated for the new weights.
 
     Args:
-        config: Sizes of the network.
+        config: Config with the sizes of the network.
         jobs: The tensors of the folder.
-        stated: The source's config.json.
+        stated: The source's config.json, or None.
         changed: Whether any tensor gets another type than it had.
     """
     if stated is not None:

@@ -1,15 +1,13 @@
 """A checkpoint from one layout to another, every number carried exactly.
 
-Between diffusers' folder, the single safetensors file of ComfyUI and GGUF. Tensors are renamed, and fused or
-cut at row boundaries; their bytes are copied, packed blocks too. What GGUF readers want in float32 (norms,
-biases, pad tokens) is widened, which is exact, and narrowed on the way back to what it was.
+The layouts are diffusers' folder, ComfyUI's single safetensors file, and GGUF. Tensors are renamed, and
+fused or cut at row boundaries; their bytes are copied, packed blocks too. GGUF readers want norms, biases
+and pad tokens in float32: these are widened, which is exact, and narrowed to their old type on the way back.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
+from zimage_core.errors import BadArgument, Unsupported, printable
 from zimage_core.export import safetensors_file
 from zimage_core.export.checkpoint import MODEL_PREFIX, Checkpoint, Target
 from zimage_core.export.configs import config_json
@@ -25,8 +23,7 @@ from zimage_core.export.metadata import gguf_metadata
 from zimage_core.export.mixes import MIXES
 from zimage_core.export.quantizing import refuse_same_file
 from zimage_core.export.streaming import Job, Log, Progress, write_tensors
-from zimage_core.export.unfinished import Unfinished, check_room
-from zimage_core.files.atomic import check_destination, publish, temporary_place, unfinished, write_atomically
+from zimage_core.files.atomic import atomic_file, atomic_folder, write_atomically
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.weights import gguf_writer
 
@@ -38,7 +35,7 @@ LAYOUTS = {
 """Component -> kind of file -> layout of weights/names.py."""
 KINDS = ("diffusers", "single", "gguf")
 FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
-"""What packed weights may be dequantised to."""
+"""Option -> type that packed weights are dequantised to."""
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 SHARD_BYTES = 5 * 10**9
 NARROW_KEY = "zimage.float_type"
@@ -47,13 +44,13 @@ NARROW_KEY = "zimage.float_type"
 
 @dataclass(frozen=True)
 class Converted:
-    """The answer of `convert_file`.
+    """What `convert_file` wrote.
 
     Args:
         path: The file or folder.
-        nbytes: Bytes of the weights' files.
+        nbytes: Size of the files of weights in bytes.
         types: Format -> number of tensors.
-        remarks: What the log said.
+        remarks: The sentences that the log was told.
     """
 
     path: str
@@ -83,20 +80,23 @@ def convert_file(
     """Write a checkpoint in another layout.
 
     Args:
-        source: Any layout that the library reads.
-        out: File to write, or folder for "diffusers", which must not exist yet.
+        source: A checkpoint in any layout that the library reads.
+        out: The file to write, or for "diffusers" a folder, which must be empty or not exist yet.
         to: "diffusers", "single" or "gguf"; None goes by the name of `out`.
-        component: For a folder or file that holds several networks.
-        dequantize: "bf16", "f16" or "f32": make packed weights plain numbers of that type.
-        prefix: Put before each name of a single file: "model.diffusion_model.".
-        shard_bytes: Largest file of a diffusers folder.
+        component: "transformer", "text_encoder" or "vae", for a folder or file that holds several.
+        dequantize: "bf16", "f16" or "f32": the type of floats that packed weights become.
+        prefix: Text before each name of a single file, such as "model.diffusion_model.".
+        shard_bytes: Most bytes of one file of a diffusers folder.
         overwrite: Replace an existing file (never a folder).
         progress: Called as progress(weights done, weights in all, tensor).
         log: Called with sentences worth reading.
 
+    Returns:
+        What was written: path, size, types and remarks.
+
     Raises:
         BadArgument: An unknown kind or type, or a prefix without single file.
-        BadFile: As for `quantize_file`.
+        BadFile: The source cannot be read; `out` exists, is the source, or cannot be written.
         Unsupported: Packed weights for safetensors without `dequantize`; a VAE as GGUF; parts of one tensor
             in several types.
         WrongModel, BadWeights: The source is not a sound model.
@@ -142,7 +142,7 @@ def convert_file(
 
 
 def _float(source: Checkpoint, target: Target, dequantize: str | None) -> BlockFormat | None:
-    """What to make of a tensor that cannot be copied as it is, None where it can."""
+    """The float type that a tensor must be converted to, or None where it can be copied as it is."""
     stored = source.format_of(target)
     if stored is not None and stored.is_float and not source.is_scaled(target):
         return None
@@ -198,7 +198,7 @@ def _gguf_keys(source: Checkpoint, jobs: Sequence[Job], log: Log) -> dict[str, A
 
 
 def _file_type(source: Checkpoint, jobs: Sequence[Job]) -> int | None:
-    """llama.cpp's number: the source's, or that of the commonest type of matrices."""
+    """llama.cpp's number of the mix: the source's own, or that of the commonest type of its matrices."""
     stated = source.file.metadata.get("general.file_type")
     if isinstance(stated, int) and _same_types(source, jobs):
         return stated
@@ -213,7 +213,7 @@ def _same_types(source: Checkpoint, jobs: Sequence[Job]) -> bool:
 
 
 def _is_changed(source: Checkpoint, jobs: Sequence[Job]) -> bool:
-    """Whether any tensor is more than copied."""
+    """Whether any tensor gets another type than it had."""
     return any(source.format_of(j.target) != j.format or source.is_scaled(j.target) for j in jobs)
 
 
@@ -226,8 +226,8 @@ def _write(
     progress: Progress | None,
     log: Log,
 ) -> int:
-    with Unfinished(out, layout.nbytes, repr(layout.header), overwrite).writing() as file:
-        write_tensors(source, jobs, layout, file, progress=progress, log=log, trust=True)
+    with atomic_file(out, overwrite, layout.nbytes) as file:
+        write_tensors(source, jobs, layout, file, "keep", progress, log)
     return layout.nbytes
 
 
@@ -239,62 +239,28 @@ def _write_folder(
     progress: Progress | None,
     log: Log,
 ) -> int:
-    """Shards, index and config in a folder that takes its name when all are there."""
+    """Write shards, index and config.json as a folder, and count the bytes of the shards."""
     stem = STEMS[source.component]
     by_name = {job.target.name: job for job in jobs}
     parts = safetensors_file.shards(((j.target.name, j.target.shape, j.format) for j in jobs), shard_bytes)
     total, before, nbytes = sum(job.target.weights for job in jobs), 0, 0
     wanted = sum(safetensors_file.nbytes_of(row) for part in parts for row in part)
-    _check_folder(out)
-    temporary = temporary_place(out)
-    with unfinished(temporary):
-        try:
-            temporary.mkdir()
-            check_room(temporary / stem, wanted)
-            for number, part in enumerate(parts, 1):
-                mine = [by_name[name] for name, _, _ in part]
-                layout = safetensors_file.lay_out({"format": "pt"}, part)
-                place = temporary / safetensors_file.shard_name(stem, number, len(parts))
-                tell = None if progress is None else _shifted(progress, before, total)
-                nbytes += _write(source, mine, layout, place, False, tell, log)
-                before += sum(job.target.weights for job in mine)
-            if len(parts) > 1:
-                index = safetensors_file.index_text(stem, parts).encode()
-                write_atomically(temporary / f"{stem}.safetensors.index.json", index)
-            config = config_json(source.config, jobs, source.stated, _is_changed(source, jobs))
-            text = json.dumps(config, indent=2) + "\n"
-            write_atomically(temporary / "config.json", text.encode())
-            publish(temporary, out, overwrite=False)
-        except OSError as error:
-            raise _refusal(out, error) from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_folder(out, wanted) as folder:
+        for number, part in enumerate(parts, 1):
+            mine = [by_name[name] for name, _, _ in part]
+            layout = safetensors_file.lay_out({"format": "pt"}, part)
+            place = folder / safetensors_file.shard_name(stem, number, len(parts))
+            tell = None if progress is None else _shifted(progress, before, total)
+            nbytes += _write(source, mine, layout, place, False, tell, log)
+            before += sum(job.target.weights for job in mine)
+        if len(parts) > 1:
+            index = safetensors_file.index_text(stem, parts).encode()
+            write_atomically(folder / f"{stem}.safetensors.index.json", index)
+        config = config_json(source.config, jobs, source.stated, _is_changed(source, jobs))
+        write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     return nbytes
 
 
-def _check_folder(out: Path) -> None:
-    """Refuse a place that a finished folder cannot take; an empty folder's it can.
-
-    Raises:
-        BadFile: See there.
-    """
-    hint = "name a new folder"
-    try:
-        if not (out.is_dir() and not out.is_symlink() and not any(out.iterdir())):
-            if os.path.lexists(out):
-                raise BadFile(out, "exists already, and a folder is never replaced", hint)
-            check_destination(out)
-        elif out.is_mount() or out.samefile(Path.cwd()):
-            raise BadFile(out, "is a mount point or the current folder, which cannot be replaced", hint)
-    except OSError as error:
-        raise _refusal(out, error) from None
-
-
-def _refusal(out: Path, error: OSError) -> BadFile:
-    reason = (error.strerror or type(error).__name__).lower()
-    return BadFile(out, f"could not be written ({reason})")
-
-
 def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    """The progress of one shard among all."""
+    """Turns the progress of one shard into that of the whole folder."""
     return lambda done, _, name: progress(before + done, total, name)

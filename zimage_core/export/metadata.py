@@ -1,6 +1,6 @@
-"""Keys of the GGUF files that are written: what the network is, where it came from, its vocabulary.
+"""Keys of the GGUF files that are written: the network, its origin and its vocabulary.
 
-Names are llama.cpp's (gguf-py/gguf/constants.py); `zimage.*` is ours, and other readers pass over it.
+Names are llama.cpp's (gguf-py/gguf/constants.py), except `zimage.*`, which other readers ignore.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from zimage_core.weights.gguf import GGUFFile
 from zimage_core.weights.gguf_writer import QUANTIZATION_VERSION, TypedArray, raw_keys
 
 TRANSFORMER_ARCH = "lumina2"
-"""What every published Z-Image GGUF says, as ComfyUI-GGUF knows no other name for it."""
+"""Architecture of every published Z-Image GGUF, the only name that ComfyUI-GGUF knows for it."""
 
 _TOLD = ("axes_dims", "axes_lens", "rope_theta", "norm_eps", "t_scale")
-"""Fields of a transformer that shapes do not tell; weights/infer.py reads them back as `zimage.*`."""
+"""Fields of a transformer that do not follow from shapes; weights/infer.py reads them as `zimage.*`."""
 _REPLACED = (
     "general.file_type", "general.quantization_version", "general.alignment", "quantize.", "split.",
     "comfy.gguf.orig_shape.",
 )  # fmt: skip
-"""Keys of a source GGUF that are said anew, or do not hold for the file that is written."""
+"""Prefixes of a source's keys that are written anew or do not apply to the new file."""
 _MAX_TEMPLATE = 1 << 20
 
 
@@ -41,10 +41,10 @@ def gguf_metadata(
     """All keys for a GGUF made from `source`, in order.
 
     Args:
-        source: The checkpoint; the keys of a GGUF text encoder are kept, its tokenizer with them.
-        recipe: What decided the types; None where the source's own were kept.
-        imatrix: Name of the importance matrix.
-        file_type: llama.cpp's number for the mix.
+        source: The checkpoint. The keys of a GGUF text encoder are kept, including its tokenizer.
+        recipe: The recipe of the types; None where the source's own types were kept.
+        imatrix: Name of the importance matrix; "" for none.
+        file_type: llama.cpp's number for the mix; None where it has none.
 
     Raises:
         BadFile: The tokenizer beside the source is damaged.
@@ -71,7 +71,7 @@ def _without(keys: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _name(source: Checkpoint) -> str:
-    """The folder of a model or the file's name, as people call it."""
+    """The name of the model: that of its folder, or of its file."""
     place = Path(source.file.path)
     folder = source.folder
     if folder.is_dir() and (folder / "model_index.json").is_file():
@@ -93,12 +93,12 @@ def _provenance(source: Checkpoint, recipe: Recipe | None, imatrix: str) -> dict
 
 
 def recipe_keys(recipe: Recipe) -> dict[str, Any]:
-    """What was decided for each tensor, so that the file can be made again."""
+    """Keys with the recipe, so that the file can be made again."""
     return {"zimage.recipe_name": recipe.name, "zimage.recipe": recipe.text()}
 
 
 def _transformer_keys(config: TransformerConfig) -> dict[str, Any]:
-    """What shapes do not tell, where it is not what every released model has."""
+    """Keys of fields that do not follow from shapes, where they differ from the released models."""
     usual = {field.name: field.default for field in fields(TransformerConfig)}
     found: dict[str, Any] = {}
     for name in _TOLD:
@@ -127,7 +127,7 @@ def _text_keys(c: TextEncoderConfig, stated: Mapping[str, Any] | None) -> dict[s
 
 
 def _tokenizer_keys(folder: Path, config: TextEncoderConfig) -> dict[str, Any]:
-    """The vocabulary beside a Hugging Face text encoder, as llama.cpp's keys; none where there is none."""
+    """llama.cpp's keys of the vocabulary beside a Hugging Face text encoder; empty where there is none."""
     for place in (folder, folder.parent / "tokenizer"):
         try:
             vocabulary = read_folder(place)
@@ -140,7 +140,7 @@ def _tokenizer_keys(folder: Path, config: TextEncoderConfig) -> dict[str, Any]:
 
 
 def vocabulary_keys(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
-    """A byte-level BPE as the keys `tokenizer.ggml.*`, padded to the rows of the embedding.
+    """The keys `tokenizer.ggml.*` of a byte-level BPE, padded to the rows of the embedding.
 
     Raises:
         BadFile: The vocabulary does not fit together, or has more tokens than the embedding has rows.
@@ -162,7 +162,7 @@ def vocabulary_keys(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
         "tokenizer.ggml.token_type": TypedArray(types, "i32"),
         "tokenizer.ggml.merges": TypedArray((f"{a} {b}" for a, b in vocabulary.merges), "string"),
     }
-    # Qwen's roles, which no tokenizer.json tells
+    # the roles of Qwen's tokens, which tokenizer.json does not have
     for role, text in (("bos", "<|endoftext|>"), ("eos", "<|im_end|>"), ("padding", "<|endoftext|>")):
         if text in ids:
             keys[f"tokenizer.ggml.{role}_token_id"] = ids[text]
@@ -176,7 +176,7 @@ def _token_type(text: str, added: bool) -> int:
 
 
 def _template(folder: Path) -> dict[str, Any]:
-    """The chat template, as text; this library has its own and never runs it."""
+    """The chat template as text for other programs; this library never runs it."""
     from zimage_core.files.untrusted import read_json
 
     try:

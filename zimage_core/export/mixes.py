@@ -1,13 +1,13 @@
-"""The standard mixes as recipes: the tensor choices of the GGUF files that people have.
+"""The standard mixes as recipes: the types of the published GGUF files.
 
-Transformers follow the image branch of the llama-quantize that ComfyUI-GGUF patches (tools/lcpp.patch): it
-knows no layers, qkv and the output of the feed-forward network get more bits throughout. That gives the
+Transformers follow the image branch of ComfyUI-GGUF's patched llama-quantize (tools/lcpp.patch). It does not
+look at layers: qkv and the output of the feed-forward network get more bits in all of them. This gives the
 sizes of the published files to three digits: Q3_K_M 4.12, Q4_K_M 4.98, Q5_K_M 5.52 GB. It refuses IQ types;
-for those the bumps of llama.cpp's language models are taken over.
+for those the higher types are chosen as for llama.cpp's language models.
 
 Text encoders follow llama.cpp itself (src/llama-quant.cpp, llama_tensor_get_type_impl) for a model with four
-or more query heads per key head, as Qwen3-4B has. Where llama-quantize gives other types when it has an
-importance matrix, the choice without one is taken: what a mix is does not depend on how it was calibrated.
+or more query heads per key head, such as Qwen3-4B. Where llama-quantize chooses other types with an
+importance matrix, its choice without one is taken, so that a mix does not depend on how it was calibrated.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from zimage_core.errors import BadArgument, printable
 from zimage_core.export.recipes import SOURCE, Recipe, Rule
 
 Bumps = tuple[tuple[str, str, str], ...]
-"""(part of a block, layers, type), the first that applies."""
+"""(part of a block, layers, type): parts that get a higher type than the base; the first match decides."""
 
 KEPT = (
     "t_embedder.*", "x_embedder.*", "final_layer.*", "cap_embedder.*", "context_refiner.*",
     "noise_refiner.*", "siglip_*", "*_pad_token",
 )  # fmt: skip
-"""Tensors of a transformer that stay in the source's float type: few weights, much effect."""
+"""Tensors of a transformer that keep the source's float type: they have few weights and much effect."""
 
 TRANSFORMER_PARTS = {
     "qkv": "layers.*.attention.qkv.weight",
@@ -49,11 +49,11 @@ class Mix:
 
     Args:
         file_type: llama.cpp's LLAMA_FTYPE number; None where it has none.
-        base: Type of every matrix without a bump.
-        transformer: Bumps in a transformer.
-        text: Bumps in a text encoder.
-        output: Type of a text encoder's output matrix, which is the embedding where they are tied.
-        embedding: Type of an embedding that is not tied; the base where "".
+        base: Type of every matrix that has no other one.
+        transformer: Higher types in a transformer.
+        text: Higher types in a text encoder.
+        output: Type of a text encoder's output matrix, or of the embedding that is used for it (tied).
+        embedding: Type of an embedding that is not tied; "" for the base.
     """
 
     file_type: int | None
@@ -65,7 +65,7 @@ class Mix:
 
 
 def _low_bits(down: str, out: str = "") -> Bumps:
-    """Bumps of the mixes of one and two bits."""
+    """Higher types in the mixes of one and two bits."""
     return (("down", "first 1/8", down), *((("out", "", out),) if out else ()))
 
 
@@ -127,19 +127,19 @@ MIXES: dict[str, Mix] = {
     "Q1_0": Mix(40, "Q1_0"),
 }
 # fmt: on
-"""Name of a mix -> its choices, best quality first."""
+"""Name -> mix, best quality first."""
 
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-"""Other names that people use; llama-quantize reads a bare K type as its M mix too."""
+"""Other names of mixes; llama-quantize, too, reads a bare K type as its M mix."""
 
 
 def standard_mix(name: str, component: str, names: Mapping[str, object]) -> Recipe:
     """The recipe of a standard mix for one network.
 
     Args:
-        name: "Q4_K_M" and so on, in any case.
+        name: Name of the mix, such as "Q4_K_M", in upper or lower case.
         component: "transformer" or "text_encoder".
-        names: Names of the tensors in the GGUF; whether there is an output matrix decides about embeddings.
+        names: Names of the tensors in the GGUF; embeddings get another type where there is no output matrix.
 
     Raises:
         BadArgument: No mix of that name; the message lists those there are.

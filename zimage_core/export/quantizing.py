@@ -11,21 +11,19 @@ from pathlib import Path
 
 from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
 from zimage_core.export.checkpoint import Checkpoint, Target
-from zimage_core.export.choice import choose_formats
-from zimage_core.export.costs import Sensitivity, read_sensitivity
 from zimage_core.export.metadata import gguf_metadata
 from zimage_core.export.mixes import standard_mix
-from zimage_core.export.recipes import Recipe, read_recipe
+from zimage_core.export.recipes import Recipe, choose_formats, read_recipe
+from zimage_core.export.sensitivity import Sensitivity, read_sensitivity
 from zimage_core.export.sizing import recipe_for_size
-from zimage_core.export.streaming import Job, Log, Progress, write_tensors
-from zimage_core.export.unfinished import Unfinished
-from zimage_core.files.atomic import check_destination
+from zimage_core.export.streaming import Job, Log, NonFinite, Progress, write_tensors
+from zimage_core.files.atomic import atomic_file, check_destination
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.quantize.imatrix import Imatrix, read_imatrix
 from zimage_core.weights import gguf_writer
 
 LAYOUTS = {"transformer": "fused", "text_encoder": "gguf"}
-"""Layout of weights/names.py in a GGUF."""
+"""Component -> layout of weights/names.py that a GGUF has."""
 
 BLIND = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K")
 """Types that lose much without an importance matrix."""
@@ -33,14 +31,14 @@ BLIND = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K")
 
 @dataclass(frozen=True)
 class Quantized:
-    """The answer of `quantize_file`.
+    """What `quantize_file` wrote.
 
     Args:
-        path: The file that was written.
-        nbytes: Its size.
+        path: The file.
+        nbytes: Its size in bytes.
         types: Format -> number of tensors.
-        recipe: What was applied.
-        remarks: Fallbacks and what else the log said.
+        recipe: The recipe that was applied.
+        remarks: The sentences that the log was told.
         seconds: Wall time.
     """
 
@@ -70,29 +68,32 @@ def quantize_file(
 ) -> Quantized:
     """Quantise a transformer or a text encoder into one GGUF file.
 
-    Memory stays bounded whatever the size of the model. An interrupted call is continued by the next one with
-    the same arguments; `out` appears complete or not at all.
+    Memory stays bounded whatever the size of the model. `out` appears complete or not at all: a call that
+    fails or is interrupted leaves what stood there before, and the next call starts anew.
 
     Args:
-        source: Any layout that the library reads: diffusers folder, single file, GGUF.
+        source: A checkpoint in any layout that the library reads: diffusers folder, single file, GGUF.
         out: The GGUF to write.
         type: A standard mix ("Q4_K_M"); exactly one of type, recipe and size is given.
         recipe: A Recipe, or the path of a recipe file.
         size: Bytes that the file may have; types are chosen by `sensitivity`, or by a rule of thumb
             (export/sizing.py).
-        sensitivity: Measured costs for `size`, or the path of a file of them.
-        imatrix: An importance matrix, or the path of one.
+        sensitivity: Measured costs for `size`, or the path of their file.
+        imatrix: An importance matrix, or the path of its file.
         component: "transformer" or "text_encoder", for a folder or file that holds several.
         overwrite: Replace an existing file.
-        requantize: Take a source that is quantised already.
-        allow_nonfinite: Do not refuse NaN and infinity; 0 stands for NaN, the largest number for infinity.
+        requantize: Accept a source that is quantised already.
+        allow_nonfinite: Encode NaN as 0 and infinity as the largest float16, instead of refusing them.
         progress: Called as progress(weights done, weights in all, tensor).
-        log: Called with sentences worth reading: fallbacks, what is resumed.
+        log: Called with sentences worth reading, such as fallbacks.
+
+    Returns:
+        What was written: path, size, types, recipe, remarks and time.
 
     Raises:
         BadArgument: Not exactly one of type, recipe and size; an unknown type; a recipe without a rule for
             some tensor.
-        BadFile: The source cannot be read, `out` exists, is the source, or cannot be written.
+        BadFile: The source cannot be read; `out` exists, is the source, or cannot be written.
         BadWeights: NaN or infinity (the message names tensor, count and place), or an incomplete model.
         OverBudget: `size` is below the smallest possible, which the message states.
         Unsupported: A quantised source without `requantize`, or a VAE.
@@ -133,11 +134,9 @@ def quantize_file(
         label = matrix.path or "given as an object" if matrix is not None else ""
         metadata = gguf_metadata(checkpoint, chosen, label, chosen.file_type)
         layout = gguf_writer.lay_out(metadata, [(j.target.name, j.target.shape, j.format) for j in jobs])
-        remark = f"interrupted; the same command goes on with {printable(Path(out).name, 120)}"
-        identity = _identity(checkpoint, layout, matrix, allow_nonfinite)
-        unfinished = Unfinished(out, layout.nbytes, identity, overwrite, remark)
-        with unfinished.writing() as file:
-            write_tensors(checkpoint, jobs, layout, file, allow_nonfinite, progress, say)
+        nonfinite: NonFinite = "replace" if allow_nonfinite else "raise"
+        with atomic_file(out, overwrite, layout.nbytes) as file:
+            write_tensors(checkpoint, jobs, layout, file, nonfinite, progress, say)
     types = Counter(job.format.name for job in jobs)
     seconds = time.perf_counter() - started
     return Quantized(fspath(out), layout.nbytes, dict(types), chosen, tuple(remarks), seconds)
@@ -155,7 +154,7 @@ def refuse_same_file(source: Checkpoint, out: str | PathLike[str]) -> None:
 
 
 def _targets(source: Checkpoint, requantize: bool) -> list[Target]:
-    """The tensors of the GGUF, once the source is one that should be quantised."""
+    """The tensors of the GGUF; a source that should not be quantised is refused."""
     path = printable(source.file.path)
     if source.component == "vae":
         raise Unsupported(
@@ -188,14 +187,3 @@ def _jobs(
         shown = printable(missing[0], 80)
         log(f"the imatrix knows nothing of {len(missing)} of {len(coded)} tensors, {shown} for one")
     return [Job(t, formats[t.name], imatrix.importance(t.name) if t.name in coded else None) for t in targets]
-
-
-def _identity(
-    source: Checkpoint, layout: gguf_writer.Layout, imatrix: Imatrix | None, allow_nonfinite: bool
-) -> str:
-    """The same text for a call that writes the same bytes."""
-    states = [(place, Path(place).stat()) for place in source.file.places]
-    places = [(place, state.st_size, state.st_mtime_ns) for place, state in states]
-    entries = {} if imatrix is None else imatrix.entries
-    costs = sorted((name, sums.count, float(sums.squares.sum())) for name, sums in entries.items())
-    return repr((layout.header, places, costs, allow_nonfinite))

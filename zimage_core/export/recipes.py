@@ -15,19 +15,23 @@ and every third between. Tensors of one dimension and pad tokens are always F32,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from os import PathLike, fspath
 from pathlib import Path
 
 from zimage_core.errors import BadArgument, BadFile, printable
+from zimage_core.export.checkpoint import Checkpoint, Target
 from zimage_core.files.atomic import write_atomically
 from zimage_core.files.untrusted import read_text
 from zimage_core.formats import FORMATS, BlockFormat
 
 SOURCE = "source"
-"""The word for: as the checkpoint has it."""
+"""The type of a rule that keeps what the checkpoint has."""
+SMALL = 1024
+"""Tensors of at most so many weights are F32, as in every published file."""
 
 NOT_STORED = ("F8_E4M3", "F8_E5M2", "Q2_0_128", "F64", "I8", "I16", "I32", "I64")
 TYPES = tuple(name for name in FORMATS if name not in NOT_STORED)
@@ -87,9 +91,9 @@ class Recipe:
     """Rules in order.
 
     Args:
-        name: For people and for the file's metadata: "Q4_K_M".
+        name: A name for people and for the file's metadata, such as "Q4_K_M".
         rules: The first that applies decides.
-        remarks: Lines of comment on top of the written file.
+        remarks: Comment lines at the top of the written file.
         file_type: llama.cpp's number for the mix (`general.file_type`), where it has one.
     """
 
@@ -99,7 +103,7 @@ class Recipe:
     file_type: int | None = None
 
     def type_of(self, name: str, n_layers: int) -> str:
-        """The type for a tensor; BadArgument where no rule applies."""
+        """The type of a tensor; BadArgument where no rule applies."""
         for rule in self.rules:
             if rule.applies(name, n_layers):
                 return rule.type
@@ -125,7 +129,7 @@ def layer_of(name: str) -> int | None:
 
 
 def use_more_bits(layer: int, n_layers: int) -> bool:
-    """The blocks that llama-quantize thinks worth more: both ends, and every third between.
+    """Whether llama-quantize gives a block more bits: both ends get them, and every third block between.
 
     Source: llama.cpp, src/llama-quant.cpp.
     """
@@ -134,7 +138,7 @@ def use_more_bits(layer: int, n_layers: int) -> bool:
 
 
 def layer_set(text: str) -> Layers:
-    """The meaning of what stands between the brackets; BadArgument where it has none."""
+    """A test for the layers that the text between the brackets names; BadArgument if it names none."""
     if not text:
         return lambda layer, n: True
     if text == "spread":
@@ -157,7 +161,7 @@ def layer_set(text: str) -> Layers:
 
 
 def read_recipe(path: str | PathLike[str]) -> Recipe:
-    """A recipe file.
+    """Read a recipe file.
 
     Raises:
         BadFile: It cannot be read, or a line is not a rule; the message has the line's number.
@@ -169,7 +173,7 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
 
 
 def parse_recipe(text: str, name: str, path: str = "recipe") -> Recipe:
-    """A recipe from its text; see `read_recipe`."""
+    """Read a recipe from its text, with the errors of `read_recipe`."""
     rules: list[Rule] = []
     remarks: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -209,7 +213,7 @@ def write_recipe(recipe: Recipe, path: str | PathLike[str], overwrite: bool = Fa
 
 
 def _grouped(types: Mapping[str, str]) -> list[Rule]:
-    """A rule for each part of a block and type, with the blocks that get it; one for each other tensor."""
+    """A rule for each pair of block part and type, with its blocks; and a rule for each other tensor."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name, fmt in types.items():
         match = _LAYER.search(name)
@@ -235,11 +239,11 @@ def _ranges(layers: list[int]) -> str:
 
 
 def _literal(name: str) -> str:
-    """A pattern for exactly this name."""
+    """A pattern that matches exactly this name."""
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-# --- rows that no block divides ----------------------------------------------------------
+# --- types for the tensors of a checkpoint ---------------------------------------------------
 
 FALLBACKS = {
     **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "NVFP4"), "Q4_0"),
@@ -248,13 +252,67 @@ FALLBACKS = {
     "Q6_K": "Q8_0",
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
 }
-"""Type -> the one with blocks of 32 for rows that blocks of the first do not divide. Source: llama.cpp,
-tensor_type_fallback; NVFP4 and Q1_0 are ours."""
+"""Type -> the type with blocks of 32 that takes its place where its blocks do not divide a row.
+Source: llama.cpp, tensor_type_fallback; those of NVFP4 and Q1_0 are ours."""
+
+
+def choose_formats(
+    source: Checkpoint, targets: Sequence[Target], recipe: Recipe, log: Callable[[str], None] | None = None
+) -> dict[str, BlockFormat]:
+    """Tensor -> the type that the recipe means for it, with a fallback where blocks do not divide the rows.
+
+    Args:
+        source: The checkpoint.
+        targets: Its tensors under their names in a GGUF.
+        recipe: What decides.
+        log: Told of fallbacks.
+
+    Raises:
+        BadArgument: No rule for a tensor.
+    """
+    numbers = [
+        number for t in targets if (number := layer_of(t.name)) is not None and "refiner." not in t.name
+    ]
+    n_layers = max(numbers, default=-1) + 1
+    formats: dict[str, BlockFormat] = {}
+    replaced: Counter[tuple[str, str, int]] = Counter()
+    for target in targets:
+        wanted = recipe.type_of(target.name, n_layers) if is_matrix(target) else "F32"
+        fmt = formats[target.name] = choose_format(source, target, wanted)
+        if wanted not in (SOURCE, fmt.name) and is_matrix(target):
+            replaced[wanted, fmt.name, target.columns] += 1
+    if log is not None:
+        for (wanted, got, columns), count in replaced.items():
+            noun = "tensor has" if count == 1 else "tensors have"
+            log(f"{count} {noun} rows of {columns}, which blocks of {wanted} do not divide: {got} instead")
+    return formats
+
+
+def choose_format(source: Checkpoint, target: Target, wanted: str) -> BlockFormat:
+    """The type of one tensor: `wanted` or its fallback, or for "source" what the checkpoint has."""
+    if not is_matrix(target):
+        return FORMATS["F32"]
+    if wanted != SOURCE:
+        return fitting(wanted, target.columns)
+    stored = source.format_of(target)
+    if (
+        stored is None
+        or stored.ggml_type is None
+        or source.is_scaled(target)
+        or stored.name in ("F32", "F64")
+    ):
+        return FORMATS["F16"]
+    return stored
+
+
+def is_matrix(target: Target) -> bool:
+    """Whether a recipe decides about a tensor; norms, biases, pad tokens and tiny tensors are F32."""
+    return len(target.shape) > 1 and target.weights > SMALL and not target.name.endswith("pad_token")
 
 
 def fitting(name: str, k: int) -> BlockFormat:
-    """The type of that name where it divides rows of k weights, else its fallback, else F16."""
-    for candidate in (name, FALLBACKS.get(name, "F16"), "F16"):
+    """The type of that name where its blocks divide rows of k weights, else its fallback, else F16."""
+    for candidate in (name, FALLBACKS.get(name, "F16")):
         if k % FORMATS[candidate].weights == 0:
             return FORMATS[candidate]
     return FORMATS["F16"]

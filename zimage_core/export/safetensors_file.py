@@ -1,4 +1,4 @@
-"""The header of a safetensors file, and the index of shards.
+"""The header of a safetensors file that is written, and the index of shards.
 
 Source: https://github.com/huggingface/safetensors (README, "Format"); the reader is weights/safetensors.py.
 """
@@ -16,16 +16,16 @@ from zimage_core.weights.gguf_writer import Layout
 from zimage_core.weights.safetensors import DTYPES
 
 Row = tuple[str, tuple[int, ...], BlockFormat]
-"""Name, shape, type."""
+"""(name, shape, type) of a tensor."""
 
 
 def nbytes_of(row: Row) -> int:
-    """Bytes of a tensor."""
+    """Number of bytes of a tensor."""
     return math.prod(row[1]) * row[2].nbytes
 
 
 def lay_out(metadata: Mapping[str, str], tensors: Iterable[Row]) -> Layout:
-    """Header and places of a safetensors file; wide types come first, so that every tensor is aligned.
+    """Header and places of a safetensors file, with wide types first, so that every tensor is aligned.
 
     Raises:
         Unsupported: A type that safetensors lacks.
@@ -53,7 +53,7 @@ def lay_out(metadata: Mapping[str, str], tensors: Iterable[Row]) -> Layout:
 
 
 def shards(tensors: Iterable[Row], limit: int) -> list[list[Row]]:
-    """Tensors in order, cut into runs of at most `limit` bytes; one larger than that stands alone."""
+    """Tensors in order, in parts of at most `limit` bytes; a tensor larger than that is alone in its part."""
     found: list[list[Row]] = [[]]
     filled = 0
     for row in tensors:
@@ -66,12 +66,12 @@ def shards(tensors: Iterable[Row], limit: int) -> list[list[Row]]:
 
 
 def shard_name(stem: str, number: int, count: int) -> str:
-    """Hugging Face's name of a shard, counted from 1; of a single file without numbers."""
+    """Hugging Face's name of a shard, counted from 1; a single file has no number."""
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
 
 
 def index_text(stem: str, parts: list[list[Row]]) -> str:
-    """The index that places each tensor in its shard."""
+    """The index that names the shard of each tensor, as JSON."""
     weight_map = {
         row[0]: shard_name(stem, number, len(parts)) for number, part in enumerate(parts, 1) for row in part
     }

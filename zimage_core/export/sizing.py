@@ -1,36 +1,40 @@
-"""`--size 3.5GB`: types for a size, by measured costs, or by a rule of thumb where nothing was measured.
+"""How large a file may be (`--fit`), and which types bring it to that size (`--size`).
 
-By that rule the cost of a tensor is its number of weights, times the mean square error of the type relative
-to the weights, times how much its part of a block is believed to matter. The errors are those of a Gaussian
-matrix; the factors are the judgement of the standard mixes, that qkv and above all the output of the
-feed-forward network deserve more bits. A measured sensitivity does better; this is for want of one.
+Types are chosen by measured costs, or by a rule of thumb where nothing was measured. By that rule the cost
+of a tensor is its number of weights, times the mean square error of the type relative to the weights, times
+how much its part of a block is believed to matter. The errors are those of a Gaussian matrix. The factors
+are the judgement of the standard mixes: qkv, and above all the output of the feed-forward network, deserve
+more bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from os import PathLike
 
-from zimage_core.errors import OverBudget, WrongModel, printable
+from zimage_core.config import AutoencoderConfig, TransformerConfig
+from zimage_core.errors import BadArgument, OverBudget, WrongModel, printable
 from zimage_core.export.budget import Option, assign
 from zimage_core.export.checkpoint import Checkpoint, Target
-from zimage_core.export.choice import choose_format, is_matrix
-from zimage_core.export.costs import Sensitivity
 from zimage_core.export.metadata import gguf_metadata, recipe_keys
 from zimage_core.export.mixes import KEPT, TEXT_PARTS, TRANSFORMER_PARTS
-from zimage_core.export.recipes import SOURCE, Recipe
+from zimage_core.export.recipes import SOURCE, Recipe, choose_format, is_matrix
+from zimage_core.export.sensitivity import Sensitivity
 from zimage_core.files.units import in_bytes
+from zimage_core.memory.activations import denoise_bytes
+from zimage_core.memory.job import WORKSPACE
+from zimage_core.quant.dispatch import SCRATCH_BYTES
 from zimage_core.weights import gguf_writer
 
 RELATIVE_ERROR = {
     "IQ1_S": 0.4452, "IQ2_XXS": 0.3272, "IQ2_S": 0.2381, "IQ3_XXS": 0.1763,
     "Q2_K": 0.2588, "Q3_K": 0.1435, "Q4_K": 0.0692, "Q5_K": 0.0339, "Q6_K": 0.0164, "Q8_0": 0.0054,
 }  # fmt: skip
-"""Root mean square error over root mean square of Gaussian weights, our encoders without importance.
+"""Root mean square error of a type over the root mean square of Gaussian weights, without importance.
 Source: benchmarks/results/quality.json, `random`."""
 FAST = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-"""Types to choose among; the IQ types join them only where these do not fit: IQ1 to IQ3 are slow to
-make."""
+"""Types to choose among. The IQ types, which are slow to make, join them only where these do not fit."""
 
 FACTORS = {
     TRANSFORMER_PARTS["down"]: 4.0,
@@ -40,24 +44,29 @@ FACTORS = {
     "token_embd.weight": 4.0,
     "output.weight": 4.0,
 }
-"""Pattern -> how much more an error there is believed to cost."""
+"""Pattern of tensors -> factor by which an error there is believed to cost more."""
 
 _ATTEMPTS = 4
+
+CAPTION = 128
+"""Tokens of a caption, as `zimage plan` supposes."""
+STEPS = 8
+"""Steps of an image, as `zimage plan` supposes."""
 
 
 def recipe_for_size(
     source: Checkpoint, targets: Sequence[Target], size: int, sensitivity: Sensitivity | None = None
 ) -> Recipe:
-    """A recipe whose GGUF has at most `size` bytes.
+    """The recipe of a GGUF of at most `size` bytes.
 
     Args:
         source: The checkpoint.
         targets: Its tensors under their names in a GGUF.
         size: Bytes of the whole file.
-        sensitivity: Measured costs; the tensors that it lacks stay as they are. None: the rule of thumb.
+        sensitivity: Measured costs; tensors that it lacks keep their type. None: by the rule of thumb.
 
     Raises:
-        WrongModel: The sensitivity is that of another model.
+        WrongModel: The sensitivity was measured on another model.
         OverBudget: The smallest possible file is larger; the message has its size.
     """
     costs = None if sensitivity is None else _measured(sensitivity, source, targets)
@@ -102,7 +111,7 @@ def _kept(source: Checkpoint, name: str) -> bool:
 def _measured(
     sensitivity: Sensitivity, source: Checkpoint, targets: Sequence[Target]
 ) -> dict[str, dict[str, float]]:
-    """The costs, which must be those of this model's tensors."""
+    """Tensor -> type -> measured cost; costs of another model's tensors are refused."""
     if unknown := sorted(set(sensitivity.costs) - {t.name for t in targets}):
         raise WrongModel(
             source.file.path,
@@ -119,7 +128,7 @@ def _guessed(target: Target, types: Sequence[str]) -> dict[str, float]:
 
 
 def _options(source: Checkpoint, target: Target, costs: Mapping[str, float]) -> list[Option]:
-    """The types, and to keep the tensor as it is, which costs nothing."""
+    """The choices for one tensor: each type at its cost, and the source's type, which costs nothing."""
     found = []
     for name, cost in (*costs.items(), (SOURCE, 0.0)):
         fmt = choose_format(source, target, name)
@@ -134,3 +143,40 @@ def _smallest(options: Mapping[str, Sequence[Option]]) -> int:
 
 def _padded(nbytes: int) -> int:
     return -(-nbytes // gguf_writer.ALIGNMENT) * gguf_writer.ALIGNMENT
+
+
+def largest_transformer(
+    path: str | PathLike[str], vram: int, width: int, height: int, dtype: str = "bfloat16"
+) -> int:
+    """Bytes of the largest transformer whose weights all stay on the GPU while it denoises one image.
+
+    What else a step holds is counted as `memory.plan` does: activations, one dense matrix at a time, and the
+    workspace of libraries. The text encoder and the VAE run before and after it (docs/memory.md).
+
+    Args:
+        path: The checkpoint of a transformer, in any type: only the sizes of its network count.
+        vram: Memory of the GPU in bytes.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        dtype: Type of the computation.
+
+    Raises:
+        BadArgument: The checkpoint is no transformer, or a side is not a multiple of 16.
+        OverBudget: The steps alone need more memory.
+    """
+    with Checkpoint(path, "transformer") as checkpoint:
+        config = checkpoint.config
+    if not isinstance(config, TransformerConfig):
+        raise BadArgument("fit: wanted the checkpoint of a transformer")
+    factor = AutoencoderConfig().spatial_factor
+    multiple = factor * config.patch_size
+    if width < 1 or height < 1 or width % multiple or height % multiple:
+        raise BadArgument(f"fit: got {width} x {height} px, wanted multiples of {multiple}")
+    live = denoise_bytes(config, height // factor, width // factor, CAPTION, dtype, 1, 1, STEPS)
+    around = live + SCRATCH_BYTES + max(WORKSPACE.values())
+    if vram <= around:
+        raise OverBudget(
+            f"fit: {in_bytes(vram)} of GPU memory do not hold the steps of {width} x {height} px, which take "
+            f"{in_bytes(around)} beside the weights; make a smaller picture"
+        )
+    return vram - around

@@ -1,33 +1,35 @@
 """Tensors from a checkpoint into a file, one at a time, in slabs: memory does not grow with either.
 
 A tensor whose stored type is the wanted one is copied byte for byte; any other is made float32 slab by slab
-and encoded. Floats are looked at on the way: NaN and infinity are named, never quietly encoded. A conversion,
-which does not judge weights, carries them.
+and encoded. The floats are checked on the way, so that NaN and infinity are named and never quietly encoded.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import IO, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zimage_core.errors import BadWeights, printable
 from zimage_core.export.checkpoint import Checkpoint, Target
-from zimage_core.export.unfinished import Unfinished
 from zimage_core.formats import BlockFormat
-from zimage_core.quantize import numbers
-from zimage_core.quantize.encode import quantize
+from zimage_core.quantize import float_types
+from zimage_core.quantize.encode import encode
 from zimage_core.weights.gguf_writer import Layout
 
 Progress = Callable[[int, int, str], None]
 """(weights done, weights in all, tensor) -> None."""
 Log = Callable[[str], None]
-"""A sentence that is worth reading."""
+"""Takes a sentence that is worth reading."""
+NonFinite = Literal["raise", "replace", "keep"]
+"""What to do about NaN and infinity: refuse them, encode 0 and the largest float16, or keep them.
+"keep" is for copies and plain floats, and refuses only finite numbers that would become infinite."""
 
-_MOST = 65504.0  # of float16
+_F16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Job:
     Args:
         target: What it is made from.
         format: The type it gets.
-        importance: float32 [K], what an error in each input channel costs; None for all alike.
+        importance: float32 [K], what an error in each input channel costs; None if all cost alike.
     """
 
     target: Target
@@ -49,169 +51,128 @@ def write_tensors(
     source: Checkpoint,
     jobs: Sequence[Job],
     layout: Layout,
-    file: Unfinished,
-    allow_nonfinite: bool = False,
+    out: IO[bytes],
+    nonfinite: NonFinite = "raise",
     progress: Progress | None = None,
     log: Log | None = None,
-    trust: bool = False,
 ) -> None:
-    """Write header and tensors into an open `Unfinished`, going on after what it holds already.
+    """Write the header and the tensors of a file.
 
     Args:
         source: Where the tensors come from.
         jobs: What to write.
-        layout: Where it goes.
-        file: The open file.
-        allow_nonfinite: See `Watch`.
+        layout: Where each tensor goes.
+        out: The file, `layout.nbytes` long.
+        nonfinite: What to do about NaN and infinity.
         progress: Called after each slab.
-        log: Told what is odd.
-        trust: Carry NaN and infinity as they are; `jobs` has copies and plain floats only.
+        log: Told of NaN and infinity that were allowed.
 
     Raises:
-        BadWeights: NaN or infinity that was not allowed, or numbers beyond float16 in a tensor for F16.
-        BadFile: The source cannot be read or changed meanwhile; the file cannot be written.
+        BadWeights: NaN or infinity that is not allowed, or finite numbers beyond float16 in a tensor for F16.
+        BadFile: The source cannot be read, or was changed meanwhile.
+        OSError: The file cannot be written.
     """
-    file.write(0, layout.header)
+    out.write(layout.header)
     total = sum(job.target.weights for job in jobs)
-    before, resumed = 0, 0
+    done = 0
     for job in jobs:
-        name = job.target.name
-        offset, nbytes = layout.places[name]
-        if file.holds(name, offset, nbytes):
-            resumed += 1
-        else:
-            if resumed and log is not None:
-                log(f"going on after {resumed} finished tensors")
-            resumed = 0
-            rows = packed_rows(source, job, allow_nonfinite, log, trust)
-            _write_one(rows, job, offset, file, before, total, progress)
-        before += job.target.weights
-        if progress is not None:
-            progress(before, total, name)
+        out.seek(layout.places[job.target.name][0])
+        width, written = job.format.row_bytes(job.target.columns), 0
+        for data in packed_rows(source, job, nonfinite, log):
+            out.write(data)
+            written += len(data)
+            if progress is not None:
+                progress(done + written // width * job.target.columns, total, job.target.name)
+        done += job.target.weights
     source.file.check_unchanged()
 
 
-def _write_one(
-    rows: Iterator[bytearray | memoryview],
-    job: Job,
-    offset: int,
-    file: Unfinished,
-    before: int,
-    total: int,
-    progress: Progress | None,
-) -> None:
-    crc, written = 0, 0
-    width = job.format.row_bytes(job.target.columns)
-    for data in rows:
-        file.write(offset + written, data)
-        crc = zlib.crc32(data, crc)
-        written += len(data)
-        if progress is not None:
-            progress(before + written // width * job.target.columns, total, job.target.name)
-    file.finished(job.target.name, crc)
-
-
 def packed_rows(
-    source: Checkpoint,
-    job: Job,
-    allow_nonfinite: bool = False,
-    log: Log | None = None,
-    trust: bool = False,
+    source: Checkpoint, job: Job, nonfinite: NonFinite = "raise", log: Log | None = None
 ) -> Iterator[bytearray | memoryview]:
     """The bytes of a tensor in its new type, in pieces of whole rows.
 
     Raises:
-        BadWeights: See `write_tensors`.
+        BadWeights: NaN or infinity that is not allowed, or finite numbers beyond float16 in a tensor for F16.
     """
     exact = source.format_of(job.target) == job.format and not source.is_scaled(job.target)
-    watch = Watch(source.file.path, job, allow_nonfinite, trust)
-    if exact and (trust or not job.format.is_float):
-        yield from source.raw(job.target)
-        return
+    check = _FiniteCheck(source.file.path, job, nonfinite)
     if exact:
-        # the same floats: looked at, but carried as they are
-        watch.run(source.dense(job.target))
-        watch.report(log, "they are carried as they are")
+        if job.format.is_float and nonfinite != "keep":
+            check.rest(source.dense(job.target))
+            check.report(log, "they are carried as they are")
         yield from source.raw(job.target)
         return
     slabs = source.dense(job.target)
     for slab in slabs:
-        if not watch.look(slab):
-            watch.run(slabs)
-            watch.report(None)
-        if trust and job.format.name in numbers.ENCODERS:
-            packed = numbers.ENCODERS[job.format.name](slab, None)  # `quantize` refuses what is not finite
+        if not check.passes(slab):
+            check.rest(slabs)
+            check.report(None)
+        if nonfinite == "keep":
+            packed = float_types.ENCODERS[job.format.name](slab, None)  # `encode` refuses what is not finite
         else:
-            packed = quantize(watch.mended(slab), job.format, job.importance)
+            packed = encode(check.replaced(slab), job.format, job.importance)
         yield packed.flatten().numpy().data
-    watch.report(log)
+    check.report(log, "0 stands for NaN, the largest number for infinity")
 
 
-class Watch:
+class _FiniteCheck:
     """Counts what is not finite in a tensor, or too large for its new type.
 
     Args:
         path: The source, for messages.
         job: The tensor.
-        allow: Do not refuse; what is encoded then gets 0 for NaN and the largest float16 for infinity.
-        carry: NaN and infinity are no matter, only what would become infinite.
+        nonfinite: What is allowed.
     """
 
-    def __init__(self, path: str, job: Job, allow: bool, carry: bool = False) -> None:
-        self.path, self.job, self.allow, self.carry = path, job, allow, carry
+    def __init__(self, path: str, job: Job, nonfinite: NonFinite) -> None:
+        self.path, self.job, self.nonfinite = path, job, nonfinite
         self.count, self.first, self.kind = 0, -1, ""
         self._seen = 0
         # 65520 is the first number that rounds to infinity
         self._limit = 65520.0 if job.format.name == "F16" else float("inf")
 
-    def look(self, slab: Tensor) -> bool:
-        """Whether the next rows can be encoded."""
-        fine = not slab.numel() or bool(slab.abs().amax() < self._limit)
-        if not fine:
+    def passes(self, slab: Tensor) -> bool:
+        """Whether the next rows can be encoded; counts those of their numbers that cannot."""
+        if slab.numel() and not bool(slab.abs().amax() < self._limit):
             flat = slab.flatten()
             bad = ~(flat.abs() < self._limit)
-            if self.carry:
+            if self.nonfinite == "keep":
                 bad &= flat.isfinite()
-            fine = not bool(bad.any())
-            if not fine and not self.count:
+            found = int(bad.sum())
+            if found and not self.count:
                 index = int(bad.nonzero()[0, 0])
-                value = float(flat[index])
                 self.first = self._seen + index
-                self.kind = "beyond the range of F16" if abs(value) < float("inf") else "NaN or infinite"
-            self.count += int(bad.sum())
+                self.kind = "beyond the range of F16" if flat[index].isfinite() else "NaN or infinite"
+            self.count += found
         self._seen += slab.numel()
-        return fine or self.allow
+        return not self.count or self.nonfinite == "replace"
 
-    def run(self, slabs: Iterator[Tensor]) -> None:
-        """Look at all that is left."""
+    def rest(self, slabs: Iterator[Tensor]) -> None:
+        """Count in all slabs that are left."""
         for slab in slabs:
-            self.look(slab)
+            self.passes(slab)
 
-    def mended(self, slab: Tensor) -> Tensor:
-        """What every type can hold in place of NaN and infinity."""
+    def replaced(self, slab: Tensor) -> Tensor:
+        """The slab with numbers that every type can hold in place of NaN and infinity."""
         if not self.count:
             return slab
-        finite = torch.nan_to_num(slab, nan=0.0, posinf=_MOST, neginf=-_MOST)
-        return finite.clamp(-_MOST, _MOST) if self.job.format.name == "F16" else finite
+        finite = torch.nan_to_num(slab, nan=0.0, posinf=_F16_MAX, neginf=-_F16_MAX)
+        return finite.clamp(-_F16_MAX, _F16_MAX) if self.job.format.name == "F16" else finite
 
-    def report(
-        self, log: Log | None, then: str = "0 stands for NaN, the largest number for infinity"
-    ) -> None:
-        """Refuse what was found, or say it where it was allowed."""
+    def report(self, log: Log | None, outcome: str = "") -> None:
+        """Refuse what was counted, or say it and what became of it where it is allowed."""
         if not self.count:
             return
         shape = self.job.target.shape
-        where: list[int] = []
-        rest = self.first
-        for size in reversed(shape):
-            rest, index = divmod(rest, size)
-            where.insert(0, index)
+        where = [int(i) for i in np.unravel_index(self.first, shape)] if shape else []
         name = printable(self.job.target.name, 120)
         fault = f"{name} has {self.count} numbers that are {self.kind}, the first at {where}"
-        if not self.allow:
+        if self.nonfinite != "replace":
             hint = "download the checkpoint again, or allow them (--allow-nonfinite)"
             if self.kind.startswith("beyond"):
-                hint = "dequantise to bf16 or f32" if self.carry else "choose BF16 or F32 for it"
+                keep = self.nonfinite == "keep"
+                hint = "dequantise to bf16 or f32" if keep else "choose BF16 or F32 for it"
             raise BadWeights(f"{printable(self.path)}: {fault}; {hint}")
         if log is not None:
-            log(f"{fault}; {then}")
+            log(f"{fault}; {outcome}")

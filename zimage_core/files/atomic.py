@@ -1,34 +1,33 @@
-"""Files that appear complete or not at all.
+"""Files and folders that appear complete or not at all.
 
-The bytes go to a new file in the same folder, are flushed to the disk and take the final name in one step.
-A reader never sees half a file, and a failed write leaves what stood there before. SIGKILL can leave a
-temporary file `.NAME.part-PID-N`; the next write of the same name removes it when that process is gone.
-
-Work that takes minutes keeps its own temporary file (`export/unfinished.py`) and takes the last step here.
+The content goes to a new place beside the target, `.NAME.XXXXXXXX.tmp`, is flushed to the disk and takes the
+final name in one step. A reader never sees half a file, and a failed write leaves what stood there before.
+Only a process that is killed leaves its temporary file behind; nothing reads it, and it may be deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
-import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from hashlib import sha256
 from pathlib import Path
+from typing import IO
 
-from zimage_core.errors import BadFile
+from zimage_core.errors import BadFile, printable
+from zimage_core.files.units import in_bytes
 
-_live: set[Path] = set()  # temporary files of this process, for remove_unfinished()
-_kept: dict[Path, str] = {}  # unfinished files that a later call goes on with, and what to say of them
-_serial = itertools.count()  # two threads may write the same name
+SPARE = 16 << 20
+"""Bytes of the disk that a large file leaves free."""
+
+_unfinished: set[Path] = set()  # temporary files and folders of this process, for remove_unfinished()
 
 
 def check_destination(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Say before a long computation what `write_atomically` would say after it.
+    """Refuse, before a long computation, a path that `atomic_file` would refuse after it.
 
     Raises:
         BadFile: The folder is missing or not writable, or the path exists and may not be replaced.
@@ -54,93 +53,158 @@ def check_destination(path: str | os.PathLike[str], overwrite: bool = False) -> 
         raise BadFile(target, "cannot be written, no permission in its folder")
 
 
+def check_free_space(target: Path, nbytes: int) -> None:
+    """Refuse a job that does not fit the disk.
+
+    Args:
+        target: The file or folder to be written.
+        nbytes: Its size.
+
+    Raises:
+        BadFile: Less than that and `SPARE` is free; the sentence has both numbers.
+    """
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(target.parent).free
+        if free < nbytes + SPARE:
+            raise BadFile(
+                target,
+                f"{in_bytes(free)} are free on its disk, {in_bytes(nbytes + SPARE)} are needed",
+                "free some space or name another place",
+            )
+
+
+@contextlib.contextmanager
+def atomic_file(
+    path: str | os.PathLike[str], overwrite: bool = False, nbytes: int = 0
+) -> Iterator[IO[bytes]]:
+    """A new binary file, open for writing, which becomes `path` when the block ends without an exception.
+
+    Args:
+        path: Destination; a link is replaced, not followed.
+        overwrite: Replace an existing file. Without it the name is claimed by a hard link, so that of two
+            processes writing the same name exactly one succeeds.
+        nbytes: Size of the finished file, where it is known: the space is checked and reserved first, and
+            what is not written is zeros.
+
+    Raises:
+        BadFile: The destination exists and `overwrite` is false, the disk has too little space, or the system
+            refuses the write.
+    """
+    check_destination(path, overwrite)
+    target = Path(path)
+    if nbytes:
+        check_free_space(target, nbytes)
+    with _temporary_place(target) as temporary:
+        try:
+            # "x" takes a fresh name or none: a planted link or an old file is never written through
+            with temporary.open("xb") as out:
+                if nbytes:
+                    _reserve(out.fileno(), nbytes)
+                yield out
+                out.flush()
+                os.fsync(out.fileno())
+            if overwrite:
+                temporary.replace(target)
+            else:
+                _claim(temporary, target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            if nbytes and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                fault = f"the disk is full, {in_bytes(nbytes)} were wanted; what was written is removed"
+                raise BadFile(target, fault, "free some space and start again") from None
+            raise _refusal(target, error) from None
+
+
 def write_atomically(
     path: str | os.PathLike[str], data: bytes | Iterable[bytes], overwrite: bool = False
 ) -> None:
     """Write `data` (bytes, or chunks of bytes) so that `path` holds all of it or is untouched.
 
-    Args:
-        path: Destination; a link is replaced, not followed.
-        data: The content.
-        overwrite: Replace an existing file. Without it the name is claimed by a hard link, so that of two
-            processes writing the same name exactly one succeeds.
-
     Raises:
         BadFile: The destination exists and `overwrite` is false, or the system refuses the write.
     """
-    check_destination(path, overwrite)
-    target = Path(path)
-    temporary = temporary_place(target)
-    try:
-        # fresh name or refusal: a planted link or an old file is never written through
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-        _live.add(temporary)
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as out:
-            for chunk in (data,) if isinstance(data, bytes) else data:
-                out.write(chunk)
-            out.flush()
-            os.fsync(out.fileno())
-        publish(temporary, target, overwrite)
-    except OSError as error:
-        raise BadFile(target, f"could not be written ({_reason(error)})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-        _live.discard(temporary)
-
-
-def remove_unfinished() -> list[str]:
-    """Remove the temporary files of writes in progress; for a process that is about to end.
-
-    Returns:
-        A sentence for each unfinished file that stays, because the same command goes on with it.
-    """
-    for temporary in list(_live):
-        with contextlib.suppress(OSError):
-            if temporary.is_dir():
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                temporary.unlink()
-    return list(_kept.values())
-
-
-def temporary_place(target: Path) -> Path:
-    """A name of this process beside `target`; what dead processes left under such names is removed."""
-    _remove_leftovers(target)
-    return target.with_name(_temporary_name(target.name))
-
-
-def publish(temporary: Path, target: Path, overwrite: bool) -> None:
-    """Give a finished file or folder its name in one step.
-
-    Raises:
-        BadFile: The name was taken meanwhile and `overwrite` is false.
-        OSError: The system refuses.
-    """
-    if temporary.is_dir():
-        temporary.rename(target)  # fails where anything but an empty folder stands there
-    else:
-        _claim(temporary, target, overwrite)
-    _sync_folder(target.parent)
+    with atomic_file(path, overwrite) as out:
+        out.writelines((data,) if isinstance(data, bytes) else data)
 
 
 @contextlib.contextmanager
-def unfinished(temporary: Path, remark: str = "") -> Iterator[None]:
-    """While this holds, the end of the process removes `temporary`; with a remark it stays and is told of."""
-    if remark:
-        _kept[temporary] = remark
-    else:
-        _live.add(temporary)
+def atomic_folder(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Path]:
+    """A new folder to fill, which becomes `path` when the block ends without an exception.
+
+    Args:
+        path: Destination: a name that is free, or an empty folder, which is replaced.
+        nbytes: Size of the files to come; the free space is checked first.
+
+    Raises:
+        BadFile: The destination cannot be taken, the disk has too little space, or the system refuses.
+    """
+    target = Path(path)
+    _check_folder(target)
+    check_free_space(target, nbytes)
+    with _temporary_place(target) as temporary:
+        try:
+            temporary.mkdir()
+            yield temporary
+            temporary.rename(target)  # fails where anything but an empty folder stands there
+            _sync_folder(target.parent)
+        except OSError as error:
+            raise _refusal(target, error) from None
+
+
+def remove_unfinished() -> None:
+    """Remove the temporary files of writes in progress; for a process that is about to end."""
+    for temporary in list(_unfinished):
+        _remove(temporary)
+
+
+@contextlib.contextmanager
+def _temporary_place(target: Path) -> Iterator[Path]:
+    """A free name beside `target`; whatever has that name when the block ends is removed."""
+    # 50 characters of the name are at most 200 bytes, and 255 is the most that file systems take
+    temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.tmp")
+    _unfinished.add(temporary)
     try:
-        yield
+        yield temporary
     finally:
-        _live.discard(temporary)
-        _kept.pop(temporary, None)
+        _remove(temporary)
+        _unfinished.discard(temporary)
 
 
-def _claim(temporary: Path, target: Path, overwrite: bool) -> None:
-    if overwrite:
-        temporary.replace(target)
-        return
+def _remove(temporary: Path) -> None:
+    with contextlib.suppress(OSError):
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink()
+
+
+def _check_folder(target: Path) -> None:
+    hint = "name a new folder"
+    try:
+        if not (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
+            if os.path.lexists(target):
+                raise BadFile(target, "exists already, and a folder is never replaced", hint)
+            check_destination(target)
+        elif target.is_mount() or target.samefile(Path.cwd()):
+            raise BadFile(target, "is a mount point or the current folder, which cannot be replaced", hint)
+    except OSError as error:
+        raise _refusal(target, error) from None
+
+
+def _reserve(handle: int, nbytes: int) -> None:
+    """Give the open file its size, and its space on the disk where the file system can."""
+    os.ftruncate(handle, nbytes)
+    try:
+        os.posix_fallocate(handle, 0, nbytes)
+    except AttributeError:
+        return  # macOS
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+
+
+def _claim(temporary: Path, target: Path) -> None:
+    """Give a file its name unless the name is taken."""
     try:
         os.link(temporary, target, follow_symlinks=False)
     except FileExistsError:
@@ -155,37 +219,6 @@ def _claim(temporary: Path, target: Path, overwrite: bool) -> None:
         temporary.replace(target)
 
 
-def _temporary_name(name: str) -> str:
-    # 255 bytes is the longest name of the usual file systems
-    short = name if len(os.fsencode(name)) <= 220 else sha256(os.fsencode(name)).hexdigest()[:32]
-    return f".{short}.part-{os.getpid()}-{next(_serial)}"
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove temporary files and folders of this name whose writing process no longer runs."""
-    prefix = _temporary_name(target.name).rsplit("-", 2)[0]
-    with contextlib.suppress(OSError):
-        for path in target.parent.iterdir():
-            match = re.fullmatch(re.escape(prefix) + r"-(\d{1,10})-\d{1,20}", path.name)
-            if match and path not in _live and not _is_running(int(match[1])):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
-
-
-def _is_running(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # an earlier process had our number; our own files are in _live
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _sync_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):  # some file systems refuse to open or flush a folder
         handle = os.open(folder, os.O_RDONLY)
@@ -193,6 +226,10 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _refusal(target: Path, error: OSError) -> BadFile:
+    return BadFile(target, f"could not be written ({printable(_reason(error), 100)})")
 
 
 def _reason(error: OSError) -> str:

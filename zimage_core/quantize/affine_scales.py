@@ -1,9 +1,9 @@
-"""Scales of sub-blocks as small integers under float16 scales of the super-block (the K formats).
+"""Scales and minima of sub-blocks as small integers under two float16 scales (Q2_K, Q4_K, Q5_K).
 
-What the sub-blocks want is known from `rounding`: a scale, and a minimum, each a real number. Here both
-become integers: the super-block's scale is the one of several under which rounded scales cost least,
-then least squares for it given the integers, then each integer against its neighbours with all weights
-rounded anew, and again. Per-run vectors are [sub-blocks, blocks] here.
+`scale_search` gives each sub-block a scale and a minimum, which are real numbers; here both become integers.
+The super-block's scales start as those of several under which rounded scales cost least. Then, in turns, the
+scales are fitted by least squares to the integers, and each integer is compared with its neighbours, all
+weights rounded anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zimage_core.quantize.blocks import as_half
-from zimage_core.quantize.rounding import (
+from zimage_core.quantize.scale_search import (
     TINY,
     Moments,
     Runs,
@@ -39,11 +39,11 @@ class Affine:
 
 
 class AffineSearch(SuperBlocks):
-    """One slab of super-blocks with minima.
+    """The search in one slab of n super-blocks with minima.
 
     Args:
-        runs: Centred runs, subs * n of them, ordered as `columns` does.
-        power: The unit of the weights [n].
+        runs: subs * n centred runs, in the order of `columns`.
+        power: Unit of the weights of each super-block [n].
         top: Largest code of a weight.
         limit: Largest code of a scale and of a minimum.
     """
@@ -56,13 +56,13 @@ class AffineSearch(SuperBlocks):
         return -(dmin * least) - self.centre
 
     def least_for(self, m: Moments, s: Tensor, dmin: Tensor) -> Tensor:
-        """The best code of the minimum for scales s: [runs]."""
+        """The best codes of the minima for scales s: [runs]."""
         runs = self.runs
         wanted = (s * m.q - runs.total) / runs.weight - self.centre
         return (wanted * reciprocal(dmin)).round_().clamp_(0, self.limit)
 
     def recode(self, m: Moments, wanted: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Integers near the wanted scales, their minima, and the lowering; the weights' codes stay."""
+        """Integers near the wanted scales, their minima, and the decrease of the error, for fixed weights."""
         wished = wanted * reciprocal(d)
 
         def tried(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +76,7 @@ class AffineSearch(SuperBlocks):
         return down[0].lerp_(up[0], better), down[1].lerp_(up[1], better), torch.maximum(down[2], up[2])
 
     def refit(self, m: Moments, scale: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
-        """Least squares for d and dmin [n], as float16 numbers, all codes fixed."""
+        """d and dmin [n] by least squares for fixed codes, rounded to float16."""
         runs, c = self.runs, self.centre
         y_total, q = runs.total + c * runs.weight, m.q
         qx = m.qy + c * q
@@ -94,7 +94,7 @@ class AffineSearch(SuperBlocks):
         return as_half(d.clamp_(min=0), self.power), as_half(dmin.clamp_(min=0), self.power)
 
     def start(self, m: Moments, s: Tensor, beta: Tensor, divisors: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Integer scales and minima under the best d and dmin: the largest of each over each divisor."""
+        """Integer scales and minima under the best d and dmin: the largest of each, over some divisor."""
         over = torch.tensor(divisors, device=s.device)
         peak = s.view(-1, self.n).amax(0)
         floor = (-(beta + self.centre)).view(-1, self.n).amax(0).clamp_(min=0)
@@ -107,7 +107,7 @@ class AffineSearch(SuperBlocks):
     def neighbours(
         self, m: Moments, d: Tensor, dmin: Tensor, scale: Tensor, shifts: Sequence[int]
     ) -> tuple[Tensor, Tensor, Moments]:
-        """Each scale against its neighbours, the weights rounded anew for each."""
+        """The best of each scale and its neighbours, with the weights rounded anew for each."""
         wide_d, wide_m = self.wide(d), self.wide(dmin)
         best, least, gain, kept = scale, scale, torch.full_like(scale, -torch.inf), m
         for i, shift in enumerate(shifts):
@@ -129,7 +129,7 @@ class AffineSearch(SuperBlocks):
     def run(
         self, s: Tensor, beta: Tensor, divisors: Sequence[float], shifts: Sequence[int], rounds: int
     ) -> Affine:
-        """From the scales and offsets that the runs want to finished super-blocks."""
+        """Finished super-blocks, from the scales and offsets that fit the runs."""
         m = self.runs.moments(self.runs.levels(s, beta, self.nearest))
         scale, least = self.start(m, s, beta, divisors)
         d, dmin = self.refit(m, scale, least)

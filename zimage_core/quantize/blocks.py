@@ -1,7 +1,7 @@
-"""What every encoder needs: the shape of one, bits into bytes, fields into blocks.
+"""Tools of the encoders: their signature, bits into bytes, fields into blocks.
 
-The reverse of reference/bits.py and reference/blocks.py, in torch and on any device. Codes are uint8
-[n, count], one row a block; the layouts `planes` and `consecutive` are those of docs/formats.md.
+They are the reverse of reference/bits.py and reference/blocks.py, in torch and on any device. Codes are uint8
+[n, count], one row for each block; docs/formats.md explains the layouts `planes` and `consecutive`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ Encoder = Callable[[Tensor, Tensor | None], Tensor]
 """(weights float32 [n, K] contiguous, importance float32 [n, K] or [1, K] or None) -> uint8 [n, row bytes].
 
 K is a whole number of blocks, and blocks are encoded independently of each other. An encoder minimises
-sum(importance * (weights - decoded)^2), None meaning ones; it gives finite blocks for every finite input.
+sum(importance * (weights - decoded)^2), where None is ones. Finite weights give blocks that decode to finite
+numbers.
 """
 
 F16_MAX = 65504.0
@@ -26,7 +27,7 @@ F16_MAX = 65504.0
 def pack_planes(codes: Tensor, run: int, bits: int) -> Tensor:
     """Codes [n, m] below 2^bits -> bytes [n, m * bits / 8], in runs of `run` bytes.
 
-    The lowest bits of a run hold its first `run` codes, the next bits the following ones.
+    The lowest bits of a run hold its first `run` codes, the next bits hold the following ones.
     """
     count = 8 // bits
     planes = codes.view(len(codes), -1, count, run)
@@ -37,22 +38,22 @@ def pack_planes(codes: Tensor, run: int, bits: int) -> Tensor:
 
 
 def pack_consecutive(codes: Tensor, bits: int) -> Tensor:
-    """Codes [n, m] below 2^bits -> bytes [n, m * bits / 8]; neighbours share a byte, the first lowest."""
+    """Codes [n, m] below 2^bits -> bytes [n, m * bits / 8] of neighbours, the first in the lowest bits."""
     return pack_planes(codes, 1, bits)
 
 
 def to_half(values: Tensor) -> Tensor:
-    """Float32 -> the nearest float16, at most 65504 in magnitude so that no scale becomes infinite."""
+    """Round to float16, with magnitudes of at most 65504, so that no scale becomes infinite."""
     return values.clamp(-F16_MAX, F16_MAX).to(torch.float16)
 
 
 def as_half(d: Tensor, power: Tensor) -> Tensor:
-    """d [..., n] in units of `power` [n], moved to where d * power is a finite float16."""
+    """d [..., n] in units of `power` [n], rounded so that d * power is a finite float16."""
     return to_half(d * power).to(torch.float32) / power
 
 
 def assemble(fmt: BlockFormat, **fields: Tensor) -> Tensor:
-    """Fields of n blocks, each [n, count] or [n] of any type of the right width -> bytes [n, nbytes]."""
+    """Fields of n blocks, [n, count] or [n] of a type of the right width, -> bytes [n, nbytes]."""
     parts = []
     for field in fmt.fields:
         value = fields[field.name]
@@ -61,11 +62,11 @@ def assemble(fmt: BlockFormat, **fields: Tensor) -> Tensor:
 
 
 def rows_of(blocks: Tensor, x: Tensor) -> Tensor:
-    """Bytes [blocks, nbytes] of the weights x [n, K] as rows [n, row bytes]."""
+    """Bytes [blocks, nbytes] of weights x [n, K] -> rows [n, row bytes]."""
     return blocks.view(len(x), -1)
 
 
 def packed_rows(fmt: BlockFormat, x: Tensor, **fields: Tensor) -> Tensor:
-    """Fields of the blocks of x [n, K], and of padding after them -> rows uint8 [n, row bytes]."""
+    """Fields of the blocks of x [n, K] -> rows uint8 [n, row bytes]; blocks of padding are left out."""
     count = x.numel() // fmt.weights
     return rows_of(assemble(fmt, **{name: value[:count] for name, value in fields.items()}), x)

@@ -1,25 +1,23 @@
-"""The one door to the encoders: float weights to the bytes of a block format, slab by slab.
+"""Float weights to the bytes of any block format, slab by slab.
 
-A slab is a quarter of a million weights, so that the tens of passes which a search makes over them stay near
-a core and scratch is some megabytes however large the tensor is. Blocks are independent:
+A search makes tens of passes over its weights. A slab of a quarter of a million weights stays in a core's
+cache, and scratch is some megabytes however large the tensor is. Blocks are independent of each other, so
 where slabs begin and which thread takes them changes no bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from zimage_core.cpu.pool import in_parallel
-from zimage_core.errors import BadArgument, BadShape, BadWeights, Unsupported
+from zimage_core.errors import BadArgument, BadShape, BadWeights, Unsupported, printable
 from zimage_core.formats import BlockFormat, by_name
-from zimage_core.quantize import i_quants, iq4, k_quants, legacy, numbers, small
+from zimage_core.quantize import float_types, i_quants, iq4, k_quants, legacy, small
 from zimage_core.quantize.blocks import F16_MAX, Encoder
 
 ENCODERS: dict[str, Encoder] = {
-    **numbers.ENCODERS,
+    **float_types.ENCODERS,
     **legacy.ENCODERS,
     **k_quants.ENCODERS,
     **small.ENCODERS,
@@ -28,49 +26,51 @@ ENCODERS: dict[str, Encoder] = {
 }
 
 SLAB = 1 << 18
-"""Weights a slab on a CPU."""
+"""Weights in a slab on a CPU."""
 GPU_SLAB = 1 << 22
-"""Weights a slab elsewhere, where a launch costs as much as a million weights."""
+"""Weights in a slab on a GPU, where a launch costs as much as a million weights."""
 SLABS_A_TURN = 16
-"""Slabs between two calls of `progress`, and between two chances for Ctrl-C."""
+"""Slabs between two moments at which Ctrl-C is noticed."""
 
 Box = tuple[slice, slice]
 """Rows and columns of a slab."""
 
 
-def quantize(
-    weights: Tensor,
-    fmt: BlockFormat | str,
-    importance: Tensor | None = None,
-    *,
-    progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Encode rows of weights, minimising sum(importance * (weights - decoded)^2).
+def encode(weights: Tensor, fmt: BlockFormat | str, importance: Tensor | None = None) -> Tensor:
+    """Encode rows of weights into a block format; `zimage_core.dequantize` is the way back.
 
-    Without importance the legacy formats, TQ1_0, TQ2_0, MXFP4 and plain numbers are the bytes that
-    `gguf.quants.quantize` gives; every other case is searched (docs/quantizing.md). Magnitudes beyond
-    what a block can hold come out as its largest value.
+    The encoder looks for the bytes that make sum(importance * (weights - decoded)^2) small. Without
+    importance the legacy formats (Q4_0 to Q8_0), TQ1_0, TQ2_0, MXFP4 and plain floats are the bytes that
+    `gguf.quants.quantize` gives; every other case is searched (docs/quantizing.md). Magnitudes beyond the
+    largest value of a block are encoded as that value.
 
     Args:
-        weights: Any float type [..., K], any device; each float type is widened or narrowed to float32.
-        fmt: A format or its name ("Q4_K").
-        importance: Float [K], not negative: what an error in each input channel costs. Only ratios count.
-        progress: Called in the caller's thread with the number of weights done since its last call.
+        weights: Floats of any type, [..., K], on any device; they are converted to float32 first.
+        fmt: A format of `zimage_core.FORMATS`, or its name such as "Q4_K".
+        importance: Floats [K], finite and not negative: what an error in each input channel costs. Only their
+            ratios count. None: an error costs the same everywhere.
 
     Returns:
-        uint8 [..., row bytes] on the same device; the same bits for any grouping of rows.
+        uint8 [..., row bytes] on the device of `weights`. The bits of a row do not depend on the rows beside
+        it.
 
     Raises:
-        UnknownFormat: No format of that name.
+        UnknownFormat: There is no format of that name.
         Unsupported: The format has no encoder (integers, fp8).
         BadShape: K is not a whole number of blocks, or importance is not [K].
-        BadArgument: weights or importance have another type, importance is negative or not finite.
-        BadWeights: NaN or infinity among the weights, or a number that F16 cannot hold.
+        BadArgument: weights or importance are not floats, or importance is negative or not finite.
+        BadWeights: There is NaN or infinity among the weights, or a number that F16 cannot hold.
     """
     fmt = fmt if isinstance(fmt, BlockFormat) else by_name(fmt)
     encoder = ENCODERS.get(fmt.name)
     if encoder is None:
         raise Unsupported(f"{fmt.name} has no encoder; use one of {', '.join(ENCODERS)}")
+    given = {"weights": weights} if importance is None else {"weights": weights, "importance": importance}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise BadArgument(
+                f"{name} must be a torch.Tensor of floats, not {printable(type(tensor).__name__)}"
+            )
     if not weights.is_floating_point():
         raise BadArgument(
             f"{fmt.name}: weights must be floating point, not {weights.dtype}; convert them first"
@@ -84,7 +84,7 @@ def quantize(
     if not out.numel():
         return out
     with torch.no_grad():
-        _encode_all(weights.detach().reshape(-1, k), out.view(-1, row_bytes), fmt, encoder, costs, progress)
+        _encode_all(weights.detach().reshape(-1, k), out.view(-1, row_bytes), fmt, encoder, costs)
     return out
 
 
@@ -118,14 +118,13 @@ def _encode_all(
     fmt: BlockFormat,
     encoder: Encoder,
     costs: Tensor | None,
-    progress: Callable[[int], None] | None,
 ) -> None:
     """rows [n, K] -> out [n, row bytes]."""
     on_cpu = rows.device.type == "cpu"
     boxes = _boxes(rows.shape, fmt, SLAB if on_cpu else GPU_SLAB)
     limit = F16_MAX + 16 if fmt.name == "F16" else float("inf")  # 65520 is the first that rounds to infinity
 
-    def encode(box: Box) -> None:
+    def encode_box(box: Box) -> None:
         x = rows[box].to(torch.float32).contiguous()
         if not (x.abs().amax() < limit):  # NaN too
             raise _bad_weights(rows, limit, fmt)
@@ -138,18 +137,16 @@ def _encode_all(
 
         def share(start: int, stop: int, turn: list[Box] = turn) -> None:
             for box in turn[start:stop]:
-                encode(box)
+                encode_box(box)
 
         if on_cpu:
             in_parallel(share, len(turn), multiple=1)
         else:
             share(0, len(turn))
-        if progress is not None:
-            progress(sum((r.stop - r.start) * (c.stop - c.start) for r, c in turn))
 
 
 def _boxes(shape: torch.Size, fmt: BlockFormat, slab: int) -> list[Box]:
-    """Slabs of at most about `slab` weights: whole rows, or whole blocks of one row where it is longer."""
+    """Slabs of about `slab` weights: whole rows, or whole blocks of a row that is longer than that."""
     n, k = shape
     width = min(k, max(slab // fmt.weights, 1) * fmt.weights)
     height = max(slab // width, 1)
@@ -161,7 +158,7 @@ def _boxes(shape: torch.Size, fmt: BlockFormat, slab: int) -> list[Box]:
 
 
 def _bad_weights(rows: Tensor, limit: float, fmt: BlockFormat) -> BadWeights:
-    """The error that counts the values no block can hold; read row by row to stay within memory."""
+    """The error that counts the values no block can hold; it goes row by row to stay within memory."""
     count, first = 0, ""
     for i, row in enumerate(rows):
         bad = ~(row.to(torch.float32).abs() < limit)

@@ -1,12 +1,12 @@
 """The nearest row of a codebook under weights, for all groups of a slab at once.
 
-A group of 4 or 8 neighbouring weights a under the scale s is stored as the row v of a table that makes
+A group of 4 or 8 neighbouring weights a under the scale s is stored as the row v of a table that minimises
 
-    sum(w * (a - s * v)^2) = sum(w * a^2) + s * (sum(v * -2 * w * a) + sum(v^2 * s * w))
+    sum(w * (a - s * v)^2) = sum(w * a^2) + s * (sum(v * -2 * w * a) + sum(v^2 * s * w)).
 
-least. The bracket is a product of 2 * width numbers of the group with 2 * width numbers of the row, so
-the scores of all rows for many groups are one matrix product, and the search is exhaustive: no list of
-neighbours, nothing missed. Without importance the second half is one number, s * sum(v^2).
+The bracket is a product of 2 * width numbers of the group with 2 * width numbers of the row, so one matrix
+product gives the scores of all rows for many groups, and no row is missed. Without importance the second
+half of the bracket is one number, s * sum(v^2).
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from torch import Tensor
 from zimage_core.codebooks import codebook
 
 SCORES = 1 << 20
-"""Scores held at once on a CPU: four megabytes, which its cache takes."""
+"""Scores held at once on a CPU: four megabytes, which fit its cache."""
 GPU_SCORES = 1 << 26
+"""Scores held at once on a GPU."""
 _LANES = 32
 
 DELTA = 0.125
-"""What IQ1_S and IQ1_M add to or take from each number of a row."""
+"""Number that IQ1_S and IQ1_M add to each number of a row, or subtract from it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A codebook ready to be searched.
+    """A codebook as tables for the search.
 
     Args:
-        values: float32 [halves, rows, width]; two halves where a bit shifts the whole row by DELTA.
-        matrix: float32 [2 * width, halves * rows]: values and their squares.
-        plain: float32 [width + 1, halves * rows]: values and the sum of their squares.
+        values: float32 [halves, rows, width]; there are two halves where a bit shifts the whole row by DELTA.
+        matrix: float32 [2 * width, halves * rows], the values and their squares.
+        plain: float32 [width + 1, halves * rows], the values and the sums of their squares.
     """
 
     values: Tensor
@@ -44,13 +45,13 @@ class Grid:
 
     @property
     def width(self) -> int:
-        """Weights that one row stands for."""
+        """Number of weights that one row stands for."""
         return self.values.shape[-1]
 
 
 @cache
 def grid(name: str, device: torch.device, shifted: bool = False) -> Grid:
-    """The codebook of that name on a device; `shifted` gives the two halves row + DELTA and row - DELTA."""
+    """The codebook of that name on a device; with `shifted` in two halves, row + DELTA and row - DELTA."""
     book = codebook(name)
     with torch.inference_mode(False):  # it outlives the caller's mode
         rows = torch.frombuffer(bytearray(book.values), dtype=torch.int8).view(book.shape).float()
@@ -64,13 +65,13 @@ def grid(name: str, device: torch.device, shifted: bool = False) -> Grid:
 
 
 class Groups:
-    """Groups of weights and their importance, to be scored under one scale after the other.
+    """Groups of weights and their importance, which are scored under several scales.
 
     Args:
         grid: The rows to choose from.
-        a: float32 [n, subs, run]: weights, or their magnitudes where signs are stored apart.
-        w: Importance like a, or None for ones.
-        shared: Groups that take the same half of the grid: 1, or all of a sub-block.
+        a: Weights, or their magnitudes where signs are stored apart, float32 [n, subs, run].
+        w: Importance, like a; None for ones.
+        shared: Number of neighbouring groups that use the same half of the grid: 1, or all of a sub-block.
     """
 
     def __init__(self, grid: Grid, a: Tensor, w: Tensor | None, shared: int = 1) -> None:
@@ -81,14 +82,14 @@ class Groups:
         self._count = a.numel() // width
         budget = SCORES if a.device.type == "cpu" else GPU_SCORES
         self._chunk = max(budget // self._table.shape[1], _LANES)
-        # Whole chunks: the matrix product then has one shape, whatever the number of rows, and rounds alike
+        # whole chunks: the matrix product has one shape, whatever the number of rows, and rounds alike
         padded = -(-self._count // self._chunk) * self._chunk
         self._features = a.new_zeros(padded, len(self._table))
         self._scores = a.new_empty(self._chunk, self._table.shape[1])
         self.take(a)
 
     def take(self, a: Tensor) -> None:
-        """Search for other weights from now on, of the same shape and importance."""
+        """Replace the weights by others of the same shape and importance."""
         pull = a.reshape(-1, self.grid.width) * -2
         self._features[: self._count, : self.grid.width] = pull if self._w is None else pull * self._w
 
@@ -99,12 +100,12 @@ class Groups:
         self._features[: self._count, width:] = column if self._w is None else column * self._w
 
     def _lanes(self, chunk: Tensor) -> Tensor:
-        """Features [m, 2 * width] -> scores [m, halves, rows / 32, 32], valid until the next call."""
+        """Scores [m, halves, rows / 32, 32] of features [m, 2 * width], valid until the next call."""
         halves, rows, _ = self.grid.values.shape
         return torch.mm(chunk, self._table, out=self._scores).view(-1, halves, rows // _LANES, _LANES)
 
     def _together(self, least: Tensor) -> Tensor:
-        """Least scores [m, halves], summed over groups that share a half: [m / shared, halves]."""
+        """Least scores [m, halves] summed over the groups that share a half: [m / shared, halves]."""
         return least.view(-1, self.shared, least.shape[1]).sum(1)
 
     def _least(self) -> Tensor:
@@ -113,14 +114,14 @@ class Groups:
         return torch.cat([self._lanes(chunk).flatten(2).amin(-1) for chunk in chunks])[: self._count]
 
     def cost(self, step: Tensor) -> Tensor:
-        """The least error of each sub-block under its scale, less sum(w * a^2): [n, subs] -> [n, subs]."""
+        """The least error of each sub-block under its scale, minus sum(w * a^2): [n, subs] -> [n, subs]."""
         self._under(step)
         return self._together(self._least()).amin(-1).view(*step.shape, -1).sum(-1) * step
 
     def rises(self, step: Tensor) -> Tensor:
-        """By how much the error over the scale rises when one weight has the other sign, like a.
+        """Increase of error / scale when a single weight has the other sign, like a.
 
-        Each time the best row is another one, so this takes as many searches as a group has weights.
+        The best row is another one for each weight, so this takes as many searches as a group has weights.
         """
         self._under(step)
         right = self._least()
@@ -132,16 +133,16 @@ class Groups:
         return torch.cat(rises, 1).view(self.shape)
 
     def nearest(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """The best row of each group: index and half, int64 [n, groups], under scales [n, subs]."""
+        """Index and half of the best row of each group under scales [n, subs]: int64 [n, groups] each."""
         self._under(step)
         found = [self._choose(self._lanes(chunk)) for chunk in torch.split(self._features, self._chunk)]
         index, half = (torch.cat(parts)[: self._count] for parts in zip(*found, strict=True))
         return index.view(len(step), -1), half.view(len(step), -1)
 
     def _choose(self, lanes: Tensor) -> tuple[Tensor, Tensor]:
-        """Index and half [m] of the least scores.
+        """Index and half of the least scores, [m] each.
 
-        Two steps in place of one argmin, in a quarter of the time: the least of each lane vectorises.
+        One argmin would take four times as long as these two steps, of which the first vectorises over lanes.
         """
         least = lanes.amin(2)
         half = self._together(least.amin(-1)).argmin(-1).repeat_interleave(self.shared)
@@ -150,5 +151,5 @@ class Groups:
         return lanes[here, half, :, lane].argmin(1) * _LANES + lane, half
 
     def decoded(self, index: Tensor, half: Tensor) -> Tensor:
-        """Rows chosen [n, groups] -> their numbers [n, subs, run]."""
+        """The numbers of chosen rows: [n, groups] -> [n, subs, run]."""
         return self.grid.values[half, index].view(self.shape)

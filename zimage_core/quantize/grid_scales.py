@@ -1,11 +1,13 @@
 """Super-blocks of the grid formats: rows of a codebook, scales of sub-blocks and the scale over them.
 
-w = d * unit * (1 + 2 * level[sub]) * row[group], level a small integer. The search goes
-  1. from moments of each sub-block to a guess of its scale, and from nine scales around it to the best,
-     made better by least squares for its rows;
-  2. to the d under which the levels come nearest to those scales, errors counted by what they cost;
-  3. to the better of the two levels about each scale, by exhaustive search for the rows under both;
-  4. to the rows, to d by least squares, and to the signs and rows again under the d that is stored.
+w = d * unit * (1 + 2 * level[sub]) * row[group], where level is a small integer. The search has four steps.
+  1. Moments of each sub-block give a guess of its scale; the best of nine scales around it is improved by
+  least squares
+     for its rows.
+  2. d is chosen so that the levels come nearest to those scales, with errors weighted by what they cost.
+  3. Each sub-block takes the better of the two levels around its scale, after an exhaustive search for the
+  rows of both. 4. Rows are chosen, d is fitted by least squares, and signs and rows are chosen again under
+  the stored d.
 """
 
 from __future__ import annotations
@@ -18,26 +20,27 @@ from torch import Tensor
 
 from zimage_core.quantize.blocks import as_half
 from zimage_core.quantize.grid import DELTA, Groups, grid
-from zimage_core.quantize.rounding import TINY, block_costs, exponents, reciprocal
+from zimage_core.quantize.scale_search import TINY, block_costs, exponents, reciprocal
 
 _RATIOS = (-0.4, 0.5)
-"""Logarithms of the least and the largest scale tried, over the guess."""
+"""Logarithms of the least and the largest scale that is tried, relative to the guess."""
 _SPAN = (-0.5, 0.2)
-"""Logarithms of the least and the largest d tried; 0 is the d that gives the largest scale the last level."""
+"""Logarithms of the least and the largest d that is tried, relative to the d that gives the largest scale
+the last level."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the search must know of a format.
+    """The parameters of a format.
 
     Args:
         book: Name of the codebook.
-        run: Weights of a sub-block.
+        run: Number of weights in a sub-block.
         levels: A scale is one of the odd numbers up to 2 * levels - 1.
-        unit: What d of the file stands for: a sub-block's step is d * unit * (1 + 2 * level).
-        signs: "free" (a bit each), "even" (an even number of minuses in 8), "rows" (in the codebook).
-        shared: Groups that share the half of a shifted codebook.
-        peak: How much the guess of a scale leans to the large weights: 0 for their mean square alone.
+        unit: Factor of d: the step of a sub-block is d * unit * (1 + 2 * level).
+        signs: "free" (a bit for each), "even" (an even number of minuses in 8), "rows" (in the codebook).
+        shared: Number of groups that use the same half of a shifted codebook.
+        peak: Influence of the large weights on the guess of a scale; 0 for their mean square alone.
     """
 
     book: str
@@ -51,14 +54,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Super-blocks [n] as integers.
+    """n super-blocks as integers.
 
     Args:
-        d: float32 [n], a float16 number.
-        level: int64 [n, subs].
-        index: int64 [n, groups], rows of the codebook.
-        half: int64 [n, groups], 1 where the row is less DELTA.
-        minus: bool [n, 256]; all False where the codebook has the signs.
+        d: Scale of each super-block, float32 [n], a float16 number.
+        level: Level of each sub-block, int64 [n, subs].
+        index: Row of the codebook for each group, int64 [n, groups].
+        half: 1 where DELTA is subtracted from the row, int64 [n, groups].
+        minus: Whether a weight is negative, bool [n, 256]; all False where the codebook has the signs.
     """
 
     d: Tensor
@@ -69,13 +72,13 @@ class Found:
 
 
 class _Search:
-    """One slab of super-blocks.
+    """The search in one slab of n super-blocks.
 
     Args:
-        plan: Of the format.
-        x: float32 [n, subs, run], each super-block within [-2, 2].
-        w: Importance like x, or None for ones.
-        power: What 1 stands for in each super-block [n].
+        plan: The parameters of the format.
+        x: Weights in units of `power`, float32 [n, subs, run], within [-2, 2].
+        w: Importance, like x; None for ones.
+        power: Unit of the weights of each super-block [n].
     """
 
     def __init__(self, plan: Plan, x: Tensor, w: Tensor | None, power: Tensor) -> None:
@@ -93,7 +96,7 @@ class _Search:
         return (values if self.w is None else values * self.w).sum(-1)
 
     def _make_even(self, rises: Tensor) -> None:
-        """Give one weight of each 8 with an odd number of minuses the other sign: where `rises` is least."""
+        """In each 8 weights with an odd number of minuses, turn the sign where `rises` is least."""
         odd = self.negative.view(-1, 8).sum(1, keepdim=True) % 2 == 1
         cheapest = rises.view(-1, 8).argmin(1, keepdim=True)
         wrong = torch.zeros_like(self.negative).view(-1, 8).scatter_(1, cheapest, odd).view(self.a.shape)
@@ -103,15 +106,16 @@ class _Search:
         self.groups.take(self.a)
 
     def settle_signs(self, step: Tensor) -> None:
-        """Of each 8 with an odd number of minuses, the other sign where it costs least under these scales.
+        """In each 8 weights with an odd number of minuses, turn the sign that costs least under these scales.
 
-        Until now it was where w * |x| is least: the cost without the row, which is chosen after.
+        Until now the turned weight was the one of least w * |x|, a cost that leaves out the choice of the
+        row.
         """
         self.groups.take(self.a.abs())
         self._make_even(self.groups.rises(step))
 
     def guess(self) -> Tensor:
-        """Scales [n, subs] from the mean square and, for the tails, the mean square of the energy."""
+        """Scales [n, subs] from the mean square and, for heavy tails, the mean fourth power over it."""
         mass = self.plan.run if self.w is None else self.w.sum(-1)
         mean = self.energy / mass
         tail = self._sum(self.a.pow(4)) / self.energy.clamp(min=TINY)
@@ -120,7 +124,7 @@ class _Search:
         return mean.pow(0.5 - p) * tail.pow(p) * math.exp(-0.28) / typical
 
     def tried(self) -> tuple[Tensor, Tensor]:
-        """The best scale of each sub-block near the guess, and sum(w * row^2) of its rows: [n, subs]."""
+        """The best scale of each sub-block near the guess, and sum(w * row^2) of its rows: [n, subs] each."""
         rough, guess = self.rows_have_signs, self.guess()
         best, gain = guess, torch.zeros_like(guess)
         for ratio in torch.linspace(*_RATIOS, 9, device=guess.device).exp():
@@ -134,9 +138,9 @@ class _Search:
         return torch.where(fitted > 0, fitted, best), mass
 
     def rough(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """As if every row of -1, 0 and 1 were in the codebook: rows like a, and the error of `Groups.cost`.
+        """Rows like a, and errors like `Groups.cost`, as if the codebook had every row of -1, 0 and 1.
 
-        The exact search among 4096 rows takes thirty times as long, and its best scales are much the same.
+        The exact search among 4096 rows takes thirty times as long, and its best scales are almost the same.
         """
         relative = self.a * reciprocal(step)[..., None]
         shifts = torch.tensor((DELTA, -DELTA), device=step.device).view(2, 1, 1, 1)
@@ -150,10 +154,10 @@ class _Search:
         return torch.where(second, rows[1], rows[0]), error.amin(0).sum(-1) * step.square() - self.energy
 
     def start(self, best: Tensor, mass: Tensor) -> Tensor:
-        """d [n, 1] under which levels come nearest to the best scales.
+        """The d [n, 1] under which the levels come nearest to the best scales.
 
-        With rows fixed a step that is off by e costs mass * e^2, so that for each set of levels the best d
-        is a least squares fit, and of all sets the one that leaves least is taken.
+        For fixed rows, a step that is off by e costs mass * e^2. So the best d for a set of levels is a
+        least squares fit, and the set with the least remaining error is taken.
         """
         over_last = best.amax(1, keepdim=True) / (2 * self.plan.levels - 1)
         tried = over_last * torch.linspace(*_SPAN, 24, device=best.device).exp()
@@ -165,15 +169,15 @@ class _Search:
 
     @staticmethod
     def level(step: Tensor, d: Tensor) -> Tensor:
-        """The level, not yet an integer, that gives a step."""
+        """The level that gives a step, not yet rounded to an integer."""
         return (step * reciprocal(d) - 1) / 2
 
     def stored(self, d: Tensor) -> Tensor:
-        """d [n, 1] as the file will hold it."""
+        """d [n, 1], rounded as the file will hold it."""
         return as_half(d[:, 0] / self.plan.unit, self.power)[:, None] * self.plan.unit
 
     def levels(self, best: Tensor, d: Tensor) -> Tensor:
-        """The better of the two levels about each scale [n, subs]."""
+        """The better of the two levels around each scale [n, subs]."""
         last = self.plan.levels - 1
         low = self.level(best, d).floor_().clamp_(0, last)
         high = (low + 1).clamp_(max=last)
@@ -181,14 +185,14 @@ class _Search:
         return torch.where(under_high < under_low, high, low)
 
     def refit(self, level: Tensor, index: Tensor, half: Tensor) -> Tensor:
-        """Least squares for d [n, 1], rows and levels fixed."""
+        """d [n, 1] by least squares for fixed rows and levels."""
         odd = 2 * level + 1
         rows = self.groups.decoded(index, half)
         up = (self._sum(rows * self.a) * odd).sum(1, keepdim=True)
         return self.stored(up / (self._sum(rows * rows) * odd * odd).sum(1, keepdim=True).clamp(min=TINY))
 
     def run(self) -> Found:
-        """From the guess to finished super-blocks."""
+        """The finished super-blocks."""
         best, mass = self.tried()
         d = self.start(best, mass)
         level = self.levels(best, d)

@@ -1,4 +1,4 @@
-"""IQ1_S to IQ3_S: what `grid_scales` finds, as the bytes of each format; layouts in reference/i_quants.py."""
+"""IQ1_S to IQ3_S: the bytes of what `grid_scales` finds; reference/i_quants.py has the layouts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _bytes(words: Tensor, width: int) -> Tensor:
 
 
 def _joined(fields: Tensor, count: int, bits: int) -> Tensor:
-    """Integers [n, m] below 2^bits -> words [n, m / count] of `count` neighbours, the first lowest."""
+    """Integers [n, m] below 2^bits -> words [n, m / count] of neighbours, the first in the lowest bits."""
     shifts = torch.arange(0, bits * count, bits, device=fields.device)
     return (fields.view(len(fields), -1, count) << shifts).sum(-1)
 
@@ -41,27 +41,27 @@ def _low(found: Found) -> Tensor:
 
 
 def _high(found: Found) -> Tensor:
-    """What is left of each index above its lower byte, uint8."""
+    """The bits of each index above its lower byte, uint8."""
     return (found.index >> 8).to(torch.uint8)
 
 
 def _signs(found: Found) -> Tensor:
-    """A byte for each 8 weights, a set bit being a minus."""
+    """A byte for each 8 weights, in which a set bit is a minus."""
     return pack_consecutive(found.minus.to(torch.uint8), 1)
 
 
 def _seven_signs(found: Found) -> Tensor:
-    """The signs of each 8 weights as 7 bits: the last one follows from the others. int64 [n, 32]."""
+    """The signs of each 8 weights as 7 bits, int64 [n, 32]; the last sign follows from the others."""
     return (_signs(found) & 127).long()
 
 
 def _signs_and_levels(found: Found) -> Tensor:
-    """For each 32 weights a word of four 7-bit signs under a 4-bit level: int64 [n, 8]."""
+    """A word for each 32 weights, int64 [n, 8]: four times 7 bits of signs, and a level above them."""
     return _joined(_seven_signs(found), 4, 7) | found.level << 28
 
 
 def _nibbles(found: Found) -> Tensor:
-    """Levels, two a byte."""
+    """Levels, two in a byte."""
     return pack_consecutive(found.level.to(torch.uint8), 4)
 
 
@@ -114,7 +114,7 @@ _PACKERS: dict[str, Callable[[Found], dict[str, Tensor]]] = {
 
 
 def _encode(name: str, x: Tensor, importance: Tensor | None) -> Tensor:
-    """The encoder of a format; see blocks.Encoder."""
+    """The encoder of a format, with the arguments of `blocks.Encoder`."""
     found = search(_PLANS[name], x, importance)
     packed = assemble(FORMATS[name], d=to_half(found.d), **_PACKERS[name](found))
     return rows_of(packed, x)

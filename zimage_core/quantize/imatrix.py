@@ -1,11 +1,11 @@
 """Importance matrices: how large the inputs of each weight matrix are, channel by channel.
 
-An encoder that knows the mean square of input channel k weighs the error of column k by it, which for
-uncorrelated inputs is the error of the product. The files are llama.cpp's, old and new, so that its tools and
-ours can share them: `imatrix_files.py`.
+An encoder that knows the mean square of input channel k weighs the error of column k by it. For uncorrelated
+inputs that is the error of the product. The files are llama.cpp's, old and new (`imatrix_files.py`), so that
+its tools and ours can share them.
 
-Tensors are named as in a GGUF file: the single-file names of an S3-DiT (where q, k and v are one tensor, with
-one input), llama.cpp's of a text encoder.
+Tensors are named as in a GGUF file: by the single-file names of an S3-DiT, where q, k and v are one tensor
+with one input, and by llama.cpp's names of a text encoder.
 """
 
 from __future__ import annotations
@@ -20,17 +20,11 @@ from torch import Tensor
 from zimage_core.errors import BadArgument, WrongModel, printable
 from zimage_core.files.atomic import write_atomically
 from zimage_core.quantize import imatrix_files
-from zimage_core.quantize.imatrix_files import Content, Sums
+from zimage_core.quantize.imatrix_files import Sums
 
 FORMATS = ("gguf", "dat")
-LEVEL_EDGES = (9 / 22, 15 / 26, 0.7, 27 / 34, 33 / 38, 39 / 42, 45 / 46)
-"""Noise levels that part the default bins: 3u / (1 + 2u) for u = 3/16, 5/16 ... 15/16.
-
-u is the noise level before a shift of 3, so that each of the eight steps of Turbo has a bin of its own and a
-longer schedule fills them evenly.
-"""
 _FEWEST_FOUND = 0.5
-"""Of the tensors to encode, how many an imatrix must know before it counts as one of this model."""
+"""Share of the tensors to encode that an imatrix must know to count as one of this model."""
 
 
 @dataclass(frozen=True)
@@ -39,68 +33,51 @@ class Imatrix:
 
     Args:
         entries: Tensor name -> sums of squares and number of rows.
-        datasets: What the inputs were made from: names of prompt files, for instance.
-        chunks: Parts that the data came in; one of ours is a picture.
-        edges: Rising noise levels between the bins of `Sums.by_level`; bin 0 is the cleanest.
-        path: File that it was read from, for messages.
+        datasets: What the inputs were made from, such as names of prompt files.
+        chunks: Number of parts that the data came in; one of ours is an image.
+        path: The file that it was read from, for messages.
     """
 
     entries: Mapping[str, Sums] = field(default_factory=dict)
     datasets: tuple[str, ...] = ()
     chunks: int = 0
-    edges: tuple[float, ...] = ()
     path: str = ""
 
-    def importance(self, name: str, level: int | None = None) -> Tensor | None:
-        """Mean square of each input channel of a tensor, float32 [K]; None where nothing is known of it.
+    def importance(self, name: str) -> Tensor | None:
+        """Mean square of each input channel, float32 [K], of a tensor under its name in a GGUF file.
 
-        Args:
-            name: As in a GGUF file.
-            level: A bin of noise levels in place of all.
+        None for a tensor that nothing is known of.
         """
         sums = self.entries.get(name)
-        if sums is None:
-            return None
-        if level is None:
-            return (sums.squares / sums.count).float() if sums.count else None
-        if sums.by_level is None or sums.level_counts is None:
-            return None
-        if not 0 <= level < len(sums.level_counts):
-            raise BadArgument(f"level: {level} is none of the {len(sums.level_counts)} bins of this imatrix")
-        count = int(sums.level_counts[level])
-        return (sums.by_level[level] / count).float() if count else None
+        return (sums.squares / sums.count).float() if sums is not None and sums.count else None
 
     def merge(self, other: Imatrix) -> Imatrix:
-        """Both as if collected in one go; the bins survive where both have the same.
+        """Both as if collected in one go.
 
         Raises:
-            WrongModel: A tensor of one name has another number of input channels here and there.
+            WrongModel: A tensor has another number of input channels in `other`.
         """
         self.check_fits({name: sums.width for name, sums in other.entries.items()}, fewest=0)
-        same = self.edges == other.edges
-        mine = self.entries if same else {k: v.without_levels() for k, v in self.entries.items()}
-        entries = dict(mine)
+        entries = dict(self.entries)
         for name, sums in other.entries.items():
-            addend = sums if same else sums.without_levels()
-            entries[name] = entries[name] + addend if name in entries else addend
+            entries[name] = entries[name] + sums if name in entries else sums
         return replace(
             self,
             entries=entries,
             datasets=tuple(dict.fromkeys((*self.datasets, *other.datasets))),
             chunks=self.chunks + other.chunks,
-            edges=self.edges if same else (),
         )
 
     def missing(self, wanted: Iterable[str]) -> tuple[str, ...]:
-        """Those of the wanted tensors that nothing is known of; they are encoded as if without imatrix."""
+        """The wanted tensors that nothing is known of; they are encoded as if there were no imatrix."""
         return tuple(name for name in wanted if self.importance(name) is None)
 
     def check_fits(self, widths: Mapping[str, int], fewest: float = _FEWEST_FOUND) -> None:
         """Refuse an imatrix of another model.
 
         Args:
-            widths: Tensor to encode -> its input channels.
-            fewest: Share of them that must be known.
+            widths: Tensor to encode -> number of its input channels.
+            fewest: Share of these tensors that must be known.
 
         Raises:
             WrongModel: A tensor has another number of channels, or too few are known by name.
@@ -126,23 +103,17 @@ class Imatrix:
             )
 
 
-def level_bin(level: float, edges: tuple[float, ...] = LEVEL_EDGES) -> int:
-    """Which bin a noise level falls into, 0 the cleanest."""
-    return sum(level > edge for edge in edges)
-
-
 def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
     """Read an importance matrix, GGUF or legacy; the first bytes decide which.
 
-    Names of stable-diffusion.cpp (behind `model.diffusion_model.`) are taken as those of the single file.
+    The prefix of stable-diffusion.cpp's names, `model.diffusion_model.`, is taken off.
 
     Raises:
         BadFile: Not a regular file, cut, or damaged: counts and lengths are compared with the file's size
             before anything is allocated for them, and sums that are negative or not finite are refused.
         WrongModel: A GGUF file that holds a model.
     """
-    content = imatrix_files.read(path)
-    return Imatrix(content.entries, content.datasets, content.chunks, content.edges, os.fspath(path))
+    return Imatrix(*imatrix_files.read(path), os.fspath(path))
 
 
 def write_imatrix(
@@ -153,8 +124,8 @@ def write_imatrix(
     Args:
         path: Destination.
         imatrix: What to write.
-        format: "gguf", or "dat" for llama.cpp before July 2025, which keeps one dataset and neither row
-            counts nor noise levels; None goes by the name, GGUF unless it ends in .dat.
+        format: "gguf", or "dat" for llama.cpp before July 2025, which keeps one dataset and no row counts;
+            None goes by the name, GGUF unless it ends in .dat.
         overwrite: Replace an existing file.
 
     Raises:
@@ -167,12 +138,11 @@ def write_imatrix(
     entries = {name: sums for name, sums in sorted(imatrix.entries.items()) if sums.count > 0}
     if not entries:
         raise BadArgument("imatrix: nothing was collected, so there is nothing to write; run a prompt first")
-    content = Content(entries, imatrix.datasets, imatrix.chunks, imatrix.edges)
     encode = imatrix_files.to_gguf if format == "gguf" else imatrix_files.to_dat
-    write_atomically(path, encode(content), overwrite)
+    write_atomically(path, encode(entries, imatrix.datasets, imatrix.chunks), overwrite)
 
 
 def flat(widths: Mapping[str, int]) -> Imatrix:
-    """An imatrix in which every channel counts the same: error of the weights, without ggml's heuristics."""
+    """An imatrix in which every channel counts the same, so that the error of the weights is minimised."""
     ones = {name: Sums(torch.ones(width, dtype=torch.float64), 1) for name, width in widths.items()}
     return Imatrix(ones, ("flat",), 1)

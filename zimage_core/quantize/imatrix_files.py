@@ -1,13 +1,10 @@
 """llama.cpp's two files of importance matrices, read without trust.
 
-GGUF (since July 2025): `general.type` "imatrix", keys `imatrix.*`, and for each weight matrix the sums of
-squares `NAME.in_sum2` [K] and the rows that went into them, `NAME.counts` [1], float32. Ours has two tensors
-more, `NAME.in_sum2_levels` [bins, K] and `NAME.counts_levels` [bins, 1], with the key `zimage.imatrix.edges`:
-llama.cpp's reader looks at the ends of names, takes .in_sum2 and .counts and passes over the rest, so one
-file serves both. (Arrays among the keys would be skipped too, but reading any key walks through all of them.)
+A GGUF (since July 2025) has `general.type` "imatrix", keys `imatrix.*`, and for each weight matrix, in
+float32, the sums of squares `NAME.in_sum2` [K] and the number of rows that went into them, `NAME.counts` [1].
 
-Legacy: counts and lengths as int32, per matrix the sums times ncall / rows; then the number of chunks and the
-name of the data, which older files lack.
+A legacy file has counts and lengths as int32, and for each matrix the sums times ncall / rows; then come the
+number of chunks and the name of the data, which older files lack.
 
 Source: llama.cpp, tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
 """
@@ -17,8 +14,8 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,13 +31,11 @@ from zimage_core.weights.source import AGAIN, Source, check_text
 MAX_ENTRIES = 65_536
 MAX_NAME = 1024
 MAX_DATASET = 65_535
-MAX_LEVELS = 1024
 PREFIX = "model.diffusion_model."
 """What stable-diffusion.cpp puts before the names of a single file."""
-SUMS, COUNTS, LEVEL_SUMS, LEVEL_COUNTS = ".in_sum2", ".counts", ".in_sum2_levels", ".counts_levels"
+SUMS, COUNTS = ".in_sum2", ".counts"
 KIND, DATASETS = "general.type", "imatrix.datasets"
 CHUNKS, CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
-EDGES = "zimage.imatrix.edges"
 
 
 @dataclass(frozen=True)
@@ -49,53 +44,27 @@ class Sums:
 
     Args:
         squares: Sum over rows of x^2, float64 [K].
-        count: Rows.
-        by_level: The same by bins of noise level, float64 [bins, K]; None for what does not depend on it.
-        level_counts: Rows of each bin, int64 [bins].
+        count: Number of rows.
     """
 
     squares: Tensor
     count: int
-    by_level: Tensor | None = None
-    level_counts: Tensor | None = None
 
     @property
     def width(self) -> int:
         """Input channels K."""
         return len(self.squares)
 
-    def without_levels(self) -> Sums:
-        """The totals alone."""
-        return Sums(self.squares, self.count)
-
     def __add__(self, other: Sums) -> Sums:
-        total = Sums(self.squares + other.squares, self.count + other.count)
-        if self.by_level is None or self.level_counts is None:
-            return total
-        if other.by_level is None or other.level_counts is None:
-            return total
-        levels, counts = self.by_level + other.by_level, self.level_counts + other.level_counts
-        return Sums(total.squares, total.count, levels, counts)
+        return Sums(self.squares + other.squares, self.count + other.count)
 
 
-@dataclass(frozen=True)
-class Content:
-    """What a file holds; see `imatrix.Imatrix`."""
-
-    entries: Mapping[str, Sums]
-    datasets: tuple[str, ...] = ()
-    chunks: int = 0
-    edges: tuple[float, ...] = field(default=())
-
-    @property
-    def chunk_size(self) -> int:
-        """Rows that one chunk brings to the matrix that sees the most."""
-        most = max((sums.count for sums in self.entries.values()), default=0)
-        return max(1, math.ceil(most / max(1, self.chunks)))
+Content = tuple[Mapping[str, Sums], tuple[str, ...], int]
+"""What a file holds: entries, datasets and chunks, as in `imatrix.Imatrix`."""
 
 
 def read(path: str | os.PathLike[str]) -> Content:
-    """A file of either kind.
+    """Read a file of either kind.
 
     Raises:
         BadFile: Damaged, cut, or something else.
@@ -134,47 +103,29 @@ def _from_gguf(file: GGUFFile) -> Content:
             f"a GGUF file of {printable(kind, 60)} without sums of squares, an importance matrix is wanted"
         )
         raise WrongModel(file.path, fault, "make one with `zimage imatrix`")
-    edges = _edges(file)
     entries: dict[str, Sums] = {}
     for name in names:
         short = _entry_name(file.path, name)
         if short in entries:
             raise BadFile(file.path, f"{printable(short, 80)} comes twice", AGAIN)
-        entries[short] = _gguf_entry(file, name, len(edges) + 1)
+        entries[short] = _gguf_entry(file, name)
     datasets = file.metadata.get(DATASETS, ())
     texts = tuple(printable(item, MAX_DATASET) for item in datasets) if not isinstance(datasets, str) else ()
     chunks = file.metadata.get(CHUNKS, 0)
-    return Content(entries, texts, max(chunks, 0) if isinstance(chunks, int) else 0, edges)
+    return entries, texts, max(chunks, 0) if isinstance(chunks, int) else 0
 
 
-def _edges(file: GGUFFile) -> tuple[float, ...]:
-    edges = file.metadata.get(EDGES, ())
-    if isinstance(edges, (str, int, float)) or len(edges) >= MAX_LEVELS:
-        raise BadFile(file.path, f"{EDGES} is not a list of noise levels", AGAIN)
-    numbers = tuple(float(edge) if isinstance(edge, (int, float)) else math.nan for edge in edges)
-    if not all(a < b for a, b in zip((-math.inf, *numbers), (*numbers, math.inf), strict=True)):
-        raise BadFile(file.path, f"{EDGES} does not rise", AGAIN)
-    return numbers
-
-
-def _gguf_entry(file: GGUFFile, name: str, bins: int) -> Sums:
+def _gguf_entry(file: GGUFFile, name: str) -> Sums:
     squares = _floats(file, name + SUMS)
-    counts = _counts(file, name + COUNTS, 1)
+    counts = _floats(file, name + COUNTS).flatten()
+    if len(counts) != 1:
+        fault = f"{printable(name + COUNTS, 80)} has {len(counts)} counts, 1 wanted (matrices of experts?)"
+        raise BadFile(file.path, fault, "give an imatrix of this model")
+    count = _checked(file.path, name + COUNTS, counts).clamp_max(2.0**53).round()
     if squares.numel() != squares.shape[-1]:
         fault = f"{printable(name, 80)} has sums of the shape {list(squares.shape)}: matrices of experts"
         raise BadFile(file.path, fault, "no model of this library has experts; give an imatrix of Z-Image")
-    total = Sums(_checked(file.path, name, squares.flatten()), int(counts[0]))
-    if name + LEVEL_SUMS not in file.tensors:
-        return total
-    levels = _floats(file, name + LEVEL_SUMS)
-    if tuple(levels.shape) != (bins, total.width):
-        fault = (
-            f"{printable(name + LEVEL_SUMS, 80)} has the shape {list(levels.shape)}, "
-            f"{[bins, total.width]} is wanted"
-        )
-        raise BadFile(file.path, fault, "collect it again")
-    level_counts = _counts(file, name + LEVEL_COUNTS, bins)
-    return Sums(total.squares, total.count, _checked(file.path, name, levels), level_counts)
+    return Sums(_checked(file.path, name, squares.flatten()), int(count))
 
 
 def _floats(file: GGUFFile, name: str) -> Tensor:
@@ -185,26 +136,17 @@ def _floats(file: GGUFFile, name: str) -> Tensor:
     return file.tensor(name).dequantize(torch.float32)
 
 
-def _counts(file: GGUFFile, name: str, wanted: int) -> Tensor:
-    """Numbers of rows, int64 [wanted]."""
-    counts = _floats(file, name).flatten()
-    if len(counts) != wanted:
-        fault = f"{printable(name, 80)} has {len(counts)} counts, {wanted} wanted (matrices of experts?)"
-        raise BadFile(file.path, fault, "give an imatrix of this model")
-    return _checked(file.path, name, counts).clamp_max(2.0**53).round().long()
-
-
-def to_gguf(content: Content) -> Iterator[bytes]:
-    """The chunks of a GGUF file of importances."""
+def to_gguf(entries: Mapping[str, Sums], datasets: Sequence[str], chunks: int) -> Iterator[bytes]:
+    """A GGUF file of importances, in chunks of bytes."""
     keys: dict[str, Any] = {
         KIND: "imatrix",
-        DATASETS: gguf_writer.TypedArray(map(_sound, content.datasets), "string"),
-        CHUNKS: min(content.chunks, 2**32 - 1),
-        CHUNK_SIZE: min(content.chunk_size, 2**32 - 1),
+        DATASETS: gguf_writer.TypedArray(map(_sound, datasets), "string"),
+        CHUNKS: min(chunks, 2**32 - 1),
+        CHUNK_SIZE: min(_chunk_size(entries, chunks), 2**32 - 1),
     }
-    if content.edges:
-        keys[EDGES] = gguf_writer.TypedArray(content.edges, "f64")
-    tensors = dict(_tensors(content))
+    tensors: dict[str, Tensor] = {}
+    for name, sums in entries.items():
+        tensors |= {name + SUMS: sums.squares[None], name + COUNTS: torch.tensor([[sums.count]])}
     rows = ((name, tuple(tensor.shape), FORMATS["F32"]) for name, tensor in tensors.items())
     layout = gguf_writer.lay_out(keys, rows)
     yield layout.header
@@ -218,24 +160,21 @@ def to_gguf(content: Content) -> Iterator[bytes]:
 
 
 def _sound(name: str) -> str:
-    """A name that can be written as UTF-8, of a length that is read again."""
+    """The name as UTF-8 can hold it, cut to the length that the reader accepts."""
     return name[:MAX_DATASET].encode("utf-8", "replace").decode()
 
 
-def _tensors(content: Content) -> Iterator[tuple[str, Tensor]]:
-    for name, sums in content.entries.items():
-        yield name + SUMS, sums.squares[None]
-        yield name + COUNTS, torch.tensor([[sums.count]])
-        if content.edges and sums.by_level is not None and sums.level_counts is not None:
-            yield name + LEVEL_SUMS, sums.by_level
-            yield name + LEVEL_COUNTS, sums.level_counts[:, None]
+def _chunk_size(entries: Mapping[str, Sums], chunks: int) -> int:
+    """Number of rows that one chunk brings to the matrix that sees the most."""
+    most = max((sums.count for sums in entries.values()), default=0)
+    return max(1, math.ceil(most / max(1, chunks)))
 
 
 # --- legacy --------------------------------------------------------------------------
 
 
 class _Reader:
-    """A position in the file; every length is compared with what is left before it is used."""
+    """Reads on from a position; every length is compared with what is left before it is used."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.position = source, 0
@@ -287,19 +226,19 @@ def _from_dat(source: Source) -> Content:
         entries[name] = Sums(_checked(source.path, name, sums), max(calls, 1))
     chunks = reader.number("the number of chunks") if reader.left else 0
     dataset = reader.text("the name of the data", MAX_DATASET) if reader.left else ""
-    return Content(entries, (printable(dataset, MAX_DATASET),) if dataset else (), max(chunks, 0))
+    return entries, (printable(dataset, MAX_DATASET),) if dataset else (), max(chunks, 0)
 
 
-def to_dat(content: Content) -> Iterator[bytes]:
-    """The chunks of a legacy file: sums per call, a call being a chunk."""
-    size = content.chunk_size
-    yield struct.pack("<i", len(content.entries))
-    for name, sums in content.entries.items():
+def to_dat(entries: Mapping[str, Sums], datasets: Sequence[str], chunks: int) -> Iterator[bytes]:
+    """A legacy file, in chunks of bytes: its sums are per call, a call being one chunk of the data."""
+    size = _chunk_size(entries, chunks)
+    yield struct.pack("<i", len(entries))
+    for name, sums in entries.items():
         calls = math.ceil(sums.count / size)
         yield _short(name) + struct.pack("<ii", calls, sums.width)
         yield (sums.squares * (calls / sums.count)).float().numpy().astype("<f4").tobytes()
-    yield struct.pack("<i", min(content.chunks, 2**31 - 1))
-    yield _short(content.datasets[-1] if content.datasets else "")
+    yield struct.pack("<i", min(chunks, 2**31 - 1))
+    yield _short(datasets[-1] if datasets else "")
 
 
 def _short(text: str) -> bytes:

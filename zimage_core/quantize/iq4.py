@@ -1,4 +1,4 @@
-"""IQ4_NL and IQ4_XS: 16 levels of unequal distance, searched as the plain integers of other formats are."""
+"""IQ4_NL and IQ4_XS: 16 levels at unequal distances, searched as the integers of other formats are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zimage_core.quantize.blocks import (
     packed_rows,
     to_half,
 )
-from zimage_core.quantize.rounding import (
+from zimage_core.quantize.scale_search import (
     Nearest,
     blocks_of,
     fit_symmetric,
@@ -27,14 +27,15 @@ from zimage_core.quantize.rounding import (
 from zimage_core.quantize.signed_scales import SignedSearch
 
 _STARTS = (-127, 113, *range(-160, -94, 6), *range(90, 151, 10))
-"""Levels that the weight of largest magnitude is tried on: the two last ones, and what lies about them."""
+"""Levels that the weight of largest magnitude is tried on: the first and the last, and numbers around
+them."""
 
 
 @cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The nearest level, float32, and its code, uint8, to the number between i / 2 and (i + 1) / 2 - 128.
+    """Tables of the nearest level, float32, and its code, uint8; place i is for numbers from i / 2 - 128 on.
 
-    Levels are integers, so the points halfway between them are multiples of 1/2.
+    Levels are integers, so the points halfway between them are multiples of 1/2, the width of a place.
     """
     book = codebook("iq4_nl")
     with torch.inference_mode(False):  # it outlives the caller's mode
@@ -45,12 +46,12 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _places(values: Tensor) -> Tensor:
-    """Places [...] in the tables, int32; changes values."""
+    """Places of numbers in the tables, int32 [...]; the values are overwritten."""
     return values.add_(128).mul_(2).clamp_(0, 511).to(torch.int32)
 
 
 def _nearest(device: torch.device) -> Nearest:
-    """Moves numbers to the nearest level, in place."""
+    """The function that moves numbers to the nearest level, in place."""
     levels, _ = _tables(device)
 
     def move(values: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ def _nearest(device: torch.device) -> Nearest:
 
 
 def _codes(levels: Tensor) -> Tensor:
-    """Numbers that are levels -> codes 0..15."""
+    """Codes 0..15 of numbers that are levels."""
     return _tables(levels.device)[1][_places(levels)]
 
 

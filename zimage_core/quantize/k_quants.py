@@ -10,22 +10,28 @@ from torch import Tensor
 from zimage_core.formats import FORMATS
 from zimage_core.quantize.affine_scales import AffineSearch
 from zimage_core.quantize.blocks import Encoder, pack_planes, packed_rows, to_half
-from zimage_core.quantize.rounding import blocks_of, fit_affine, nearest_integer, starting_scales, unit_runs
+from zimage_core.quantize.scale_search import (
+    blocks_of,
+    fit_affine,
+    nearest_integer,
+    starting_scales,
+    unit_runs,
+)
 from zimage_core.quantize.signed_scales import SignedSearch
 from zimage_core.quantize.starts import CUTS, PEAKS, Cuts
 
 
 @dataclass(frozen=True, slots=True)
 class _Affine:
-    """How a format with minima is laid out and how far it is searched.
+    """Layout and search of a format with minima.
 
     Args:
-        length: Weights a sub-block.
+        length: Number of weights in a sub-block.
         top: Largest code of a weight.
         limit: Largest code of a scale or minimum.
-        cuts: See `fit_affine`.
-        divisors: See `AffineSearch.start`.
-        shifts: See `AffineSearch.neighbours`.
+        cuts: Starting points of `fit_affine`.
+        divisors: Divisors of `AffineSearch.start`.
+        shifts: Neighbours that `AffineSearch.neighbours` tries.
     """
 
     length: int
@@ -38,13 +44,13 @@ class _Affine:
 
 @dataclass(frozen=True, slots=True)
 class _Signed:
-    """The same for levels -half..half - 1 under signed scales; sub-blocks have 16 weights.
+    """Search of a format with levels -half..half - 1 under signed scales; sub-blocks have 16 weights.
 
     Args:
         half: Half the number of levels.
         limit: Scales are -limit..limit - 1.
-        starts: The levels that the weight of largest magnitude is tried on.
-        divisors: See `SignedSearch.start`.
+        starts: Levels that the weight of largest magnitude is tried on.
+        divisors: Divisors of `SignedSearch.start`.
     """
 
     half: int
@@ -63,13 +69,13 @@ _SIGNED = {
     "Q6_K": _Signed(32, 128, PEAKS[6], (-128, -125, -121, -117, 127)),
 }
 _ROUNDS = 2
-"""Of refitting the scales of a super-block and rounding everything anew."""
+"""Number of times that the scales of a super-block are fitted and everything is rounded anew."""
 
 
 def _affine(
     name: str, x: Tensor, importance: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """Scales d and dmin; small integers for scales and minima uint8 [n, subs]; codes uint8 [n, 256]."""
+    """Scales d and dmin, integer scales and minima uint8 [n, subs], and codes uint8 [n, 256]."""
     plan = _AFFINE[name]
     runs, power = unit_runs(x, importance, 256, plan.length, centred=True)
     s, beta = fit_affine(runs, plan.top, plan.cuts, floor_at_zero=True)
@@ -81,7 +87,7 @@ def _affine(
 
 
 def _six_bits(scale: Tensor, least: Tensor) -> Tensor:
-    """Eight scales and eight minima of 6 bits -> 12 bytes [n, 12]; see reference/k_quants.py."""
+    """Eight scales and eight minima of 6 bits -> bytes [n, 12]; reference/k_quants.py has the layout."""
     low, mid = scale[:, :4] | (scale[:, 4:] >> 4 << 6), least[:, :4] | (least[:, 4:] >> 4 << 6)
     return torch.cat([low, mid, (scale[:, 4:] & 15) | (least[:, 4:] << 4)], 1)
 
@@ -106,7 +112,7 @@ def _q5_k(x: Tensor, importance: Tensor | None) -> Tensor:
 
 
 def _signed(name: str, x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """d; signed scales float32 [n, 16]; codes uint8 [n, 256]."""
+    """d [n], signed scales float32 [n, 16], and codes uint8 [n, 256]."""
     plan = _SIGNED[name]
     runs, power = unit_runs(x, importance, 256, 16)
     search = SignedSearch(runs, power, nearest_integer(-plan.half, plan.half - 1), plan.limit)

@@ -1,7 +1,7 @@
 """Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: 32 weights under one float16 scale.
 
-Without importance the bytes are those of gguf-py and of ggml's reference code: the scale follows from
-the extreme weights alone. With importance the scale (and minimum) is searched.
+Without importance the bytes are those of gguf-py and of ggml's reference code, whose scale follows from the
+extreme weights alone. With importance the scale (and minimum) is searched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zimage_core.quantize.blocks import (
     packed_rows,
     to_half,
 )
-from zimage_core.quantize.rounding import (
+from zimage_core.quantize.scale_search import (
     blocks_of,
     centre_of,
     fit_affine,
@@ -33,13 +33,13 @@ from zimage_core.quantize.rounding import (
 from zimage_core.quantize.starts import CUTS, PEAKS
 
 Plain = Callable[[Tensor, int], tuple[Tensor, ...]]
-"""(blocks [n, 32], bits) -> codes uint8 [n, 32], d and perhaps m."""
+"""(blocks [n, 32], bits) -> codes uint8 [n, 32], d, and m for formats with a minimum."""
 Searched = Callable[[Tensor, int, Tensor], tuple[Tensor, ...]]
-"""(weights [rows, K], bits, importance) -> the same."""
+"""(weights [rows, K], bits, importance) -> codes uint8 [n, 32], d, and m for formats with a minimum."""
 
 
 def inverse_of(d: Tensor) -> tuple[Tensor, Tensor]:
-    """1 / d or 0 where d is 0, and which of them are finite (1 / subnormal may not be), both like d."""
+    """1 / d, or 0 where d is 0, and whether it is finite (for a subnormal d it may not be); both like d."""
     inverse = torch.where(d == 0, 0.0, d.reciprocal())
     return inverse, inverse.isfinite()
 
@@ -50,14 +50,14 @@ def half_away(x: Tensor) -> Tensor:
 
 
 def codes_of(values: Tensor, usable: Tensor, top: int) -> Tensor:
-    """Truncate to 0..top as uint8; 0 in blocks without a usable scale, as conversion of NaN gives there."""
+    """Truncate to 0..top as uint8; blocks without a usable scale get 0, as ggml's conversion of NaN does."""
     if not usable.all():
         values = values.nan_to_num_(0.0).mul_(usable)
     return values.clamp_(0, top).to(torch.uint8)
 
 
 def _symmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The weight of largest magnitude becomes -half * d: codes uint8 [n, 32], d [n, 1]."""
+    """Codes uint8 [n, 32] and d [n, 1]; the weight of largest magnitude becomes -half * d."""
     half = 1 << (bits - 1)
     peak = x.gather(1, x.abs().argmax(1, keepdim=True))
     d = peak / -half
@@ -66,7 +66,7 @@ def _symmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _affine(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The smallest weight becomes 0, the largest the last code: codes, d [n, 1], m [n, 1]."""
+    """Codes, d [n, 1] and m [n, 1]; the smallest weight gets code 0, the largest one the last code."""
     top = (1 << bits) - 1
     low, high = x.aminmax(dim=1, keepdim=True)
     d = (high - low) / top
@@ -85,7 +85,7 @@ def _pack(fmt: BlockFormat, x: Tensor, codes: Tensor, d: Tensor, m: Tensor | Non
 
 
 def _searched_symmetric(x: Tensor, bits: int, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and d of the least weighted error found."""
+    """Codes and d of the least weighted error that the search finds."""
     half = 1 << (bits - 1)
     runs, power = unit_runs(x, importance, 32, 32)
     nearest = nearest_integer(-half, half - 1)
@@ -95,7 +95,7 @@ def _searched_symmetric(x: Tensor, bits: int, importance: Tensor) -> tuple[Tenso
 
 
 def _searched_affine(x: Tensor, bits: int, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, d and m of the least weighted error found."""
+    """Codes, d and m of the least weighted error that the search finds."""
     top = (1 << bits) - 1
     runs, power = unit_runs(x, importance, 32, 32, centred=True)
     s, beta = fit_affine(runs, top, CUTS[bits], floor_at_zero=False)
@@ -115,7 +115,7 @@ def _encode(
 
 
 def _plain_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight of largest magnitude becomes 127 * d, the others are rounded."""
+    """Codes and d; the weight of largest magnitude becomes 127 * d, the others are rounded."""
     blocks = x.view(-1, 32)
     d = blocks.abs().amax(1, keepdim=True) / 127
     inverse, usable = inverse_of(d)
@@ -126,7 +126,7 @@ def _plain_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _searched_bytes(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of -127..127 and d of the least weighted error found."""
+    """Codes -127..127 and d of the least weighted error that the search finds."""
     runs, power = unit_runs(x, importance, 32, 32)
     nearest = nearest_integer(-127, 127)
     d = as_half(fit_symmetric(runs, starting_scales(runs, PEAKS[8]), nearest), power)

@@ -1,6 +1,7 @@
-"""Signed integer scales of sub-blocks under one float16 of the super-block (Q3_K, Q6_K).
+"""Signed integer scales of sub-blocks under one float16 scale of the super-block (Q3_K, Q6_K, IQ4_XS).
 
-As `affine_scales`, with one number a sub-block: w = d * scale * level, the levels lying about zero.
+The search is that of `affine_scales` without minima: w = d * scale * level, with levels on both sides of
+zero.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zimage_core.quantize.blocks import as_half
-from zimage_core.quantize.rounding import (
+from zimage_core.quantize.scale_search import (
     TINY,
     Moments,
     Nearest,
@@ -27,7 +28,7 @@ from zimage_core.quantize.rounding import (
 
 @dataclass(frozen=True, slots=True)
 class Signed:
-    """Super-blocks of w = d * scale * level: d [n], scale [subs, n], levels as columns."""
+    """Super-blocks of w = d * scale * level; d is [n], scale [subs, n], the levels are columns."""
 
     d: Tensor
     scale: Tensor
@@ -35,11 +36,11 @@ class Signed:
 
 
 class SignedSearch(SuperBlocks):
-    """One slab of super-blocks without minima.
+    """The search in one slab of n super-blocks without minima.
 
     Args:
-        runs: subs * n runs, ordered as `columns` does.
-        power: The unit of the weights [n].
+        runs: subs * n runs, in the order of `columns`.
+        power: Unit of the weights of each super-block [n].
         nearest: Moves numbers to the levels of a weight.
         limit: Scales are -limit..limit - 1.
     """
@@ -49,7 +50,7 @@ class SignedSearch(SuperBlocks):
         self.limit = limit
 
     def start(self, m: Moments, s: Tensor, divisors: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """The best of several d [n]: the extreme scale over each divisor; and the scales under it."""
+        """The best d [n], which is the largest scale over one of the divisors, and the scales under it."""
         over = torch.tensor(divisors, device=s.device)[:, None]
         d = as_half(peaks(s.view(-1, self.n)) / over, self.power)
         scale = self._integers(s, self.wide(d))
@@ -61,12 +62,12 @@ class SignedSearch(SuperBlocks):
         return (s * reciprocal(d)).round_().clamp_(-self.limit, self.limit - 1)
 
     def refit(self, m: Moments, scale: Tensor) -> Tensor:
-        """Least squares for d [n], as float16 numbers, all codes fixed."""
+        """d [n] by least squares for fixed codes, rounded to float16."""
         d = self.total(scale * m.qy) / self.total(scale * scale * m.qq).clamp(min=TINY)
         return as_half(d, self.power)
 
     def neighbours(self, d: Tensor, scale: Tensor, shifts: Sequence[int]) -> tuple[Tensor, Moments]:
-        """Each scale against its neighbours, the weights rounded anew for each."""
+        """The best of each scale and its neighbours, with the weights rounded anew for each."""
         wide = self.wide(d)
         best, kept, gain = scale, None, torch.full_like(scale, -torch.inf)
         for shift in shifts:
@@ -83,7 +84,7 @@ class SignedSearch(SuperBlocks):
         return best, kept or self.runs.moments(self.runs.levels(wide * best, None, self.nearest))
 
     def run(self, starts: Sequence[Tensor], divisors: Sequence[float], rounds: int) -> Signed:
-        """From starting scales of the runs to finished super-blocks."""
+        """Finished super-blocks, from starting scales of the runs."""
         s = fit_symmetric(self.runs, starts, self.nearest)
         m = self.runs.moments(self.runs.levels(s, None, self.nearest))
         d, scale = self.start(m, s, divisors)

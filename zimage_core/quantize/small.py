@@ -1,8 +1,8 @@
-"""Few levels under one scale: TQ1_0, TQ2_0, Q1_0, Q2_0, Q2_0_128, and the 4-bit floats MXFP4 and NVFP4.
+"""Formats of few levels: TQ1_0, TQ2_0, Q1_0, Q2_0, Q2_0_128, and the 4-bit floats MXFP4 and NVFP4.
 
 Without importance TQ1_0, TQ2_0 and MXFP4 are the bytes of gguf-py and ggml, whose scale follows from the
-largest weight alone. Everything else is the least weighted error: exact for ternary and one-bit
-weights, over all scales in reach for the 4-bit floats, searched for Q2_0.
+largest weight alone. Everything else minimises the weighted error: exactly for ternary and one-bit weights,
+over all scales in reach for the 4-bit floats, and by search for Q2_0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from zimage_core.cpu.tables import table
 from zimage_core.formats import FORMATS
 from zimage_core.quantize.blocks import Encoder, as_half, pack_consecutive, pack_planes, packed_rows, to_half
 from zimage_core.quantize.legacy import half_away, inverse_of
-from zimage_core.quantize.rounding import (
+from zimage_core.quantize.scale_search import (
     FLOOR,
     Runs,
     block_costs,
@@ -36,16 +36,18 @@ _MXFP4_SHIFTS = (0, 1, -1)
 _MXFP4_MAX = 252
 """The largest code under which 12, the largest level, is finite."""
 _NVFP4_SHIFTS = tuple(range(-6, 5))
-"""Which scales are tried, in codes from the one that makes the largest weight the largest level."""
+"""Scales that are tried, as differences of code from the one that makes the largest weight the largest
+level."""
 _NVFP4_MAX = 2688.0
 """The largest number that NVFP4 holds: 448 / 2 * 12."""
 
 
 def _ternary_scale(x: Tensor, costs: Tensor) -> Tensor:
-    """The best d [n] for levels -d, 0, d; x and costs [n, 256].
+    """The best d [n] for levels -d, 0 and d; x and costs are [n, 256].
 
-    Weights above d / 2 become d, so they are the largest of the block, and the best of the 256 sets is
-    found from running sums. For a given set the best d is its weighted mean.
+    The weights that become d or -d are those of largest magnitude, so there are 256 such sets. The best d of
+    a set is its weighted mean, and running sums over the sorted magnitudes give the error of all sets at
+    once.
     """
     magnitude, order = x.abs().sort(1, descending=True)
     weight = costs.gather(1, order)
@@ -55,7 +57,7 @@ def _ternary_scale(x: Tensor, costs: Tensor) -> Tensor:
 
 
 def _ternary(x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes 0..2 uint8 [n, 256] and d [n, 1]."""
+    """Codes 0..2, uint8 [n, 256], and d [n, 1]."""
     blocks = x.view(-1, 256)
     if importance is None:
         d = blocks.abs().amax(1, keepdim=True)
@@ -73,7 +75,7 @@ def _ternary(x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _tq1_0(x: Tensor, importance: Tensor | None) -> Tensor:
-    """Five base-3 digits a byte as the fraction digits / 243, rounded up to byte / 256."""
+    """Five base-3 digits are a byte: the fraction digits / 243, rounded up to byte / 256."""
     codes, d = _ternary(x, importance)
 
     def fractions(digits: Tensor, count: int) -> Tensor:
@@ -93,7 +95,7 @@ def _tq2_0(x: Tensor, importance: Tensor | None) -> Tensor:
 
 
 def _q1_0(x: Tensor, importance: Tensor | None) -> Tensor:
-    """d is the weighted mean magnitude, which is the least squares solution for levels -d and d."""
+    """d is the weighted mean magnitude, the least squares solution for levels -d and d."""
     runs, power = unit_runs(x, importance, 128, 128)
     d = runs.moments(runs.x.sign()).qy / runs.weight
     bits = blocks_of((runs.x >= 0).to(torch.uint8), len(power))
@@ -104,7 +106,7 @@ _Q2_STARTS = (2, 2.3, 1.8, 1.6, 1.4, 1.2, 1, 0.8, 0.6, -2, -1.6, -1.3, -1, -0.8,
 
 
 def _q2_0(name: str, x: Tensor, importance: Tensor | None) -> Tensor:
-    """Levels -1, 0, 1, 2; a negative d turns them round."""
+    """The levels are -1, 0, 1 and 2; a negative d reverses them."""
     fmt = FORMATS[name]
     runs, power = unit_runs(x, importance, fmt.weights, fmt.weights)
     nearest = nearest_integer(-1, 2)
@@ -114,9 +116,9 @@ def _q2_0(name: str, x: Tensor, importance: Tensor | None) -> Tensor:
 
 
 def nearest_e2m1(values: Tensor) -> Tensor:
-    """To 0, 1, 2, 3, 4, 6, 8 or 12 in magnitude, in place; halfway goes to the smaller one.
+    """Round magnitudes to 0, 1, 2, 3, 4, 6, 8 or 12, in place; halfway goes to the smaller one.
 
-    The step between levels is half the number's power of two, and 1 below 4.
+    The step between levels is half the power of two of the number, and 1 below 4.
     """
     magnitude = values.abs().clamp_(max=12)
     step = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).mul_(0.5).clamp_(min=1)
@@ -125,7 +127,7 @@ def nearest_e2m1(values: Tensor) -> Tensor:
 
 
 def e2m1_codes(levels: Tensor) -> Tensor:
-    """Levels of `nearest_e2m1` -> their 4-bit codes: 0 to 7 by magnitude, 8 more for negative ones."""
+    """Levels of `nearest_e2m1` -> 4-bit codes: 0 to 7 by magnitude, and 8 more for negative levels."""
     magnitude = levels.abs().to(torch.uint8)
     codes = magnitude.clamp(max=4)
     for level in (6, 8, 12):
@@ -134,9 +136,10 @@ def e2m1_codes(levels: Tensor) -> Tensor:
 
 
 def _plain_exponent(x: Tensor) -> Tensor:
-    """MXFP4's code of the scale [n], int32, before it is cut to a byte.
+    """MXFP4's code of the scale, int32 [n], before it is cut to a byte.
 
-    The logarithm is rounded to float32, as ggml has it: just below a power of two it counts as that.
+    The logarithm is rounded to float32 as in ggml, so a number just below a power of two counts as that
+    power.
     """
     peak = x.abs().amax(1)
     log = peak.double().log2().float().floor().nan_to_num_(0.0, 0.0, 0.0)
@@ -160,14 +163,14 @@ def _mxfp4(x: Tensor, importance: Tensor | None) -> Tensor:
         better = (found > gain).to(found.dtype)
         best, gain = best.lerp(tried, better), torch.maximum(gain, found)
     levels = runs.levels(scale(best), None, nearest_e2m1)
-    levels *= best >= 0  # a negative code wraps round in ggml, and all weights are 0 under the huge scale
+    levels *= best >= 0  # a negative code wraps round in ggml; under that huge scale all weights are 0
     codes = blocks_of(e2m1_codes(levels), len(power))
     e = (best.to(torch.int32) & 255).to(torch.uint8)
     return packed_rows(FORMATS["MXFP4"], x, e=e, qs=pack_planes(codes, 16, 4))
 
 
 def _nvfp4(x: Tensor, importance: Tensor | None) -> Tensor:
-    """Of the E4M3 scales around the one that the largest weight asks for, the one of least error."""
+    """The scale of least error among the E4M3 numbers around the one that fits the largest weight."""
     blocks = padded(x.clamp(-_NVFP4_MAX, _NVFP4_MAX).view(-1, 64))
     costs = block_costs(x, importance, 64)
     runs = Runs(columns(blocks, 16), None if costs is None else columns(padded(costs).clamp_(min=FLOOR), 16))

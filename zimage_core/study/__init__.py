@@ -1,1 +1,1 @@
-"""What quantising does to pictures: calibration, comparison, recipes searched under a budget."""
+"""The effect of quantisation on images: calibration, comparison, sensitivity."""

@@ -1,37 +1,42 @@
-"""What each block of a transformer does in chosen steps: set aside from one model, compared in another.
+"""The errors of each block of a transformer: tensors of model A are kept on disk, and B is compared.
 
-Two errors a block. `own`: the block of B on the input that A's block had, as a share of what A's block adds
-to its input; it is the fault of this block's weights alone. `stream`: the residual stream behind the block
-where both models began the step with the same latents; what the blocks before have done is in it.
+A block has two errors. `own` is that of B's block on the input that A's block had, relative to what A's
+block adds to this input; only the weights of this block cause it. `stream` is that of the residual stream
+after the block, where both models began the step with the same latents; the blocks before it contribute.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zimage_core.errors import BadFile
 from zimage_core.models.transformer import Prepared, ZImageTransformer
 from zimage_core.study.metrics import relative_error
-from zimage_core.study.spool import Spool
 from zimage_core.study.step_hook import StepHook
 
 STACKS = ("context_refiner", "noise_refiner", "layers")
-"""In the order in which they run; the first only at the beginning of a run."""
+"""Stacks of blocks in the order in which they run; the first runs only at the beginning of a run."""
+
+Key = tuple[int, str]
+"""(step, block whose output it is), or (step, stack) for the input of the first block."""
 
 
 @dataclass(frozen=True)
 class BlockError:
-    """Of one block in one step; see the head of this file.
+    """Errors of one block in one step.
 
     Args:
-        block: Name in the module, such as layers.3.
-        step: From 0.
-        own: Relative to what the block adds.
-        stream: Relative to the stream.
+        block: Name of the module, such as layers.3.
+        step: Number of the step, from 0.
+        own: Error of the block alone, relative to what A's block adds to its input.
+        stream: Error of the residual stream after the block, relative to A's stream.
     """
 
     block: str
@@ -40,16 +45,61 @@ class BlockError:
     stream: float
 
 
-class BlockWatch:
-    """Hooks on the blocks of a transformer; a context manager that takes them back.
+class Spool:
+    """Tensors kept on disk while a comparison runs; a context manager that removes them.
 
-    Of the images and sides of a step the first is looked at, which is the positive side of the first image.
+    They are in a folder where the system has its temporary files (TMPDIR).
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="zimage-")
+        self._kept: dict[Key, tuple[Path, torch.dtype, torch.Size]] = {}
+
+    def put(self, key: Key, tensor: Tensor) -> None:
+        """Write a tensor.
+
+        Raises:
+            BadFile: The disk is full or cannot be written.
+        """
+        path = Path(self._folder.name) / str(len(self._kept))
+        data = tensor.detach().cpu().contiguous()
+        try:
+            path.write_bytes(data.flatten().view(torch.uint8).numpy().data)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            hint = "free some space, set TMPDIR to another folder, or compare fewer steps of blocks"
+            raise BadFile(path, f"blocks could not be set aside ({reason})", hint) from None
+        self._kept[key] = path, data.dtype, data.shape
+
+    def get(self, key: Key) -> Tensor:
+        """Read a tensor back, on the CPU."""
+        path, dtype, shape = self._kept[key]
+        return torch.from_file(str(path), size=shape.numel(), dtype=dtype).view(shape)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._kept
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the folder and what is in it."""
+        self._folder.cleanup()
+
+
+class BlockWatch:
+    """Hooks on the blocks of a transformer; a context manager that removes them.
+
+    In each step only the positive side of the first image is compared.
 
     Args:
         net: The transformer.
-        steps: Which to look at.
-        spool: Where A's tensors lie.
-        compare: False sets aside what is seen, True compares with what is there.
+        steps: Steps in which blocks are compared.
+        spool: Where A's tensors are kept.
+        compare: False keeps the tensors of this model, True compares them with those that were kept.
     """
 
     def __init__(self, net: ZImageTransformer, steps: Collection[int], spool: Spool, compare: bool) -> None:
@@ -101,14 +151,14 @@ class BlockWatch:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         out: Tensor,
-        before: tuple[int, str],
-        after: tuple[int, str],
+        before: Key,
+        after: Key,
     ) -> None:
         if before not in self._spool or after not in self._spool:
             return
         start, end = self._spool.get(before), self._spool.get(after)
         if end.shape != out.shape:
-            return  # another caption: there is nothing to compare token by token
+            return  # another caption has other tokens: nothing can be compared
         # forward, not a call: the hooks must not see it
         own = block.forward(start.to(out.device, out.dtype), *args[1:], **kwargs).cpu().double()
         added = end.double() - start.double()
@@ -122,6 +172,6 @@ class BlockWatch:
 
 
 def probes(steps: int, count: int) -> tuple[int, ...]:
-    """`count` of the steps, spread evenly from the first to the last."""
+    """Numbers of `count` steps, spread evenly from the first to the last."""
     count = min(count, steps)
     return tuple(int(i) for i in torch.linspace(0, steps - 1, count).round()) if count else ()

@@ -1,17 +1,16 @@
 """Importance matrices from the real denoising loop: sums over the inputs of every weight matrix.
 
-Forward hooks look at the inputs of the `Linear` layers while the pipeline draws; a picture drawn meanwhile is
-the same to the bit. What is kept is one number a channel and bin of noise levels, never an activation.
+Forward hooks see the inputs of the `Linear` layers while the pipeline draws; an image drawn meanwhile is the
+same to the bit. What is kept is one number for each channel, never an activation.
 
-Which rows count: those of the picture and of the caption. The learned pad tokens that fill a sequence up to a
-multiple of 32 are left out: all are the same token, and their share depends on the size of the picture and
-the length of the prompt, not on the model. What runs once a run (context refiner, caption and time embedders,
-adaptive norms) has no noise level of its own.
+The rows of the image and of the caption count. The learned pad tokens that fill a sequence up to a multiple
+of 32 are left out: all are the same token, and their share depends on the size of the image and the length
+of the prompt, not on the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +19,15 @@ from torch import Tensor, nn
 from zimage_core.errors import BadArgument, Unsupported, printable
 from zimage_core.models.sequence import pad_count
 from zimage_core.models.transformer import Prepared
-from zimage_core.nn.linear import Linear
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.quantize.imatrix import LEVEL_EDGES, Imatrix, level_bin
+from zimage_core.quantize.imatrix import Imatrix
 from zimage_core.quantize.imatrix_files import Sums
 from zimage_core.study.step_hook import StepHook
+from zimage_core.study.swap import linear_weights
 from zimage_core.weights.names import Table, text_encoder_table, transformer_table
 
 COMPONENTS = ("transformer", "text_encoder")
-TWINS = {
+SHARED_INPUT = {
     "attention.to_k": "attention.to_q",
     "attention.to_v": "attention.to_q",
     "feed_forward.w3": "feed_forward.w1",
@@ -36,8 +35,8 @@ TWINS = {
     "self_attn.v_proj": "self_attn.q_proj",
     "mlp.up_proj": "mlp.gate_proj",
 }
-"""Layers whose input is another layer's, which is looked at in their place."""
-_OURS = ("prompt", "prompt_embeds", "seed", "generator", "latents", "output_type", "return_dict", "debug")
+"""Layer -> the layer beside it that has the same input and is observed in its place."""
+_TAKEN = ("prompt", "prompt_embeds", "seed", "generator", "latents", "output_type", "return_dict", "debug")
 _SLAB = 1 << 20
 
 OnPrompt = Callable[[int, Imatrix], None]
@@ -46,54 +45,45 @@ Rows = Callable[[Tensor], Iterator[Tensor]]
 """Input of a layer [L, K] -> those of its rows that count, in one or several pieces."""
 
 
-class _Running:
-    """Sums of one layer's inputs, on the device where they are, in float64."""
+class Accumulator:
+    """Sums over the inputs of one layer, in float64 on the layer's device.
 
-    def __init__(self, width: int, bins: int, device: torch.device) -> None:
-        self.squares = torch.zeros(bins or 1, width, dtype=torch.float64, device=device)
-        self.counts = [0] * (bins or 1)
-        self.leveled = bins > 0
+    Args:
+        width: Number of input channels K.
+        device: Where the inputs are.
+    """
 
-    def add(self, x: Tensor, bin: int) -> None:
-        """Rows [..., K], in slabs: temporaries stay small, and float32 sums a few rows, float64 the slabs."""
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.squares = torch.zeros(width, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add rows [..., K] in slabs: temporaries stay small, and float32 sums only the rows of a slab."""
         rows = x.detach().reshape(-1, x.shape[-1])
         step = max(1, _SLAB // rows.shape[-1])
         for start in range(0, len(rows), step):
-            self.squares[bin] += rows[start : start + step].float().square().sum(0)
-        self.counts[bin] += len(rows)
-
-    def sums(self) -> Sums:
-        squares = self.squares.cpu()
-        total, count = squares.sum(0), sum(self.counts)
-        if not self.leveled:
-            return Sums(total, count)
-        return Sums(total, count, squares.clone(), torch.tensor(self.counts))
+            self.squares += rows[start : start + step].float().square().sum(0)
+        self.count += len(rows)
 
 
 class Collector:
-    """Looks on while a pipeline runs; a context manager that takes its hooks back, whatever happens.
+    """Collects while a pipeline runs; a context manager that removes its hooks, whatever happens.
 
         with Collector(pipe) as collector:
             pipe("a red circle", seed=1)
         write_imatrix("nano.gguf", collector.imatrix())
 
     Args:
-        pipe: Whose networks to look at.
-        components: Of transformer and text_encoder.
-        edges: Noise levels between the bins.
+        pipe: The pipeline whose networks are observed.
+        components: "transformer", "text_encoder", or both.
 
     Raises:
         BadArgument: An unknown component, or none.
         Unsupported: The pipeline computes in float16, where parts of the branches run scaled, or replays its
-            steps as graphs, which no hook sees.
+            steps as graphs, in which no hook runs.
     """
 
-    def __init__(
-        self,
-        pipe: ZImagePipeline,
-        components: Sequence[str] = ("transformer",),
-        edges: tuple[float, ...] = LEVEL_EDGES,
-    ) -> None:
+    def __init__(self, pipe: ZImagePipeline, components: Sequence[str] = ("transformer",)) -> None:
         if not components or not set(components) <= set(COMPONENTS):
             given = printable(", ".join(map(str, components)) or "none", 80)
             raise BadArgument(f"components: got {given}, wanted {' or '.join(COMPONENTS)}, or both")
@@ -101,13 +91,11 @@ class Collector:
             raise Unsupported("imatrix: float16 scales parts of a block; use float32 or bfloat16 (--dtype)")
         if pipe._placement.graphs is not None:
             raise Unsupported("imatrix: captured steps run no hooks; collect before `capture`, or build anew")
-        self.edges = edges
         self._pipe = pipe
         self._components = components
-        self._running: dict[str, _Running] = {}
+        self._sums: dict[str, Accumulator] = {}
         self._handles: list[Any] = []
-        self._level = 0
-        self._picture = self._caption = 0  # tokens that are no pads
+        self._image = self._caption = 0  # numbers of tokens without pads
 
     def __enter__(self) -> Collector:
         try:
@@ -115,7 +103,7 @@ class Collector:
                 self._watch_transformer()
             if "text_encoder" in self._components:
                 net = self._pipe.text_encoder
-                self._watch(net, text_encoder_table(net.config, "gguf"), lambda _: (self._all, False))
+                self._watch(net, text_encoder_table(net.config, "gguf"), {})
         except BaseException:
             self.__exit__()
             raise
@@ -127,100 +115,88 @@ class Collector:
         self._handles.clear()
 
     def imatrix(self, datasets: Sequence[str] = (), chunks: int = 1) -> Imatrix:
-        """What was seen so far.
+        """What was collected so far.
 
         Args:
-            datasets: Names of where the prompts are from.
-            chunks: Pictures that were drawn.
+            datasets: Names of the sources of the prompts.
+            chunks: Number of images that were drawn.
         """
-        entries = {name: running.sums() for name, running in self._running.items()}
-        return Imatrix(entries, tuple(datasets), chunks, self.edges)
+        entries = {
+            name: Sums(sums.squares.to("cpu", copy=True), sums.count) for name, sums in self._sums.items()
+        }
+        return Imatrix(entries, tuple(datasets), chunks)
 
     # --- hooks ---
 
-    def _watch(self, net: nn.Module, table: Table, seen: Callable[[str], tuple[Rows, bool]]) -> None:
-        """A hook on every Linear that has an input of its own.
+    def _watch(self, net: nn.Module, table: Table, stacks: Mapping[str, Rows]) -> None:
+        """Put a hook on every Linear that has an input of its own.
 
         Args:
             net: A network.
             table: Its tensors.
-            seen: Module name -> which rows of its input count, and whether they belong to a noise level.
+            stacks: First part of a module's name -> which rows of its input count; elsewhere all do.
         """
         for module, names in observed(net, table).items():
-            hook = self._hook(names, *seen(module))
-            self._handles.append(net.get_submodule(module).register_forward_pre_hook(hook))
+            rows = None if "adaLN" in module else stacks.get(module.partition(".")[0])
+            handle = net.get_submodule(module).register_forward_pre_hook(self._hook(names, rows))
+            self._handles.append(handle)
 
     def _hook(
-        self, names: Sequence[str], rows: Rows, leveled: bool
+        self, names: Sequence[str], rows: Rows | None
     ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def look(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             (x,) = args
-            running = self._running.get(names[0])
-            if running is None:
-                running = _Running(x.shape[-1], len(self.edges) + 1 if leveled else 0, x.device)
-                self._running.update(dict.fromkeys(names, running))
-            for part in rows(x):
-                running.add(part, self._level if leveled else 0)
+            sums = self._sums.get(names[0])
+            if sums is None:
+                sums = Accumulator(x.shape[-1], x.device)
+                self._sums.update(dict.fromkeys(names, sums))
+            for part in (x,) if rows is None else rows(x):
+                sums.add(part)
 
         return look
 
     def _watch_transformer(self) -> None:
         net = self._pipe.transformer
-        # these two come first: the hooks on layers use what they note
+        # these come first: the hooks on layers use the lengths that they note
         self._handles += [
             StepHook(net, before=self._begin_step),
             net.cap_embedder[1].register_forward_pre_hook(self._begin_caption),
         ]
         stacks = {
-            "all_x_embedder": (self._all, True),
-            "noise_refiner": (self._of_picture, True),
-            "layers": (self._of_both, True),
-            "all_final_layer": (self._all, True),
-            "context_refiner": (self._of_caption, False),
+            "noise_refiner": self._image_rows,
+            "layers": self._joint_rows,
+            "context_refiner": self._caption_rows,
         }
-        once = (self._all, False)
-
-        def seen(module: str) -> tuple[Rows, bool]:
-            return once if "adaLN" in module else stacks.get(module.partition(".")[0], once)
-
-        self._watch(net, transformer_table(net.config, "fused"), seen)
+        self._watch(net, transformer_table(net.config, "fused"), stacks)
 
     def _begin_step(self, latent: Tensor, prepared: Prepared, step: int, caption: int) -> None:
-        self._level = level_bin(1 - prepared.times[step], self.edges)
-        self._picture = latent.shape[-2] * latent.shape[-1] // self._pipe.transformer.config.patch_size**2
+        self._image = latent.shape[-2] * latent.shape[-1] // self._pipe.transformer.config.patch_size**2
         self._caption = len(prepared.captions[caption])
 
     def _begin_caption(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._caption = len(args[0])
 
-    def _all(self, x: Tensor) -> Iterator[Tensor]:
-        yield x
+    def _image_rows(self, x: Tensor) -> Iterator[Tensor]:
+        yield x[: self._image]
 
-    def _of_picture(self, x: Tensor) -> Iterator[Tensor]:
-        yield x[: self._picture]
-
-    def _of_caption(self, x: Tensor) -> Iterator[Tensor]:
+    def _caption_rows(self, x: Tensor) -> Iterator[Tensor]:
         yield x[: self._caption]
 
-    def _of_both(self, x: Tensor) -> Iterator[Tensor]:
-        """The joint sequence is picture, its pads, caption, its pads."""
-        start = self._picture + pad_count(self._picture)
-        yield x[: self._picture]
+    def _joint_rows(self, x: Tensor) -> Iterator[Tensor]:
+        """The joint sequence is image, its pads, caption, its pads."""
+        start = self._image + pad_count(self._image)
+        yield x[: self._image]
         yield x[start : start + self._caption]
 
 
 def observed(net: nn.Module, table: Table) -> dict[str, tuple[str, ...]]:
-    """Linear layer to look at -> the file's tensors that have its input."""
-    known = {name for name, module in net.named_modules() if isinstance(module, Linear)}
+    """Name of a Linear to observe -> the tensors of the file whose matrices have its input."""
     found: dict[str, dict[str, None]] = {}
-    for entry in table:
-        module, _, leaf = entry.module.rpartition(".")
-        if leaf == "weight" and module in known:
-            head, _, tail = module.rpartition(".")
-            stem, _, parent = head.rpartition(".")
-            twin = TWINS.get(f"{parent}.{tail}")
-            leader = f"{stem}.{twin}" if twin else module
-            found.setdefault(leader, {})[entry.checkpoint] = None
+    for module, name in linear_weights(net, table):
+        head, _, tail = module.rpartition(".")
+        stem, _, parent = head.rpartition(".")
+        shared = SHARED_INPUT.get(f"{parent}.{tail}")
+        found.setdefault(f"{stem}.{shared}" if shared else module, {})[name] = None
     return {module: tuple(names) for module, names in found.items()}
 
 
@@ -234,22 +210,26 @@ def collect_imatrix(
     on_prompt: OnPrompt | None = None,
     **options: Any,
 ) -> Imatrix:
-    """Draw a picture of every prompt and collect how large the inputs of each matrix were.
+    """Draw an image of every prompt and collect how large the inputs of each matrix were.
 
     Args:
-        pipe: The model, as close to its original weights as there is.
-        prompts: Typical of what the model will be asked; some dozens are enough, see docs/quantizing.md.
-        seed: Of the first picture; every picture has the next one.
-        components: Of transformer and text_encoder; without the first nothing is denoised.
-        dataset: Name of where the prompts are from, for the file.
+        pipe: The model, with weights as close to the original ones as possible.
+        prompts: Prompts typical of what the model will be asked; some dozens are enough (docs/quantizing.md).
+        seed: Seed of the first image; each next image has the next seed.
+        components: "transformer", "text_encoder", or both; without the transformer nothing is denoised.
+        dataset: Name of the source of the prompts, for the file.
         on_prompt: Called after each prompt; an exception in it ends the collection.
         options: Further arguments of the pipeline's call: size, steps, guidance, num_images_per_prompt.
 
+    Returns:
+        Sums of squares for each tensor, float64 [K], under its name in a GGUF file.
+
     Raises:
-        BadArgument, Unsupported: An argument that the collection chooses itself, see also `Collector` and the
-            pipeline's call.
+        BadArgument: No prompt, or an argument that the collection chooses itself. `Collector` and the
+            pipeline's call have more reasons.
+        Unsupported: As `Collector` does.
     """
-    if taken := [name for name in _OURS if name in options]:
+    if taken := [name for name in _TAKEN if name in options]:
         raise BadArgument(f"{taken[0]}: chosen by the collection itself; leave it out")
     if not prompts:
         raise BadArgument("prompts: there are none; give at least one")

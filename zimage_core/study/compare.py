@@ -1,11 +1,11 @@
-"""Two models, or two settings of one, drawing the same pictures from the same noise.
+"""Two models, or two settings of one, drawing the same images from the same noise.
 
-A draws first. Its latents after every step are kept (1 MiB each at 1024 px), as are its pictures; the streams
-between its blocks are set aside on disk, for a few steps of the first picture (see `blocks.py`; some 2 GB a
-step of the 6B model at 1024 px in float32). Then A is let go and B is loaded, so that two large models are
-never in memory together. B draws twice: freely, for pictures and the drift of its latents; and led, with A's
-latents put in the place of its own after every step, for the error of its velocity where A was, and of its
-blocks.
+A draws first. Its images are kept, and its latents after every step (1 MiB each at 1024 px). The streams
+between its blocks are kept on disk for a few steps of the first image (`blocks.py`); at 1024 px in float32
+one step of the 6B model takes some 2 GB. Then A is released and B is loaded, so that two large models are
+never in memory together. B draws twice: freely, for its images and the drift of its latents, and
+teacher-forced, with A's latents in place of its own after every step, for the errors of its velocity and of
+its blocks at A's latents.
 """
 
 from __future__ import annotations
@@ -23,46 +23,45 @@ from torch import Tensor
 from zimage_core.errors import BadArgument
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.sampling import noise
-from zimage_core.study.blocks import BlockError, BlockWatch, probes
+from zimage_core.study.blocks import BlockError, BlockWatch, Spool, probes
 from zimage_core.study.comparison import Comparison, PicturePair, StepError
 from zimage_core.study.metrics import decibels, mean_squared_error, ssim
-from zimage_core.study.spool import Spool
 
 Model = ZImagePipeline | Callable[[], ZImagePipeline]
-"""A pipeline, or what makes one when its turn comes and lets it go after."""
+"""A pipeline, or a function that makes one when it is needed; such a pipeline is released afterwards."""
 OnRun = Callable[[int], None]
 """(runs of the pipeline done)."""
 RUNS = 3
-"""Of the pipeline for each picture: A, B, B led by A."""
-_OURS = ("prompt", "seed", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt",
+"""Runs of pipelines for each image: A, B, B teacher-forced."""
+_TAKEN = ("prompt", "seed", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt",
          "callback_on_step_end", "callback_on_step_end_tensor_inputs", "debug")  # fmt: skip
 
 
 @dataclass
 class _Traced:
-    """One run: start and latents after each step [steps + 1, C, h, w], noise levels, picture and settings."""
+    """One run; its latents are the noise and those after each step, steps + 1 of [C, h, w]."""
 
     latents: list[Tensor]
     sigmas: tuple[float, ...]
-    picture: np.ndarray[Any, Any]
+    image: np.ndarray[Any, Any]
     settings: Mapping[str, Any]
     files: Mapping[str, Any]
 
     def velocity(self, step: int, after: Tensor | None = None) -> Tensor:
-        """Slope of a step from this run's latents to its own next ones, or to those of another model."""
+        """Velocity of a step that went from this run's latents to its next ones, or to another model's."""
         after = self.latents[step + 1] if after is None else after
         return (after.double() - self.latents[step].double()) / (self.sigmas[step + 1] - self.sigmas[step])
 
 
 class Reference:
-    """A's side of comparisons: drawn once, then held against one or several models; a context manager.
+    """Model A's images, drawn once and compared with those of one or several other models; a context manager.
 
     Args:
-        model: A.
-        prompts: What to draw.
-        seeds: Of the noise.
-        label: Name for reports.
-        block_steps: In how many steps of the first picture to compare the blocks; 0 for none.
+        model: Model A.
+        prompts: Prompts to draw.
+        seeds: Seeds of the noise; each prompt is drawn with each of them.
+        label: Name of A in reports.
+        block_steps: Number of steps of the first image in which blocks are compared; 0 for none.
         on_run: Called after each run of the pipeline with their number so far.
         options: Arguments of the pipeline's call: size, steps, guidance.
 
@@ -96,7 +95,7 @@ class Reference:
             raise
 
     def _draw(self, model: Model, block_steps: int, on_run: OnRun | None) -> None:
-        """The pipeline dies with this call where nobody else has it."""
+        """Draw all images; a pipeline that was made here is released when this call returns."""
         began = time.perf_counter()
         pipe, options = _made(model), self.options
         steps = options.get("num_inference_steps") or len(options.get("sigmas") or ()) or pipe.limits.steps
@@ -112,16 +111,19 @@ class Reference:
     def compare(
         self, model: Model, *, label: str = "B", on_run: OnRun | None = None, **options: Any
     ) -> Comparison:
-        """Hold B against A.
+        """Compare model B with A.
 
         Args:
-            model: B.
-            label: Its name for reports.
-            on_run: Called after each run of the pipeline with their number so far, two for each picture.
-            options: Arguments of the call that are others for B.
+            model: Model B.
+            label: Name of B in reports.
+            on_run: Called after each image with the number of runs so far, two for each image.
+            options: Arguments of the pipeline's call that differ for B.
+
+        Returns:
+            The errors of B.
 
         Raises:
-            BadArgument: An argument that the comparison chooses itself, or pictures of another size.
+            BadArgument: An argument that the comparison chooses itself, or images of another size.
         """
         _check(options)
         began = time.perf_counter()
@@ -149,7 +151,7 @@ class Reference:
         self.close()
 
     def close(self) -> None:
-        """Forget what was set aside on disk."""
+        """Remove what is kept on disk."""
         self._spool.close()
 
 
@@ -165,25 +167,28 @@ def compare(
     on_run: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Comparison:
-    """Draw every prompt with every seed by both, and measure how far apart they are.
+    """Draw every prompt with every seed by two models, and measure how far apart they are.
 
     Args:
         a: The reference.
-        b: What is judged. May be `a` itself, with other options.
-        prompts: What to draw.
-        seeds: Of the noise.
-        labels: Names for reports.
-        options_b: Arguments of the call that are others for B.
-        block_steps: In how many steps of the first picture to compare the blocks; 0 for none.
-        on_run: Called with the runs of pipelines done, and their number in all: three a picture.
+        b: The model that is judged; it may be `a` itself, with other options.
+        prompts: Prompts to draw.
+        seeds: Seeds of the noise.
+        labels: Names of A and B in reports.
+        options_b: Arguments of the pipeline's call that differ for B.
+        block_steps: Number of steps of the first image in which blocks are compared; 0 for none.
+        on_run: Called as on_run(runs of pipelines done, runs in all); there are three for each image.
         options: Arguments of the pipeline's call: size, steps, guidance.
 
+    Returns:
+        The errors of B.
+
     Raises:
-        BadArgument: An argument that the comparison chooses itself, no prompt or seed, or pictures of two
+        BadArgument: An argument that the comparison chooses itself, no prompt or seed, or images of two
             sizes.
     """
-    later, count = dict(options_b or {}), len(prompts) * len(seeds)
-    _check(later)  # before A draws
+    count = len(prompts) * len(seeds)
+    _check(options_b or {})  # before A draws
 
     def ticks(before: int) -> OnRun | None:
         return None if on_run is None else lambda done: on_run(before + done, RUNS * count)
@@ -191,11 +196,11 @@ def compare(
     with Reference(
         a, prompts, seeds, label=labels[0], block_steps=block_steps, on_run=ticks(0), **options
     ) as reference:
-        return reference.compare(b, label=labels[1], on_run=ticks(count), **later)
+        return reference.compare(b, label=labels[1], on_run=ticks(count), **(options_b or {}))
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    if taken := [name for name in _OURS if name in options]:
+    if taken := [name for name in _TAKEN if name in options]:
         raise BadArgument(f"{taken[0]}: chosen by the comparison itself; leave it out")
 
 
@@ -205,70 +210,76 @@ def _made(model: Model) -> ZImagePipeline:
 
 def _trace(
     pipe: ZImagePipeline, prompt: str, seed: int, options: Mapping[str, Any], output: str = "pil",
-    lead: Sequence[Tensor] | None = None,
+    forced: Sequence[Tensor] | None = None,
 ) -> _Traced:  # fmt: skip
-    """One run with its latents; `lead` takes the place of them after every step."""
+    """One run with its latents; those of `forced` take their place after every step."""
     latents: list[Tensor] = []
 
     def step_end(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any] | None:
         latents.append(tensors["latents"].cpu()[0].clone())
-        return None if lead is None else {"latents": lead[step + 1][None]}
+        return None if forced is None else {"latents": forced[step + 1][None]}
 
     result: Any = pipe(prompt, seed=seed, output_type=output, callback_on_step_end=step_end, **options)
     start = noise.from_seeds((1, *latents[0].shape), (seed,))[0]
-    picture = np.asarray(result.images[0]) if output == "pil" else np.empty(0)
-    return _Traced([start, *latents], result.sigmas, picture, result.settings[0], result.files)
+    image = np.asarray(result.images[0]) if output == "pil" else np.empty(0)
+    return _Traced([start, *latents], result.sigmas, image, result.settings[0], result.files)
 
 
 class _Second:
-    """B's runs beside A's.
+    """The runs of model B, and their errors against A's.
 
     Args:
-        pipe: B.
-        config: Of A's transformer.
-        lead: A's runs.
+        pipe: Model B.
+        config: Config of A's transformer; blocks of networks of other sizes are not compared.
+        references: The runs of A.
         probed: Steps in which blocks are compared.
-        spool: Where A's streams are.
+        spool: Where A's streams are kept.
     """
 
     def __init__(
-        self, pipe: ZImagePipeline, config: Any, lead: Sequence[_Traced], probed: Sequence[int], spool: Spool
+        self,
+        pipe: ZImagePipeline,
+        config: Any,
+        references: Sequence[_Traced],
+        probed: Sequence[int],
+        spool: Spool,
     ) -> None:
         self.traces: list[_Traced] = []
         self.blocks: list[BlockError] = []
-        self._pipe, self._lead, self._spool = pipe, lead, spool
+        self._pipe, self._references, self._spool = pipe, references, spool
         self._probed = tuple(probed) if pipe.transformer.config == config else ()
-        self._velocity: list[list[tuple[float, float]]] = []  # picture, step -> |v_B - v_A|^2, |v_A|^2
+        self._velocity: list[list[tuple[float, float]]] = []  # [image][step]: |v_B - v_A|^2, |v_A|^2
 
     def draw(self, index: int, prompt: str, seed: int, options: Mapping[str, Any]) -> None:
-        """Freely, then led by A where both have the same noise levels."""
-        lead = self._lead[index]
+        """Draw freely, and then teacher-forced where both have the same noise levels."""
+        reference = self._references[index]
         trace = _trace(self._pipe, prompt, seed, options)
         self.traces.append(trace)
-        if trace.picture.shape != lead.picture.shape:
+        if trace.image.shape != reference.image.shape:
             raise BadArgument(
-                f"B draws pictures of {_size(trace)}, A of {_size(lead)}; give both one width and height"
+                f"B draws pictures of {_size(trace)}, A of {_size(reference)}; give both one width and height"
             )
-        if trace.sigmas == lead.sigmas:
+        if trace.sigmas == reference.sigmas:
             steps = self._probed if index == 0 else ()
             with BlockWatch(self._pipe.transformer, steps, self._spool, compare=True) as watch:
-                led = _trace(self._pipe, prompt, seed, options, "latent", lead.latents)
+                forced = _trace(self._pipe, prompt, seed, options, "latent", reference.latents)
             self.blocks += watch.errors
             self._velocity.append([
-                _squares(lead.velocity(i, after), lead.velocity(i)) for i, after in enumerate(led.latents[1:])
+                _squares(reference.velocity(i, after), reference.velocity(i))
+                for i, after in enumerate(forced.latents[1:])
             ])  # fmt: skip
 
     def steps(self) -> tuple[StepError, ...]:
-        """Errors of each step over all pictures."""
-        if len(self._velocity) < len(self._lead):
+        """Errors of each step over all images; empty where noise levels differ."""
+        if len(self._velocity) < len(self._references):
             return ()
-        sigmas = self._lead[0].sigmas
-        pairs = list(zip(self.traces, self._lead, strict=True))
+        sigmas = self._references[0].sigmas
+        pairs = list(zip(self.traces, self._references, strict=True))
         return tuple(
             StepError(
                 i,
                 sigmas[i],
-                _share([picture[i] for picture in self._velocity]),
+                _share([image[i] for image in self._velocity]),
                 _share([_squares(b.latents[i + 1], a.latents[i + 1]) for b, a in pairs]),
             )
             for i in range(len(sigmas) - 1)
@@ -286,10 +297,10 @@ def _share(parts: Sequence[tuple[float, float]]) -> float:
 
 
 def _size(trace: _Traced) -> str:
-    return f"{trace.picture.shape[1]} x {trace.picture.shape[0]}"
+    return f"{trace.image.shape[1]} x {trace.image.shape[0]}"
 
 
 def _pair(job: tuple[str, int], a: _Traced, b: _Traced) -> PicturePair:
-    one, two = (torch.from_numpy(trace.picture.copy()).permute(2, 0, 1) / 255 for trace in (a, b))
+    one, two = (torch.from_numpy(trace.image.copy()).permute(2, 0, 1) / 255 for trace in (a, b))
     square = mean_squared_error(one, two)
-    return PicturePair(*job, decibels(square), ssim(one, two), square, a.picture, b.picture)
+    return PicturePair(*job, decibels(square), ssim(one, two), square, a.image, b.image)

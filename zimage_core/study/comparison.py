@@ -1,4 +1,4 @@
-"""What a comparison of two models found, picture by picture, step by step, block by block."""
+"""The result of a comparison of two models: errors of each image, step and block."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from zimage_core.study.metrics import decibels
 
 @dataclass(frozen=True)
 class PicturePair:
-    """One prompt and seed, drawn by both.
+    """One prompt and seed, drawn by both models.
 
     Args:
-        prompt: What was asked.
-        seed: Of the noise.
-        psnr: In dB; infinite if the pictures are equal.
-        ssim: Mean over the channels.
+        prompt: The prompt.
+        seed: Seed of the noise.
+        psnr: Peak signal-to-noise ratio in dB; infinite if the images are equal.
+        ssim: Structural similarity, mean over the channels.
         mean_square: Mean squared error of values from 0 to 1.
-        a: Picture uint8 [H, W, 3] of A.
-        b: Of B.
+        a: Image of A, uint8 [H, W, 3].
+        b: Image of B, uint8 [H, W, 3].
     """
 
     prompt: str
@@ -38,13 +38,13 @@ class PicturePair:
 
 @dataclass(frozen=True)
 class StepError:
-    """Of one step, over all pictures.
+    """Errors of one step over all images.
 
     Args:
-        step: From 0.
-        sigma: Noise level at which the network was asked.
-        velocity: |v_B - v_A| / |v_A| where both saw A's latents; guidance included.
-        latents: |x_B - x_A| / |x_A| after the step, each on its own way.
+        step: Number of the step, from 0.
+        sigma: Noise level at the beginning of the step.
+        velocity: |v_B - v_A| / |v_A| where both saw A's latents (teacher-forced); guidance is included.
+        latents: |x_B - x_A| / |x_A| after the step, where both drew freely.
     """
 
     step: int
@@ -55,16 +55,17 @@ class StepError:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; every error is B's, measured against A.
+    """The errors of model B against model A.
 
     Args:
-        labels: Of A and B.
-        pictures: In the order of prompts, seeds within.
-        steps: Empty where the two have other noise levels.
-        blocks: Of the first picture; empty where not asked for, or the networks differ in size.
-        settings: Of A's and B's first picture.
-        files: Component -> name, size and hash of its file, for A and B.
-        seconds: That A and B took, all runs.
+        labels: Names of A and B.
+        pictures: The images, in the order of prompts, and of seeds for each prompt.
+        steps: Errors of each step; empty where A and B have different noise levels.
+        blocks: Errors of the blocks in the first image; empty where they were not asked for, or where the
+            networks have different sizes.
+        settings: Settings of the first image of A and of B.
+        files: Component -> name, size and hash of its file, for A and for B.
+        seconds: Time of all runs of A and of B.
     """
 
     labels: tuple[str, str]
@@ -77,12 +78,12 @@ class Comparison:
 
     @property
     def psnr(self) -> float:
-        """Of the mean squared error of all pictures."""
+        """PSNR in dB of the mean squared error over all images."""
         return decibels(sum(p.mean_square for p in self.pictures) / len(self.pictures))
 
     @property
     def ssim(self) -> float:
-        """Mean over pictures."""
+        """Mean SSIM of the images."""
         return sum(p.ssim for p in self.pictures) / len(self.pictures)
 
     @property
@@ -93,7 +94,7 @@ class Comparison:
         return math.sqrt(sum(s.velocity**2 for s in self.steps) / len(self.steps))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the pixels; a PSNR of equal pictures is null."""
+        """All figures without the images; the infinite PSNR of equal images is null."""
 
         def plain(value: float) -> float | None:
             return value if math.isfinite(value) else None

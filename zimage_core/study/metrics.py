@@ -1,4 +1,4 @@
-"""How far apart two results are: relative error of tensors, PSNR and SSIM of pictures."""
+"""How far apart two results are: relative error of tensors, PSNR and SSIM of images."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from zimage_core.errors import BadShape
 
 WINDOW, SIGMA = 11, 1.5
-"""Of the Gaussian that SSIM looks through, in pixels."""
+"""Side and standard deviation in pixels of SSIM's Gaussian window."""
 K1, K2 = 0.01, 0.03
-"""Of SSIM's two stabilisers, as parts of the range of values."""
+"""Constants of SSIM's two stabilisers, relative to the range of values."""
 
 
 def relative_error(result: Tensor, reference: Tensor) -> float:
@@ -38,17 +38,17 @@ def mean_squared_error(a: Tensor, b: Tensor) -> float:
 
 
 def decibels(mean_square: float, peak: float = 1.0) -> float:
-    """A mean squared error as PSNR: 10 log10(peak^2 / it), infinite for none."""
+    """PSNR in dB of a mean squared error: 10 log10(peak^2 / error), infinite for no error."""
     return 10 * math.log10(peak**2 / mean_square) if mean_square else math.inf
 
 
 def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
-    """Peak signal-to-noise ratio of two pictures in dB, over all pixels and channels; infinite if equal.
+    """Peak signal-to-noise ratio of two images in dB over all pixels and channels; infinite if equal.
 
     Args:
-        a: A picture of any shape, values from 0 to `peak`.
-        b: The other one.
-        peak: 1, or 255 for bytes.
+        a: An image of any shape, values from 0 to `peak`.
+        b: The other image, of the same shape.
+        peak: The largest possible value: 1, or 255 for bytes.
 
     Raises:
         BadShape: The shapes differ.
@@ -57,15 +57,15 @@ def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
 
 
 def ssim(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
-    """Structural similarity of two pictures: 1 if equal, about 0 if unrelated.
+    """Structural similarity of two images: 1 if they are equal, about 0 if they are unrelated.
 
-    Gaussian window of 11 x 11 pixels with sigma 1.5, biased moments, only where the window lies inside; the
-    mean over places and channels.
+    The window is a Gaussian of 11 x 11 pixels with sigma 1.5 at every place where it lies inside the image,
+    and moments are biased. The result is the mean over places and channels.
 
     Args:
-        a: [..., H, W], values from 0 to `peak`, H and W at least 11.
-        b: The other one.
-        peak: 1, or 255 for bytes.
+        a: An image [..., H, W], values from 0 to `peak`, H and W at least 11.
+        b: The other image, of the same shape.
+        peak: The largest possible value: 1, or 255 for bytes.
 
     Raises:
         BadShape: The shapes differ, or are smaller than the window.
@@ -75,7 +75,7 @@ def ssim(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
     _same(a, b)
     if a.ndim < 2 or min(a.shape[-2:]) < WINDOW:
         raise BadShape(f"ssim: pictures of shape {tuple(a.shape)}, sides of at least {WINDOW} are wanted")
-    x, y = (picture.double().reshape(-1, 1, *picture.shape[-2:]) for picture in (a, b))
+    x, y = (image.double().reshape(-1, 1, *image.shape[-2:]) for image in (a, b))
     mx, my = _blur(x), _blur(y)
     vx, vy, cov = _blur(x * x) - mx * mx, _blur(y * y) - my * my, _blur(x * y) - mx * my
     c1, c2 = (K1 * peak) ** 2, (K2 * peak) ** 2
@@ -84,7 +84,7 @@ def ssim(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """[N, 1, H, W] -> the windowed mean, without borders."""
+    """Means over the window at every place inside: [N, 1, H, W] -> [N, 1, H - 10, W - 10]."""
     offset = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
     weights = torch.exp(-offset.square() / (2 * SIGMA**2))
     weights = weights / weights.sum()

@@ -1,8 +1,8 @@
-"""What each tensor's quantisation does to the predicted velocity, measured.
+"""The measured error that quantising each tensor causes in the predicted velocity.
 
-One tensor at a time is stored in one type at a time, everything else as it is, and the transformer is asked
-what it was asked when a set of calibration pictures was drawn. The cost is the squared error of its answers
-over their square. Costs of several tensors add up as far as their errors are independent and small;
+One tensor at a time is stored in one type at a time while all others stay as they are, and the transformer
+answers calls that were recorded while images were drawn. The cost is the squared error of its answers over
+their square. Costs of several tensors add up as far as their errors are independent and small;
 docs/quantizing.md says how well that holds.
 """
 
@@ -16,29 +16,29 @@ import torch
 from torch import Tensor
 
 from zimage_core.errors import BadArgument, printable
-from zimage_core.export.costs import Sensitivity
 from zimage_core.export.mixes import KEPT
 from zimage_core.export.recipes import TYPES, fitting
+from zimage_core.export.sensitivity import Sensitivity
 from zimage_core.export.sizing import FAST
 from zimage_core.nn.linear import Linear
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.quantize.imatrix import Imatrix
-from zimage_core.study.swap import dense, encode, importance_of, matrices, stored_as
+from zimage_core.study.swap import dense, encode_layers, importance_of, matrices, stored_as
 from zimage_core.study.velocity import Call, check_whole, velocity_error
 
 OnTensor = Callable[[int, int, str], None]
 """(measurements done, in all, tensor)."""
 OnCosts = Callable[[Sensitivity], None]
-"""What was measured so far."""
+"""Takes what was measured so far."""
 
 
 def candidates(pipe: ZImagePipeline, every_tensor: bool = False) -> dict[str, tuple[Linear, ...]]:
-    """Tensors that a search may choose types for.
+    """Tensors that a search may choose types for, and their layers.
 
     Args:
-        pipe: With the transformer.
-        every_tensor: Those too that the standard mixes keep: embedders, refiners, the final layer.
+        pipe: The pipeline with the transformer.
+        every_tensor: Include the tensors that the standard mixes keep: embedders, refiners, the final layer.
     """
 
     def kept(name: str) -> bool:
@@ -48,7 +48,7 @@ def candidates(pipe: ZImagePipeline, every_tensor: bool = False) -> dict[str, tu
 
 
 def check_types(types: Sequence[str]) -> None:
-    """BadArgument for a name that is no type of a GGUF."""
+    """Refuse, with BadArgument, a name that is no type of a GGUF."""
     for name in types:
         if name not in TYPES:
             raise BadArgument(f"unknown type {printable(name, 40)!r}; known are {', '.join(TYPES)}")
@@ -66,19 +66,23 @@ def measure(
     on_tensor: OnTensor | None = None,
     on_costs: OnCosts | None = None,
 ) -> Sensitivity:
-    """Cost of each type for each tensor.
+    """Measure the cost of each type for each tensor.
 
     Args:
         pipe: The model that the calls were recorded from, in memory as a whole.
-        calls: See `velocity.record`.
-        types: Formats; one that does not divide a tensor's rows is measured as its fallback.
+        calls: Calls from `velocity.record`.
+        types: Names of formats; one whose blocks do not divide a tensor's rows is measured as its fallback.
         imatrix: Importance for the encoders, as it will be used for the file.
-        probe: Measure this type alone and take the others by the ratio of their weight errors, weighted with
-            the importance: a model of 180 tensors then needs as many runs, not 180 a type.
-        every_tensor: See `candidates`.
-        settings: Kept in the file, for people.
-        on_tensor: Called before each run; an exception in it ends the measurement.
-        on_costs: Called behind each tensor.
+        probe: Measure this type alone, and take the others by the ratio of their weight errors, weighted
+            with the importance. A model of 180 tensors then needs 180 measurements instead of 180 for each
+            type.
+        every_tensor: Include the tensors that the standard mixes keep.
+        settings: Remarks for people, kept in the file.
+        on_tensor: Called before each measurement; an exception in it ends the work.
+        on_costs: Called after each tensor.
+
+    Returns:
+        The costs of all tensors.
 
     Raises:
         BadArgument: An unknown type, or no calls.
@@ -104,7 +108,7 @@ def measure(
             if on_tensor is not None:
                 on_tensor(done, runs, name)
             done += 1
-            with stored_as(encode(layers, fmt, importance_of(imatrix, name))):
+            with stored_as(encode_layers(layers, fmt, importance_of(imatrix, name))):
                 return velocity_error(pipe.transformer, calls)
 
         # the type that its rows allow; several may fall back to the same
@@ -115,10 +119,10 @@ def measure(
                     measured[fmt] = cost(fmt)
         else:
             first = fitting(probe, layers[0].in_features).name
-            unit = weight_error(layers, encode(layers, first, importance), importance)
+            unit = weight_error(layers, encode_layers(layers, first, importance), importance)
             per_error = cost(first) / unit if unit else 0.0
             for fmt in set(stored.values()):
-                packed = encode(layers, fmt, importance)
+                packed = encode_layers(layers, fmt, importance)
                 measured[fmt] = per_error * weight_error(layers, packed, importance)
         costs[name] = {fmt: measured[actual] for fmt, actual in stored.items()}
         if on_costs is not None:
@@ -129,7 +133,7 @@ def measure(
 def weight_error(
     layers: Sequence[Linear], packed: Mapping[Linear, QuantTensor], importance: Tensor | None
 ) -> float:
-    """Sum of importance * squared error of the weights."""
+    """Sum over the layers of importance * squared error of the weights."""
     total = 0.0
     for layer in layers:
         wrong = (packed[layer].dequantize(torch.float32) - dense(layer)).square()

@@ -1,4 +1,4 @@
-"""A hook on the steps of a transformer, as torch has them on the calls of modules."""
+"""A hook on the steps of a transformer, like the hooks that torch has on calls of modules."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ After = Callable[[Tensor, Prepared, int, int, Tensor], object]
 
 
 class StepHook:
-    """Calls a function around each `step` of a transformer until it is removed.
+    """Calls functions before and after each `step` of a transformer, until it is removed.
 
     Args:
-        transformer: Has no other such hook.
-        before: Given the latent, what was prepared, the step and the caption, before the step.
-        after: Given the same and the estimate, after it.
+        transformer: The transformer, which has no other such hook.
+        before: Called before a step as before(latent, prepared, step, caption).
+        after: Called after a step as after(latent, prepared, step, caption, estimate).
     """
 
     def __init__(
@@ -40,5 +40,5 @@ class StepHook:
         transformer.step = watched  # type: ignore[method-assign]  # hides the method of the class
 
     def remove(self) -> None:
-        """Let the transformer's own method be called again."""
+        """Restore the transformer's own method."""
         del self._transformer.step

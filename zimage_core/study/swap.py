@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +14,30 @@ from zimage_core.formats import by_name
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Linear
 from zimage_core.quant.tensor import QuantTensor
-from zimage_core.quantize.encode import quantize
+from zimage_core.quantize.encode import encode
 from zimage_core.quantize.imatrix import Imatrix
-from zimage_core.weights.names import transformer_table
+from zimage_core.weights.names import Table, transformer_table
 
 Stored = Mapping[Linear, QuantTensor]
 
 
-def matrices(transformer: ZImageTransformer) -> dict[str, tuple[Linear, ...]]:
-    """GGUF tensor -> the layers whose weights it holds, rows of the first one first.
+def linear_weights(net: nn.Module, table: Table) -> Iterator[tuple[str, str]]:
+    """(name of the module, tensor of the file) of every Linear weight of a network."""
+    modules = dict(net.named_modules())
+    for entry in table:
+        module, _, leaf = entry.module.rpartition(".")
+        if leaf == "weight" and isinstance(modules.get(module), Linear):
+            yield module, entry.checkpoint
 
-    One layer a matrix, but the three of attention's q, k and v, which GGUF files keep in one.
+
+def matrices(transformer: ZImageTransformer) -> dict[str, tuple[Linear, ...]]:
+    """GGUF tensor -> the layers whose weights it holds, in the order of its rows.
+
+    It is one layer for each matrix, except for the q, k and v of an attention, which GGUF files keep in one.
     """
-    found: dict[str, list[Linear]] = {}
-    for entry in transformer_table(transformer.config, "fused"):
-        path, _, leaf = entry.module.rpartition(".")
-        layer = transformer.get_submodule(path) if leaf == "weight" else None
-        if isinstance(layer, Linear):
-            found.setdefault(entry.checkpoint, []).append(layer)
+    found: dict[str, list[Any]] = {}
+    for module, name in linear_weights(transformer, transformer_table(transformer.config, "fused")):
+        found.setdefault(name, []).append(transformer.get_submodule(module))
     return {name: tuple(layers) for name, layers in found.items()}
 
 
@@ -41,16 +48,23 @@ def dense(layer: Linear) -> Tensor:
     return layer.weight.detach().float()
 
 
-def encode(layers: Sequence[Linear], fmt: str, importance: Tensor | None = None) -> dict[Linear, QuantTensor]:
-    """The weights of layers in another format; importance [in_features] as `quantize.encode.quantize` has it.
+def encode_layers(
+    layers: Sequence[Linear], fmt: str, importance: Tensor | None = None
+) -> dict[Linear, QuantTensor]:
+    """The weights of layers in another format.
+
+    Args:
+        layers: Layers whose weights have the same number of columns.
+        fmt: Name of the format.
+        importance: Float [in_features], as `zimage_core.encode` takes it.
 
     Raises:
-        BadShape, BadWeights, Unsupported: See there.
+        BadShape, BadWeights, Unsupported: As `zimage_core.encode` does.
     """
     found = {}
     for layer in layers:
         weight = dense(layer)
-        packed = quantize(weight, fmt, None if importance is None else importance.to(weight.device))
+        packed = encode(weight, fmt, None if importance is None else importance.to(weight.device))
         found[layer] = QuantTensor(packed, by_name(fmt), tuple(weight.shape))
     return found
 
@@ -58,26 +72,26 @@ def encode(layers: Sequence[Linear], fmt: str, importance: Tensor | None = None)
 def encode_all(
     transformer: ZImageTransformer, types: Mapping[str, str], imatrix: Imatrix | None = None
 ) -> dict[Linear, QuantTensor]:
-    """Every tensor in `types` as a file would hold it, with importance where the matrix knows it.
+    """Every tensor in `types` as a file would hold it, with importance where the imatrix knows it.
 
-    As in a file, a type that does not divide the rows is replaced, and "source" leaves a tensor alone.
+    A type whose blocks do not divide the rows is replaced, as in a file, and "source" leaves a tensor alone.
     """
     layers, found = matrices(transformer), {}
     for name, wanted in types.items():
         if wanted != SOURCE:
             fmt = fitting(wanted, layers[name][0].in_features).name
-            found.update(encode(layers[name], fmt, importance_of(imatrix, name)))
+            found.update(encode_layers(layers[name], fmt, importance_of(imatrix, name)))
     return found
 
 
 def importance_of(imatrix: Imatrix | None, name: str) -> Tensor | None:
-    """Of one tensor [K], None where nothing is known of it."""
+    """Importance of a tensor, float32 [K]; None where nothing is known of it."""
     return None if imatrix is None else imatrix.importance(name)
 
 
 @contextmanager
 def stored_as(weights: Stored) -> Iterator[None]:
-    """Inside, these layers compute with these weights; behind it with their own again, whatever happens."""
+    """A block in which layers compute with other weights; afterwards they have their own again."""
     own: dict[Linear, nn.Parameter | QuantTensor] = {}
     try:
         for layer, quant in weights.items():

@@ -1,4 +1,4 @@
-"""What a change of weights does to the predicted velocity, on calls recorded from the real denoising loop."""
+"""The error of the predicted velocity under other weights, on calls recorded from the real denoising loop."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Call:
     """One step of the transformer for one image, and its answer.
 
     Args:
-        latent: [C, h, w].
-        time: Network time, a float32 value.
-        caption: [L, cap_feat_dim].
-        velocity: [C, h, w].
+        latent: The latent of the image, [C, h, w].
+        time: Time that the network is given, a float32 value.
+        caption: Features of the caption, [L, cap_feat_dim].
+        velocity: The answer, [C, h, w].
     """
 
     latent: Tensor
@@ -33,12 +33,12 @@ class Call:
 
     @property
     def energy(self) -> float:
-        """Sum of the squares of its velocity."""
+        """Sum of the squares of the velocity."""
         return float(self.velocity.double().square().sum())
 
 
 def check_whole(pipe: ZImagePipeline) -> None:
-    """Its transformer's weights must be where the computation is, and its own to exchange.
+    """Refuse a pipeline whose transformer's weights cannot be exchanged in place.
 
     Raises:
         Unsupported: The pipeline has a memory limit, or replays its steps as graphs, which run no hooks.
@@ -52,18 +52,22 @@ def check_whole(pipe: ZImagePipeline) -> None:
 def record(
     pipe: ZImagePipeline, prompts: Sequence[str], *, seed: int = 0, every: int = 1, **options: Any
 ) -> list[Call]:
-    """Draw each prompt once and keep what the transformer was asked and said.
+    """Draw each prompt once and keep the transformer's inputs and outputs.
 
     Args:
-        pipe: The model, as close to its original weights as there is.
-        prompts: Typical of what the model will be asked.
-        seed: Of the first picture; every picture has the next one.
-        every: Keep one call of so many, another one of each picture, so that all noise levels take part.
+        pipe: The model, with weights as close to the original ones as possible.
+        prompts: Prompts typical of what the model will be asked.
+        seed: Seed of the first image; each next image has the next seed.
+        every: Keep one call of so many. It begins elsewhere in each image, so that all noise levels take
+            part.
         options: Further arguments of the pipeline's call: size, steps, guidance.
+
+    Returns:
+        The calls, in the order in which they were made.
 
     Raises:
         BadArgument: No prompt, or `every` below 1.
-        Unsupported: See `check_whole`.
+        Unsupported: The weights cannot be exchanged in place (`check_whole`).
     """
     if not prompts:
         raise BadArgument("prompts: there are none; give at least one")

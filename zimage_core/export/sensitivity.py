@@ -1,4 +1,4 @@
-"""What each type costs in each tensor, as `zimage sensitivity` measured it: the file that keeps it."""
+"""The file of measured costs, type by type and tensor by tensor, that `zimage sensitivity` writes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Sensitivity:
 
     Args:
         costs: Tensor of the single-file layout -> type -> squared velocity error over squared velocity.
-        settings: How they were measured, for people: prompts, steps, model.
+        settings: How they were measured (prompts, steps, model), for people to read.
     """
 
     costs: dict[str, dict[str, float]]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def total(self, types: Mapping[str, str]) -> float:
-        """What a choice of types should cost if the errors of tensors are independent."""
+        """The expected cost of a choice of types, if the errors of tensors are independent."""
         return sum(self.costs[name].get(fmt, 0.0) for name, fmt in types.items() if name in self.costs)
 
 
 def write_sensitivity(sensitivity: Sensitivity, path: str | PathLike[str], overwrite: bool = False) -> None:
-    """Write it as JSON.
+    """Write a sensitivity as JSON.
 
     Raises:
         BadFile: The file exists and may not be replaced, or cannot be written.
@@ -45,10 +45,10 @@ def write_sensitivity(sensitivity: Sensitivity, path: str | PathLike[str], overw
 
 
 def read_sensitivity(path: str | PathLike[str]) -> Sensitivity:
-    """A file of `write_sensitivity`.
+    """Read a file of `write_sensitivity`.
 
     Raises:
-        BadFile: It cannot be read, is none of these files, or has a cost that is none.
+        BadFile: It cannot be read, is another kind of file, or holds something else than costs.
     """
     content = read_json(path)
     try:

@@ -1,4 +1,4 @@
-"""Types without blocks: F32, F16, BF16. Rounding is to nearest even; importance cannot matter."""
+"""Plain floats: F32, F16, BF16, rounded to nearest even. Importance makes no difference."""
 
 from __future__ import annotations
 
