@@ -21,6 +21,10 @@ HEAD_AXES = (32, 48, 48)
 PAD_MULTIPLE = 32
 """Caption and image tokens are each filled up to a multiple of it with learned pad tokens (SEQ_MULTI_OF)."""
 
+MIN_TILE = 16
+"""Latents a side of the smallest tile in which an image is decoded. Below this the maps that exist as a whole
+outweigh a tile by far, so that smaller ones save nothing."""
+
 
 def _positive(owner: str, **values: object) -> None:
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Defends: scratch, planes and resident weights are made once, leave with their weight, serve graphs."""
+"""Defends: scratch, planes and dense weights are made once, leave with their weight, serve graphs."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_without_room_for_planes_the_weight_is_dequantised(device, calls, monkey
 
 @pytest.mark.parametrize("name", ["Q4_K", "IQ2_XXS", "F32", "F8_E4M3"])
 @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16, torch.float32])
-def test_a_resident_weight_gives_the_numbers_of_the_dequantised_one(name, dtype, device, monkeypatch):
+def test_a_weight_dequantised_once_gives_the_numbers_of_each_product(name, dtype, device, monkeypatch):
     monkeypatch.setattr(dispatch, "MODE", "dequantise")
     layer = Linear(256, 16, bias=True)
     scale = torch.rand(16) + 0.1 if name == "F8_E4M3" else None
@@ -128,7 +128,7 @@ def test_a_resident_weight_gives_the_numbers_of_the_dequantised_one(name, dtype,
         assert layer.weight.dtype == dtype
 
 
-def test_a_resident_weight_lets_the_packed_bytes_go(device):
+def test_a_weight_dequantised_once_lets_the_packed_bytes_go(device):
     layer = packed_layer("Q4_K", 16, 256, device)
     layer(random_x(3, 256, device=device))
     kept = [weakref.ref(layer.weight.packed), weakref.ref(layer.weight.planes.planes.codes)]

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 @every_fused
 def test_steps_are_shared_out_among_programs(fmt, device):
-    """Of five steps or eight, two or three a program leave the last one short; 16 programs are too many."""
+    """Five steps or eight: two or three a program leave the last one short, and 16 programs are too many."""
     width = (2 if fmt.weights == 256 else 5) * unit_width(fmt)
     packed, bias, x = weights(fmt, 24, width), random_bias(24), random_x(3, width, torch.float32, device)
     for splits in (3, 16):

@@ -53,7 +53,7 @@ LAYOUT: dict[str, tuple[int, int, int, bool]] = {
 IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
 E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 LEVELS = {"IQ4_NL": IQ4, "IQ4_XS": IQ4, "MXFP4": E2M1_DOUBLED, "NVFP4": E2M1_DOUBLED}
-"""Of a code where they are not code - zero."""
+"""Levels of the codes that are not code - zero."""
 STEP = {name: 128 if bits in (2, 3, 6) else 64 for name, (bits, *_) in LAYOUT.items()}
 
 every_planar = pytest.mark.parametrize("fmt", [FORMATS[name] for name in LAYOUT], ids=LAYOUT)

@@ -196,13 +196,6 @@ def test_rates_are_known_or_measured():
         known("sm_86", -1.0)
 
 
-def test_numbers_that_live_beside_tensors_are_the_same_here():
-    from zimage_core.memory import activations
-    from zimage_core.models import vae_tiles
-
-    assert activations.MIN_TILE == vae_tiles.SMALLEST
-
-
 def test_a_plan_is_made_quickly_enough_to_be_asked_for_often():
     """Bounded by the ways that it tries, not by time: machines are busy."""
     job = Job(Q4_K_M, 1024, 1024, 1, 128, False, 8, known("sm_86"))

@@ -37,7 +37,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--architecture",
         metavar="NAME",
-        help="with --paths: of another GPU than the one here, such as sm_75, sm_86, sm_89, sm_90, gfx1100",
+        help="with --paths: another GPU than the one here, such as sm_75, sm_86, sm_89, sm_90, gfx1100",
     )
     parser.add_argument(
         "--free",

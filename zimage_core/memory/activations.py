@@ -14,8 +14,6 @@ from zimage_core.config import PAD_MULTIPLE, AutoencoderConfig, TextEncoderConfi
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a number of each dtype that the networks compute in."""
 FLOAT32 = 4
-MIN_TILE = 16
-"""Smallest tile of a decode, in latents a side."""
 
 
 def padded(tokens: int) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.config import MIN_TILE, AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument
 from zimage_core.memory import residency, work
 from zimage_core.memory.activations import (
     ITEMSIZE,
-    MIN_TILE,
     collected_bytes,
     decode_bytes,
     denoise_bytes,

@@ -19,12 +19,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from zimage_core.config import MIN_TILE
 from zimage_core.models.vae_blocks import Decoder, ResnetBlock, UpBlock, Upsample
 
 TILE = 32
 """Latents a side that tiling starts with: 256 pixels. Larger ones are hardly faster."""
-SMALLEST = 16
-"""Below this the maps that exist as a whole outweigh a tile by far, so that nothing is won any more."""
 
 
 @dataclass(frozen=True)
@@ -264,9 +263,9 @@ def ways_to_decode(h: int, w: int, tile: int | None) -> list[DecodeWay]:
     """Ways to decode latents [h, w], each of which needs less memory than those before it.
 
     The first leaves the choice to `tile`, the attribute of the autoencoder; then come tiles, halved down to
-    `SMALLEST`; the last keeps the maps of the whole image on the CPU.
+    `MIN_TILE`; the last keeps the maps of the whole image on the CPU.
     """
     start = max(h, w) if tile is None else min(tile, max(h, w))
-    sizes = [size for size in (2**n for n in range(20, 0, -1)) if SMALLEST <= size < start]
-    last = DecodeWay(min(start, SMALLEST), torch.device("cpu"))
+    sizes = [size for size in (2**n for n in range(20, 0, -1)) if MIN_TILE <= size < start]
+    last = DecodeWay(min(start, MIN_TILE), torch.device("cpu"))
     return [DecodeWay(), *map(DecodeWay, sizes), last]
