@@ -43,10 +43,7 @@ DATA_ONLY = {"errors", "formats", "codebooks", "config", "files", "cli"}
 """Rooms that load the standard library alone; a third party's package waits inside a function."""
 WITH_TENSORS = {"load", "scan"}
 """The files of weights/ that compute; the others read headers, and `zimage inspect` loads them."""
-PLANS = {
-    "__init__", "activations", "budget", "explain", "job", "plan", "rates", "residency", "sizes", "times",
-    "work",
-}  # fmt: skip
+PLANS = {"__init__", "activations", "plan", "planner", "rates", "residency", "sizes"}
 """The files of memory/ that plan, for `zimage plan`; the others move weights."""
 NEVER = {
     "reference": {"torch", "triton"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -13,13 +14,10 @@ from zimage_core.formats import DTYPE_NAMES, FORMATS
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
 from zimage_core.quant.dispatch import PLANAR_BITS, SCRATCH_BYTES, crossover, planar_bytes, planar_width
 from zimage_core.weights import names
-from zimage_core.weights.card import ModelCard
 from zimage_core.weights.opened import Opened, open_pipeline
 from zimage_core.weights.source import WeightFile
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
-STACKS = ("noise_refiner", "layers")
-"""Lists of blocks that can be streamed, in the order of `ZImageTransformer.blocks`."""
 
 
 @dataclass(frozen=True)
@@ -141,29 +139,29 @@ def read_sizes(paths: Mapping[str, str | PathLike[str]], dtype: str = "bfloat16"
 
     Args:
         paths: "transformer", "text_encoder" and "vae" -> file or folder, as for loading.
-        dtype: Of the computation.
+        dtype: Dtype of the computation.
 
     Raises:
         BadFile, UnknownFormat, WrongModel, BadWeights: As loading them would.
     """
-    opened = open_pipeline({name: paths[name] for name in COMPONENTS})
+    parts = open_pipeline({name: paths[name] for name in COMPONENTS})
     try:
-        return sizes_of(opened, dtype)
+        return sizes_of(parts, dtype)
     finally:
-        for part in opened.values():
+        for part in parts.values():
             part.file.close()
 
 
-def sizes_of(opened: Mapping[str, Opened], dtype: str = "bfloat16") -> Sizes:
+def sizes_of(parts: Mapping[str, Opened], dtype: str = "bfloat16") -> Sizes:
     """Sizes from files that are open, as a pipeline's are.
 
     Raises:
         BadArgument: The dtype is none of float32, float16, bfloat16.
+        BadWeights: A file's network has no known sizes.
     """
     if dtype not in ITEMSIZE:
         raise BadArgument(f"dtype: got {printable(dtype, 40)!r}, wanted one of {', '.join(ITEMSIZE)}")
-    parts = {name: _part(name, opened[name].file, opened[name].card, dtype) for name in COMPONENTS}
-    return Sizes(**parts, dtype=dtype)
+    return Sizes(**{name: _part(name, parts[name], dtype) for name in COMPONENTS}, dtype=dtype)
 
 
 def folder_files(folder: str | PathLike[str]) -> dict[str, str]:
@@ -189,16 +187,17 @@ def folder_files(folder: str | PathLike[str]) -> dict[str, str]:
     return found
 
 
-def _part(name: str, file: WeightFile, card: ModelCard, dtype: str) -> Part:
-    config, read = card.config, _Reader(file, card.prefix, dtype)
+def _part(name: str, part: Opened, dtype: str) -> Part:
+    card = part.card
+    config, read = card.config, _Reader(part.file, card.prefix, dtype)
     if isinstance(config, TransformerConfig):
         return _transformer(config, names.transformer_table(config, card.layout), read)
     if isinstance(config, TextEncoderConfig):
         return _text_encoder(config, names.text_encoder_table(config, card.layout), read)
     if isinstance(config, AutoencoderConfig):
-        wide = _Reader(file, card.prefix, "float32")
-        return _vae(config, names.autoencoder_table(config, card.layout), wide)
-    raise BadWeights(f"{printable(file.path)}: the size of the {name.replace('_', ' ')} cannot be told")
+        read.dtype = "float32"  # convolutions are in float32, whatever the file holds
+        return _vae(config, names.autoencoder_table(config, card.layout), read)
+    raise BadWeights(f"{printable(part.file.path)}: the size of the {name.replace('_', ' ')} cannot be told")
 
 
 class _Reader:
@@ -218,19 +217,13 @@ class _Reader:
 
     def small(self, entry: names.Entry) -> int:
         """Bytes of a tensor that is kept dense in the dtype of the computation."""
-        return _count(entry.shape) * ITEMSIZE[self.dtype]
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+        return math.prod(entry.shape) * ITEMSIZE[self.dtype]
 
 
 def _transformer(config: TransformerConfig, table: names.Table, read: _Reader) -> Part:
+    # the lists of blocks that can be streamed, in the order of `ZImageTransformer.blocks`
     counts = {"noise_refiner": config.n_refiner_layers, "layers": config.n_layers}
-    inside: dict[str, list[Matrix]] = {f"{stack}.{i}": [] for stack in STACKS for i in range(counts[stack])}
+    inside: dict[str, list[Matrix]] = {f"{stack}.{i}": [] for stack in counts for i in range(counts[stack])}
     always, once, beside = 0, [0] * config.n_refiner_layers, []
     for entry in table:
         if entry.module.startswith("siglip_"):
@@ -269,7 +262,7 @@ def _text_encoder(config: TextEncoderConfig, table: names.Table, read: _Reader) 
 
 
 def _vae(config: AutoencoderConfig, table: names.Table, read: _Reader) -> Part:
-    """Convolutions in float32, whatever the file holds; pictures from text need the decoder alone."""
+    """Images from text need the decoder alone."""
     halves = {"decoder": 0, "encoder": 0}
     for entry in table:
         matrix = read.matrix(entry)
