@@ -11,7 +11,6 @@ from dataclasses import replace
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, OverBudget
 from zimage_core.files.units import in_bytes
-from zimage_core.memory import rates as work
 from zimage_core.memory import residency
 from zimage_core.memory.activations import (
     ITEMSIZE,
@@ -25,7 +24,7 @@ from zimage_core.memory.activations import (
     pictures_bytes,
 )
 from zimage_core.memory.plan import PHASES, Component, Phase, Plan, Times, reasons
-from zimage_core.memory.rates import Rates, known
+from zimage_core.memory.rates import Rates, decode_flops, encode_flops, known, step_flops, step_traffic
 from zimage_core.memory.residency import Residency
 from zimage_core.memory.sizes import Block, Sizes, matrices
 from zimage_core.quant.dispatch import PLANES_MARGIN, family
@@ -161,20 +160,20 @@ class Job:
 
     def encode_seconds(self) -> float:
         """Compute of all captions."""
-        flops = work.encode_flops(self.encoder_config, self.caption) / self._flops_rate()
+        flops = encode_flops(self.encoder_config, self.caption) / self._flops_rate()
         return self.captions * (flops + self._unpacking(self.encoder.blocks) / self.rates.bandwidth)
 
     def step_seconds(self) -> float:
         """Compute of one step: all images and sides, one after the other."""
         args = (self.net_config, self.rows, self.cols, self.caption)
-        moved = work.step_traffic(*args, ITEMSIZE[self.dtype]) + self._unpacking(self.net.blocks)
-        one = work.step_flops(*args) / self._flops_rate() + moved / self.rates.bandwidth
+        moved = step_traffic(*args, ITEMSIZE[self.dtype]) + self._unpacking(self.net.blocks)
+        one = step_flops(*args) / self._flops_rate() + moved / self.rates.bandwidth
         return self.images * self.captions * one
 
     def decode_seconds(self, way: Way) -> float:
         """Compute of decoding all images."""
         config, (tile, apart) = self.vae_config, way
-        one = work.decode_flops(config, self.rows, self.cols) / self.rates.flops32
+        one = decode_flops(config, self.rows, self.cols) / self.rates.flops32
         if tile is not None:  # a convolution's rim, two pixels on each side, is computed twice
             one *= (1 + 4 / (tile * config.spatial_factor)) ** 2
         if apart:
