@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_the_pictures_are_the_same_whatever_is_cached(path):
     want = draw(load_transformer(path))
     for room in (0, 1 << 20, None):
         model = load_transformer(path)
-        with streamed(model, (), page_cache=room) as stream:
+        with closing(streamed(model, (), page_cache=room)) as stream:
             assert torch.equal(draw(model), want)
             kept = sum(block.payload for block in stream._blocks.values() if block.cached)
             assert room is None or kept <= room

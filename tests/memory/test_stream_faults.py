@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import weakref
+from contextlib import closing
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_a_replaced_file_is_read_to_the_end(tmp_path):
     path = transformer_file(tmp_path)
     model = load_transformer(path)
     want = draw(model)
-    with streamed(model, (), slots=2):
+    with closing(streamed(model, (), slots=2)):
         other = tmp_path / "new"
         other.write_bytes(b"something else")
         other.replace(path)
@@ -159,7 +160,7 @@ def test_a_read_error_surfaces_where_the_block_is_asked_for(dit, monkeypatch, co
     assert at_home(dit)
     monkeypatch.undo()
     unstream(dit)
-    with streamed(dit, ()):
+    with closing(streamed(dit, ())):
         draw(dit)
 
 
@@ -189,7 +190,7 @@ def test_no_memory_leaves_nothing_behind(dit, single):
         assert at_home(dit)
         assert torch.equal(draw(dit), single)
     del device.memory  # there is enough now
-    with streamed(dit, (), through=device, slots=2):
+    with closing(streamed(dit, (), through=device, slots=2)):
         assert torch.equal(draw(dit), single)
 
 

@@ -58,10 +58,6 @@ class Device:
     def wait(self, event: Event) -> None:
         """Block the calling thread until `event` is passed."""
 
-    def passed(self, event: Event) -> bool:
-        """Whether `wait` would return at once."""
-        return True
-
     def seconds(self, event: Event) -> float:
         """When an event was passed, on the clock of time.perf_counter."""
         return float(event)
@@ -118,10 +114,6 @@ class CudaDevice(Device):
     def wait(self, event: Event) -> None:
         """Block the calling thread; the interpreter lock is released meanwhile."""
         event.synchronize()
-
-    def passed(self, event: Event) -> bool:
-        """Ask the driver."""
-        return bool(event.query())
 
     def seconds(self, event: Event) -> float:
         """By the GPU's clock, set to the host's when this object was made."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage_core.errors import BadArgument
-from zimage_core.memory.device import ALIGN, Event, Ring
+from zimage_core.memory.device import ALIGN, Device, Event, Ring
 from zimage_core.memory.traffic import Meter, Traffic
 from zimage_core.nn.linear import Linear
 from zimage_core.quant.tensor import PlaneCache, QuantTensor
@@ -214,12 +214,7 @@ class Stream:
         self._fault: Exception | None = None
         self.closed = False
         """Whether it feeds no more."""
-        self._finalizer = weakref.finalize(self, _end, self._reader)
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the ring; the CPU as a device needs none."""
-        return self._ring.nbytes if self.streamed else 0
+        self._finalizer = weakref.finalize(self, _end, self._reader, self._device, self._free)
 
     def block(self, index: int) -> AbstractContextManager[object]:
         """Inside the `with`, block `index` has its weights on the device.
@@ -252,12 +247,18 @@ class Stream:
         """
         with self._submitting:
             self.closed = True
-        _end(self._reader)
+        _end(self._reader, self._device, self._free)
         self._finalizer.detach()
         self._take_back()
-        self._loads.clear()
         self._views.clear()
         self._slots = []
+
+    def restore(self) -> None:
+        """Put the whole network back on the host, whoever holds a block."""
+        for block in self._blocks.values():
+            block.unbind()
+        if self._put_back is not None:
+            self._put_back()
 
     @contextmanager
     def _streaming(self, index: int) -> Iterator[None]:
@@ -277,8 +278,8 @@ class Stream:
         self._turn.acquire()
         try:
             slots, begun = self._slots, self._device.record("compute")
-            held = self._held = self._wait_for(index)
-            self._device.order("compute", self._result(held))
+            held = self._held = self._take(index)
+            self._device.order("compute", self._wait(held))
             self._begun = self._device.record("compute")
             self._meter.add("stall", index, begun, self._begun, index <= self._last)
             self._last = index
@@ -315,9 +316,9 @@ class Stream:
                 while True:
                     self._turn.release()
 
-    def _wait_for(self, index: int) -> _Load:
-        """The load of a block, begun now if need be."""
-        while self._loads and self._loads[0].index != index:  # fetched in vain
+    def _take(self, index: int) -> _Load:
+        """The load of a block, begun now if need be; what was fetched in vain before it is dropped."""
+        while self._loads and self._loads[0].index != index:
             self._loads.popleft().copied.cancel()
         if not self._loads:
             self._next = self.streamed.index(index)
@@ -325,18 +326,18 @@ class Stream:
         self._check()
         return self._loads.popleft()
 
-    def _result(self, load: _Load) -> Event:
+    def _wait(self, load: _Load) -> Event:
         """The event behind the copies of a block, when they are queued."""
         try:
-            fault = load.copied.exception()
+            return load.copied.result()
         except CancelledError:
             self._check()
             raise
-        if isinstance(fault, Exception):
-            self._fault = fault
+        except Exception as error:
+            self._fault = error
             self.close()
-            self._check()
-        return load.copied.result()
+            self._check()  # without the reader's frames, which hold on to slots
+            raise
 
     def _read_ahead(self) -> None:
         """Fill the slots that are free with the next blocks, in the order of the loop."""
@@ -358,32 +359,16 @@ class Stream:
             taken.append(load)
             self._next += 1
 
-    def restore(self) -> None:
-        """Put the whole network back on the host, whoever holds a block."""
-        for block in self._blocks.values():
-            block.unbind()
-        if self._put_back is not None:
-            self._put_back()
-
     def _check(self) -> None:
         if self._fault is not None:
             raise self._fault.with_traceback(None)
         if self.closed:
             raise BadArgument("stream: it was closed; unstream the model, or stream it anew")
 
-    def __enter__(self) -> Stream:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        state = "closed" if self.closed else "open"
-        return (
-            f"Stream({len(self._blocks)} blocks, {self.device_bytes} bytes on {self._device.device}, {state})"
-        )
-
-
-def _end(reader: ThreadPoolExecutor) -> None:
-    """Drop what was not begun and wait for the thread, unless the collector runs in it."""
-    reader.shutdown(wait=not threading.current_thread().name.startswith(READER), cancel_futures=True)
+def _end(reader: ThreadPoolExecutor, device: Device, free: list[Event]) -> None:
+    """Drop what was not begun, wait for the thread and for the computations that read from slots."""
+    in_reader = threading.current_thread().name.startswith(READER)  # the collector may run there
+    reader.shutdown(wait=not in_reader, cancel_futures=True)
+    for event in free:
+        device.wait(event)

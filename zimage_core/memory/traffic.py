@@ -13,6 +13,8 @@ from zimage_core.memory.device import Device, Event
 
 KEPT = 20_000
 """Spans of the timeline; the oldest go first. An image of 8 steps with 32 streamed blocks has about 1,000."""
+RECENT = 1_000
+"""Spans whose ends may lie in the future of the device; the device has long passed the ones before."""
 LANES = {"read": "#9db8d9", "copy": "#3b6ea8", "stall": "#d1495b", "compute": "#6aa56a"}
 """Lane of a timeline -> colour, from top to bottom."""
 WIDTH, ROW, LEFT = 1200, 26, 80
@@ -98,20 +100,20 @@ class Meter:
         """A span between two events of one queue, perhaps the first of a new pass through the blocks."""
         with self._lock:
             self._open.append((lane, block, start, end, new_pass))
-            while self._open and self._device.passed(self._open[0][3]):
+            if len(self._open) > RECENT:
                 self._settle()
 
     def traffic(self) -> Traffic:
         """Everything so far; waits until the device has passed what was queued."""
         with self._lock:
             while self._open:
-                self._device.wait(self._open[0][3])
                 self._settle()
             spans = tuple(sorted(self._spans, key=lambda span: span.end))
             return Traffic(self._moved, self._loads, self._transfer, self._stall, tuple(self._stalls), spans)
 
     def _settle(self) -> None:
         lane, block, begun, ended, new_pass = self._open.popleft()
+        self._device.wait(ended)
         # a wait that a thread began and a device ended may be shorter than the clocks agree
         start = self._device.seconds(begun)
         end = max(start, self._device.seconds(ended))
