@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, OverBudget
 from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
 from zimage_core.memory.plan import Plan
 from zimage_core.memory.planner import make_plan
 from zimage_core.memory.rates import known
-from zimage_core.memory.sizes import COMPONENTS, folder_files, read_sizes
+from zimage_core.memory.sizes import folder_files, read_sizes
 
 CARDS = (4, 6, 8, 12, 16, 24)
 """GiB of GPU memory of common cards, for the table without --vram."""

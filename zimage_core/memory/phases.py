@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, OverBudget, Unsupported
 from zimage_core.files.atomic import write_atomically
 from zimage_core.files.units import in_bytes, parse_bytes
@@ -20,7 +21,7 @@ from zimage_core.memory.device import Ring, device_for
 from zimage_core.memory.plan import Component, Plan
 from zimage_core.memory.planner import RUNTIME, Job, plan_job
 from zimage_core.memory.rates import Rates, known, measure
-from zimage_core.memory.sizes import COMPONENTS, sizes_of
+from zimage_core.memory.sizes import sizes_of
 from zimage_core.memory.stream import Stream
 from zimage_core.memory.traffic import Traffic
 from zimage_core.models.autoencoder import Autoencoder
