@@ -155,7 +155,7 @@ class Ring:
         self.nbytes = max(1 << (nbytes.bit_length() - 1), CHUNKS * ALIGN) if device.staged else 0
         self._chunks: tuple[Tensor, ...] = ()
         self._copied: list[Event] = []
-        self._turn = 0
+        self._next = 0
         self._lock = threading.Lock()  # the reader of a stream and a thread that loads take turns
 
     def fill(self, target: Tensor, read: Callable[[int, Tensor], None]) -> None:
@@ -188,11 +188,11 @@ class Ring:
     def _fill(self, target: Tensor, read: Callable[[int, Tensor], None]) -> None:
         size = len(self._chunks[0])
         for first in range(0, len(target), size):
-            turn, part = self._turn % len(self._chunks), target[first : first + size]
+            turn, part = self._next % len(self._chunks), target[first : first + size]
             if self._copied[turn] is not None:
                 self.device.wait(self._copied[turn])
             host = self._chunks[turn][: len(part)]
             read(first, host)
             self.device.copy(host, part)
             self._copied[turn] = self.device.record("copy")
-            self._turn = turn + 1
+            self._next = turn + 1
