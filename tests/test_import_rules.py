@@ -29,7 +29,7 @@ DOORS: dict[str, set[str]] = {
     "weights": {"config", "files", "formats", "models", "nn", "quant", "text"},
     "memory": {"config", "files", "formats", "models", "nn", "quant", "weights"},
     "run": {"config", "files", "memory", "models", "nn", "quant", "sampling", "text", "weights"},
-    "pipeline": {"config", "memory", "models", "run", "sampling", "text", "weights"},
+    "pipeline": {"config", "files", "memory", "models", "run", "sampling", "text", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {"config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},
     "study": {
@@ -43,10 +43,7 @@ DATA_ONLY = {"errors", "formats", "codebooks", "config", "files", "cli"}
 """Rooms that load the standard library alone; a third party's package waits inside a function."""
 WITH_TENSORS = {"load", "scan"}
 """The files of weights/ that compute; the others read headers, and `zimage inspect` loads them."""
-PLANS = {
-    "__init__", "activations", "budget", "explain", "job", "plan", "rates", "residency", "sizes", "times",
-    "work",
-}  # fmt: skip
+PLANS = {"__init__", "activations", "plan", "planner", "rates", "residency", "sizes"}
 """The files of memory/ that plan, for `zimage plan`; the others move weights."""
 NEVER = {
     "reference": {"torch", "triton"},

@@ -6,6 +6,7 @@ network, so `zimage inspect` starts at once.
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from zimage_core.export.converting import convert_file
     from zimage_core.export.quantizing import quantize_file
     from zimage_core.formats import FORMATS
-    from zimage_core.memory.arena import MemoryPlan
+    from zimage_core.memory.phases import MemoryBudget
     from zimage_core.pipeline import ZImagePipeline
     from zimage_core.quant.dequantize import dequantize
     from zimage_core.quant.tensor import QuantTensor
@@ -46,7 +47,7 @@ __all__ = [
     "BadShape",
     "BadWeights",
     "Busy",
-    "MemoryPlan",
+    "MemoryBudget",
     "NonFinite",
     "OutOfMemory",
     "OverBudget",
@@ -70,7 +71,7 @@ __all__ = [
 
 _HOME = {  # public name -> module; whatever is not here is an error class
     "FORMATS": "formats",
-    "MemoryPlan": "memory.arena",
+    "MemoryBudget": "memory.phases",
     "QuantTensor": "quant.tensor",
     "ZImagePipeline": "pipeline",
     "convert_file": "export.converting",
@@ -86,7 +87,14 @@ _HOME = {  # public name -> module; whatever is not here is an error class
 }
 
 
+_RENAMED = {"MemoryPlan": "MemoryBudget"}
+"""Old public name -> the one to use."""
+
+
 def __getattr__(name: str) -> object:
+    if name in _RENAMED:
+        warnings.warn(f"zimage_core.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        return __getattr__(_RENAMED[name])
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)

@@ -12,8 +12,9 @@ import torch
 
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, Busy, Unsupported
-from zimage_core.memory.budget import read_bytes
-from zimage_core.memory.plan import Plan, make_plan
+from zimage_core.files.units import parse_bytes
+from zimage_core.memory.plan import Plan
+from zimage_core.memory.planner import make_plan
 from zimage_core.memory.rates import Rates
 from zimage_core.memory.sizes import sizes_of
 from zimage_core.models.autoencoder import Autoencoder
@@ -617,8 +618,8 @@ class ZImagePipeline:
             limits.sample_size if height is None else height,
             images,
             caption_tokens,
-            vram=None if vram is None else read_bytes("vram", vram),
-            ram=None if ram is None else read_bytes("ram", ram),
+            vram=None if vram is None else parse_bytes("vram", vram),
+            ram=None if ram is None else parse_bytes("ram", ram),
             rates=rates,
             guidance=limits.guidance > 0 if guidance is None else guidance,
             steps=limits.steps if steps is None else steps,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.files.units import in_bytes, in_seconds
 from zimage_core.formats import FORMATS
-from zimage_core.memory.plan import make_plan
+from zimage_core.memory.planner import make_plan
 from zimage_core.memory.rates import PCIE, Rates
 from zimage_core.memory.sizes import Sizes, sizes_of
 from zimage_core.weights import names

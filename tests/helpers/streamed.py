@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from tests.helpers.model_files import TOY_DIT, encoder_metadata, stored, toy_encoder, write_gguf
-from zimage_core.memory.blocks import in_file, sources_of
-from zimage_core.memory.device import HostBackend
+from zimage_core.memory.attach import maps_of, on_host, stream_model
+from zimage_core.memory.device import Device
 from zimage_core.memory.stream import Stream
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
@@ -29,7 +29,10 @@ TIMEOUT = 120
 def transformer_file(folder: Path, matrix: str = "Q4_K", other: str = "Q8_0") -> Path:
     """A GGUF whose odd layers are stored in another format than the even ones."""
     shapes = names.checkpoint_shapes(names.transformer_table(DIT, "fused"))
-    content, second = stored(shapes, matrix=matrix), stored(shapes, matrix=other, seed=1)
+    content, second = (
+        stored(shapes, matrix=matrix),
+        stored(shapes, matrix=other, seed=1),
+    )
     odd = [name for name in shapes if name.startswith(("layers.1.", "layers.3."))]
     content.tensors |= {name: second.tensors[name] for name in odd}
     return write_gguf(folder / "transformer.gguf", content, {"general.architecture": "lumina2"})
@@ -58,21 +61,26 @@ def encode(model: TextEncoder, ids: tuple[int, ...] = (1, 2, 63, 5)) -> torch.Te
     return model(torch.tensor(ids)).cpu()
 
 
+def streamed(model, resident=(), device="cpu", **options) -> Stream:
+    """The model streamed from the file that it was loaded from."""
+    return stream_model(model, opened_file(model).file, resident, device, **options)
+
+
 def our_threads():
-    return [t.name for t in threading.enumerate() if t.name.startswith(("zimage-feed", "zimage-read"))]
+    return [t.name for t in threading.enumerate() if t.name.startswith(("zimage-stream", "zimage-read"))]
 
 
 def ringed(**options):
     """Through a ring of several chunks a block, as on a GPU."""
-    return {"backend": HostBackend(direct=False), "ring": 1 << 18, **options}
+    return {"through": Device(staged=True), "ring": 1 << 18, **options}
 
 
 def at_home(model):
     """The packed weights of streamed blocks are views of the map again."""
     streamed = model.stream.streamed if isinstance(model.stream, Stream) else range(len(model.blocks))
-    files = sources_of(opened_file(model).file)
+    maps = maps_of(opened_file(model).file)
     return all(
-        in_file(m.weight.packed, files)[0] is not None
+        on_host(m.weight.packed, maps).source is not None
         for i in streamed
         for name, m in model.blocks[i].named_modules()
         if isinstance(getattr(m, "weight", None), QuantTensor) and "adaLN" not in name

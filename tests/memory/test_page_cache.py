@@ -8,18 +8,21 @@ import os
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.streamed import draw, transformer_file
+from tests.helpers.streamed import draw, streamed, transformer_file
 from zimage_core.errors import BadArgument
 from zimage_core.formats import by_name
-from zimage_core.memory import cache
-from zimage_core.memory.attach import stream_model, unstream
-from zimage_core.memory.blocks import Block
+from zimage_core.memory import page_cache
+from zimage_core.memory.attach import unstream
+from zimage_core.memory.device import Device, Ring
+from zimage_core.memory.stream import Block, Segment, Stored
+from zimage_core.memory.traffic import Meter
 from zimage_core.nn.linear import Linear
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights.files import open_weights
@@ -58,7 +61,7 @@ def settled(path):
 
 @given(st.lists(st.integers(0, 100), max_size=40), st.one_of(st.none(), st.integers(0, 3000)))
 def test_what_is_kept_fits_and_nothing_is_dropped_in_vain(sizes, room):
-    dropped = cache.let_go(sizes, room)
+    dropped = page_cache.to_drop(sizes, room)
     kept = sum(size for place, size in enumerate(sizes) if place not in dropped)
     if room is None or sum(sizes) <= room:
         assert not dropped
@@ -68,37 +71,37 @@ def test_what_is_kept_fits_and_nothing_is_dropped_in_vain(sizes, room):
 
 
 def test_dropped_blocks_are_spread():
-    assert cache.let_go([1] * 12, 6) == {1, 3, 5, 7, 9, 11}
-    assert cache.let_go([1] * 4, 0) == {0, 1, 2, 3}
+    assert page_cache.to_drop([1] * 12, 6) == {1, 3, 5, 7, 9, 11}
+    assert page_cache.to_drop([1] * 4, 0) == {0, 1, 2, 3}
 
 
 @linux
 def test_free_memory_of_this_machine():
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < cache.available() <= total
+    assert 0 < page_cache.available() <= total
 
 
 def test_a_control_group_counts_if_it_has_less(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:   500 kB\n")
-    monkeypatch.setattr(cache, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(cache, "_GROUP", tmp_path)
-    assert cache.available() == 500 * 1024
+    monkeypatch.setattr(page_cache, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(page_cache, "_GROUP", tmp_path)
+    assert page_cache.available() == 500 * 1024
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("300000\n")
     (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 50000\nactive_file 20000\n")
-    assert cache.available() == 500 * 1024
+    assert page_cache.available() == 500 * 1024
     (tmp_path / "memory.max").write_text("400000\n")
-    assert cache.available() == 170000
-    monkeypatch.setattr(cache, "_MEMINFO", tmp_path / "none")
-    monkeypatch.setattr(cache, "_GROUP", tmp_path / "none")
-    assert cache.available() is None
+    assert page_cache.available() == 170000
+    monkeypatch.setattr(page_cache, "_MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(page_cache, "_GROUP", tmp_path / "none")
+    assert page_cache.available() is None
 
 
 def test_the_pictures_are_the_same_whatever_is_cached(path):
     want = draw(load_transformer(path))
     for room in (0, 1 << 20, None):
         model = load_transformer(path)
-        with stream_model(model, (), page_cache=room) as stream:
+        with closing(streamed(model, (), page_cache=room)) as stream:
             assert torch.equal(draw(model), want)
             kept = sum(block.payload for block in stream._blocks.values() if block.cached)
             assert room is None or kept <= room
@@ -116,14 +119,14 @@ def test_a_block_that_is_not_kept_leaves_the_page_cache(tmp_path, kept):
     packed = source.tensor(0, nbytes, 1).view(2048, -1)
     linear = Linear(1024, 2048)
     linear.assign(QuantTensor(packed, fmt, (2048, 1024)))
-    block = Block(0, [linear], [(source, packed.data_ptr())], torch.device("cpu"))
-    block.cached = kept
-    into = torch.empty(block.nbytes, dtype=torch.uint8)
-    assert block.read(0, block.nbytes, into) == nbytes
+    stored = Stored(packed.view(-1), source, 0)
+    block = Block(0, [Segment(linear, linear.weight, stored, None, 0)], cached=kept)
+    slot, device = torch.empty(block.nbytes, dtype=torch.uint8), Device()
+    stored.read(0, slot[:nbytes])
     assert cached(path) == 1
-    block.loaded()
+    block.load(Ring(device, 1 << 20), slot, 0.0, Meter(device))
     assert cached(path) == (1 if kept else 0)
-    assert into[:nbytes].numpy().tobytes() == path.read_bytes()
+    assert slot[:nbytes].numpy().tobytes() == path.read_bytes()
 
 
 def end_of_read_ahead():
@@ -136,8 +139,8 @@ def end_of_read_ahead():
 def test_read_ahead_fills_the_page_cache(path):
     with open_weights(settled(path)) as file:
         before = cached(path)
-        cache.ReadAhead(file)
-        end_of_read_ahead()
+        with page_cache.reading_ahead(file):
+            end_of_read_ahead()
         assert before < 0.9, "the header's neighbourhood alone"
         for _ in range(2400):  # the system reads on its own
             if cached(path) > 0.99:
@@ -150,9 +153,9 @@ def test_read_ahead_fills_the_page_cache(path):
 def test_read_ahead_leaves_alone_what_does_not_fit(path, monkeypatch):
     with open_weights(settled(path)) as file:
         before = cached(path)
-        monkeypatch.setattr(cache, "available", lambda: 1000)
-        cache.ReadAhead(file).end()
-        end_of_read_ahead()
+        monkeypatch.setattr(page_cache, "available", lambda: 1000)
+        with page_cache.reading_ahead(file):
+            end_of_read_ahead()
         time.sleep(0.2)
         assert cached(path) == before < 0.9
 
@@ -160,7 +163,7 @@ def test_read_ahead_leaves_alone_what_does_not_fit(path, monkeypatch):
 def test_hints_on_a_closed_file_do_nothing(path):
     with open_weights(path) as file:
         source = file.source_of(next(iter(file.tensors)))
-    source.read_ahead(0, 100)
-    source.let_go(0, 100)
+    source.advise_willneed(0, 100)
+    source.advise_dontneed(0, 100)
     with pytest.raises(BadArgument, match="closed"):
         source.read_at(0, 1)

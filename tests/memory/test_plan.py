@@ -14,8 +14,8 @@ from tests.helpers.tree import ROOT
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import OverBudget
 from zimage_core.memory import residency
-from zimage_core.memory.job import RING, RUNTIME
-from zimage_core.memory.plan import PHASES, make_plan
+from zimage_core.memory.plan import PHASES
+from zimage_core.memory.planner import RING, RUNTIME, make_plan
 from zimage_core.memory.rates import known
 from zimage_core.memory.sizes import Block, Matrix, Part, Sizes, folder_files, read_sizes
 from zimage_core.pipeline import ZImagePipeline
@@ -196,14 +196,14 @@ def test_the_embedded_model_weighs_what_it_weighs_when_loaded():
 
 
 def test_what_is_streamed_is_what_the_stream_streams():
-    """The blocks of the plan against those that `memory.blocks` makes of the loaded model."""
+    """The blocks of the plan against those that `memory.attach` makes of the loaded model."""
     import torch
 
-    from zimage_core.memory.blocks import describe
+    from zimage_core.memory.attach import blocks_of, maps_of
     from zimage_core.weights.load import opened_file
 
     pipe = ZImagePipeline.from_default(dtype="bfloat16")
     sizes = read_sizes(folder_files(ROOT / "zimage_core" / "assets" / "nano"))
     for part, model in ((sizes.transformer, pipe.transformer), (sizes.text_encoder, pipe.text_encoder)):
-        found = describe(model.blocks, opened_file(model).file, torch.device("cpu"))
+        found = blocks_of(model.blocks, maps_of(opened_file(model).file), torch.device("cpu"))
         assert [block.payload for block in found] == [block.nbytes for block in part.blocks]

@@ -15,29 +15,13 @@ from tests.helpers.model_headers import card_table, full_size, plain, q3_k_s, q4
 from tests.helpers.tree import ROOT
 from zimage_core.config import AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, OverBudget, Unsupported
-from zimage_core.memory import work
+from zimage_core.files.units import parse_bytes
 from zimage_core.memory.activations import collected_bytes
-from zimage_core.memory.budget import read_bytes
-from zimage_core.memory.job import LEAST_RING, RING, RUNTIME, Job
-from zimage_core.memory.plan import make_plan
-from zimage_core.memory.rates import PCIE, Rates, known, measure
-from zimage_core.memory.sizes import COMPONENTS
+from zimage_core.memory.planner import LEAST_RING, RING, RUNTIME, Job, make_plan
+from zimage_core.memory.rates import PCIE, known, measure, step_flops
 
 GIB = 1 << 30
 Q4_K_M, Q3_K_S = full_size(q4_k_m), full_size(q3_k_s)
-
-# hand arithmetic for common cards: dense 16-bit peak in TFLOP/s, seconds of compute at 70 % of it,
-# link, seconds to move each quantisation once
-CARDS = {
-    "RTX 2060": (25.8, 3.13, PCIE[3], (0.24, 0.30, 0.41, 0.53, 1.00)),
-    "RTX 3060": (25.5, 3.17, PCIE[4], (0.12, 0.15, 0.20, 0.26, 0.49)),
-    "RTX 4060": (30.2, 2.68, PCIE[3], (0.23, 0.30, 0.40, 0.53, 0.98)),
-    "RTX 4070": (58.3, 1.39, PCIE[4], (0.12, 0.15, 0.20, 0.26, 0.49)),
-    "RTX 4090": (165, 0.49, PCIE[4], (0.12, 0.15, 0.20, 0.26, 0.49)),
-    "A100": (312, 0.26, PCIE[4], (0.12, 0.15, 0.20, 0.26, 0.49)),
-    "H100": (989, 0.08, PCIE[5], (0.06, 0.07, 0.10, 0.13, 0.24)),
-}
-FILES = (2.9e9, 3.68e9, 5.0e9, 6.58e9, 12.3e9)
 
 
 def test_a_pipeline_without_files_has_no_headers():
@@ -45,27 +29,16 @@ def test_a_pipeline_without_files_has_no_headers():
         tiny.pipeline().plan(vram="1GiB")
 
 
-@pytest.mark.parametrize("card", CARDS)
-def test_the_published_arithmetic_comes_out(card):
-    peak, compute, link, transfers = CARDS[card]
-    flops = work.step_flops(TransformerConfig(), 128, 128, 128)
-    assert flops / (0.7 * peak * 1e12) == pytest.approx(compute, rel=0.05)
-    for nbytes, seconds in zip(FILES, transfers, strict=True):
-        assert nbytes / link == pytest.approx(seconds, rel=0.05, abs=0.005)
-    # a bandwidth without end leaves the products alone, as that table does
-    rates = Rates(0.7 * peak * 1e12, peak * 1e12, 1e18, link, link)
-    plan = make_plan(Q3_K_S, 1024, 1024, vram=make_plan(Q3_K_S, 1024, 1024).floor, rates=rates)
-    assert plan.times.compute == pytest.approx(compute, rel=0.05)
+def test_what_is_streamed_at_the_least_budget_goes_over_the_link():
+    plan = make_plan(Q3_K_S, 1024, 1024, vram=make_plan(Q3_K_S, 1024, 1024).floor)
     streamed = plan.component("transformer").each_step
-    assert plan.times.transfer == pytest.approx(streamed / link)
+    assert plan.times.transfer == pytest.approx(streamed / PCIE[4])
     assert 0.88 < streamed / Q3_K_S.transformer.nbytes < 1, "context refiner and adaptive norms stay"
 
 
 def test_the_published_operations_come_out():
     for px, tera in {512: 13.7, 768: 30.4, 1024: 56.6, 1536: 149, 2048: 321}.items():
-        assert work.step_flops(TransformerConfig(), px // 8, px // 8, 128) == pytest.approx(
-            tera * 1e12, rel=0.01
-        )
+        assert step_flops(TransformerConfig(), px // 8, px // 8, 128) == pytest.approx(tera * 1e12, rel=0.01)
 
 
 @pytest.mark.parametrize(("rule", "most"), [(q4_k_m, 1.4e9), (q3_k_s, 0.8e9), (plain("Q8_0"), 1.1e9)])
@@ -167,7 +140,7 @@ def test_a_wrong_number_is_named(change, words):
     ],
 )  # fmt: skip
 def test_bytes_as_people_write_them(text, count):
-    assert read_bytes("vram", text) == count
+    assert parse_bytes("vram", text) == count
 
 
 @pytest.mark.parametrize(
@@ -175,13 +148,13 @@ def test_bytes_as_people_write_them(text, count):
 )
 def test_bytes_that_are_none(text):
     with pytest.raises(BadArgument, match="wanted bytes"):
-        read_bytes("vram", text)
+        parse_bytes("vram", text)
 
 
 @given(st.text(max_size=20))
 def test_no_text_does_more_than_be_refused(text):
     with contextlib.suppress(BadArgument):
-        assert 1 <= read_bytes("vram", text) <= 1 << 50
+        assert 1 <= parse_bytes("vram", text) <= 1 << 50
 
 
 def test_rates_are_known_or_measured():
@@ -198,6 +171,5 @@ def test_rates_are_known_or_measured():
 
 def test_a_plan_is_made_quickly_enough_to_be_asked_for_often():
     """Bounded by the ways that it tries, not by time: machines are busy."""
-    job = Job(Q4_K_M, 1024, 1024, 1, 128, False, 8, known("sm_86"))
+    job = Job(Q4_K_M, 1024, 1024)
     assert len(job.ways()) < 20
-    assert COMPONENTS == ("transformer", "text_encoder", "vae")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 import warnings
+from contextlib import closing
 
 import pytest
 import torch
@@ -17,11 +17,12 @@ from tests.helpers.streamed import (
     encode,
     our_threads,
     ringed,
+    streamed,
     transformer_file,
 )
 from tests.helpers.tree import ROOT
-from zimage_core.memory.attach import stream_model, unstream
-from zimage_core.memory.device import HostBackend
+from zimage_core.memory.attach import unstream
+from zimage_core.memory.device import Device
 from zimage_core.models.block_source import RESIDENT
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.quant import dispatch
@@ -37,7 +38,7 @@ SETS = [(), (0,), (1, 4), (0, 1, 2, 3, 4, 5)]
 @pytest.mark.parametrize("resident", SETS, ids=str)
 def test_streamed_is_resident_to_the_bit(dit, single, resident, slots):
     for options in ({}, ringed()):
-        stream = stream_model(dit, resident, slots=slots, **options)
+        stream = streamed(dit, resident, slots=slots, **options)
         assert stream.streamed == tuple(i for i in range(BLOCKS) if i not in resident)
         assert torch.equal(draw(dit), single)
         assert torch.equal(draw(dit), single)
@@ -51,7 +52,7 @@ def test_streamed_is_resident_to_the_bit(dit, single, resident, slots):
 def test_a_text_encoder_streams_too(encoder_path, resident, wrap):
     model = load_text_encoder(encoder_path)
     want, other = encode(model), encode(model, (7, 7))
-    with stream_model(model, resident, wrap=wrap, **ringed(slots=2)) as stream:
+    with closing(streamed(model, resident, wrap=wrap, **ringed(slots=2))) as stream:
         for _ in range(2):
             assert torch.equal(encode(model), want)
             assert torch.equal(encode(model, (7, 7)), other)
@@ -66,7 +67,7 @@ def test_other_formats_and_dtypes(tmp_path, matrix, dtype):
     path = transformer_file(tmp_path, matrix, "Q6_K")
     want = draw(load_transformer(path, dtype))
     model = load_transformer(path, dtype)
-    with stream_model(model, (), **ringed(slots=2)) as stream:
+    with closing(streamed(model, (), **ringed(slots=2))) as stream:
         assert stream.streamed == (*range(7),)
         assert torch.equal(draw(model), want)
 
@@ -78,7 +79,7 @@ def test_the_context_refiner_comes_for_each_caption_and_goes(dit_path, wanted, m
     seen = []
     for block in model.context_refiner:
         block.register_forward_hook(lambda module, *_: seen.append(place_of(module)))
-    with stream_model(model, (), refiner_stays=False, **ringed()):
+    with closing(streamed(model, (), refiner_stays=False, **ringed())):
         assert torch.equal(draw(model, images=2), wanted)
         assert len(seen) >= DIT.n_refiner_layers
         home = {place_of(block) for block in model.context_refiner}
@@ -104,53 +105,72 @@ def test_fp8_scales_go_with_their_weights(tmp_path):
     model = load_transformer(write_safetensors(tmp_path / "x.safetensors", content))
     assert model.layers[0].feed_forward.w1.weight.scale is not None
     want = draw(model)
-    with stream_model(model, (), **ringed(slots=2)):
+    with closing(streamed(model, (), **ringed(slots=2))):
         assert torch.equal(draw(model), want)
 
 
 def test_weights_in_memory_stream_too(dit_path, wanted):
     model = load_transformer(dit_path, mmap=False)
-    with stream_model(model, (2,), **ringed()) as stream:
+    with closing(streamed(model, (2,), **ringed())) as stream:
         assert torch.equal(draw(model, images=2), wanted)
-        assert all(s.source is None for b in stream._blocks.values() for s in b.segments)
+        assert all(s.stored.source is None for b in stream._blocks.values() for s in b.segments)
 
 
-def test_every_byte_moves_once_a_step_and_the_memory_is_what_was_said(dit):
-    backend = HostBackend(direct=False)
-    stream = stream_model(dit, (3,), slots=2, ring=1 << 18, backend=backend)
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_every_byte_moves_once_a_step_and_the_memory_is_what_was_said(dit, slots, monkeypatch):
+    device, allocated = Device(staged=True), []
+    real = device.memory
+    monkeypatch.setattr(device, "memory", lambda n: (allocated.append(n), real(n))[1])
+    stream = streamed(dit, (3,), slots=slots, ring=1 << 18, through=device)
     sizes = {i: stream._blocks[i].payload for i in stream.streamed}
-    step = sum(sizes.values())
     draw(dit, steps=4, images=2)
-    wait_for_rest(stream)
+    for load in stream._loads:
+        load.copied.result(TIMEOUT)
     traffic = stream.traffic()
-    ahead = sum(sizes[i] for i in stream.streamed[:2])
-    assert traffic.bytes_moved == 8 * step + ahead
     moved = [s.block for s in traffic.timeline if s.lane == "copy"]
-    assert moved == [stream.streamed[k % 6] for k in range(8 * 6 + 2)]
-    assert stream.device_bytes == 2 * max(b.nbytes for b in stream._blocks.values())
-    assert stream.host_bytes == 1 << 18
-    assert backend.allocated == stream.device_bytes + stream.host_bytes
+    assert moved == [stream.streamed[k % 6] for k in range(8 * 6 + slots)]
+    assert traffic.bytes_moved == sum(sizes[i] for i in moved)
+    largest = max(b.nbytes for b in stream._blocks.values())
+    assert stream.device_bytes == slots * largest
+    assert allocated.count(largest) == slots, "slots"
+    assert allocated.count(1 << 18) == 1, "the ring"
     assert len(traffic.step_stalls) == 8
     assert sum(traffic.step_stalls) == pytest.approx(traffic.stall_seconds)
     assert 0 <= traffic.overlap <= 1
     assert traffic.rate == traffic.bytes_moved / traffic.transfer_seconds > 0
     assert {s.lane for s in traffic.timeline} == {"read", "copy", "stall", "compute"}
     assert all(s.start <= s.end for s in traffic.timeline)
-    assert stream.traffic(clear=True).loads == 50
+    assert stream.traffic(clear=True).loads == 48 + slots
     assert stream.traffic().loads == 0
     assert stream.traffic().overlap == 1
 
 
-def wait_for_rest(stream):
-    """Until every slot is full."""
-    deadline = time.monotonic() + TIMEOUT
-    while any(s.value != "ready" for s in stream._feeder.schedule.states):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+def test_a_network_that_runs_once_is_not_read_again(encoder_path):
+    model = load_text_encoder(encoder_path)
+    with closing(streamed(model, (), slots=2)) as stream:
+        encode(model)
+        assert stream.traffic().loads == len(stream.streamed)
+        assert not stream._loads
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 4])
+def test_while_a_block_computes_the_next_ones_are_read(dit, slots):
+    """So a step takes the longer of computation and transfer; with one slot nothing overlaps."""
+    stream = streamed(dit, (2,), **ringed(slots=slots))
+    order = [i for i in range(BLOCKS) if i != 2] * 3
+    for place, index in enumerate(order[: 2 * 6]):
+        with stream.block(index):
+            ahead = list(stream._loads)
+            assert [load.index for load in ahead] == order[place + 1 : place + slots]
+            for load in ahead:
+                load.copied.result(TIMEOUT)
+            held = [load.slot for load in (*ahead, stream._held)]
+            assert len(set(held)) == slots, "no slot is read into that is in use"
+    assert stream.traffic().loads >= 2 * 6 + slots - 1
 
 
 def test_blocks_in_any_order(dit):
-    stream = stream_model(dit, (5,), **ringed(slots=3))
+    stream = streamed(dit, (5,), **ringed(slots=3))
     generator = torch.Generator().manual_seed(0)
     home = {i: [s.home.packed.clone() for s in stream._blocks[i].segments] for i in stream.streamed}
     for index in torch.randint(0, BLOCKS, (200,), generator=generator).tolist():
@@ -167,7 +187,7 @@ def test_blocks_in_any_order(dit):
 
 def test_two_models_and_two_threads_at_once(dit_path, wanted):
     models = [load_transformer(dit_path) for _ in range(2)]
-    streams = [stream_model(model, (k,), **ringed(slots=2)) for k, model in enumerate(models)]
+    streams = [streamed(model, (k,), **ringed(slots=2)) for k, model in enumerate(models)]
     results = run_in_threads([lambda m=m: draw(m, images=2) for m in models])
     assert all(torch.equal(r, wanted) for r in results)
     for stream in streams:
@@ -175,7 +195,7 @@ def test_two_models_and_two_threads_at_once(dit_path, wanted):
 
 
 def test_two_threads_in_one_model_take_turns(dit, wanted):
-    stream_model(dit, (), **ringed(slots=2))
+    streamed(dit, (), **ringed(slots=2))
     results = run_in_threads([lambda: draw(dit, images=2)] * 2)
     assert all(torch.equal(r, wanted) for r in results)
 
@@ -196,7 +216,7 @@ def test_two_whole_pipelines_at_once_with_guidance_and_a_batch():
     want = run(pipes[0])
     for pipe in pipes:
         for model in (pipe.transformer, pipe.text_encoder):
-            stream_model(model, (1,), **ringed(slots=2))
+            streamed(model, (1,), **ringed(slots=2))
     results = run_in_threads([lambda p=p: run(p) for p in pipes])
     assert all(torch.equal(r, want) for r in results)
     for pipe in pipes:
@@ -223,13 +243,10 @@ def run_in_threads(jobs):
 
 
 def test_all_resident_needs_no_thread(dit, wanted):
-    stream = stream_model(dit, range(BLOCKS))
-    stream.prefetch()
+    stream = streamed(dit, range(BLOCKS))
     assert torch.equal(draw(dit, images=2), wanted)
-    assert (stream.device_bytes, stream.host_bytes, stream.streamed) == (0, 0, ())
+    assert (stream.device_bytes, stream.streamed) == (0, ())
     assert not our_threads()
-    stream.park()
-    stream.close()
 
 
 def test_the_seam_of_a_resident_model_compiles_without_a_break():
@@ -259,14 +276,12 @@ def test_on_a_gpu_streamed_is_resident_to_the_bit(dit_path, resident, slots):
         patch.setattr(dispatch, "MODE", "dequantise")
         want = draw(load_transformer(dit_path, dtype, "cuda"), images=2)
         model = load_transformer(dit_path, dtype)
-        stream = stream_model(model, resident, "cuda", slots=slots, ring=1 << 18)
+        stream = streamed(model, resident, "cuda", slots=slots, ring=1 << 18)
         for _ in range(3):
             assert torch.equal(draw(model, images=2), want)
         traffic = stream.traffic()
         assert traffic.loads >= 18 * len(stream.streamed)
         assert 0 <= traffic.overlap <= 1
-        stream.park()
-        assert torch.equal(draw(model, images=2), want)
         unstream(model)
     assert at_home(model)
     assert model.device.type == "cpu"
@@ -276,6 +291,6 @@ def test_on_a_gpu_streamed_is_resident_to_the_bit(dit_path, resident, slots):
 def test_on_a_gpu_a_text_encoder_streams(encoder_path):
     want = encode(load_text_encoder(encoder_path, torch.bfloat16, "cuda"))
     model = load_text_encoder(encoder_path, torch.bfloat16)
-    with stream_model(model, (1,), "cuda", slots=2):
+    with closing(streamed(model, (1,), "cuda", slots=2)):
         for _ in range(3):
             assert torch.equal(encode(model), want)

@@ -8,21 +8,22 @@ import os
 import signal
 import threading
 import weakref
+from contextlib import closing
 
 import pytest
 import torch
 
-from tests.helpers.streamed import TIMEOUT, at_home, draw, our_threads, ringed, transformer_file
+from tests.helpers.streamed import TIMEOUT, at_home, draw, our_threads, ringed, streamed, transformer_file
 from zimage_core.errors import BadArgument, BadFile, Unsupported
-from zimage_core.memory.attach import stream_model, unstream
-from zimage_core.memory.device import HostBackend, backend_for
+from zimage_core.memory.attach import unstream
+from zimage_core.memory.device import Device, device_for
 from zimage_core.weights.load import load_transformer
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 def test_a_run_broken_off_anywhere_leaves_a_stream_that_works(dit, wanted):
-    stream = stream_model(dit, (2,), **ringed(slots=2))
+    stream = streamed(dit, (2,), **ringed(slots=2))
     for place in (0, 1, 3, 6):
         original = type(dit.blocks[place]).forward
 
@@ -41,7 +42,7 @@ def test_a_run_broken_off_anywhere_leaves_a_stream_that_works(dit, wanted):
 
 
 def test_ctrl_c_while_a_block_is_awaited(dit, wanted, monkeypatch, interruptible):
-    stream = stream_model(dit, (), **ringed(slots=2))
+    stream = streamed(dit, (), **ringed(slots=2))
     stuck, real = threading.Event(), os.preadv
 
     def preadv(*arguments):
@@ -49,7 +50,6 @@ def test_ctrl_c_while_a_block_is_awaited(dit, wanted, monkeypatch, interruptible
         return real(*arguments)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    stream.prefetch()  # so that it is the read that takes long
     interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
 
     def interrupted():
@@ -65,46 +65,55 @@ def test_ctrl_c_while_a_block_is_awaited(dit, wanted, monkeypatch, interruptible
     assert not stream.closed
 
 
-def test_ctrl_c_while_threads_are_started(dit, wanted, monkeypatch):
-    stream = stream_model(dit, (), slots=2)
+def test_ctrl_c_while_the_thread_is_started(dit, wanted, monkeypatch):
+    streamed(dit, (), slots=2)
     real = threading.Thread.start
-    for place in range(4):
-        count = [0]
 
-        def start(thread, place=place, count=count):
-            if thread.name.startswith(("zimage-feed", "zimage-read")):
-                count[0] += 1
-                if count[0] > place:
-                    raise KeyboardInterrupt
-            real(thread)
+    def start(thread):
+        if thread.name.startswith("zimage-stream"):
+            raise KeyboardInterrupt
+        real(thread)
 
-        monkeypatch.setattr(threading.Thread, "start", start)
-        with pytest.raises(KeyboardInterrupt):
-            draw(dit)
-        monkeypatch.undo()
-        assert torch.equal(draw(dit, images=2), wanted)
-        stream.park()
-
-
-def test_a_block_that_was_never_released_is_taken_back(dit, wanted):
-    """As if an interrupt came between acquire and the block."""
-    stream = stream_model(dit, (), slots=2)
-    for index in (4, 1, 1):
-        stream.acquire(index)
-    stream.release(4)  # not held: nothing happens
-    assert stream._held == 1
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        draw(dit)
+    monkeypatch.undo()
     assert torch.equal(draw(dit, images=2), wanted)
-    stream.acquire(3)
-    stream.park()
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_block_that_was_never_released_is_taken_back(dit, wanted, slots):
+    """As if an interrupt came between the stream and the block, after any number of blocks."""
+    stream = streamed(dit, (), slots=slots)
+    for index in (4, 1, 1):
+        left = stream._acquire(index)
+    assert stream._held is left
+    assert torch.equal(draw(dit, images=2), wanted)
+    with stream.block(2):
+        left = stream._acquire(3)
+    assert stream._held is left, "it is not the block that ends"
+    stream.close()
     assert at_home(dit)
 
 
-@pytest.mark.parametrize("direct", [True, False])
+def test_a_thread_that_waits_gets_its_turn_after_an_interrupt(dit, single):
+    """The thread that was interrupted gives its block up when it asks for the next one."""
+    stream = streamed(dit, (), slots=2)
+    stream._acquire(3)
+    results = []
+    other = threading.Thread(target=lambda: results.append(draw(dit)))
+    other.start()
+    assert torch.equal(draw(dit), single)
+    other.join(TIMEOUT)
+    assert torch.equal(results[0], single)
+
+
+@pytest.mark.parametrize("staged", [True, False])
 @pytest.mark.parametrize("change", ["cut", "grown", "touched"])
-def test_a_file_that_changes_meanwhile_is_an_error_with_its_name(tmp_path, change, direct):
+def test_a_file_that_changes_meanwhile_is_an_error_with_its_name(tmp_path, change, staged):
     path = transformer_file(tmp_path)
     model = load_transformer(path)
-    stream = stream_model(model, (), slots=2, backend=HostBackend(direct))
+    stream = streamed(model, (), slots=2, through=Device(staged))
     draw(model, steps=1)
     if change == "cut":
         os.truncate(path, path.stat().st_size // 2)
@@ -125,7 +134,7 @@ def test_a_replaced_file_is_read_to_the_end(tmp_path):
     path = transformer_file(tmp_path)
     model = load_transformer(path)
     want = draw(model)
-    with stream_model(model, (), slots=2):
+    with closing(streamed(model, (), slots=2)):
         other = tmp_path / "new"
         other.write_bytes(b"something else")
         other.replace(path)
@@ -134,7 +143,7 @@ def test_a_replaced_file_is_read_to_the_end(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.ESTALE])
 def test_a_read_error_surfaces_where_the_block_is_asked_for(dit, monkeypatch, code):
-    stream = stream_model(dit, (), **ringed(slots=2))
+    stream = streamed(dit, (), **ringed(slots=2))
     real, count = os.preadv, [0]
 
     def preadv(*arguments):
@@ -151,57 +160,57 @@ def test_a_read_error_surfaces_where_the_block_is_asked_for(dit, monkeypatch, co
     assert at_home(dit)
     monkeypatch.undo()
     unstream(dit)
-    with stream_model(dit, ()):
+    with closing(streamed(dit, ())):
         draw(dit)
 
 
 def test_a_fault_that_is_no_read_error_surfaces_as_it_is(dit):
-    backend = HostBackend(direct=False)
-    stream = stream_model(dit, (), backend=backend, slots=2)
-    backend.copy = lambda host, slot: (_ for _ in ()).throw(RuntimeError("CUDA error"))
+    device = Device(staged=True)
+    stream = streamed(dit, (), through=device, slots=2)
+    device.copy = lambda host, slot: (_ for _ in ()).throw(RuntimeError("CUDA error"))
     with pytest.raises(RuntimeError, match="CUDA error"):
         draw(dit)
     assert stream.closed
 
 
-@pytest.mark.parametrize("what", ["slot", "ring"])
-def test_no_memory_for_slots_leaves_nothing_behind(dit, wanted, what):
-    backend = HostBackend(direct=False)
-    stream = stream_model(dit, (), backend=backend, slots=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, what, lambda n: (_ for _ in ()).throw(MemoryError))
+def test_no_memory_leaves_nothing_behind(dit, single):
+    device = Device(staged=True)
+    for enough in range(5):
+        left = [enough]
+
+        def memory(nbytes, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise MemoryError
+            return Device.memory(device, nbytes)
+
+        device.memory = memory
         with pytest.raises(MemoryError):
-            draw(dit)
-    assert not our_threads()
-    assert torch.equal(draw(dit, images=2), wanted)  # there is some now
-    assert not stream.closed
+            streamed(dit, (), through=device, slots=2)
+        assert at_home(dit)
+        assert torch.equal(draw(dit), single)
+    del device.memory  # there is enough now
+    with closing(streamed(dit, (), through=device, slots=2)):
+        assert torch.equal(draw(dit), single)
 
 
-def test_memory_and_threads_come_at_first_use_and_go_with_park_and_close(dit, wanted):
-    backend = HostBackend()
-    stream = stream_model(dit, (), slots=2, backend=backend)
+def test_after_the_end_it_says_so(dit, wanted):
+    stream = streamed(dit, (), slots=2)
+    assert torch.equal(draw(dit, images=2), wanted)
+    assert len(our_threads()) == 1
+    stream.close()
+    stream.close()
     assert not our_threads()
-    assert backend.allocated == 0
-    for round_ in range(3):
-        stream.prefetch()
-        assert len(our_threads()) == 4
-        assert torch.equal(draw(dit, images=2), wanted)
-        stream.park()
-        assert not our_threads()
-        assert stream._feeder.life is None
-        assert not any(b._views for b in stream._blocks.values())
-        assert backend.allocated == (round_ + 1) * stream.device_bytes
-    assert "parked" in repr(stream)
-    stream.close()
-    stream.close()
-    for use in (stream.prefetch, lambda: stream.acquire(0), lambda: draw(dit)):
-        with pytest.raises(BadArgument, match="it was closed"):
-            use()
+    assert not stream._slots
+    assert not stream._views
+    with pytest.raises(BadArgument, match="it was closed"):
+        draw(dit)
     assert stream.traffic().loads > 0
+    assert at_home(dit)
 
 
 def test_closed_in_the_middle_by_another_thread(dit):
-    stream = stream_model(dit, (), **ringed(slots=2))
+    stream = streamed(dit, (), **ringed(slots=2))
     closer = threading.Timer(0.05, stream.close)
     closer.start()
     with pytest.raises(BadArgument, match="it was closed"):
@@ -212,7 +221,7 @@ def test_closed_in_the_middle_by_another_thread(dit):
 
 def test_a_forgotten_stream_ends_its_threads(dit_path):
     model = load_transformer(dit_path)
-    stream = weakref.ref(stream_model(model, (), **ringed()))
+    stream = weakref.ref(streamed(model, (), **ringed()))
     draw(model)
     assert our_threads()
     del model
@@ -226,10 +235,10 @@ def test_a_process_ends_with_a_stream_that_was_never_closed(dit_path):
     import sys
 
     code = (
-        "import sys, torch\nfrom tests.helpers.streamed import draw\n"
+        "import sys, torch\nfrom tests.helpers.streamed import draw, streamed\n"
         "from zimage_core.memory.attach import stream_model\n"
         "from zimage_core.weights.load import load_transformer\n"
-        "model = load_transformer(sys.argv[1]); stream_model(model); draw(model); print('done')\n"
+        "model = load_transformer(sys.argv[1]); streamed(model); draw(model); print('done')\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, str(dit_path)],
@@ -242,23 +251,23 @@ def test_a_process_ends_with_a_stream_that_was_never_closed(dit_path):
 
 
 def test_arguments_out_of_range(dit):
-    for options in ({"slots": 0}, {"ring": 0}, {"readers": 0}, {"readers": 7}):
-        with pytest.raises(BadArgument, match="wanted 1 slot or more"):
-            stream_model(dit, **options)
+    for options, words in (({"slots": 0}, "wanted 1 slot or more"), ({"ring": 0}, "wanted 1 byte or more")):
+        with pytest.raises(BadArgument, match=words):
+            streamed(dit, **options)
     with pytest.raises(BadArgument, match="resident names block 7, blocks are 0 to 6"):
-        stream_model(dit, (7,))
+        streamed(dit, (7,))
     with pytest.raises(Unsupported, match="cannot be streamed to meta"):
-        backend_for("meta")
-    stream_model(dit)
+        device_for("meta")
+    streamed(dit)
     with pytest.raises(BadArgument, match="streamed already"):
-        stream_model(dit)
+        streamed(dit)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_cut_file_is_an_error(tmp_path):
     path = transformer_file(tmp_path)
     model = load_transformer(path, torch.bfloat16)
-    stream = stream_model(model, (), "cuda", slots=2)
+    stream = streamed(model, (), "cuda", slots=2)
     draw(model, steps=1)
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(BadFile, match="changed while in use"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from zimage_core.memory import timeline
+from zimage_core.memory import traffic as timeline
 from zimage_core.memory.traffic import Span, Traffic
 
 

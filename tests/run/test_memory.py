@@ -8,11 +8,12 @@ import warnings
 import pytest
 import torch
 
+import zimage_core
 from tests.helpers import tiny
 from zimage_core.errors import BadArgument, BadFile, OverBudget, Unsupported
-from zimage_core.memory import arena
-from zimage_core.memory.arena import MemoryPlan
-from zimage_core.memory.job import RUNTIME
+from zimage_core.memory import phases
+from zimage_core.memory.phases import MemoryBudget
+from zimage_core.memory.planner import RUNTIME
 from zimage_core.models.block_source import RESIDENT
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.quant import dispatch
@@ -35,7 +36,7 @@ def open_with(ram):
 
 
 def feeders():
-    return [t.name for t in threading.enumerate() if t.name.startswith(("zimage-feed", "zimage-read"))]
+    return [t.name for t in threading.enumerate() if t.name.startswith(("zimage-stream", "zimage-read"))]
 
 
 def least_ram() -> int:
@@ -44,7 +45,9 @@ def least_ram() -> int:
     while high - low > MIB // 4:
         middle = (low + high) // 2
         try:
-            open_with(middle)._placement.memory.begin(64, 48, 1, 40, False, 2)
+            open_with(middle)._placement.memory.begin(
+                width=64, height=48, images=1, caption_tokens=40, guidance=False, steps=2
+            )
             high = middle
         except OverBudget:
             low = middle
@@ -119,24 +122,24 @@ def test_each_report_is_of_its_own_run():
 
 def test_tiles_end_with_the_budget():
     pipe = open_with("2GiB")
-    pipe._placement.memory.budget = MemoryPlan(ram=least_ram())
+    pipe._placement.memory.budget = MemoryBudget(ram=least_ram())
     draw(pipe)
     pipe.limit_memory()
     assert pipe.vae.tile is None
 
 
-def test_only_the_decoder_is_brought(monkeypatch):
+def test_only_the_decoder_is_loaded(monkeypatch):
     """The encoder of the VAE has no part in a run, and the plan does not count it."""
-    pipe, brought = open_with("2GiB"), []
-    real = arena.bring
+    pipe, loaded = open_with("2GiB"), []
+    real = phases.load
 
-    def bring(module, *rest):
-        brought.append(module)
-        real(module, *rest)
+    def load(module, *rest):
+        loaded.append(module)
+        return real(module, *rest)
 
-    monkeypatch.setattr(arena, "bring", bring)
+    monkeypatch.setattr(phases, "load", load)
     draw(pipe)
-    assert brought == [pipe.vae.decoder]
+    assert loaded == [pipe.vae.decoder]
 
 
 @pytest.mark.parametrize("change", [lambda p: p.dequantize_weights(1 << 30), lambda p: p.to(torch.bfloat16)])
@@ -182,10 +185,16 @@ def test_a_budget_needs_files():
         tiny.pipeline().limit_memory(ram="2GiB")
 
 
+def test_the_old_name_of_the_budget_warns():
+    with pytest.warns(DeprecationWarning, match="MemoryPlan is now MemoryBudget"):
+        old = zimage_core.MemoryPlan
+    assert old is zimage_core.MemoryBudget is MemoryBudget
+
+
 @pytest.mark.parametrize("amount", ["6 gigs", -1, 0, "", True])
 def test_an_amount_that_is_none_is_refused(amount):
     with pytest.raises(BadArgument):
-        MemoryPlan(vram=amount)
+        MemoryBudget(vram=amount)
 
 
 @pytest.mark.gpu

@@ -7,8 +7,7 @@ import sys
 from typing import Any
 
 from zimage_core.cli.progress import Work
-from zimage_core.files.units import in_bytes
-from zimage_core.memory.budget import read_bytes
+from zimage_core.files.units import in_bytes, parse_bytes
 
 EPILOG = """examples:
   zimage convert Z-Image-Turbo/ turbo.safetensors              diffusers folder -> one file for ComfyUI
@@ -53,7 +52,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print one line about the file or folder."""
-    shard_bytes = read_bytes("--shard-size", args.shard_size)
+    shard_bytes = parse_bytes("--shard-size", args.shard_size)
     from zimage_core.export.converting import convert_file
 
     progress = Work(args.quiet)

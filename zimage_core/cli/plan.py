@@ -5,20 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zimage_core.cli import plan_picture
+from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, OverBudget
-from zimage_core.memory.budget import read_bytes
-from zimage_core.memory.plan import Plan, make_plan
+from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
+from zimage_core.memory.plan import Plan
+from zimage_core.memory.planner import make_plan
 from zimage_core.memory.rates import known
-from zimage_core.memory.sizes import COMPONENTS, folder_files, read_sizes
+from zimage_core.memory.sizes import folder_files, read_sizes
 
 CARDS = (4, 6, 8, 12, 16, 24)
 """GiB of GPU memory of common cards, for the table without --vram."""
 EMBEDDED = Path(__file__).parent.parent / "assets" / "nano"
 MOST_SIDE, MOST = 8192, 1024
+SIGNS, ASCII = "█▓▒░·", "#=+-."
+"""Weights, slots, activations, the rest (scratch, planes, workspace), free."""
+WIDTH = 50
+"""Characters of a bar."""
 
 
 def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -60,8 +66,8 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one plan, or a line for each common card."""
-    vram = None if args.vram is None else read_bytes("--vram", args.vram)
-    ram = None if args.ram is None else read_bytes("--ram", args.ram)
+    vram = None if args.vram is None else parse_bytes("--vram", args.vram)
+    ram = None if args.ram is None else parse_bytes("--ram", args.ram)
     limits = {"count": MOST, "caption": MOST, "steps": MOST, "width": MOST_SIDE, "height": MOST_SIDE}
     for name, most in limits.items():
         if not 1 <= getattr(args, name) <= most:
@@ -80,9 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     if vram is not None:
         found = plan(vram)
-        text = json.dumps(found.to_json(), indent=2)
-        shown = text if args.json else "\n".join(plan_picture.lines(found, _blocks(sys.stdout)))
-        sys.stdout.write(shown + "\n")
+        _write(found.to_json() if args.json else _lines(found, SIGNS if _shows(sys.stdout, SIGNS) else ASCII))
         return 0
     cards: dict[str, Plan | str] = {}
     for name, budget in (*((f"{gib} GiB", gib << 30) for gib in CARDS), ("no limit", None)):
@@ -91,11 +95,16 @@ def run(args: argparse.Namespace) -> int:
         except OverBudget as error:
             cards[name] = str(error)
     if args.json:
-        data = {k: v if isinstance(v, str) else v.to_json() for k, v in cards.items()}
-        sys.stdout.write(json.dumps(data, indent=2) + "\n")
+        _write({name: found if isinstance(found, str) else found.to_json() for name, found in cards.items()})
     else:
-        sys.stdout.write("\n".join(plan_picture.cards(cards)) + "\n")
+        _write(_cards(cards))
     return 0
+
+
+def _write(found: dict[str, Any] | list[str]) -> None:
+    """Print JSON, or lines."""
+    text = json.dumps(found, indent=2) if isinstance(found, dict) else "\n".join(found)
+    sys.stdout.write(text + "\n")
 
 
 def _paths(args: argparse.Namespace) -> dict[str, str]:
@@ -109,10 +118,97 @@ def _paths(args: argparse.Namespace) -> dict[str, str]:
     return {**folder_files(args.model or EMBEDDED), **given}
 
 
-def _blocks(stream: Any) -> bool:
-    """Whether the stream can show block characters."""
+def _shows(stream: Any, signs: str) -> bool:
+    """Whether the stream can show these characters."""
     try:
-        plan_picture.BLOCKS.encode(getattr(stream, "encoding", None) or "ascii")
+        signs.encode(getattr(stream, "encoding", None) or "ascii")
     except (UnicodeEncodeError, LookupError):
         return False
     return True
+
+
+def _lines(plan: Plan, signs: str) -> list[str]:
+    """One plan: a table of the networks, a bar for each phase, times and reasons."""
+    host = "" if plan.ram is None else f" of {in_bytes(plan.ram)}"
+    budget = "no limit" if plan.vram is None else f"budget {in_bytes(plan.vram)}"
+    rows = [
+        *_head(plan),
+        f"GPU memory: {budget}, peak {in_bytes(plan.peak)}, at least {in_bytes(plan.floor)}; "
+        f"host memory: {in_bytes(plan.ram_need)}{host}, {in_bytes(plan.ring)} of it pinned",
+        "",
+        f"{'network':<13}{'resident':>10}{'streamed':>10}{'on host':>10}{'blocks kept':>13}  slots",
+    ]
+    for part in plan.components:
+        slots = f"{part.slots} x {in_bytes(part.slot_bytes)}" if part.slots else "none"
+        kept = f"{len(part.resident_blocks)}/{part.blocks}" if part.blocks else "-"
+        amounts = "".join(f"{in_bytes(n):>10}" for n in (part.resident, part.streamed, part.host))
+        rows.append(f"{part.name.replace('_', ' '):<13}{amounts}{kept:>13}  {slots}")
+    names = ("weights", "slots", "activations", "scratch and libraries", "free")
+    scale = max(plan.peak, plan.vram or 0)
+    rows.append("")
+    for phase in plan.phases:
+        rest = phase.scratch + phase.planes + phase.workspace
+        counts = (phase.weights + phase.others, phase.slots, phase.activations, rest)
+        rows.append(f"{phase.name:<8}{_bar(counts, scale, signs)} {in_bytes(phase.peak):>8}")
+        told = (f"{name} {in_bytes(count)}" for name, count in zip(names, counts, strict=False) if count)
+        rows.append(f"{'':<8}{', '.join(told)}")
+    key = "  ".join(f"{sign} {name}" for sign, name in zip(signs, names, strict=True))
+    times, moved = plan.times, ""
+    if times.transfer:
+        moved = (
+            f" (compute {in_seconds(times.compute)}, transfer {in_seconds(times.transfer)}, "
+            f"first block {in_seconds(times.fill)})"
+        )
+    return [
+        *rows,
+        f"{'':<8}{key}; the whole bar is {in_bytes(scale)}",
+        "",
+        f"expected: encode {in_seconds(times.encode)}, step {in_seconds(times.step)}{moved}, "
+        f"decode {in_seconds(times.decode)}, whole run {in_seconds(plan.seconds)}",
+        "",
+        *(f"- {reason}" for reason in plan.reasons),
+    ]
+
+
+def _head(plan: Plan) -> list[str]:
+    count = f"{plan.images} pictures" if plan.images > 1 else "1 picture"
+    rates, guided = plan.rates, ", guided" if plan.guidance else ""
+    speed = f"{rates.flops / 1e12:.3g} TFLOP/s, link {rates.link / 1e9:.3g} GB/s"
+    return [
+        f"{plan.width} x {plan.height} px, {count}, caption of {plan.caption_tokens} tokens, "
+        f"{plan.steps} steps{guided}, {plan.dtype}",
+        f"{rates.architecture}: {speed} ({rates.source})",
+    ]
+
+
+def _bar(counts: Sequence[int], scale: int, signs: str) -> str:
+    """Whole characters for each amount; what rounding leaves over is never more than one."""
+    text, total = "", 0
+    for count, sign in zip(counts, signs, strict=False):
+        total += count
+        text += sign * (round(WIDTH * total / scale) - len(text))
+    return text + signs[-1] * (WIDTH - len(text))
+
+
+def _cards(plans: Mapping[str, Plan | str]) -> list[str]:
+    """A line for each budget; a text stands for a plan that there is none of."""
+    rows: list[str] = []
+    head: list[str] = []
+    refused: list[str] = []
+    for name, plan in plans.items():
+        if isinstance(plan, str):
+            refused = refused or [plan.removeprefix("plan: ")]
+            rows.append(f"{name:<9}does not fit")
+            continue
+        head = head or [*_head(plan), f"at least {in_bytes(plan.floor)} of GPU memory", ""]
+        part, times = plan.component("transformer"), plan.times
+        kept = f"{len(part.resident_blocks)}/{part.blocks} blocks stay"
+        moved = "nothing streamed"
+        if times.transfer:
+            moved = f"{in_bytes(part.each_step)} a step in {in_seconds(times.transfer)}"
+        vae = "VAE at once" if plan.tile is None else f"VAE in tiles of {plan.tile} latents"
+        rows.append(
+            f"{name:<9}peak {in_bytes(plan.peak):>8}  step {in_seconds(times.step):>7}  run "
+            f"{in_seconds(plan.seconds):>7}  {'all networks stay' if plan.resident else kept}, {moved}, {vae}"
+        )
+    return [*head, *rows, *refused]

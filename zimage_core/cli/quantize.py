@@ -9,8 +9,7 @@ from typing import Any
 from zimage_core.cli.progress import Work
 from zimage_core.errors import BadArgument
 from zimage_core.files.atomic import check_destination
-from zimage_core.files.units import in_bytes, in_seconds
-from zimage_core.memory.budget import read_bytes
+from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
 
 EPILOG = """types:
   Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q3_K_L Q3_K_M Q3_K_S Q2_K, Q4_0 Q4_1 Q5_0 Q5_1, F16 BF16,
@@ -108,10 +107,10 @@ def run(args: argparse.Namespace) -> int:
 def _size(args: argparse.Namespace) -> int | None:
     """Bytes that the file may have; None where its size is not limited."""
     if args.fit is None:
-        return None if args.size is None else read_bytes("--size", args.size)
+        return None if args.size is None else parse_bytes("--size", args.size)
     if args.component == "text_encoder":
         raise BadArgument("--fit is for a transformer, whose steps it counts; give --size for a text encoder")
     from zimage_core.export.sizing import largest_transformer
 
-    vram = read_bytes("--fit", args.fit)
+    vram = parse_bytes("--fit", args.fit)
     return largest_transformer(args.source, vram, args.width, args.height)

@@ -1,83 +1,104 @@
-"""Attach a stream to a model and take it off again."""
+"""Put a network on a device, whole or all but its streamed blocks, and take it off again.
+
+No mapped page is read from then on, so that a file that is cut meanwhile is an error and no crash: what stays
+is read into memory, on the CPU as well.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from zimage_core.errors import BadArgument
-from zimage_core.memory.blocks import Mapped, describe, in_file, sources_of
-from zimage_core.memory.cache import let_go
-from zimage_core.memory.device import Backend, backend_for
-from zimage_core.memory.job import RING
-from zimage_core.memory.stream import READERS, SLOTS, Stream
+from zimage_core.memory.device import Device, Ring, device_for
+from zimage_core.memory.page_cache import to_drop
+from zimage_core.memory.planner import RING
+from zimage_core.memory.stream import SLOTS, Block, Segment, Stored, Stream, aligned
 from zimage_core.models.block_source import RESIDENT, Resident
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Embedding, Linear
-from zimage_core.quant.tensor import QuantTensor
-from zimage_core.weights.load import opened_file
-from zimage_core.weights.source import WeightFile
+from zimage_core.quant.tensor import PlaneCache, QuantTensor
+from zimage_core.weights.source import Source, WeightFile
 
-_HOST = torch.device("cpu")
+OUTSIDE = "adaLN_modulation"
+"""Child of a block that runs outside of the loop: adaptive norms are computed for all steps at once."""
 
 Streamable = ZImageTransformer | TextEncoder
+Mapped = tuple[Source, int]
+"""A file, and the address of its map."""
 
 
 @dataclass
-class _Homes:
-    """Where everything was that was moved."""
+class Moved:
+    """What was put on a device, with what was there before."""
 
     tensors: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
-    packed: list[tuple[Linear | Embedding, QuantTensor]] = field(default_factory=list)
+    weights: list[tuple[Linear | Embedding, QuantTensor]] = field(default_factory=list)
 
     def restore(self) -> None:
+        """Put everything back where it was."""
         for module, name, tensor in self.tensors:
             setattr(module, name, tensor)
-        for module, quant in self.packed:
-            module.set_weight(quant)
+        for layer, weight in self.weights:
+            layer.set_weight(weight)
+        self.tensors.clear()
+        self.weights.clear()
 
 
-_HOMES: WeakKeyDictionary[nn.Module, _Homes] = WeakKeyDictionary()
+def load(module: nn.Module, ring: Ring, file: WeightFile | None) -> Moved:
+    """Put a whole module on the device of a ring.
+
+    Args:
+        module: The module.
+        ring: What bytes go to the device through.
+        file: The file that its weights came from.
+
+    Returns:
+        What was moved; its `restore` takes it off the device again.
+
+    Raises:
+        BadFile: The file was changed or cannot be read.
+    """
+    return _load(module.modules(), (), ring, maps_of(file))
 
 
 def stream_model(
     model: Streamable,
+    file: WeightFile | None,
     resident: Collection[int] = (),
     device: torch.device | str = "cpu",
     *,
     slots: int = SLOTS,
     ring: int = RING,
-    readers: int = READERS,
     wrap: bool | None = None,
     refiner_stays: bool = True,
     page_cache: int | None = None,
-    backend: Backend | None = None,
+    through: Device | None = None,
 ) -> Stream:
     """Put a model that was loaded on the CPU on a device, all but the blocks that are streamed to it.
 
-    No mapped page is read from then on, so that a file that is cut meanwhile is an error and no crash:
-    what stays is read into memory, on the CPU as well. The table of token embeddings goes to host
-    memory, since a few of its rows are wanted. The model keeps the tensors that it had for `unstream`; until
-    then it must not be moved, cast or made resident.
+    The table of token embeddings goes to host memory, since a few of its rows are wanted. The stream keeps
+    the tensors that the model had for `unstream`; until then it must not be moved, cast or dequantised.
 
     Args:
-        model: With its weights on the host.
+        model: The model, with its weights on the host.
+        file: The file that its weights came from; without one, or with mmap=False, they are copied from
+            memory.
         resident: Indices in `model.blocks` of those that stay on the device.
         device: Where to compute.
-        slots: See `Stream`, like the next two.
-        ring: See there.
-        readers: See there.
-        wrap: See there; default: a transformer runs many times, a text encoder once or twice.
+        slots: See `Stream`.
+        ring: Bytes of host memory between file and device, rounded down to a power of two; the CPU as a
+            device needs none.
+        wrap: See `Stream`; default: a transformer runs many times, a text encoder once or twice.
         refiner_stays: False brings a transformer's context refiner for each caption and takes it away again.
         page_cache: Bytes that the system's page cache may hold of the streamed blocks; None for all.
-        backend: Of the device, where another than its usual one is wanted.
+        through: What copies to the device, where another than the usual one is wanted.
 
     Returns:
         The stream, which is `model.stream` too.
@@ -89,50 +110,41 @@ def stream_model(
     """
     if not isinstance(model.stream, Resident):
         raise BadArgument("stream: this model is streamed already; unstream it first")
-    backend = backend or backend_for(device)
-    opened, device = opened_file(model), backend.device
-    file = None if opened is None else opened.file
-    blocks = describe(model.blocks, file, device)
-    wrap = isinstance(model, ZImageTransformer) if wrap is None else wrap
-
-    turn = threading.Lock()
+    passage = Ring(through or device_for(device), ring)
+    maps = maps_of(file)
+    blocks = blocks_of(model.blocks, maps, passage.device.device)
+    moving = [block for block in blocks if block.segments and block.index not in set(resident)]
+    for place in to_drop([block.payload for block in moving], page_cache):
+        moving[place].cached = False
+    visiting: set[nn.Module] = set()
+    if isinstance(model, ZImageTransformer) and not refiner_stays:
+        visiting = set(model.context_refiner.modules())
+    turn = threading.RLock()
 
     @contextmanager
     def visit(block: nn.Module) -> Iterator[None]:
         with turn:  # a second thread's caption waits, as it does for a streamed block
-            bring(block, device, file)
+            moved = _load(block.modules(), (), passage, maps)
             try:
                 forbid_planes(block)
                 yield
             finally:
-                take_back(block)
+                moved.restore()
 
-    apart = (
-        set()
-        if refiner_stays or not isinstance(model, ZImageTransformer)
-        else {*model.context_refiner.modules()}
-    )
-    stream = Stream(blocks, resident, backend, slots, ring, readers, wrap, visit if apart else None)
-    streamed = set(stream.streamed)
-    moved = [block for block in blocks if block.index in streamed]
-    for place in let_go([block.payload for block in moved], page_cache):
-        moved[place].cached = False
-    keep = {segment.linear for block in moved for segment in block.segments}
-    homes = _Homes()
-    files = sources_of(file)
+    staying = (module for module in model.modules() if module not in visiting)
+    streamed = {segment.linear for block in moving for segment in block.segments}
+    moved = _load(staying, streamed, passage, maps)
     try:
-        for module in model.modules():
-            if module in apart:
-                continue
-            where = _HOST if isinstance(module, Embedding) else device
-            if module not in keep:
-                _move_packed(module, where, files, homes)
-            _move_dense(module, where, files, homes, {"weight"} if module in keep else set())
+        stream = Stream(
+            blocks, resident, passage, slots,
+            isinstance(model, ZImageTransformer) if wrap is None else wrap,
+            visit if visiting else None, moved.restore,
+        )  # fmt: skip
     except BaseException:
-        homes.restore()
-        stream.close()
+        moved.restore()
         raise
-    _HOMES[model] = homes
+    if not moving:
+        passage.free()
     model.stream = stream
     return stream
 
@@ -143,35 +155,7 @@ def unstream(model: Streamable) -> None:
     if isinstance(stream, Stream):
         stream.close()
         model.stream = RESIDENT
-        _HOMES.pop(model, _Homes()).restore()
-
-
-def bring(model: nn.Module, device: torch.device, file: WeightFile | None) -> None:
-    """Put a whole module on a device for a while; `take_back` undoes it. No mapped page is read from then on.
-
-    Args:
-        model: The module.
-        device: Where to.
-        file: That its weights came from.
-
-    Raises:
-        BadFile: Its file was changed or cannot be read.
-    """
-    homes = _Homes()
-    files = sources_of(file)
-    try:
-        for module in model.modules():
-            _move_packed(module, device, files, homes)
-            _move_dense(module, device, files, homes)
-    except BaseException:
-        homes.restore()
-        raise
-    _HOMES[model] = homes
-
-
-def take_back(model: nn.Module) -> None:
-    """Put what `bring` moved back where it was; without that, do nothing."""
-    _HOMES.pop(model, _Homes()).restore()
+        stream.restore()
 
 
 def forbid_planes(network: nn.Module) -> None:
@@ -181,43 +165,106 @@ def forbid_planes(network: nn.Module) -> None:
             module.weight.planes.closed = True
 
 
-def _move_packed(module: nn.Module, device: torch.device, files: Sequence[Mapped], homes: _Homes) -> None:
-    if not isinstance(module, (Linear, Embedding)) or not isinstance(module.weight, QuantTensor):
-        return
-    quant = module.weight
-    packed = _moved(quant.packed, device, files)
-    if packed is not quant.packed:
-        homes.packed.append((module, quant))
-        scale = None if quant.scale is None else quant.scale.to(device)
-        module.set_weight(QuantTensor(packed, quant.format, quant.shape, scale))
+def blocks_of(modules: Sequence[nn.Module], maps: Sequence[Mapped], device: torch.device) -> list[Block]:
+    """The streamable part of each block of a network whose weights are on the host.
+
+    These are the matrices that a block reads while it runs, packed or dense. Norms and biases stay on the
+    device, and so do the adaptive norms.
+
+    Args:
+        modules: The network's `blocks`.
+        maps: Files that the weights may be views of.
+        device: Where the slots are.
+
+    Raises:
+        BadArgument: Weights are not on the host.
+    """
+    blocks = []
+    for index, module in enumerate(modules):
+        segments: list[Segment] = []
+        start = 0
+        for name, linear in module.named_modules():
+            if not isinstance(linear, Linear) or name.startswith(OUTSIDE):
+                continue
+            if linear.device.type != "cpu":
+                raise BadArgument(f"block {index}: its weights are on {linear.device}, load it on the CPU")
+            home, scale = linear.weight, None
+            if isinstance(home, QuantTensor):
+                if not home.packed.is_contiguous():
+                    home = replace(home, packed=home.packed.contiguous(), planes=PlaneCache())
+                scale = None if home.scale is None else home.scale.to(device)
+            elif not home.is_contiguous():
+                home = nn.Parameter(home.contiguous(), requires_grad=False)
+            data = home.packed if isinstance(home, QuantTensor) else home.detach()
+            segments.append(Segment(linear, home, on_host(data, maps), scale, start))
+            start += aligned(home.nbytes)
+        blocks.append(Block(index, segments))
+    return blocks
 
 
-def _move_dense(
-    module: nn.Module,
-    device: torch.device,
-    files: Sequence[Mapped],
-    homes: _Homes,
-    but: Collection[str] = (),
-) -> None:
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        if name in but:
+def maps_of(file: WeightFile | None) -> list[Mapped]:
+    """The files on disk that weights may be views of, and where each is mapped."""
+    sources = {} if file is None else {id(s): s for s in (file.source_of(name) for name in file.tensors)}
+    found = []
+    for source in sources.values():
+        try:
+            if source.mapped:
+                found.append((source, source.tensor(0, 1, 1).data_ptr()))
+        except BadArgument:  # closed: its map lives on in the weights, and cannot be asked where
             continue
-        moved = _moved(parameter.detach(), device, files)
-        if moved.device != parameter.device or moved.data_ptr() != parameter.data_ptr():
-            homes.tensors.append((module, name, parameter))
-            setattr(module, name, nn.Parameter(moved, requires_grad=False))
-    for name, buffer in list(module.named_buffers(recurse=False)):
-        if buffer.device != device:
-            homes.tensors.append((module, name, buffer))
-            setattr(module, name, buffer.to(device))
+    return found
 
 
-def _moved(tensor: Tensor, device: torch.device, files: Sequence[Mapped]) -> Tensor:
-    """On the device, and no view of a file: a page of one that was cut would end the process."""
-    source, offset = in_file(tensor, files)
-    if source is not None:
-        copy = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        source.check_unchanged()
-        source.read_into(offset, copy.numpy().data)
-        tensor = copy.view(tensor.dtype).view(tensor.shape)
-    return tensor.to(device)
+def on_host(tensor: Tensor, maps: Sequence[Mapped]) -> Stored:
+    """Where the bytes of a contiguous tensor on the host are."""
+    data, address = tensor.view(-1).view(torch.uint8), tensor.data_ptr()
+    for source, base in maps:
+        if base <= address and address + tensor.nbytes <= base + source.size:
+            return Stored(data, source, address - base)
+    return Stored(data, None, 0)
+
+
+def _load(
+    modules: Iterable[nn.Module], streamed: Collection[nn.Module], ring: Ring, maps: Sequence[Mapped]
+) -> Moved:
+    """Put modules on the device of a ring and tables of tokens in host memory; streamed weights stay."""
+    moved, device, host = Moved(), ring.device, Ring(Device(), RING)
+    device.order("copy", device.record("compute"))  # memory that was freed may still be read there
+    try:
+        for module in modules:
+            where = host if isinstance(module, Embedding) else ring
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in tensors:
+                if name == "weight" and module in streamed:
+                    continue
+                copy = _copy(tensor.detach(), where, maps)
+                if copy is not None:
+                    moved.tensors.append((module, name, tensor))
+                    dense = isinstance(tensor, nn.Parameter)
+                    setattr(module, name, nn.Parameter(copy, requires_grad=False) if dense else copy)
+            weight = getattr(module, "weight", None)
+            if not isinstance(module, (Linear, Embedding)) or not isinstance(weight, QuantTensor):
+                continue
+            copy = None if module in streamed else _copy(weight.packed, where, maps)
+            if copy is not None:
+                moved.weights.append((module, weight))
+                scale = None if weight.scale is None else weight.scale.to(copy.device)
+                module.set_weight(QuantTensor(copy, weight.format, weight.shape, scale))
+        device.order("compute", device.record("copy"))
+    except BaseException:
+        moved.restore()
+        raise
+    return moved
+
+
+def _copy(tensor: Tensor, ring: Ring, maps: Sequence[Mapped]) -> Tensor | None:
+    """On the device of a ring, and no view of a file; None where the tensor is that already."""
+    device = ring.device.device
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return None if tensor.device == device else tensor.to(device)
+    place = on_host(tensor, maps)
+    if place.source is None and device.type == "cpu":
+        return None
+    target = ring.device.memory(tensor.nbytes)
+    ring.fill(target, place.read)
+    return target.view(tensor.dtype).view(tensor.shape)

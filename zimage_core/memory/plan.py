@@ -1,23 +1,12 @@
-"""A plan: what lies where in each phase of a run, how much that is, and how long it should take.
-
-`make_plan` is a pure function of sizes, picture, budget and rates; it reads no file and needs no GPU. The
-phases share one arena: text encoder (encode), transformer (denoise), VAE (decode).
-"""
+"""A plan: what lies where in each phase of a run, how much that is, how long it should take, and why."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from zimage_core.errors import OverBudget
-from zimage_core.memory import explain, residency
-from zimage_core.memory.activations import collected_bytes, decode_bytes
-from zimage_core.memory.job import AT_ONCE, LEAST_RING, RING, RUNTIME, Job, Way, bytes_of
-from zimage_core.memory.rates import Rates, known
-from zimage_core.memory.residency import Residency
-from zimage_core.memory.sizes import Sizes
-from zimage_core.memory.times import Times, resident_times, streamed_times
-from zimage_core.quant.dispatch import PLANES_MARGIN
+from zimage_core.files.units import in_bytes, in_seconds
+from zimage_core.memory.rates import Rates
 
 PHASES = ("encode", "denoise", "decode")
 
@@ -31,13 +20,13 @@ class Component:
         resident: Bytes on the device as long as the network runs.
         streamed: Bytes that pass through slots; of the VAE, what is loaded for its phase.
         host: Bytes that stay in host memory.
-        slots: Of the device.
-        slot_bytes: Of one slot.
-        blocks: How many blocks it has.
+        slots: How many slots on the device.
+        slot_bytes: Bytes of one slot.
+        blocks: How many blocks the network has.
         resident_blocks: Indices in the network's `blocks` of those that stay.
         kept: Whether its resident bytes also stay through the other phases.
-        once: Of the streamed bytes, those that come once for each caption and not in every step: a
-            transformer's context refiner.
+        once: Streamed bytes that come once for each caption and not in every step: a transformer's context
+            refiner.
     """
 
     name: str
@@ -53,7 +42,7 @@ class Component:
 
     @property
     def each_step(self) -> int:
-        """Of the streamed bytes, those that come again in every step."""
+        """Streamed bytes that come again in every step."""
         return self.streamed - self.once
 
 
@@ -63,14 +52,14 @@ class Phase:
 
     Args:
         name: One of PHASES.
-        weights: Of this phase, resident.
+        weights: Resident weights of this phase's network.
         others: Weights of the other networks that are kept.
         slots: For weights that pass through.
-        activations: Tensors of the computation, latents and pictures; before the first step the context
+        activations: Tensors of the computation, latents and images; before the first step the context
             refiner where it does not stay.
         scratch: Dense weights, one matrix at a time.
         planes: Copies of weights in the layout of the fused kernel.
-        workspace: Of libraries.
+        workspace: What libraries take.
     """
 
     name: str
@@ -92,29 +81,60 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The answer of `make_plan`.
+class Times:
+    """Expected seconds, from rates; nothing was run.
 
     Args:
-        width: Of the picture in pixels.
-        height: Likewise.
-        images: Pictures of the run.
-        caption_tokens: Of each caption.
+        encode: All captions, transfer included.
+        encode_transfer: What the encoder's bytes need on the link, a part of `encode`.
+        compute: One step, all images and sides.
+        transfer: The bytes streamed in one step.
+        fill: The first block of a step, which nothing hides; as long as the largest that is streamed.
+        step: max(compute, transfer) + fill.
+        first_step: A step with the captions' way through the context refiner, where the blocks that stay
+            are still to be loaded; where everything is resident it was loaded before the run.
+        decode: All images, loading included.
+    """
+
+    encode: float
+    encode_transfer: float
+    compute: float
+    transfer: float
+    fill: float
+    step: float
+    first_step: float
+    decode: float
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the streamed bytes arrive before they are needed."""
+        return self.transfer <= self.compute
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `planner.make_plan` answers.
+
+    Args:
+        width: Pixels of an image.
+        height: Pixels of an image.
+        images: Images of the run.
+        caption_tokens: Tokens of each caption.
         guidance: Whether each step runs a negative side too.
-        steps: Of the run.
-        dtype: Of the computation.
-        vram: Budget in bytes; None for no limit.
-        ram: Likewise, of the host.
+        steps: Steps of the run.
+        dtype: Dtype of the computation.
+        vram: Budget of the device in bytes; None for no limit.
+        ram: Budget of the host in bytes; None for no limit.
         components: In the order of PHASES.
-        phases: In that order.
-        tile: Latents a side of the tiles in which the VAE decodes; None for the picture at once.
+        phases: In the order of PHASES.
+        tile: Latents a side of the tiles in which the VAE decodes; None for the image at once.
         maps_on_host: Whether the maps between its layers are kept in host memory.
-        floor: Smallest budget that this picture has a plan for.
+        floor: Smallest budget that this image has a plan for.
         ring: Bytes of pinned host memory that weights pass through.
         ram_need: Bytes of host memory beside the files' pages.
         from_disk: Whether streamed bytes are read from disk in every step, for want of host memory.
-        rates: That the times were computed from.
-        times: Expected.
+        rates: What the times were computed from.
+        times: Expected seconds.
         reasons: Why it is so, in sentences.
     """
 
@@ -151,16 +171,16 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run."""
+        """Expected seconds of the whole run."""
         later = (self.steps - 1) * self.times.step
         return self.times.encode + self.times.first_step + later + self.times.decode
 
     def component(self, name: str) -> Component:
-        """By its name."""
+        """A network by its name."""
         return next(component for component in self.components if component.name == name)
 
     def phase(self, name: str) -> Phase:
-        """By its name."""
+        """A phase by its name."""
         return next(phase for phase in self.phases if phase.name == name)
 
     def to_json(self) -> dict[str, Any]:
@@ -172,137 +192,65 @@ class Plan:
         return {**data, "peak": self.peak, "resident": self.resident, "seconds": self.seconds}
 
 
-def make_plan(
-    sizes: Sizes,
-    width: int,
-    height: int,
-    images: int = 1,
-    caption_tokens: int = 128,
-    *,
-    vram: int | None = None,
-    ram: int | None = None,
-    rates: Rates | None = None,
-    guidance: bool = False,
-    steps: int = 8,
-) -> Plan:
-    """Plan a run.
+def reasons(plan: Plan, moving: set[int], always: int, decode_at_once: int, tile_px: int) -> tuple[str, ...]:
+    """Why each network lies where it does, and what that costs.
 
     Args:
-        sizes: Of the networks, and the dtype of the computation.
-        width: In pixels, a multiple of VAE factor and patch (16).
-        height: Likewise.
-        images: Pictures of the run.
-        caption_tokens: Of each caption, template included.
-        vram: Bytes for our allocations; None for a plan with everything resident.
-        ram: Bytes of host memory; None for enough.
-        rates: Of the machine; default those known of sm_86.
-        guidance: Whether there is a negative side.
-        steps: Of the run.
-
-    Raises:
-        BadArgument: A size or number is out of range.
-        OverBudget: vram or ram does not hold the least that this picture needs; the message says what would
-            fit.
+        plan: The plan, without reasons yet.
+        moving: Indices of the transformer's blocks that have bytes to move.
+        always: Bytes of the transformer outside of its blocks.
+        decode_at_once: Bytes of activations if the VAE decodes without tiles.
+        tile_px: Pixels a side of the VAE's tiles.
     """
-    job = Job(sizes, width, height, images, caption_tokens, guidance, steps, rates or known("sm_86"))
-    floor = job.floor()
-    if vram is not None and vram < floor:
-        raise OverBudget(explain.over_budget(job, vram, floor))
-    plan = _everything_resident(job, vram, floor) or _shared_arena(job, vram, floor, job.rates.link)
-    plan = _with_host(job, plan, ram)
-    if plan.from_disk:
-        slow = _shared_arena(job, vram, floor, min(job.rates.link, job.rates.disk))
-        plan = replace(plan, times=slow.times)
-    return replace(plan, reasons=explain.reasons(job, plan))
+    if plan.resident:
+        weights = plan.phases[0].weights + plan.phases[0].others
+        limit = "without a limit" if plan.vram is None else f"in {in_bytes(plan.vram)}"
+        found = [
+            f"everything stays on the device, {in_bytes(weights)} of weights {limit}: nothing is streamed"
+        ]
+        if planes := plan.phases[0].planes:
+            found.append(f"{in_bytes(planes)} more are used for weights in the fused kernel's layout")
+        return tuple(found)
+    text, times = plan.component("text_encoder"), plan.times
+    found = [
+        f"the text encoder is streamed, it runs once: {in_bytes(text.streamed)} pass in "
+        f"{in_seconds(times.encode)}; its table of tokens, {in_bytes(text.host)}, stays in host memory",
+        _transformer(plan, moving, always),
+    ]
+    whole = in_bytes(decode_at_once)
+    if plan.tile is None:
+        found.append(f"the VAE is loaded for its phase and decodes at once ({whole})")
+    else:
+        maps = " with its maps in host memory" if plan.maps_on_host else ""
+        taken = in_bytes(plan.phase("decode").activations)
+        found.append(
+            f"the VAE decodes in tiles of {tile_px} px{maps}, {taken}: at once it would take {whole}"
+        )
+    if plan.from_disk and plan.ram is not None:
+        found.append(
+            f"{in_bytes(plan.ram)} of host memory hold no copy of what is streamed: steps read it from disk "
+            f"at {in_bytes(min(plan.rates.disk, plan.rates.link))}/s"
+        )
+    return tuple(found)
 
 
-def _everything_resident(job: Job, vram: int | None, floor: int) -> Plan | None:
-    """All weights stay through all phases; None if that does not fit."""
-    live = {"encode": job.encode_live, "denoise": job.denoise_live, "decode": job.decode_live(AT_ONCE)}
-    parts = (job.encoder, job.net, job.vae)
-    weights = job.sizes.nbytes
-    most = weights + job.around + max(live.values())
-    if vram is not None and most > vram:
-        return None
-    planes = job.planes()
-    if vram is not None:
-        planes = max(0, min(planes, vram - most - PLANES_MARGIN))
-    phases = tuple(
-        Phase(name, part.nbytes, weights - part.nbytes, 0, live[name], job.scratch, planes, job.workspace)
-        for name, part in zip(PHASES, parts, strict=True)
+def _transformer(plan: Plan, moving: set[int], always: int) -> str:
+    part, times = plan.component("transformer"), plan.times
+    if not part.slots:
+        return f"the transformer stays while it runs: all {part.blocks} blocks, {in_bytes(part.resident)}"
+    staying = len(moving & set(part.resident_blocks))
+    sides = plan.images * (2 if plan.guidance else 1)
+    pace = (
+        f"hidden behind {in_seconds(times.compute)} of compute"
+        if times.hidden
+        else f"more than the {in_seconds(times.compute)} of compute, so steps wait for the link"
     )
-    components = tuple(
-        Component(part.name, part.nbytes, 0, 0, 0, 0, len(part.blocks), tuple(range(len(part.blocks))), True)
-        for part in parts
+    kept = f"none of {len(moving)} blocks stays"
+    if staying:
+        kept = f"{staying} of {len(moving)} blocks stay, spread evenly"
+    return (
+        f"{kept}, beside {in_bytes(always)} that always do; the others pass through {part.slots} slots of "
+        f"{in_bytes(part.slot_bytes)}: {in_bytes(sides * part.each_step)} a step take "
+        f"{in_seconds(times.transfer)}, {pace}; the context refiner comes for each caption, "
+        f"{in_bytes(part.once)}"
     )
-    return _plan(job, vram, floor, components, phases, AT_ONCE, resident_times(job))
-
-
-def _shared_arena(job: Job, vram: int | None, floor: int, link: float) -> Plan:
-    """Each network in its own phase: those that run once pass through, the steps keep what fits."""
-    room = vram if vram is not None else job.sizes.nbytes + floor
-    encoder = _through(bytes_of(job.encoder.blocks), job.encode_room(room))
-    sizes = bytes_of(job.net.blocks)
-    blocks = residency.place(sizes, job.denoise_room(room, refiner_stays=True))
-    stays = blocks is not None and not blocks.slots
-    if not stays:
-        blocks = residency.place(sizes, job.denoise_room(room))
-    refiner = sum(job.net.once)
-    once = 0 if stays else refiner
-    way = next((way for way in job.ways() if job.decode_room(room, way) >= 0), None)
-    if encoder is None or blocks is None or way is None:  # below the floor
-        raise OverBudget(explain.over_budget(job, room, floor))
-    rest = (job.scratch, 0, job.workspace)
-    before = Phase("encode", job.encoder.always, 0, encoder.nbytes, job.encode_live, *rest)
-    resident = job.net.always + refiner - once + blocks.resident_bytes
-    held = resident + blocks.slots * blocks.slot_bytes
-    live = job.denoise_live if stays else job.visited_live
-    during = Phase("denoise", resident, 0, held - resident, live, *rest)
-    after = Phase("decode", job.vae.always, 0, 0, job.decode_live(way), *rest)
-    kept = max(before.peak, after.peak) + held <= room
-    if kept:
-        before, after = replace(before, others=held), replace(after, others=held)
-    transformer = Component(
-        "transformer", resident, blocks.streamed_bytes + once, job.net.host, blocks.slots, blocks.slot_bytes,
-        len(job.net.blocks), blocks.resident, kept, once,
-    )  # fmt: skip
-    text = Component(
-        "text_encoder", job.encoder.always, job.encoder.streamable, job.encoder.host, encoder.slots,
-        encoder.slot_bytes, len(job.encoder.blocks), (), False,
-    )  # fmt: skip
-    vae = Component("vae", 0, job.vae.always, job.vae.host, 0, 0, 0, (), False)
-    times = streamed_times(job, blocks, way, link)
-    return _plan(job, vram, floor, (text, transformer, vae), (before, during, after), way, times)
-
-
-def _through(sizes: list[int], room: int) -> Residency | None:
-    """Slots for blocks that run once, or their own bytes where that is less."""
-    most = residency.SLOTS[0] * residency.slot_for(max(sizes, default=0))
-    return residency.place(sizes, min(room, most), some=False)
-
-
-def _with_host(job: Job, plan: Plan, ram: int | None) -> Plan:
-    """The plan with its host memory; steps read from disk where that does not hold what they stream."""
-    ring, out = RING, collected_bytes(job.vae_config, job.rows, job.cols, job.images)
-    if plan.maps_on_host:
-        out += decode_bytes(job.vae_config, job.rows, job.cols, plan.tile)
-    table = 0 if plan.resident else plan.component("text_encoder").host
-    fixed = {"Python and torch": RUNTIME, "the table of tokens": table, "the pictures": out}
-    if ram is not None and sum(fixed.values()) + ring > ram:
-        ring = LEAST_RING
-    wanted = {**fixed, "the pinned ring": ring}
-    need = sum(wanted.values())
-    if ram is not None and need > ram:
-        raise OverBudget(explain.over_host(ram, wanted))
-    from_disk = ram is not None and plan.component("transformer").each_step > ram - need
-    return replace(plan, ram=ram, ring=ring, ram_need=need, from_disk=from_disk)
-
-
-def _plan(
-    job: Job, vram: int | None, floor: int, components: tuple[Component, ...], phases: tuple[Phase, ...],
-    way: Way, times: Times,
-) -> Plan:  # fmt: skip
-    return Plan(
-        job.width, job.height, job.images, job.caption, job.guidance, job.steps, job.dtype, vram, None,
-        components, phases, *way, floor, 0, 0, False, job.rates, times,
-    )  # fmt: skip

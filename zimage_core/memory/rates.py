@@ -1,6 +1,6 @@
-"""How fast a machine copies and multiplies: measured in a moment, or known from a table.
+"""How fast a machine copies and multiplies, and how many operations each network asks of it.
 
-Nothing of torch is imported before `measure` is called.
+Rates are measured in a moment or known from a table; nothing of torch is imported before `measure` is called.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument
+from zimage_core.memory.activations import image_tokens, padded
 from zimage_core.quant.dispatch import ARCHITECTURES, family
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Rates:
         link: From pinned host memory to the device, bytes per second.
         pageable: From ordinary host memory, bytes per second.
         disk: From the file to host memory, bytes per second.
-        architecture: As `paths` knows it.
+        architecture: As `quant.dispatch` knows it.
         source: "measured", or what they were taken from.
     """
 
@@ -66,7 +68,7 @@ class Rates:
 
 
 def known(architecture: str, link: float | None = None) -> Rates:
-    """Rates of a family of GPUs, from the table of `paths` and the slot that it usually stands in.
+    """Rates of a family of GPUs, from the table of `quant.dispatch` and the slot that it usually stands in.
 
     Args:
         architecture: "sm_86", "gfx1100" ...; others map to the nearest older one.
@@ -100,12 +102,8 @@ def measure(device: str | torch.device, seconds: float = 0.05) -> Rates:
     import torch
 
     where = torch.device(device)
-    return _measure_gpu(where, seconds) if where.type == "cuda" else _measure_cpu(seconds)
-
-
-def _measure_cpu(seconds: float) -> Rates:
-    import torch
-
+    if where.type == "cuda":
+        return _measure_gpu(where, seconds)
     source = torch.empty(32 << 20, dtype=torch.uint8)
     target = torch.empty_like(source)
     copy = source.numel() / _timed(lambda: target.copy_(source), seconds, lambda: None)
@@ -165,3 +163,49 @@ def _timed(work: Callable[[], object], seconds: float, wait: Callable[[], None])
         best = min(best, now - start)
         if now >= end:
             return max(best, 1e-9)
+
+
+def _block_flops(config: TransformerConfig, tokens: int) -> int:
+    linear = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim
+    return 2 * tokens * linear + 4 * tokens * tokens * config.dim
+
+
+def step_flops(config: TransformerConfig, height: int, width: int, caption: int) -> int:
+    """Operations of one call of the transformer on latents of height x width and a caption.
+
+    A product of M, N and K counts 2 M N K, here and in the other counts.
+    """
+    image, text = padded(image_tokens(config, height, width)), padded(caption)
+    refiners = config.n_refiner_layers * (_block_flops(config, image) + _block_flops(config, text))
+    return refiners + config.n_layers * _block_flops(config, image + text)
+
+
+def step_traffic(config: TransformerConfig, height: int, width: int, caption: int, item: int) -> int:
+    """Bytes that the element-wise steps of a call read and write: two norms, two gates, rotation, SwiGLU."""
+    image = padded(image_tokens(config, height, width))
+    tokens = config.n_refiner_layers * image + config.n_layers * (image + padded(caption))
+    return item * tokens * (14 * config.dim + 3 * config.hidden_dim)
+
+
+def encode_flops(config: TextEncoderConfig, tokens: int) -> int:
+    """Operations of the text encoder on one caption, causal attention counted whole."""
+    q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linear = 2 * config.hidden_size * (q + k) + 3 * config.hidden_size * config.intermediate_size
+    return (config.num_layers - 1) * (2 * tokens * linear + 4 * tokens * tokens * q)
+
+
+def decode_flops(config: AutoencoderConfig, height: int, width: int) -> int:
+    """Operations of one VAE decode of latents of height x width at once."""
+    widths = config.block_out_channels[::-1]
+    pixels, wide = height * width, widths[0]
+    weights = pixels * 9 * (config.latent_channels * wide + 4 * wide * wide) + pixels * 4 * wide * wide
+    attention = 4 * pixels * pixels * wide
+    before = wide
+    for level, channels in enumerate(widths):
+        first = 9 * (before + channels) * channels + (before * channels if before != channels else 0)
+        weights += pixels * (first + config.layers_per_block * 18 * channels * channels)
+        if level < len(widths) - 1:
+            pixels *= 4
+            weights += pixels * 9 * channels * channels
+        before = channels
+    return 2 * (weights + pixels * 9 * before * config.out_channels) + attention

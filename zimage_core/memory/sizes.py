@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.config import COMPONENTS, AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, BadWeights, printable
 from zimage_core.formats import DTYPE_NAMES, FORMATS
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
 from zimage_core.quant.dispatch import PLANAR_BITS, SCRATCH_BYTES, crossover, planar_bytes, planar_width
 from zimage_core.weights import names
-from zimage_core.weights.card import ModelCard
 from zimage_core.weights.opened import Opened, open_pipeline
 from zimage_core.weights.source import WeightFile
-
-COMPONENTS = ("transformer", "text_encoder", "vae")
-STACKS = ("noise_refiner", "layers")
-"""Lists of blocks that can be streamed, in the order of `ZImageTransformer.blocks`."""
 
 
 @dataclass(frozen=True)
@@ -141,29 +137,29 @@ def read_sizes(paths: Mapping[str, str | PathLike[str]], dtype: str = "bfloat16"
 
     Args:
         paths: "transformer", "text_encoder" and "vae" -> file or folder, as for loading.
-        dtype: Of the computation.
+        dtype: Dtype of the computation.
 
     Raises:
         BadFile, UnknownFormat, WrongModel, BadWeights: As loading them would.
     """
-    opened = open_pipeline({name: paths[name] for name in COMPONENTS})
+    parts = open_pipeline({name: paths[name] for name in COMPONENTS})
     try:
-        return sizes_of(opened, dtype)
+        return sizes_of(parts, dtype)
     finally:
-        for part in opened.values():
+        for part in parts.values():
             part.file.close()
 
 
-def sizes_of(opened: Mapping[str, Opened], dtype: str = "bfloat16") -> Sizes:
+def sizes_of(parts: Mapping[str, Opened], dtype: str = "bfloat16") -> Sizes:
     """Sizes from files that are open, as a pipeline's are.
 
     Raises:
         BadArgument: The dtype is none of float32, float16, bfloat16.
+        BadWeights: A file's network has no known sizes.
     """
     if dtype not in ITEMSIZE:
         raise BadArgument(f"dtype: got {printable(dtype, 40)!r}, wanted one of {', '.join(ITEMSIZE)}")
-    parts = {name: _part(name, opened[name].file, opened[name].card, dtype) for name in COMPONENTS}
-    return Sizes(**parts, dtype=dtype)
+    return Sizes(**{name: _part(name, parts[name], dtype) for name in COMPONENTS}, dtype=dtype)
 
 
 def folder_files(folder: str | PathLike[str]) -> dict[str, str]:
@@ -189,92 +185,58 @@ def folder_files(folder: str | PathLike[str]) -> dict[str, str]:
     return found
 
 
-def _part(name: str, file: WeightFile, card: ModelCard, dtype: str) -> Part:
-    config, read = card.config, _Reader(file, card.prefix, dtype)
+def _part(name: str, part: Opened, dtype: str) -> Part:
+    """What one network weighs, tensor by tensor of its table."""
+    card, config = part.card, part.card.config
     if isinstance(config, TransformerConfig):
-        return _transformer(config, names.transformer_table(config, card.layout), read)
-    if isinstance(config, TextEncoderConfig):
-        return _text_encoder(config, names.text_encoder_table(config, card.layout), read)
-    if isinstance(config, AutoencoderConfig):
-        wide = _Reader(file, card.prefix, "float32")
-        return _vae(config, names.autoencoder_table(config, card.layout), wide)
-    raise BadWeights(f"{printable(file.path)}: the size of the {name.replace('_', ' ')} cannot be told")
-
-
-class _Reader:
-    """Matrices of an open file, by their entries."""
-
-    def __init__(self, file: WeightFile, prefix: str, dtype: str) -> None:
-        self.file, self.prefix, self.dtype = file, prefix, dtype
-
-    def matrix(self, entry: names.Entry) -> Matrix | None:
-        """The weight of a Linear layer; None for anything else."""
-        if len(entry.shape) != 2 or not entry.module.endswith(".weight"):
-            return None
-        name = self.prefix + entry.checkpoint
-        stem = name.removesuffix(".weight")
-        scaled = any(stem + end in self.file.tensors for end in (".scale_weight", ".weight_scale"))
-        return Matrix(self.file.tensors[name].format.name, *entry.shape, scaled)
-
-    def small(self, entry: names.Entry) -> int:
-        """Bytes of a tensor that is kept dense in the dtype of the computation."""
-        return _count(entry.shape) * ITEMSIZE[self.dtype]
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
-
-
-def _transformer(config: TransformerConfig, table: names.Table, read: _Reader) -> Part:
-    counts = {"noise_refiner": config.n_refiner_layers, "layers": config.n_layers}
-    inside: dict[str, list[Matrix]] = {f"{stack}.{i}": [] for stack in STACKS for i in range(counts[stack])}
-    always, once, beside = 0, [0] * config.n_refiner_layers, []
+        table = names.transformer_table(config, card.layout)
+        counts = {"noise_refiner": config.n_refiner_layers, "layers": config.n_layers}
+    elif isinstance(config, TextEncoderConfig):
+        table, counts = names.text_encoder_table(config, card.layout), {"layers": config.num_layers - 1}
+    elif isinstance(config, AutoencoderConfig):
+        table, counts = names.autoencoder_table(config, card.layout), {}
+        dtype = "float32"  # convolutions are in float32, whatever the file holds
+    else:
+        raise BadWeights(
+            f"{printable(part.file.path)}: the size of the {name.replace('_', ' ')} cannot be told"
+        )
+    # in the order of the network's `blocks`
+    inside: dict[str, list[Matrix]] = {f"{stack}.{i}": [] for stack in counts for i in range(counts[stack])}
+    once: dict[str, int] = {}
+    always, host, beside = 0, 0, []
     for entry in table:
         if entry.module.startswith("siglip_"):
             continue  # the vision branch of an Omni checkpoint is not loaded
-        matrix = read.matrix(entry)
+        matrix = _matrix(part.file, card.prefix, entry)
+        nbytes = math.prod(entry.shape) * ITEMSIZE[dtype] if matrix is None else matrix.nbytes
         block = ".".join(entry.module.split(".")[:2])
-        if entry.module.startswith("context_refiner."):
-            size = read.small(entry) if matrix is None else matrix.nbytes
-            once[int(entry.module.split(".")[1])] += size
-        elif matrix is None:
-            always += read.small(entry)
-        elif block in inside and ".adaLN_modulation." not in entry.module:
+        # adaptive norms of all steps go through their matrices once, before the first block
+        if matrix is not None and block in inside and ".adaLN_modulation." not in entry.module:
             inside[block].append(matrix)
             continue
-        else:  # adaptive norms of all steps go through their matrices once, before the first block
-            always += matrix.nbytes
+        if entry.module == "embed_tokens.weight" or entry.module.startswith("encoder."):
+            host += (
+                nbytes  # few rows of a table are read, wherever it lies; images need a VAE's decoder alone
+            )
+            continue
+        if block.startswith("context_refiner."):
+            once[block] = once.get(block, 0) + nbytes
+        else:
+            always += nbytes
         if matrix is not None:
             beside.append((entry.module, matrix))
-    blocks = tuple(Block(name, tuple(found)) for name, found in inside.items())
-    return Part("transformer", config, blocks, always, 0, tuple(beside), tuple(once))
+    blocks = tuple(Block(block, tuple(found)) for block, found in inside.items())
+    return Part(name, config, blocks, always, host, tuple(beside), tuple(once.values()))
 
 
-def _text_encoder(config: TextEncoderConfig, table: names.Table, read: _Reader) -> Part:
-    inside: list[list[Matrix]] = [[] for _ in range(config.num_layers - 1)]
-    always, host = 0, 0
-    for entry in table:
-        matrix = read.matrix(entry)
-        if matrix is None:
-            always += read.small(entry)
-        elif entry.module == "embed_tokens.weight":
-            host += matrix.nbytes  # few of its rows are read, wherever it lies
-        else:
-            inside[int(entry.module.split(".")[1])].append(matrix)
-    blocks = tuple(Block(f"layers.{i}", tuple(found)) for i, found in enumerate(inside))
-    return Part("text_encoder", config, blocks, always, host)
-
-
-def _vae(config: AutoencoderConfig, table: names.Table, read: _Reader) -> Part:
-    """Convolutions in float32, whatever the file holds; pictures from text need the decoder alone."""
-    halves = {"decoder": 0, "encoder": 0}
-    for entry in table:
-        matrix = read.matrix(entry)
-        halves[entry.module.partition(".")[0]] += read.small(entry) if matrix is None else matrix.nbytes
-    return Part("vae", config, (), halves["decoder"], halves["encoder"])
+def _matrix(file: WeightFile, prefix: str, entry: names.Entry) -> Matrix | None:
+    """The weight of a Linear layer or a table; None for a tensor that is kept dense."""
+    if len(entry.shape) != 2 or not entry.module.endswith(".weight"):
+        return None
+    name = prefix + entry.checkpoint
+    stem = name.removesuffix(".weight")
+    scaled = any(stem + end in file.tensors for end in (".scale_weight", ".weight_scale"))
+    return Matrix(file.tensors[name].format.name, *entry.shape, scaled)
 
 
 def matrices(part: Part) -> Iterator[tuple[str, Matrix]]:

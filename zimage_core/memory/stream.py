@@ -1,107 +1,229 @@
 """Blocks of a network brought to the device just before they run, and the next ones meanwhile.
 
-The block loop asks: `with stream.block(i): run block i`. No hooks on modules, none on allocators.
+The block loop asks: `with stream.block(i): run block i`. No hooks on modules, none on allocators. One thread
+reads ahead in the order of the loop; a block out of order (a run was broken off) starts it anew there.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 import weakref
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from zimage_core.errors import BadArgument, Busy
-from zimage_core.memory.blocks import Block
-from zimage_core.memory.device import Backend, Mark
-from zimage_core.memory.feeder import CHUNKS, Feeder, Life, ring_bytes
-from zimage_core.memory.job import RING
+from zimage_core.errors import BadArgument
+from zimage_core.memory.device import ALIGN, Device, Event, Ring
 from zimage_core.memory.traffic import Meter, Traffic
+from zimage_core.nn.linear import Linear
+from zimage_core.quant.tensor import PlaneCache, QuantTensor
+from zimage_core.weights.source import Source
 
-READERS = 3
-"""Threads: one fills PCIe 3 from the page cache, three PCIe 4."""
 SLOTS = 3
+READER = "zimage-stream"
+"""What the names of reading threads begin with."""
+
+Weight = QuantTensor | nn.Parameter
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The bytes of a tensor on the host, where they can be read without touching a mapped page.
+
+    Args:
+        data: uint8 [n]; only its length counts where the bytes are in a file.
+        source: The file that they are in; None where they have memory of their own.
+        offset: First byte in that file.
+    """
+
+    data: Tensor
+    source: Source | None
+    offset: int
+
+    def read(self, first: int, into: Tensor) -> None:
+        """Bytes from `first` into host memory, as many as that holds.
+
+        Raises:
+            BadFile: The file was changed or cut since it was opened, or cannot be read.
+        """
+        if self.source is None:
+            # NumPy copies in this thread alone and without the interpreter lock
+            into.numpy()[:] = self.data[first : first + len(into)].numpy()
+        else:
+            self.source.check_unchanged()
+            self.source.read_into(self.offset + first, into.numpy().data)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One matrix of a block.
+
+    Args:
+        linear: Its layer.
+        home: The weight as it lies on the host.
+        stored: Its bytes there.
+        scale: That of an fp8 weight, on the device.
+        start: First byte in a slot, a multiple of ALIGN.
+    """
+
+    linear: Linear
+    home: Weight
+    stored: Stored
+    scale: Tensor | None
+    start: int
+
+    def part(self, slot: Tensor) -> Tensor:
+        """Its bytes in a slot, uint8 [n]."""
+        return slot[self.start : self.start + self.home.nbytes]
+
+    def view(self, slot: Tensor) -> Weight:
+        """The weight as it lies in a slot."""
+        home, held = self.home, self.part(slot)
+        if not isinstance(home, QuantTensor):
+            return nn.Parameter(held.view(home.dtype).view(home.shape), requires_grad=False)
+        # planes would outlive the bytes that they were made of
+        cache = PlaneCache(closed=True)
+        return QuantTensor(held.view(home.packed.shape), home.format, home.shape, self.scale, cache)
+
+
+@dataclass
+class Block:
+    """The streamed matrices of one block.
+
+    Args:
+        index: In the model's `blocks`.
+        segments: The matrices, in the order of a slot.
+        cached: Whether the page cache should keep its bytes from one step to the next.
+    """
+
+    index: int
+    segments: Sequence[Segment]
+    cached: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a slot that holds it, gaps included."""
+        if not self.segments:
+            return 0
+        last = self.segments[-1]
+        return aligned(last.start + last.home.nbytes)
+
+    @property
+    def payload(self) -> int:
+        """Bytes of its weights."""
+        return sum(segment.home.nbytes for segment in self.segments)
+
+    def unbind(self) -> None:
+        """Let each layer read its weight from the host again."""
+        for segment in self.segments:
+            segment.linear.set_weight(segment.home)
+
+    def load(self, ring: Ring, slot: Tensor, free: Event, meter: Meter) -> Event:
+        """Read it into a slot that is overwritten after the event `free` -> the event behind its copies."""
+        device = ring.device
+        device.order("copy", free)
+        begun, clock = device.record("copy"), time.perf_counter()
+        for segment in self.segments:
+            ring.fill(segment.part(slot), segment.stored.read)
+        if not self.cached:
+            for stored in (segment.stored for segment in self.segments):
+                if stored.source is not None:
+                    stored.source.advise_dontneed(stored.offset, len(stored.data))
+        done = device.record("copy")
+        meter.moved(self.index, self.payload, clock, time.perf_counter())
+        meter.add("copy", self.index, begun, done)
+        return done
+
+
+def aligned(nbytes: int) -> int:
+    """The next multiple of ALIGN."""
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True)
+class _Load:
+    """A block on its way into a slot, or there."""
+
+    index: int
+    slot: int
+    copied: Future[Event]
 
 
 class Stream:
     """A `models.block_source.BlockSource` that feeds the streamed blocks of one model.
 
-    Memory and threads are there from the first `acquire` or `prefetch` to `park` or `close`. One block at a
-    time is used; a second thread waits until the first one's block is done.
+    One block at a time is used; a second thread waits until the first one's block is done. Slots are there
+    from the beginning, ring and thread from the first block that is read, until `close`.
 
     Args:
-        blocks: Of the model, in the order of its loop.
+        blocks: Those of the model, in the order of its loop.
         resident: Indices of blocks that are on the device already; those without matrices are too.
-        backend: The device.
-        slots: On the device, at least 1; with 1 nothing overlaps. Each has the size of the largest
-            streamed block.
-        ring: Host memory in bytes, rounded down to a power of two; the CPU as a device needs none.
-        readers: Threads that read files.
+        ring: What bytes go to the device through.
+        slots: Blocks on the device at a time, at least 1; with 1 nothing overlaps. Each slot has the size of
+            the largest streamed block.
         wrap: Fetch the first blocks again behind the last one, for the next step. False for a network that
             runs once.
         visit: Brings a block that runs once to the device for the length of a `with`; None where all such
             blocks stay.
+        put_back: Puts what of the network stays on the device back on the host.
 
     Raises:
-        BadArgument: slots, ring or readers are out of range, or a resident index is no block's.
+        BadArgument: There are too few slots, or a resident index is no block's.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
         resident: Collection[int],
-        backend: Backend,
+        ring: Ring,
         slots: int = SLOTS,
-        ring: int = RING,
-        readers: int = READERS,
         wrap: bool = True,
         visit: Callable[[nn.Module], AbstractContextManager[object]] | None = None,
+        put_back: Callable[[], None] | None = None,
     ) -> None:
-        if slots < 1 or ring < 1 or not 1 <= readers <= CHUNKS - 2:
-            raise BadArgument(
-                f"stream: slots={slots}, ring={ring}, readers={readers}; wanted 1 slot or more, 1 byte or "
-                f"more, and 1 to {CHUNKS - 2} readers"
-            )
-        unknown = sorted(set(resident) - {block.index for block in blocks})
-        if unknown:
+        if slots < 1:
+            raise BadArgument(f"stream: slots={slots}, wanted 1 slot or more")
+        if unknown := sorted(set(resident) - {block.index for block in blocks}):
             raise BadArgument(f"stream: resident names block {unknown[0]}, blocks are 0 to {len(blocks) - 1}")
-        self._blocks = {b.index: b for b in blocks if b.nbytes and b.index not in set(resident)}
-        self.backend = backend
-        self._visit = visit
-        self._meter = Meter(backend)
-        order = sorted(self._blocks)
-        self.host_bytes = 0 if backend.direct or not order else ring_bytes(ring)
-        """Of the ring."""
-        self._feeder = Feeder(self._blocks, slots, wrap, backend, self._meter, ring_bytes(ring), readers)
-        largest = max((block.nbytes for block in self._blocks.values()), default=0)
-        self.device_bytes = self._feeder.schedule.slots * largest
-        """Of the slots."""
-        self._owner: int | None = None
-        self._held: int | None = None
-        self._begun: Mark | None = None
-        self._last = -1
-        self._closed = False
-        self._finalizer = weakref.finalize(self, Feeder.stop, self._feeder)
-
-    @property
-    def streamed(self) -> tuple[int, ...]:
+        self._blocks = {b.index: b for b in blocks if b.segments and b.index not in set(resident)}
+        self.streamed = tuple(sorted(self._blocks))
         """Indices of the blocks that are moved, in order."""
-        return self._feeder.schedule.order
-
-    @property
-    def closed(self) -> bool:
-        """True when it feeds no more."""
-        return self._closed
+        self._ring, self._device, self._meter = ring, ring.device, Meter(ring.device)
+        self._wrap, self._visit, self._put_back = wrap, visit, put_back
+        size = max((block.nbytes for block in self._blocks.values()), default=0)
+        self._slots = [self._device.memory(size) for _ in range(min(slots, len(self.streamed)))]
+        # memory that was freed by the computation may still be read there
+        self._free: list[Event] = [self._device.record("compute") for _ in self._slots]
+        self.device_bytes = len(self._slots) * size
+        """Bytes of the slots."""
+        self._views: dict[tuple[int, int], list[Weight]] = {}
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix=READER)
+        self._submitting = threading.Lock()
+        self._loads: deque[_Load] = deque()
+        self._next = 0  # place in `streamed` of the block to be read after those
+        self._turn = threading.RLock()  # of the thread that uses a block
+        self._held: _Load | None = None
+        self._begun: Event = None
+        self._last = -1
+        self._fault: Exception | None = None
+        self.closed = False
+        """Whether it feeds no more."""
+        self._finalizer = weakref.finalize(self, _end, self._reader, self._device, self._free)
 
     def block(self, index: int) -> AbstractContextManager[object]:
         """Inside the `with`, block `index` has its weights on the device.
 
         Raises:
-            As `acquire`.
+            BadFile: Its file was changed, cut, or cannot be read; the stream is closed then.
+            BadArgument: The stream is closed.
         """
-        return _Visit(self, index) if index in self._blocks else nullcontext()
+        return self._streaming(index) if index in self._blocks else nullcontext()
 
     def once(self, block: nn.Module) -> AbstractContextManager[object]:
         """Inside the `with`, a block that runs once has its weights on the device.
@@ -111,94 +233,6 @@ class Stream:
         """
         return nullcontext() if self._visit is None else self._visit(block)
 
-    def acquire(self, index: int) -> None:
-        """Wait until the copy of a block is queued, let the computation wait for it, bind its layers.
-
-        A block that this thread still holds is released: an exception that came at a bad moment left it.
-
-        Raises:
-            BadFile: Its file was changed, cut, or cannot be read; the stream is closed then.
-            BadArgument: The stream is closed.
-        """
-        if index not in self._blocks:
-            return
-        feeder, backend = self._feeder, self.backend
-        try:
-            self._enter(index)
-            begun = backend.mark("compute")
-            with feeder.changed:
-                life = self._start()
-                feeder.schedule.ask(index)
-                feeder.changed.notify_all()
-                while (slot := feeder.schedule.take(index)) is None:
-                    feeder.changed.wait()
-                    self._check()
-                memory, copied = life.slots[slot], life.copied[slot]
-            backend.after("compute", copied)
-            self._meter.add("stall", index, begun, backend.mark("compute"), index <= self._last)
-            self._last = index
-            self._blocks[index].bind(memory)
-            self._begun = backend.mark("compute")
-        except BaseException:
-            self.release(index)
-            if feeder.fault is not None:
-                self.close()
-            raise
-
-    def release(self, index: int) -> None:
-        """The computation of a block is queued: its layers go back to the host, its slot may be overwritten.
-
-        Does nothing for a block that is not held.
-        """
-        feeder = self._feeder
-        if self._owner != threading.get_ident() or self._held != index:
-            return
-        self._blocks[index].unbind()
-        with feeder.changed:
-            slot, life = feeder.schedule.held(index), feeder.life
-            if slot is not None and life is not None and life.alive:
-                mark = self.backend.mark("compute")
-                life.freed[slot] = mark
-                feeder.schedule.release(slot)
-                if self._begun is not None:
-                    self._meter.add("compute", index, self._begun, mark)
-            self._begun = self._held = self._owner = None
-            feeder.changed.notify_all()
-
-    def prefetch(self) -> None:
-        """Begin to load the first blocks, before they are asked for.
-
-        Raises:
-            BadArgument: The stream is closed.
-        """
-        with self._feeder.changed:
-            self._check()
-            if self._blocks and self._owner is None:
-                self._start()
-                self._feeder.schedule.ask(self.streamed[0])
-                self._feeder.changed.notify_all()
-
-    def park(self) -> None:
-        """Let slots, ring and threads go until the next block is asked for: another network needs the memory.
-
-        Raises:
-            Busy: A block is in use.
-        """
-        with self._feeder.changed:
-            if self._owner not in (None, threading.get_ident()):
-                raise Busy("stream: a block is in use by another thread; wait for its run to end")
-        if self._held is not None:
-            self.release(self._held)
-        self._feeder.stop()
-
-    def close(self) -> None:
-        """End the threads; all layers read from the host again. Again is allowed."""
-        self._closed = True
-        self._feeder.stop()
-        for block in self._blocks.values():
-            block.unbind()
-        self._finalizer.detach()
-
     def traffic(self, clear: bool = False) -> Traffic:
         """What was moved since the start, or since it was cleared; waits for the device."""
         found = self._meter.traffic()
@@ -206,51 +240,135 @@ class Stream:
             self._meter.clear()
         return found
 
-    def _enter(self, index: int) -> None:
-        """Wait for the other thread that uses a block, if there is one."""
-        me, feeder = threading.get_ident(), self._feeder
-        if self._owner == me and self._held is not None:
-            self.release(self._held)
-        with feeder.changed:
-            while self._owner not in (None, me):
-                feeder.changed.wait()
-            self._check()
-            self._begun, self._held, self._owner = None, index, me
+    def close(self) -> None:
+        """End the thread and let the slots go. Again is allowed.
 
-    def _start(self) -> Life:
+        A block that this thread holds reads from the host again; one of another thread does when it is done.
+        """
+        with self._submitting:
+            self.closed = True
+        _end(self._reader, self._device, self._free)
+        self._finalizer.detach()
+        self._take_back()
+        self._views.clear()
+        self._slots = []
+
+    def restore(self) -> None:
+        """Put the whole network back on the host, whoever holds a block."""
+        for block in self._blocks.values():
+            block.unbind()
+        if self._put_back is not None:
+            self._put_back()
+
+    @contextmanager
+    def _streaming(self, index: int) -> Iterator[None]:
+        held = self._acquire(index)
+        try:
+            yield
+        finally:
+            if self._held is held:
+                self._take_back()
+
+    def _acquire(self, index: int) -> _Load:
+        """Wait until the copy of a block is queued, let the computation wait for it, bind its layers.
+
+        A block that this thread still holds is released: an exception that came at a bad moment left it.
+        """
+        self._take_back()
+        self._turn.acquire()
+        try:
+            slots, begun = self._slots, self._device.record("compute")
+            held = self._held = self._take(index)
+            self._device.order("compute", self._wait(held))
+            self._begun = self._device.record("compute")
+            self._meter.add("stall", index, begun, self._begun, index <= self._last)
+            self._last = index
+            views = self._views.get((index, held.slot))
+            if views is None:
+                with torch.inference_mode(False):  # they outlive the caller's mode
+                    views = [s.view(slots[held.slot]) for s in self._blocks[index].segments]
+                self._views[index, held.slot] = views
+            for segment, view in zip(self._blocks[index].segments, views, strict=True):
+                segment.linear.set_weight(view)
+        except BaseException:
+            self._take_back()
+            raise
+        return held
+
+    def _take_back(self) -> None:
+        """Release what this thread holds, the turn included; nothing where another thread has the turn.
+
+        The computation of the block is queued: its layers go back to the host, its slot may be overwritten.
+        """
+        if not self._turn.acquire(blocking=False):
+            return
+        try:
+            held = self._held
+            if held is not None:
+                self._blocks[held.index].unbind()
+                if self._begun is not None:
+                    self._free[held.slot] = self._device.record("compute")
+                    self._meter.add("compute", held.index, self._begun, self._free[held.slot])
+                self._held = self._begun = None
+                self._read_ahead()
+        finally:
+            with suppress(RuntimeError):  # raised when this thread has the turn no more
+                while True:
+                    self._turn.release()
+
+    def _take(self, index: int) -> _Load:
+        """The load of a block, begun now if need be; what was fetched in vain before it is dropped."""
+        while self._loads and self._loads[0].index != index:
+            self._loads.popleft().copied.cancel()
+        if not self._loads:
+            self._next = self.streamed.index(index)
+            self._read_ahead()
         self._check()
-        return self._feeder.start()
+        return self._loads.popleft()
+
+    def _wait(self, load: _Load) -> Event:
+        """The event behind the copies of a block, when they are queued."""
+        try:
+            return load.copied.result()
+        except CancelledError:
+            self._check()
+            raise
+        except Exception as error:
+            self._fault = error
+            self.close()
+            self._check()  # without the reader's frames, which hold on to slots
+            raise
+
+    def _read_ahead(self) -> None:
+        """Fill the slots that are free with the next blocks, in the order of the loop."""
+        taken = [*self._loads, *([] if self._held is None else [self._held])]
+        for slot in set(range(len(self._slots))) - {load.slot for load in taken}:
+            if self._next == len(self.streamed):
+                if not self._wrap:
+                    return
+                self._next = 0
+            block = self._blocks[self.streamed[self._next]]
+            if any(load.index == block.index for load in taken):
+                return  # with hardly more blocks than slots: wait until it is used
+            with self._submitting:
+                if self.closed:
+                    return
+                work = (self._ring, self._slots[slot], self._free[slot], self._meter)
+                load = _Load(block.index, slot, self._reader.submit(block.load, *work))
+            self._loads.append(load)
+            taken.append(load)
+            self._next += 1
 
     def _check(self) -> None:
-        if self._feeder.fault is not None:
-            raise self._feeder.fault.with_traceback(None)
-        if self._closed:
+        if self._fault is not None:
+            raise self._fault.with_traceback(None)
+        if self.closed:
             raise BadArgument("stream: it was closed; unstream the model, or stream it anew")
 
-    def __enter__(self) -> Stream:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        state = "closed" if self._closed else "parked" if self._feeder.life is None else "running"
-        where = self.backend.device
-        return f"Stream({len(self._blocks)} blocks, {self.device_bytes} bytes on {where}, {state})"
-
-
-class _Visit:
-    """One block for the length of a `with`."""
-
-    def __init__(self, stream: Stream, index: int) -> None:
-        self._stream, self._index = stream, index
-
-    def __enter__(self) -> None:
-        self._stream.acquire(self._index)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.release(self._index)
+def _end(reader: ThreadPoolExecutor, device: Device, free: list[Event]) -> None:
+    """Drop what was not begun, wait for the thread and for the computations that read from slots."""
+    in_reader = threading.current_thread().name.startswith(READER)  # the collector may run there
+    reader.shutdown(wait=not in_reader, cancel_futures=True)
+    for event in free:
+        device.wait(event)

@@ -1,15 +1,24 @@
-"""What a stream moved and what it cost: counted while it runs, summed up when asked."""
+"""What a stream moved and what it cost: counted while it runs, summed up and drawn when asked."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 
-from zimage_core.memory.device import Backend, Mark
+from zimage_core.files.units import in_bytes, in_seconds
+from zimage_core.memory.device import Device, Event
 
 KEPT = 20_000
 """Spans of the timeline; the oldest go first. An image of 8 steps with 32 streamed blocks has about 1,000."""
+RECENT = 1_000
+"""Spans whose ends may lie in the future of the device; the device has long passed the ones before."""
+LANES = {"read": "#9db8d9", "copy": "#3b6ea8", "stall": "#d1495b", "compute": "#6aa56a"}
+"""Lane of a timeline -> colour, from top to bottom."""
+WIDTH, ROW, LEFT = 1200, 26, 80
+"""Pixels of the drawing, of a lane, of its name."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +26,11 @@ class Span:
     """Something that took time.
 
     Args:
-        lane: "read" (from the file or memory into the ring), "copy" (from its first byte read to its last one
-            on the device), "stall" (the computation waits), "compute".
+        lane: "read" (from the file or memory), "copy" (from its first byte read to its last one on the
+            device), "stall" (the computation waits), "compute".
         block: Index in the model's `blocks`.
-        start: Seconds on the clock of the backend.
-        end: Likewise.
+        start: Seconds on the clock of time.perf_counter.
+        end: Seconds on that clock.
     """
 
     lane: str
@@ -32,15 +41,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of a stream since its start, or since it was cleared.
+    """What a stream did since its start, or since it was cleared.
 
     Args:
-        bytes_moved: Weights of streamed blocks that reached the device, broken loads included; not those that
-            stay, nor the context refiner's, which visit it for each caption.
-        loads: Blocks.
+        bytes_moved: Weights of streamed blocks that reached the device, also in vain; not those that stay,
+            nor the context refiner's, which visit it for each caption.
+        loads: Blocks that were loaded.
         transfer_seconds: While a block was on its way.
         stall_seconds: While the computation waited for one.
-        step_stalls: Of each pass through the blocks, seconds; the last one may not be over yet.
+        step_stalls: Seconds of each pass through the blocks; the last one may not be over yet.
         timeline: In the order of their ends, a bounded number.
     """
 
@@ -67,61 +76,102 @@ class Traffic:
 class Meter:
     """Collects spans whose ends may lie in the future of the device."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, device: Device) -> None:
+        self._device = device
         self._lock = threading.Lock()
         self.clear()
 
     def clear(self) -> None:
         """Begin anew."""
         with self._lock:
-            self._open: deque[tuple[str, int, Mark, Mark, int]] = deque()
+            self._open: deque[tuple[str, int, Event, Event, bool]] = deque()
             self._spans: deque[Span] = deque(maxlen=KEPT)
-            self._moved = self._loads = self._passes = self._counted = 0
-            self._seconds = {"copy": 0.0, "stall": 0.0}
+            self._moved = self._loads = 0
+            self._transfer = self._stall = 0.0
             self._stalls: deque[float] = deque(maxlen=KEPT)
 
-    def count(self, nbytes: int) -> None:
-        """Weights that were moved."""
+    def moved(self, block: int, nbytes: int, start: float, end: float) -> None:
+        """A block of so many bytes was read, in seconds of the host's clock."""
         with self._lock:
             self._moved += nbytes
+            self._spans.append(Span("read", block, start, end))
 
-    def add(self, lane: str, block: int, start: Mark, end: Mark, first: bool = False) -> None:
-        """A span between two marks of one lane; `first` of a new pass through the blocks."""
+    def add(self, lane: str, block: int, start: Event, end: Event, new_pass: bool = False) -> None:
+        """A span between two events of one queue, perhaps the first of a new pass through the blocks."""
         with self._lock:
-            self._passes += first
-            self._open.append((lane, block, start, end, self._passes))
-            while self._open and self._backend.passed(self._open[0][3]):
-                self._fold()
-
-    def add_host(self, lane: str, block: int, start: float, end: float) -> None:
-        """A span of the host's clock that is over."""
-        with self._lock:
-            self._spans.append(Span(lane, block, start, end))
+            self._open.append((lane, block, start, end, new_pass))
+            if len(self._open) > RECENT:
+                self._settle()
 
     def traffic(self) -> Traffic:
-        """So far; waits until the device has passed what was queued."""
+        """Everything so far; waits until the device has passed what was queued."""
         with self._lock:
             while self._open:
-                self._backend.wait(self._open[0][3])
-                self._fold()
-            stalls = tuple(self._stalls)
+                self._settle()
             spans = tuple(sorted(self._spans, key=lambda span: span.end))
-            seconds = self._seconds
-            return Traffic(self._moved, self._loads, seconds["copy"], seconds["stall"], stalls, spans)
+            return Traffic(self._moved, self._loads, self._transfer, self._stall, tuple(self._stalls), spans)
 
-    def _fold(self) -> None:
-        lane, block, begun, ended, step = self._open.popleft()
+    def _settle(self) -> None:
+        lane, block, begun, ended, new_pass = self._open.popleft()
+        self._device.wait(ended)
         # a wait that a thread began and a device ended may be shorter than the clocks agree
-        start = self._backend.seconds(begun)
-        end = max(start, self._backend.seconds(ended))
+        start = self._device.seconds(begun)
+        end = max(start, self._device.seconds(ended))
         self._spans.append(Span(lane, block, start, end))
-        if lane in self._seconds:
-            self._seconds[lane] += end - start
         if lane == "copy":
             self._loads += 1
+            self._transfer += end - start
         if lane == "stall":
-            if not self._stalls or step > self._counted:
-                self._counted = step
+            self._stall += end - start
+            if new_pass or not self._stalls:
                 self._stalls.append(0.0)
             self._stalls[-1] += end - start
+
+
+def summary(name: str, traffic: Traffic) -> str:
+    """One line on a network: bytes, rate, what of it was hidden."""
+    return (
+        f"{name.replace('_', ' ')}: {in_bytes(traffic.bytes_moved)} streamed at {in_bytes(traffic.rate)}/s, "
+        f"{traffic.overlap:.0%} behind the computation, waited {in_seconds(traffic.stall_seconds)}"
+    )
+
+
+def page(traffic: Mapping[str, Traffic], reasons: tuple[str, ...] = ()) -> str:
+    """A page of HTML that needs nothing else, with a drawing for each network.
+
+    Time goes to the right, with a lane each for reading, copying, waiting and computing.
+
+    Args:
+        traffic: Network -> what was moved of it.
+        reasons: Sentences of the plan, printed below.
+    """
+    parts = [_drawing(name, each) for name, each in traffic.items() if each.timeline]
+    notes = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
+    body = "".join(parts) or "<p>Nothing was streamed: all weights were on the device.</p>"
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>streamed weights</title>'
+        "<style>body{font:14px sans-serif;margin:2em}svg{border:1px solid #ccc}</style>"
+        f"{body}<ul>{notes}</ul></html>\n"
+    )
+
+
+def _drawing(name: str, traffic: Traffic) -> str:
+    start = min(span.start for span in traffic.timeline)
+    length = max(max(span.end for span in traffic.timeline) - start, 1e-9)
+    rows = list(LANES)
+    drawn = [f'<text x="4" y="{ROW * i + 18}">{lane}</text>' for i, lane in enumerate(rows)]
+    for span in traffic.timeline:
+        left = LEFT + WIDTH * (span.start - start) / length
+        width = max(0.5, WIDTH * (span.end - span.start) / length)
+        drawn.append(
+            f'<rect x="{left:.1f}" y="{ROW * rows.index(span.lane) + 4}" width="{width:.1f}" '
+            f'height="{ROW - 8}" fill="{LANES[span.lane]}"><title>{span.lane} of block {span.block}: '
+            f"{1000 * (span.end - span.start):.1f} ms</title></rect>"
+        )
+    height = ROW * len(rows)
+    return (
+        f"<h2>{escape(summary(name, traffic))}</h2>"
+        f'<svg width="{WIDTH + LEFT}" height="{height + 20}" font-size="12">{"".join(drawn)}'
+        f'<text x="{LEFT}" y="{height + 15}">0 s</text>'
+        f'<text x="{WIDTH + LEFT}" y="{height + 15}" text-anchor="end">{length:.2f} s</text></svg>'
+    )

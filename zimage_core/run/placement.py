@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zimage_core.errors import Unsupported
-from zimage_core.memory.arena import Arena, MemoryPlan, MemoryReport
+from zimage_core.memory.phases import MemoryBudget, MemoryReport, PhaseManager
 from zimage_core.models.transformer import Predict, ZImageTransformer
 from zimage_core.nn.cuda_graphs import StepGraphs
 from zimage_core.nn.linear import Linear
@@ -17,6 +17,7 @@ from zimage_core.quant.dispatch import largest_that_fit
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.run.checks import read_device, read_dtype, whole
 from zimage_core.run.request import Run
+from zimage_core.weights.load import opened_file
 
 RESERVE = 2 << 30
 """Bytes of GPU memory that `dequantize_weights` leaves for activations, scratch and the VAE."""
@@ -29,7 +30,7 @@ class Placement:
     """What a pipeline remembers of where its networks are: a memory budget, graphs, changed weights."""
 
     def __init__(self) -> None:
-        self.memory: Arena | None = None
+        self.memory: PhaseManager | None = None
         self.graphs: StepGraphs | None = None
         self._as_loaded = True
 
@@ -112,14 +113,19 @@ class Placement:
                 "limit_memory: weights were made resident or cast, so a plan from the files would be wrong; "
                 "open the pipeline anew with vram= or ram="
             )
-        self.memory = Arena(networks, device, MemoryPlan(vram, ram))
+        found = {name: opened_file(network) for name, network in networks.items()}
+        opened = {name: each for name, each in found.items() if each is not None}
+        self.memory = PhaseManager(networks, opened, device, MemoryBudget(vram, ram))
         self.graphs = None
 
     def begin(self, run: Run, caption_tokens: int) -> None:
         """Plan a run where memory is limited."""
         if self.memory is not None:
             images, guided = run.batch.images, run.guidance_scale > 0
-            self.memory.begin(run.width, run.height, images, caption_tokens, guided, run.steps)
+            self.memory.begin(
+                width=run.width, height=run.height, images=images, caption_tokens=caption_tokens,
+                guidance=guided, steps=run.steps,
+            )  # fmt: skip
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Around "encode", "denoise" and "decode": their network is on the device inside."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-    from zimage_core.memory.arena import MemoryReport
+    from zimage_core.memory.phases import MemoryReport
     from zimage_core.weights.opened import Opened
 
 

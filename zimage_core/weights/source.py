@@ -148,11 +148,11 @@ class Source:
                 raise BadFile(self.path, fault, "let no other program change it, and load it again")
             done += count
 
-    def read_ahead(self, offset: int, count: int) -> None:
+    def advise_willneed(self, offset: int, count: int) -> None:
         """Ask the system to bring these bytes into its page cache; a hint, no error where it is not taken."""
         self._advise(offset, count, "POSIX_FADV_WILLNEED")
 
-    def let_go(self, offset: int, count: int) -> None:
+    def advise_dontneed(self, offset: int, count: int) -> None:
         """Tell the system that its page cache need not keep these bytes; a hint."""
         self._advise(offset, count, "POSIX_FADV_DONTNEED")
 

@@ -7,7 +7,8 @@ do not all fit, some are let go as soon as they were read and the others are sti
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from zimage_core.memory.residency import spread
@@ -29,7 +30,7 @@ def available() -> int | None:
     return min(found, default=None)
 
 
-def let_go(sizes: Sequence[int], room: int | None) -> set[int]:
+def to_drop(sizes: Sequence[int], room: int | None) -> set[int]:
     """Places in `sizes` whose blocks the page cache should not keep, so that the others fit `room` bytes.
 
     They are spread evenly, so that reads from disk alternate with reads from memory.
@@ -43,32 +44,29 @@ def let_go(sizes: Sequence[int], room: int | None) -> set[int]:
     return set(range(len(sizes)))
 
 
-class ReadAhead:
-    """Brings a file into the page cache while something else is computed; nothing where it does not fit.
+@contextmanager
+def reading_ahead(file: WeightFile | None) -> Iterator[None]:
+    """Inside, a file is brought into the page cache; nothing where free host memory does not hold it.
 
     Args:
         file: The weights of the next network.
     """
+    over, room = threading.Event(), available()
+    parts = [] if file is None else [(file.source_of(name), info) for name, info in file.tensors.items()]
 
-    def __init__(self, file: WeightFile | None) -> None:
-        self._over = threading.Event()
-        room = available()
-        ranges = [] if file is None else [(file.source_of(name), info) for name, info in file.tensors.items()]
-        if room is None or sum(info.nbytes for _, info in ranges) > room:
-            return
-        self._ranges = ranges
-        threading.Thread(target=self._run, name="zimage-read-ahead", daemon=True).start()
-
-    def end(self) -> None:
-        """Ask for no more."""
-        self._over.set()
-
-    def _run(self) -> None:
-        for source, info in self._ranges:
+    def ask() -> None:
+        for source, info in parts:
             for first in range(0, info.nbytes, AT_ONCE):
-                if self._over.is_set():
+                if over.is_set():
                     return
-                source.read_ahead(info.offset + first, min(AT_ONCE, info.nbytes - first))
+                source.advise_willneed(info.offset + first, min(AT_ONCE, info.nbytes - first))
+
+    if parts and room is not None and sum(info.nbytes for _, info in parts) <= room:
+        threading.Thread(target=ask, name="zimage-read-ahead", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _of_machine() -> int | None:
@@ -76,22 +74,17 @@ def _of_machine() -> int | None:
 
 
 def _of_group() -> int | None:
-    limit, used = _number(_GROUP / "memory.max"), _number(_GROUP / "memory.current")
-    if limit is None or used is None:
+    limit, used = (_text(_GROUP / name).strip() for name in ("memory.max", "memory.current"))
+    if not limit.isdecimal() or not used.isdecimal():  # "max" is no limit
         return None
     stat = _fields(_GROUP / "memory.stat")
-    return max(0, limit - used + stat.get("inactive_file", 0) + stat.get("active_file", 0))
+    return max(0, int(limit) - int(used) + stat.get("inactive_file", 0) + stat.get("active_file", 0))
 
 
 def _fields(path: Path, scale: int = 1) -> dict[str, int]:
     """Lines of a name and a number."""
     lines = [line.split() for line in _text(path).splitlines()]
     return {line[0]: int(line[1]) * scale for line in lines if len(line) > 1 and line[1].isdecimal()}
-
-
-def _number(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.isdecimal() else None  # "max" is no limit
 
 
 def _text(path: Path) -> str:

@@ -1,0 +1,280 @@
+"""A pipeline under a memory budget: each phase loads its network on the device and takes it away again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from zimage_core.config import COMPONENTS
+from zimage_core.errors import BadArgument, OverBudget, Unsupported
+from zimage_core.files.atomic import write_atomically
+from zimage_core.files.units import in_bytes, parse_bytes
+from zimage_core.memory import page_cache, traffic
+from zimage_core.memory.attach import Moved, forbid_planes, load, stream_model, unstream
+from zimage_core.memory.device import Ring, device_for
+from zimage_core.memory.plan import Component, Plan
+from zimage_core.memory.planner import RUNTIME, Job, plan_job
+from zimage_core.memory.rates import Rates, known, measure
+from zimage_core.memory.sizes import sizes_of
+from zimage_core.memory.stream import Stream
+from zimage_core.memory.traffic import Traffic
+from zimage_core.models.autoencoder import Autoencoder
+from zimage_core.models.text_encoder import TextEncoder
+from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.nn.linear import tensors_of
+from zimage_core.weights.opened import Opened
+
+NETWORKS = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
+"""Phase -> the network that runs in it."""
+NEXT = {"encode": "transformer", "denoise": "vae"}
+"""Phase -> the network that runs after it."""
+SPARE = 512 << 20
+"""Bytes of free GPU memory that "auto" leaves: the driver, libraries and gaps between allocations."""
+OUTSIDE_A_RUN: dict[str, Any] = {
+    "width": 16, "height": 16, "images": 1, "caption_tokens": 512, "guidance": False, "steps": 1,
+}  # fmt: skip
+"""What is planned for a call such as `encode_prompt`: a long caption, and next to no image."""
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """What a pipeline may take.
+
+    Args:
+        vram: GPU memory for its tensors: bytes, "6GiB", "auto" for what is free when a run begins, or "least"
+            for the smallest that the image allows.
+        ram: Host memory of the process: bytes or "8GiB"; None for as much as it likes. On a CPU it is the
+            limit that counts; weights beyond it are read from their files in every step.
+    """
+
+    vram: int | str | None = None
+    ram: int | str | None = None
+
+    def __post_init__(self) -> None:
+        """BadArgument for what is no amount of bytes."""
+        if self.vram is not None and self.vram not in ("auto", "least"):
+            parse_bytes("vram", self.vram)
+        if self.ram is not None:
+            parse_bytes("ram", self.ram)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """What a run under a budget was to do, and did.
+
+    Args:
+        plan: Made for its sizes.
+        traffic: Network -> what was streamed of it.
+    """
+
+    plan: Plan
+    traffic: Mapping[str, Traffic]
+
+    def summary(self) -> list[str]:
+        """A line for each network that was streamed."""
+        return [traffic.summary(name, each) for name, each in self.traffic.items() if each.bytes_moved]
+
+    def save_timeline(self, path: str | PathLike[str], overwrite: bool = False) -> None:
+        """Write a page of HTML that shows when blocks were read, copied, waited for and computed.
+
+        Raises:
+            BadFile: The path exists, or cannot be written.
+        """
+        write_atomically(path, traffic.page(self.traffic, self.plan.reasons).encode(), overwrite)
+
+
+class PhaseManager:
+    """The device memory that three networks share, one after the other.
+
+    Networks are loaded on the CPU and go back there; between runs those stay that the plan keeps.
+
+    Args:
+        networks: text_encoder, transformer and vae by name, on the CPU.
+        opened: The files that they came from, by the same names.
+        device: Where to compute.
+        budget: What all runs may take.
+
+    Raises:
+        BadArgument: vram for a CPU, or no budget at all.
+        Unsupported: A network was built in memory; there is no file to plan or to stream from.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        opened: Mapping[str, Opened],
+        device: torch.device,
+        budget: MemoryBudget,
+    ) -> None:
+        if missing := [name for name in COMPONENTS if name not in opened]:
+            raise Unsupported(f"a memory budget needs files: {' and '.join(missing)} came from none")
+        if device.type == "cpu" and (budget.vram is not None or budget.ram is None):
+            raise BadArgument("vram is memory of a GPU: on a CPU give ram alone, such as ram='4GiB'")
+        if device.type != "cpu" and budget.vram is None:
+            budget = replace(budget, vram="auto")
+        vae = networks["vae"]
+        if not isinstance(vae, Autoencoder):
+            raise BadArgument(f"memory budget: the vae is {type(vae).__name__}, wanted Autoencoder")
+        self.device, self.budget = device, budget
+        self._networks, self._opened, self._vae = networks, opened, vae
+        self._sizes = sizes_of(opened, str(networks["transformer"].dtype).removeprefix("torch."))
+        self._plan: Plan | None = None
+        self._planes = False
+        self._loaded: dict[str, tuple[Any, ...]] = {}  # network -> the part of the plan that it was loaded by
+        self._decoder = Moved()
+        self._traffic: dict[str, Traffic] = {}
+        self._tile = vae.tile
+        self._rates: Rates | None = None
+
+    def begin(
+        self, *, width: int, height: int, images: int, caption_tokens: int, guidance: bool, steps: int
+    ) -> Plan:
+        """Plan a run and follow that plan from now on.
+
+        Args:
+            width: In pixels.
+            height: In pixels.
+            images: Images of the run.
+            caption_tokens: Tokens of the longest caption.
+            guidance: Whether there is a negative side.
+            steps: Steps of the run.
+
+        Raises:
+            OverBudget: The budget does not hold the least that this image needs.
+        """
+        rates = self._rates = self._rates or self._machine()
+        job = Job(
+            self._sizes, width, height, images, caption_tokens, rates=rates, guidance=guidance, steps=steps
+        )
+        vram, ram = self._amounts(job)
+        if self.device.type == "cpu" and vram < job.floor():
+            raise OverBudget(
+                f"ram={self.budget.ram} is too little for {width} x {height} pixels: at least "
+                f"{in_bytes(job.floor() + self._around())} of host memory are needed; give more or make a "
+                "smaller picture"
+            )
+        plan = plan_job(job, vram, ram)
+        if plan.maps_on_host and self.device.type == "cpu":
+            raise OverBudget(
+                f"ram={self.budget.ram} does not hold the decoding of {width} x {height} pixels, not even in "
+                "tiles; give more or make a smaller picture"
+            )
+        self._plan = plan
+        # all planes that would be made or none: what makes them does not know the budget
+        self._planes = plan.phase("encode").planes == job.planes()
+        for name, key in list(self._loaded.items()):
+            if key != self._key(plan.component(name)):
+                self._evict(name)
+        self._vae.tile = self._tile if plan.tile is None else plan.tile
+        self._traffic.clear()
+        for stream in self._streams().values():
+            stream.traffic(clear=True)
+        return plan
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Inside, the network of "encode", "denoise" or "decode" is ready to run."""
+        plan = self._plan
+        if plan is None:
+            plan = self.begin(**OUTSIDE_A_RUN)
+        component = plan.component(NETWORKS[name])
+        self._load(component, plan)
+        after = NEXT.get(name, "")
+        wanted = after in self._opened and after not in self._loaded
+        try:
+            with page_cache.reading_ahead(self._opened[after].file if wanted else None):
+                yield
+        finally:
+            if not component.kept:
+                self._evict(component.name)
+
+    def report(self) -> MemoryReport | None:
+        """What the run that ended did; None before the first."""
+        if self._plan is None:
+            return None
+        staying = {name: stream.traffic() for name, stream in self._streams().items()}
+        return MemoryReport(self._plan, {**self._traffic, **staying})
+
+    def close(self) -> None:
+        """Put everything back on the host."""
+        for name in list(self._loaded):
+            self._evict(name)
+        self._vae.tile = self._tile
+
+    @property
+    def keep(self) -> torch.device | None:
+        """Where the VAE keeps maps of the whole image; None for the device."""
+        return torch.device("cpu") if self._plan is not None and self._plan.maps_on_host else None
+
+    def _streams(self) -> dict[str, Stream]:
+        """What feeds the networks that are on the device now."""
+        found = {name: getattr(self._networks[name], "stream", None) for name in self._loaded}
+        return {name: stream for name, stream in found.items() if isinstance(stream, Stream)}
+
+    def _key(self, component: Component) -> tuple[Any, ...]:
+        """What has to be the same for a network to stay as it is."""
+        return component.kept, component.resident_blocks, component.slots, component.once, self._planes
+
+    def _load(self, component: Component, plan: Plan) -> None:
+        name, key = component.name, self._key(component)
+        if self._loaded.get(name) == key:
+            return
+        network, file = self._networks[name], self._opened[name].file
+        if isinstance(network, (ZImageTransformer, TextEncoder)):
+            free = page_cache.available()
+            left = free if plan.ram is None else plan.ram - plan.ram_need
+            stream_model(
+                network, file, component.resident_blocks, self.device, slots=max(1, component.slots),
+                ring=max(1, plan.ring), refiner_stays=component.once == 0,
+                page_cache=left if free is None or left is None else min(left, free),
+            )  # fmt: skip
+        else:
+            self._decoder = load(self._vae.decoder, Ring(device_for(self.device), plan.ring), file)
+        if not self._planes:
+            forbid_planes(network)
+        self._loaded[name] = key
+
+    def _evict(self, name: str) -> None:
+        """Take a network off the device."""
+        network = self._networks[name]
+        self._loaded.pop(name, None)
+        if not isinstance(network, (ZImageTransformer, TextEncoder)):
+            self._decoder.restore()
+            return
+        if isinstance(network.stream, Stream):
+            self._traffic[name] = network.stream.traffic()
+        unstream(network)
+
+    def _amounts(self, job: Job) -> tuple[int, int | None]:
+        """vram and ram in bytes; on a CPU the host memory plays the device's part."""
+        ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
+        if self.device.type == "cpu":
+            return max(1, (ram or 0) - self._around()), None
+        if self.budget.vram == "least":
+            return job.floor(), ram
+        if self.budget.vram == "auto":
+            free = torch.cuda.mem_get_info(self.device)[0]
+            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            tensors = [tensor for name in self._loaded for tensor in tensors_of(self._networks[name])]
+            held = sum(tensor.nbytes for tensor in tensors if tensor.device.type == self.device.type)
+            held += sum(stream.device_bytes for stream in self._streams().values())
+            return max(1, free + cached + held - SPARE), ram
+        return parse_bytes("vram", self.budget.vram), ram
+
+    def _around(self) -> int:
+        """Bytes of host memory on a CPU beside what the plan counts: Python, torch, tables of tokens."""
+        sizes = self._sizes
+        return RUNTIME + sum(part.host for part in (sizes.text_encoder, sizes.transformer, sizes.vae))
+
+    def _machine(self) -> Rates:
+        if self.device.type == "cpu":
+            return measure("cpu")
+        from zimage_core.quant.gpu import architecture
+
+        return known(architecture(self.device))
