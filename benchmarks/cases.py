@@ -1,6 +1,6 @@
 """What is worth timing: every shape here follows from the configuration of the networks, none is typed.
 
-A picture of `pixels` a side and a caption of `caption` tokens give the rows; both are filled up to whole
+An image of `pixels` a side and a caption of `caption` tokens give the rows; both are filled up to whole
 multiples of 32, as the transformer does.
 """
 
@@ -16,7 +16,7 @@ from zimage_core.models.transformer import FREQUENCIES
 TRANSFORMER = TransformerConfig()
 ENCODER = TextEncoderConfig()
 PIXELS, CAPTION = 1024, 32
-"""The picture and the caption of the standing figures."""
+"""The image and the caption of the standing figures."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,18 @@ class LinearCase:
 
     @property
     def weights(self) -> int:
-        """Of all `count` matrices."""
+        """Weights of all `count` matrices."""
         return self.n * self.k * self.count
 
     @property
     def flops(self) -> float:
-        """Of one product."""
+        """Operations of one product."""
         return 2.0 * self.m * self.n * self.k
 
 
 @dataclass(frozen=True)
 class ElementwiseCase:
-    """One of the fused element-wise steps over `rows` rows; heads only where the step knows them."""
+    """One of the fused element-wise steps over `rows` rows of `size` numbers a head."""
 
     name: str
     rows: int
@@ -52,8 +52,8 @@ class ElementwiseCase:
     def nbytes(self, itemsize: int) -> int:
         """Every input read once and every result written once; vectors are left out."""
         numbers = self.rows * self.size * self.heads
-        turn = self.rows * self.size * 4 if self.name == "qk_norm_rope" else 0  # float32 cosines and sines
-        return numbers * itemsize * STREAMS[self.name] + turn
+        angles = self.rows * self.size * 4 if self.name == "qk_norm_rope" else 0  # float32 cosines and sines
+        return numbers * itemsize * STREAMS[self.name] + angles
 
 
 STREAMS = {"rms_norm_modulate": 2, "qk_norm_rope": 4, "gate_norm_residual": 3, "silu_gate": 3}
@@ -72,7 +72,7 @@ class AttentionCase:
 
     @property
     def flops(self) -> float:
-        """Of one call: two products of [L, D] with [D, L] or [L, L] for each head."""
+        """Operations of one call: two products for each head, [L, D] [D, L] and [L, L] [L, D]."""
         return 4.0 * self.length**2 * self.heads * self.head_dim
 
     def nbytes(self, itemsize: int) -> int:
@@ -86,7 +86,7 @@ def padded(tokens: int) -> int:
 
 
 def image_rows(pixels: int = PIXELS, config: TransformerConfig = TRANSFORMER) -> int:
-    """Tokens of a square picture, pads included."""
+    """Tokens of a square image, pads included."""
     side = pixels // (AutoencoderConfig().spatial_factor * config.patch_size)
     return padded(side * side)
 
@@ -167,14 +167,8 @@ def attention(
     ]
 
 
-def elementwise(
-    rows: int | None = None,
-    pixels: int = PIXELS,
-    caption: int = CAPTION,
-    config: TransformerConfig = TRANSFORMER,
-) -> list[ElementwiseCase]:
-    """The four fused steps over the joint sequence, or over `rows` rows."""
-    rows = rows or stages(pixels, caption, config)[0][1]
+def elementwise(rows: int, config: TransformerConfig = TRANSFORMER) -> list[ElementwiseCase]:
+    """The four fused steps over `rows` rows."""
     return [
         ElementwiseCase("rms_norm_modulate", rows, config.dim),
         ElementwiseCase("qk_norm_rope", rows, config.head_dim, config.n_heads),

@@ -57,7 +57,7 @@ class Cell(NamedTuple):
 
 @dataclass
 class Row:
-    """What came of a cell; for AMD registers are vector registers and spills those of either kind."""
+    """What came of a cell; for AMD, registers are vector registers and spills those of either kind."""
 
     registers: int = 0
     stack: int = 0
@@ -172,12 +172,13 @@ def launch(cell: Cell) -> None:
         arch = (cell.target, MANY if splits else FEW)
         with patch.object(tiles, "architecture", lambda device: arch):
             matmul(empty(count, WIDTH, dtype=dtype), planes, fmt, ROWS, row if cell.kernel == "sum" else None)
-    elif cell.kernel == "rms_norm_modulate":
+    elif cell.kernel in ("rms_norm_modulate", "gate_norm_residual"):
         x = empty(TOKENS, ROWS, dtype=dtype)
-        elementwise.rms_norm_modulate(x, row, 1e-5, None if cell.tile else row)
-    elif cell.kernel == "gate_norm_residual":
-        x = empty(TOKENS, ROWS, dtype=dtype)
-        elementwise.gate_norm_residual(x, x, row, 1e-5, None if cell.tile else row, 1.0)
+        factor = None if cell.tile else row
+        if cell.kernel == "rms_norm_modulate":
+            elementwise.rms_norm_modulate(x, row, 1e-5, factor)
+        else:
+            elementwise.gate_norm_residual(x, x, row, 1e-5, factor, 1.0)
     elif cell.kernel == "qk_norm_rope":
         q = empty(1, TOKENS, HEADS, HEAD, dtype=dtype)
         angles = empty(TOKENS, HEAD // 2, dtype=torch.float32)
@@ -305,6 +306,3 @@ def measure(cell: Cell) -> Row:
         row.loop = hot_loop(code, labels)
         row.per_weight = round(row.loop * tile.warps * gpu(cell.target).warp_size / weights, 2)
     return row
-
-
-# Compilers in processes of their own: one that crashes takes only its process along.

@@ -3,7 +3,9 @@
     python -m benchmarks.compile_matrix [--kernel matmul] [--format Q4_K] [--dtype bfloat16] [--target sm_90]
 
 The exit status is 1 if a cell does not compile, spills, exceeds the card's shared memory, or multiplies
-without tensor cores.
+without tensor cores. A whole matrix is written to results/compile_matrix.csv, of which `python -m
+benchmarks.tables` makes the table in docs/kernels.md. Compilers run in processes of their own: one that
+crashes takes only its process along.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class Worker:
         self.pipe: Any = None
 
     def __call__(self, cell: Cell) -> Row:
-        """The result of a cell, a crash and a hang included."""
+        """Compile a cell; a crash and a hang are results too."""
         if self.process is None:
             context = multiprocessing.get_context("spawn")
             self.pipe, end = context.Pipe()

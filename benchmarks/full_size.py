@@ -1,9 +1,12 @@
-"""Run a full-size model on the CPU: time per step, cold start, memory above the mapped files.
+"""Draw from a full-size model on the CPU, or quantise one: times, and memory from /proc.
 
     python -m benchmarks.make_full_size FOLDER
     python -m benchmarks.full_size FOLDER [--size 256 --steps 2] [--ram 4GiB]
+    python -m benchmarks.make_full_size FOLDER --bf16
+    python -m benchmarks.full_size FOLDER --quantize Q4_K_M
 
-Memory is read from /proc: anonymous memory is what was allocated, file-backed memory is the mapped files.
+Anonymous memory is what was allocated, file-backed memory is the mapped files. torch is imported late, since
+its import is part of the cold start.
 """
 
 from __future__ import annotations
@@ -14,40 +17,37 @@ import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process by the names in /proc: RssAnon, RssFile, and VmHWM, the peak of both together."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    wanted = ("RssAnon:", "RssFile:", "VmHWM:")
+    return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words and words[0] in wanted}
 
 
 class MemoryWatch(threading.Thread):
-    """Peak of anonymous and of file-backed resident memory, in bytes."""
+    """Peak of anonymous and of file-backed resident memory, in bytes, looked at every 20 ms."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.anonymous = self.mapped = self.resident = 0
+        self.peaks = {"anonymous_peak": 0, "mapped_peak": 0, "resident_peak": 0}
         self.done = threading.Event()
 
     def run(self) -> None:
-        """Look every 20 ms."""
+        """Look until `done` is set."""
         while not self.done.wait(0.02):
-            status = Path("/proc/self/status").read_text()
-            sizes = {
-                line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Rss")
-            }
-            anonymous, mapped = (int(sizes[k]) * 1024 for k in ("RssAnon", "RssFile"))
-            self.anonymous, self.mapped = max(self.anonymous, anonymous), max(self.mapped, mapped)
-            self.resident = max(self.resident, anonymous + mapped)
+            now = resident()
+            found = (now["RssAnon"], now["RssFile"], now["RssAnon"] + now["RssFile"])
+            pairs = zip(self.peaks.items(), found, strict=True)
+            self.peaks = {name: max(peak, value) for (name, peak), value in pairs}
 
 
-def main() -> None:
-    """Load, run once, write the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--ram", help="limit of host memory, such as 4GiB")
-    parser.add_argument("--prompt", default="a lighthouse on a cliff at dusk, oil painting, 黄昏的灯塔")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "full_size_cpu.json")
-    args = parser.parse_args()
+def draw(args: argparse.Namespace) -> dict[str, Any]:
+    """Open the three files and draw one image."""
     watch = MemoryWatch()
     watch.start()
     begin = time.perf_counter()
@@ -66,7 +66,7 @@ def main() -> None:
     watch.done.set()
     watch.join()
     on_disk = sum(f.stat().st_size for f in files.values())
-    figures = {
+    figures: dict[str, Any] = {
         "size": args.size,
         "ram": args.ram,
         "steps": args.steps,
@@ -79,10 +79,8 @@ def main() -> None:
         },
         "bytes": {
             "files": on_disk,
-            "anonymous_peak": watch.anonymous,
-            "mapped_peak": watch.mapped,
-            "resident_peak": watch.resident,
-            "resident_above_files": watch.resident - on_disk,
+            **watch.peaks,
+            "resident_above_files": watch.peaks["resident_peak"] - on_disk,
         },
     }
     if result.memory is not None:
@@ -91,10 +89,50 @@ def main() -> None:
             for name, t in result.memory.traffic.items()
         }
         figures["planned_peak"] = result.memory.plan.peak
-    print(json.dumps(figures, indent=1))
-    from benchmarks.report import write  # imports torch, whose time is measured above
+    return figures
 
-    write(args.out, figures)
+
+def quantise(args: argparse.Namespace) -> dict[str, Any]:
+    """Quantise bf16.safetensors; the GGUF is removed."""
+    from zimage_core import quantize_file
+
+    source, out = args.folder / "bf16.safetensors", args.folder / f"{args.quantize}.gguf"
+    before, cpu = resident()["VmHWM"], time.process_time()
+    done = quantize_file(source, out, args.quantize, overwrite=True)
+    cpu = time.process_time() - cpu
+    out.unlink()
+    return {
+        "type": args.quantize,
+        "source_bytes": source.stat().st_size,
+        "nbytes": done.nbytes,
+        "tensors": done.types,
+        "seconds": round(done.seconds, 1),
+        "cpu_seconds": round(cpu, 1),
+        "source_mb_per_s": round(source.stat().st_size / done.seconds / 1e6, 1),
+        "peak_rss_bytes": resident()["VmHWM"],
+        "rss_before_bytes": before,
+    }
+
+
+def main() -> None:
+    """Write the figures of one of the two."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--ram", help="limit of host memory, such as 4GiB")
+    parser.add_argument("--prompt", default="a lighthouse on a cliff at dusk, oil painting, 黄昏的灯塔")
+    parser.add_argument("--quantize", metavar="MIX", help="quantise bf16.safetensors instead of drawing")
+    parser.add_argument("--out", type=Path, help="default full_size_cpu.json or quantize_full_size.json")
+    args = parser.parse_args()
+    figures = quantise(args) if args.quantize else draw(args)
+    print(json.dumps(figures, indent=1))
+    from benchmarks.report import write
+
+    name = "quantize_full_size.json" if args.quantize else "full_size_cpu.json"
+    write(args.out or RESULTS / name, figures)
 
 
 if __name__ == "__main__":

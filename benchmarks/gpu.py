@@ -1,17 +1,18 @@
 """The standing list for a GPU, in order of importance, in parts that each write their results.
 
     python -m benchmarks.gpu [--part 1 2 ...] [--out FOLDER] [--compile]     all parts: under nine minutes
-    python -m benchmarks.gpu --rehearse                                      tiny shapes, any device
+    python -m benchmarks.gpu --rehearse      tiny shapes, any device; without a GPU in Triton's interpreter
     python -m benchmarks.gpu --update-readme [--from results/gpu_part*.csv]  into standing.json and README.md
 
-A part begins no further case once its seconds are used up; what it has is on the disk. The figures of the
-standing list are printed at the end. `--update-readme --from` needs no GPU.
+A part begins no further case once its seconds are used up; its rows so far are on the disk. The figures of
+the standing list are printed at the end. `--update-readme --from` needs no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, run, standing
-from benchmarks.records import RESULTS
+from benchmarks import run, standing
+from benchmarks.report import RESULTS
 from benchmarks.timing import Ceilings
 from zimage_core.config import TransformerConfig
 
@@ -63,14 +64,15 @@ TINY_CONFIG = TransformerConfig(
 def run_part(
     number: int, given: argparse.Namespace, measured: Ceilings | None
 ) -> tuple[list[dict[str, Any]], Ceilings]:
-    """One part; its rows and the ceilings, which the next part takes over."""
+    """Measure one part; its rows and the ceilings, which the next part takes over."""
     part = PARTS[number]
     print(f"part {number}: {part.text}, {part.seconds:.0f} s", flush=True)
-    end = time.monotonic() + part.seconds
+    deadline = math.inf if given.rehearse else time.monotonic() + part.seconds
     common = ["--repeats", "12", "--seconds", "0.25", "--most", "10"]
     common += ["--out", str(given.out)] if given.out else []
     common += ["--device", given.device] if given.device else []
     common += ["--compile"] if given.compile else []
+    common += ["--interpret"] if given.rehearse and not torch.cuda.is_available() else []
     bench = None
     for what, extra in part.work:
         words = [*common, *extra, *(TINY if given.rehearse else ())]
@@ -80,26 +82,12 @@ def run_part(
         if bench is None:
             namespace.out = given.out
             bench = run.prepare(f"gpu_part{number}", namespace, measured)
-            measured, bench.deadline = bench.ceilings, end
+            bench.deadline = deadline
         bench.given = namespace
-        bench.effort = dataclasses.replace(bench.effort, repeats=namespace.repeats)
+        bench.budget = dataclasses.replace(bench.budget, repeats=namespace.repeats)
         run.run(what, bench, TINY_CONFIG if given.rehearse else None)
     assert bench is not None
     return bench.results.rows, bench.ceilings
-
-
-def report(values: dict[str, float], gpu: str) -> None:
-    """Print the standing figures that this run holds."""
-    for figure in standing.updated(standing.load(), values, gpu, time.strftime("%Y-%m-%d")):
-        if figure["id"] in values:
-            print(f"{figure['text']:75} aim: {standing.aim(figure):16} {standing.measured(figure)}")
-
-
-def update(rows: Sequence[dict[str, Any]], gpu: str, date: str) -> None:
-    """Write the figures that the rows hold into standing.json and README.md."""
-    figures = standing.updated(standing.load(), standing.evaluate(rows), gpu, date)
-    standing.save(figures)
-    standing.write_readme(figures)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--part", nargs="*", type=int, choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", help="default cuda")
-    parser.add_argument("--compile", action="store_true", help="the plain contestants compiled too; slow")
+    parser.add_argument("--compile", action="store_true", help="the plain variants compiled too; slow")
     parser.add_argument("--out", type=Path, help="folder of the results; default results/")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, nothing is taken over")
     parser.add_argument("--update-readme", action="store_true")
@@ -128,13 +116,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows += found
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         date = time.strftime("%Y-%m-%d")
-    report(standing.evaluate(rows), gpu)
+    values = standing.evaluate(rows)
+    for figure in standing.updated(standing.load(), values, gpu, date):
+        if figure["id"] in values:
+            print(f"{figure['text']:75} aim: {standing.aim(figure):16} {standing.measured(figure)}")
     if given.update_readme and not given.rehearse:
-        update(rows, gpu, date)
+        standing.update(rows, gpu, date)
 
 
 if __name__ == "__main__":
     main()
-
-
-__all__ = ["PARTS", "cases", "main", "run_part"]

@@ -1,125 +1,93 @@
 """Write full-size model files of random blocks: real names, shapes and types, no real weights.
 
-    python -m benchmarks.make_full_size FOLDER [--layers 30]
+    python -m benchmarks.make_full_size FOLDER [--layers 30] [--bf16]
 
 Makes transformer.gguf (6.15 G weights, 5.0 GB), text_encoder.gguf (Qwen3-4B with the real vocabulary,
-2.5 GB) and vae.safetensors (336 MB), in the mix of types of the usual Q4_K_M files. The pictures are noise;
-times, memory and file handling are those of the real files.
+2.5 GB) and vae.safetensors (336 MB), in the types of a Q4_K_M; with --bf16 a bf16.safetensors of the
+transformer instead (12.3 GB), to be quantised. The images are noise; times, memory and file handling are
+those of the real files. A file that exists is kept.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import gguf
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
 from tests.helpers import qwen_vocabulary
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.export import safetensors_file
+from zimage_core.export.mixes import standard_mix
+from zimage_core.export.recipes import SOURCE
 from zimage_core.formats import FORMATS
 from zimage_core.reference.encode import random_blocks
-from zimage_core.weights import names
+from zimage_core.weights import gguf_writer, names
 
 POOL = 256
 """Distinct rows drawn per type and length; a matrix repeats them in random order, which keeps this quick."""
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Rows:
-    """Random packed matrices."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.pools: dict[tuple[str, int], np.ndarray] = {}
-
-    def draw(self, fmt: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Packed bytes uint8 [N, row bytes] of `shape` in `fmt`; deviation 0.02."""
-        key = (fmt, shape[-1])
-        if key not in self.pools:
-            self.pools[key] = random_blocks(FORMATS[fmt], (POOL, shape[-1]), self.rng, 0.02)
-        return self.pools[key][self.rng.integers(0, POOL, int(np.prod(shape[:-1])))]
-
-
-def transformer_type(name: str, shape: tuple[int, ...]) -> str:
-    """The patched llama-quantize's choice for Q4_K_M; one-dimensional tensors and pad tokens are F32."""
-    if len(shape) == 1 or "pad_token" in name:
-        return "F32"
-    if name.startswith("layers."):
-        if "qkv" in name:
-            return "Q5_K"
-        return "Q6_K" if ".w2." in name else "Q4_K"
-    return "BF16"
-
-
-def text_encoder_type(name: str, shape: tuple[int, ...]) -> str:
-    """llama-quantize's choice for Q4_K_M."""
-    if len(shape) == 1:
-        return "F32"
-    if name == "token_embd.weight":
-        return "Q6_K"
-    if "attn_v" in name or "ffn_down" in name:
-        return "Q6_K" if int(name.split(".")[1]) % 2 else "Q4_K"
-    return "Q4_K"
+def write(path: Path, layout: gguf_writer.Layout, shapes: Shapes, types: Mapping[str, str]) -> None:
+    """Write one file of random rows, deviation 0.02, tensor by tensor; norms are around one."""
+    rng = np.random.default_rng(0)
+    pools: dict[tuple[str, int], np.ndarray] = {}
+    with path.open("wb") as file:
+        file.write(layout.header)
+        file.truncate(layout.nbytes)
+        for name, shape in shapes.items():
+            fmt = types[name]
+            if "norm" in name:  # so that activations stay of order one
+                gains = torch.from_numpy(1 + 0.1 * rng.standard_normal(shape))
+                data = gains.bfloat16().view(torch.int16) if fmt == "BF16" else gains.float()
+                packed = data.numpy()
+            else:
+                key = (fmt, shape[-1])
+                if key not in pools:
+                    pools[key] = random_blocks(FORMATS[fmt], (POOL, shape[-1]), rng, 0.02)
+                packed = pools[key][rng.integers(0, POOL, int(np.prod(shape[:-1])))]
+            file.seek(layout.places[name][0])
+            file.write(packed.tobytes())
 
 
 def write_gguf(
-    path: Path,
-    arch: str,
-    shapes: dict[str, tuple[int, ...]],
-    choose: Callable[[str, tuple[int, ...]], str],
-    metadata: Iterable[tuple[str, object]] = (),
+    path: Path, component: str, layers: int, shapes: Shapes, metadata: Mapping[str, object]
 ) -> None:
-    """Stream one file: infos first, then tensor by tensor."""
-    writer, rows = gguf.GGUFWriter(path, arch), Rows()
-    for key, value in metadata:
-        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}[
-            type(value)
-        ](key, value)
+    """One GGUF in the types of a Q4_K_M whose source was BF16."""
+    recipe = standard_mix("Q4_K_M", component, shapes)
+    types = {}
     for name, shape in shapes.items():
-        fmt = FORMATS[choose(name, shape)]
-        packed = (*shape[:-1], fmt.row_bytes(shape[-1]))
-        kind = gguf.GGMLQuantizationType(fmt.ggml_type)
-        writer.add_tensor_info(name, packed, np.dtype(np.uint8), int(np.prod(packed)), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, shape in shapes.items():
-        if "norm" in name:  # norms around one, so that activations stay of order one
-            data = (1 + 0.1 * rows.rng.standard_normal(shape)).astype(np.float32)
-        else:
-            data = rows.draw(choose(name, shape), shape)
-        writer.write_tensor_data(data)
-    writer.close()
+        chosen = recipe.type_of(name, layers)
+        plain = len(shape) == 1 or "pad_token" in name
+        types[name] = "F32" if plain else "BF16" if chosen == SOURCE else chosen
+    layout = gguf_writer.lay_out(metadata, [(n, s, FORMATS[types[n]]) for n, s in shapes.items()])
+    write(path, layout, shapes, types)
 
 
-def write_vae(path: Path) -> None:
-    """A full-size Flux VAE with He-like random weights, float32."""
-    rng, tensors = np.random.default_rng(0), {}
-    for name, shape in names.checkpoint_shapes(names.autoencoder_table(AutoencoderConfig(), "bfl")).items():
-        if len(shape) == 1:
-            tensors[name] = np.full(
-                shape, 1.0 if "norm" in name and name.endswith("weight") else 0.0, np.float32
-            )
-        else:
-            tensors[name] = (rng.standard_normal(shape) * np.prod(shape[1:]) ** -0.5).astype(np.float32)
-    save_file(tensors, path)
+def write_transformer(path: Path, config: TransformerConfig) -> None:
+    """As the patched llama-quantize writes it."""
+    shapes = names.checkpoint_shapes(names.transformer_table(config, "fused"))
+    write_gguf(path, "transformer", config.n_layers, shapes, {"general.architecture": "lumina2"})
 
 
-def qwen3_shapes(config: TextEncoderConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint, the unused last layer and final norm included."""
+def write_source(path: Path, config: TransformerConfig) -> None:
+    """The transformer in bfloat16, in the single-file layout."""
+    shapes = names.checkpoint_shapes(names.transformer_table(config, "fused"))
+    layout = safetensors_file.lay_out({}, [(n, s, FORMATS["BF16"]) for n, s in shapes.items()])
+    write(path, layout, shapes, dict.fromkeys(shapes, "BF16"))
+
+
+def write_text_encoder(path: Path, config: TextEncoderConfig) -> None:
+    """As llama-quantize writes it: the unused last layer and final norm included, and the real vocabulary."""
     shapes = names.checkpoint_shapes(names.text_encoder_table(config, "gguf"))
-    last, before = config.num_layers - 1, config.num_layers - 2
-    tail = {
-        n.replace(f"blk.{before}.", f"blk.{last}."): s for n, s in shapes.items() if f"blk.{before}." in n
-    }
-    return shapes | tail | {"output_norm.weight": (config.hidden_size,)}
-
-
-def qwen3_metadata(config: TextEncoderConfig) -> list[tuple[str, object]]:
-    """llama.cpp's keys and the real Qwen vocabulary."""
-    keys: dict[str, object] = {
+    last, before = f"blk.{config.num_layers - 1}.", f"blk.{config.num_layers - 2}."
+    shapes = shapes | {n.replace(before, last): s for n, s in shapes.items() if before in n}
+    shapes = shapes | {"output_norm.weight": (config.hidden_size,)}
+    keys = {
         "block_count": config.num_layers,
         "context_length": 40960,
         "embedding_length": config.hidden_size,
@@ -131,36 +99,55 @@ def qwen3_metadata(config: TextEncoderConfig) -> list[tuple[str, object]]:
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": config.rope_theta,
     }
-    vocabulary = qwen_vocabulary.gguf_metadata().items()
-    return [(f"qwen3.{k}", v) for k, v in keys.items()] + [(k, v) for k, v in vocabulary if "tokenizer" in k]
+    metadata = {"general.architecture": "qwen3"} | {f"qwen3.{k}": v for k, v in keys.items()}
+    write_gguf(path, "text_encoder", config.num_layers, shapes, metadata | vocabulary())
+
+
+def vocabulary() -> dict[str, object]:
+    """GGUF's tokenizer keys with the real Qwen vocabulary."""
+    found = qwen_vocabulary.gguf_metadata()
+    return {
+        key: gguf_writer.TypedArray(value, "i32") if key.endswith("token_type") else value
+        for key, value in found.items()
+        if "tokenizer" in key
+    }
+
+
+def write_vae(path: Path) -> None:
+    """A full-size Flux VAE with He-like random weights, float32."""
+    rng, tensors = np.random.default_rng(0), {}
+    for name, shape in names.checkpoint_shapes(names.autoencoder_table(AutoencoderConfig(), "bfl")).items():
+        if len(shape) == 1:
+            gain = "norm" in name and name.endswith("weight")
+            tensors[name] = np.full(shape, float(gain), np.float32)
+        else:
+            tensors[name] = (rng.standard_normal(shape) * np.prod(shape[1:]) ** -0.5).astype(np.float32)
+    save_file(tensors, path)
 
 
 def main() -> None:
-    """Write the three files; a file that exists is kept."""
+    """Write the files that are missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=30, help="blocks of the transformer")
+    parser.add_argument("--bf16", action="store_true", help="a bfloat16 transformer, to be quantised")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    transformer, encoder = TransformerConfig(n_layers=args.layers), TextEncoderConfig()
+    config = TransformerConfig(n_layers=args.layers)
     jobs: dict[str, Callable[[Path], None]] = {
-        "transformer.gguf": lambda p: write_gguf(
-            p,
-            "lumina2",
-            names.checkpoint_shapes(names.transformer_table(transformer, "fused")),
-            transformer_type,
-        ),
-        "text_encoder.gguf": lambda p: write_gguf(
-            p, "qwen3", qwen3_shapes(encoder), text_encoder_type, qwen3_metadata(encoder)
-        ),
+        "transformer.gguf": lambda path: write_transformer(path, config),
+        "text_encoder.gguf": lambda path: write_text_encoder(path, TextEncoderConfig()),
         "vae.safetensors": write_vae,
     }
-    for name, write in jobs.items():
-        if not (args.folder / name).exists():
-            write(args.folder / name)
-            print(f"{name}: {(args.folder / name).stat().st_size / 1e9:.2f} GB")
+    if args.bf16:
+        jobs = {"bf16.safetensors": lambda path: write_source(path, config)}
+    for name, job in jobs.items():
+        path = args.folder / name
+        if not path.exists():
+            job(path)
+            print(f"{name}: {path.stat().st_size / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

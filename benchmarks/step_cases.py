@@ -1,8 +1,9 @@
-"""The cases of steps between products: one element-wise step, one attention."""
+"""The cases of what lies between products: one element-wise step, one attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,51 +12,47 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import cases
-from benchmarks.contest import Bench, Contestant, contest
-from benchmarks.kernel_cases import compiled, kernels
-from benchmarks.timing import copies
+from benchmarks.timing import Call, copies
+from benchmarks.variants import Bench, Variant, run_case
 from benchmarks.weights import relative_error
-from zimage_core.nn import elementwise as fused
+from zimage_core.nn import elementwise as package
 from zimage_core.nn.attention import attention
+
+BACKENDS = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 
 
 def elementwise(bench: Bench, case: cases.ElementwiseCase) -> None:
-    """One fused step: the kernel against its twin in plain torch."""
-    runs, timed, why = kernels(bench)
+    """One fused step: the kernel, its twin in plain torch, what the models call, and diffusers' rounding."""
     name, device, dtype = case.name, bench.device, bench.dtype
-    rotation = copies(case.nbytes(dtype.itemsize), device)
-    inputs = [_elementwise_inputs(case, dtype, device, seed) for seed in range(rotation)]
-    want = _elementwise_truth(name, inputs[0])
-    limit = bench.limit(1e-2, 1e-5)
-    twin = getattr(fused, f"{name}_torch")
     moved = case.nbytes(dtype.itemsize)
+    rotation = copies(moved, device)
+    inputs = [_inputs(case, dtype, device, seed) for seed in range(rotation)]
+    want = _exact(name, inputs[0])
+    about = {"limit": bench.limit(1e-2, 1e-5), "nbytes": moved}
 
-    def error(run: Callable[[int], Any]) -> Callable[[], float]:
-        return lambda: relative_error(_joined(run(0)), want)
+    def error(call: Call) -> float:
+        return relative_error(_joined(call(0)), want)
 
-    torch_twin = _keeping(twin, inputs)
-    if runs:
-        from zimage_core.kernels import elementwise as source
+    def ours(label: str, run: Callable[..., Any], **more: Any) -> Variant:
+        call = _keeping(run, inputs)
+        return Variant(label, call, partial(error, call), **about | more)
 
-        ours = _keeping(getattr(source, name), inputs)
-
-        contestants = [Contestant("kernel", ours, error(ours), limit, moved, timed=timed)]
+    twin = getattr(package, f"{name}_torch")
+    if bench.no_kernels:
+        variants = [Variant("kernel", note=bench.no_kernels)]
     else:
-        contestants = [Contestant("kernel", note=why)]
-    contestants.append(Contestant("torch", torch_twin, error(torch_twin), limit, moved))
+        from zimage_core.kernels import elementwise as kernels
 
-    door = _keeping(getattr(fused, name), inputs)
-    contestants.append(Contestant("elementwise." + name, door, error(door), limit, moved))
-    quick = torch.compile(twin, dynamic=False) if bench.given.compile else twin
-    twin_compiled = _keeping(quick, inputs)
-    contestants += compiled(
-        bench, "torch", twin_compiled, error=error(twin_compiled), limit=limit, nbytes=moved
-    )
+        variants = [ours("kernel", getattr(kernels, name), timed=bench.gpu)]
+    variants += [ours("torch", twin), ours("elementwise." + name, getattr(package, name))]
+    variants.append(ours("torch, rounded after each factor", partial(_rounded_each, name)))
+    if bench.given.compile:
+        variants.append(ours("torch compiled", torch.compile(twin, dynamic=False), capture=False))
     head = {"what": "elementwise", "case": name, "m": case.rows, "n": case.size * case.heads}
-    contest(bench, head, contestants, baseline=bench.given.baseline or "torch", rotation=rotation)
+    run_case(bench, head, variants, baseline="torch", rotation=rotation)
 
 
-def _keeping(run: Callable[..., Any], inputs: list[Any]) -> Callable[[int], Any]:
+def _keeping(run: Callable[..., Any], inputs: list[Any]) -> Call:
     """Call i on inputs i. The result is kept, so that the next one lies elsewhere and not in a cache."""
     kept: list[Any] = [None] * len(inputs)
 
@@ -66,9 +63,10 @@ def _keeping(run: Callable[..., Any], inputs: list[Any]) -> Callable[[int], Any]
     return call
 
 
-def _elementwise_inputs(
+def _inputs(
     case: cases.ElementwiseCase, dtype: torch.dtype, device: torch.device, seed: int
-) -> Any:
+) -> tuple[Any, ...]:
+    """The arguments of a step, gains of norms around 1."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -88,29 +86,43 @@ def _elementwise_inputs(
     return x, random(rows, size), 1 + random(size), eps, random(size), 1.0
 
 
-def _elementwise_truth(name: str, inputs: Any) -> Tensor:
-    """The step written out in float64."""
-    wide = [v.double() if isinstance(v, Tensor) else v for v in inputs]
-
-    def normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain
-
+def _step(name: str, inputs: Any, normed: Callable[[Tensor, Tensor, float], Tensor]) -> Any:
+    """A step written out with a given RMSNorm (x, weight, eps); every operation rounds to its dtype."""
     if name == "rms_norm_modulate":
-        x, weight, eps, scale = wide
+        x, weight, eps, scale = inputs
         return normed(x, weight, eps) * (1 + scale)
     if name == "silu_gate":
-        gate, up, factor = wide
-        return gate / (1 + (-gate).exp()) * up * factor
+        gate, up, factor = inputs
+        return functional.silu(gate) * up * factor
     if name == "gate_norm_residual":
-        x, branch, weight, eps, gate, factor = wide
+        x, branch, weight, eps, gate, factor = inputs
         return x + gate.tanh() * normed(branch, weight, eps * factor**2)
-    q, k, q_weight, k_weight, eps, cos, sin = wide
+    q, k, q_weight, k_weight, eps, cos, sin = inputs
     cos, sin = cos[:, None], sin[:, None]
-    turned = []
+    rotated = []
     for x, weight in ((q, q_weight), (k, k_weight)):
-        even, odd = normed(x, weight, eps).unflatten(-1, (-1, 2)).unbind(-1)
-        turned.append(torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2))
-    return torch.cat(turned)
+        even, odd = normed(x, weight, eps).to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+        rotated.append(turned.flatten(-2).to(x.dtype))
+    return tuple(rotated)
+
+
+def _exact(name: str, inputs: Any) -> Tensor:
+    """A step in float64."""
+    wide = [v.double() if isinstance(v, Tensor) else v for v in inputs]
+    return _joined(
+        _step(name, wide, lambda x, weight, eps: x / (x.square().mean(-1, True) + eps).sqrt() * weight)
+    )
+
+
+def _rounded_each(name: str, *inputs: Any) -> Any:
+    """A step as diffusers computes it: rounded after the norm, after its weight, after each factor."""
+
+    def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+    return _step(name, inputs, normed)
 
 
 def _joined(found: Any) -> Tensor:
@@ -126,10 +138,7 @@ def attend(bench: Bench, case: cases.AttentionCase) -> None:
     scores = a[:, :picked] @ b.transpose(1, 2) / case.head_dim**0.5
     want = (scores.softmax(-1) @ c)[0]
 
-    def error(run: Callable[[int], Tensor]) -> Callable[[], float]:
-        return lambda: relative_error(run(0)[:picked, : case.head_dim], want)
-
-    def backend(choice: Any) -> Callable[[int], Tensor]:
+    def backend(choice: Any) -> Call:
         def run(i: int) -> Tensor:
             with sdpa_kernel(choice):
                 heads = [t.transpose(0, 1)[None] for t in (q, k, v)]
@@ -138,13 +147,16 @@ def attend(bench: Bench, case: cases.AttentionCase) -> None:
 
         return run
 
-    runs: dict[str, Callable[[int], Tensor]] = {"nn.attention": lambda i: attention(q, k, v)}
-    names = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
-    for name in ("flash", "cudnn", "efficient") if bench.gpu else ("flash",):
-        if hasattr(SDPBackend, names[name]):
-            runs[name] = backend(getattr(SDPBackend, names[name]))
+    runs: dict[str, Call] = {"nn.attention": lambda i: attention(q, k, v)}
+    for name in BACKENDS if bench.gpu else ("flash",):
+        if hasattr(SDPBackend, BACKENDS[name]):
+            runs[name] = backend(getattr(SDPBackend, BACKENDS[name]))
     runs["math"] = backend(SDPBackend.MATH)
     limit, moved = bench.limit(1e-2, 1e-5), case.nbytes(dtype.itemsize)
-    found = [Contestant(name, run, error(run), limit, moved) for name, run in runs.items()]
+
+    def error(call: Call) -> float:
+        return relative_error(call(0)[:picked, : case.head_dim], want)
+
+    variants = [Variant(name, run, partial(error, run), limit, moved) for name, run in runs.items()]
     head = {"what": "attention", "case": case.name, "m": case.length, "n": case.heads, "k": case.head_dim}
-    contest(bench, head | {"count": case.count}, found, case.flops, bench.given.baseline or "flash")
+    run_case(bench, head | {"count": case.count}, variants, case.flops, "flash")

@@ -1,9 +1,9 @@
-"""Seconds of a call: medians with p20 and p80, contestants in turn inside every repeat, ceilings beside them.
+"""The one timer: variants in turn inside every repeat, medians with p20 and p80, and the device's ceilings.
 
 On a GPU a sample is one stretch between two device events over many calls, which take their inputs in
 rotation from more copies than the second-level cache holds: weights come from memory, as they do in a step.
 Where the call can be captured, the stretch is the replay of a CUDA graph, so that it holds no launch gap.
-On a CPU a sample is wall time of as many calls as a millisecond takes.
+On a CPU a sample is wall or CPU time of as many calls as a millisecond takes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,15 @@ STRETCH = {"cpu": 1e-3, "cuda": 4e-3}
 """Least seconds of one sample."""
 MOST_CALLS = 400
 LAST_LEVEL = 256 << 20
-"""Of AMD's accelerators, whose last cache lies behind the second level and is not reported."""
+"""Bytes of the last cache of AMD's accelerators, which lies behind the second level and is not reported."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds of one call, one number a repeat."""
+    """Seconds of one call, one number a repeat, and how they were taken."""
 
     seconds: tuple[float, ...]
-    how: str
+    how: str = "wall"
 
     @property
     def median(self) -> float:
@@ -46,20 +45,26 @@ class Samples:
         return float(np.quantile(self.seconds, q))
 
     def ratio(self, other: Samples) -> float:
-        """Median of the ratios of each repeat, below 1 where this one is faster."""
+        """Median over repeats of the ratio within a repeat; below 1 where this one is faster."""
         return float(np.median([a / b for a, b in zip(self.seconds, other.seconds, strict=True)]))
 
 
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median with the 20th and the 80th percentile, for a result file."""
+    low, mid, high = np.quantile(values, (0.2, 0.5, 0.8))
+    return {"median": round(float(mid), 4), "p20": round(float(low), 4), "p80": round(float(high), 4)}
+
+
 @dataclass(frozen=True)
-class Effort:
-    """How long to measure: repeats, and seconds for all contestants of a case, whichever ends later."""
+class Budget:
+    """How long to measure: repeats, and seconds for all variants of a case, whichever ends later."""
 
     repeats: int = 20
     seconds: float = 0.4
     most: float = 60.0
     """Seconds after which a case ends anyway, once it has three repeats."""
     cpu_time: bool = False
-    """On a CPU the process's own seconds: with one thread, an estimate on a busy machine."""
+    """On a CPU: seconds of the process, which with one thread are an estimate on a busy machine."""
 
 
 @dataclass
@@ -84,74 +89,73 @@ def copies(nbytes: int, device: torch.device) -> int:
     return int(min(64, max(2, -(-3 * cache // max(nbytes, 1)) + 1)))
 
 
-def measure(
-    calls: Mapping[str, Call],
-    device: torch.device,
-    effort: Effort,
-    rotation: int = 1,
-    capture: Mapping[str, bool] | None = None,
-) -> dict[str, Samples]:
-    """Time all contestants in turn.
-
-    Args:
-        calls: Contestants by name.
-        device: Where they run.
-        effort: How often.
-        rotation: Copies of the inputs; call i gets i modulo this.
-        capture: Whether a contestant may be captured into a CUDA graph; default no.
-
-    Returns:
-        Samples by name, as many for each.
-    """
-    stretches = {
-        name: _stretch(call, device, rotation, bool(capture and capture.get(name)), effort.cpu_time)
-        for name, call in calls.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+def take_turns(samplers: Mapping[str, Callable[[], float]], budget: Budget) -> dict[str, list[float]]:
+    """Take samples of all in turn until the budget is used up: seconds by name, as many for each."""
+    seconds: dict[str, list[float]] = {name: [] for name in samplers}
     begin = time.perf_counter()
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         while True:
-            for name, stretch in stretches.items():
-                seconds[name].append(stretch.sample())
+            for name, sample in samplers.items():
+                seconds[name].append(sample())
             done, passed = len(next(iter(seconds.values()))), time.perf_counter() - begin
-            if (done >= effort.repeats and passed >= effort.seconds) or (done >= 3 and passed >= effort.most):
-                break
+            if (done >= budget.repeats and passed >= budget.seconds) or (done >= 3 and passed >= budget.most):
+                return seconds
     finally:
         if collecting:
             gc.enable()
-    return {name: Samples(tuple(values), stretches[name].how) for name, values in seconds.items()}
 
 
-@dataclass
-class _Stretch:
-    """A run of `count` calls that is timed as a whole."""
+def measure(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    budget: Budget,
+    rotation: int = 1,
+    capture: Mapping[str, bool] | None = None,
+) -> dict[str, Samples]:
+    """Time all variants in turn.
 
-    sample: Callable[[], float]
-    how: str
+    Args:
+        calls: Variants by name.
+        device: Where they run.
+        budget: How often.
+        rotation: Copies of the inputs; call i gets i modulo this.
+        capture: Whether a variant may be captured into a CUDA graph; default no.
+
+    Returns:
+        Samples by name, as many for each.
+    """
+    stretches = {
+        name: _stretch(call, device, rotation, bool(capture and capture.get(name)), budget.cpu_time)
+        for name, call in calls.items()
+    }
+    seconds = take_turns({name: sample for name, (sample, _) in stretches.items()}, budget)
+    return {name: Samples(tuple(values), stretches[name][1]) for name, values in seconds.items()}
 
 
-def _stretch(call: Call, device: torch.device, rotation: int, capture: bool, cpu_time: bool) -> _Stretch:
-    least = STRETCH["cuda" if device.type == "cuda" else "cpu"]
+def _stretch(
+    call: Call, device: torch.device, rotation: int, capture: bool, cpu_time: bool
+) -> tuple[Callable[[], float], str]:
+    """(seconds of a call as the mean over a run of calls that is timed as a whole, how it is timed)."""
     for i in range(min(rotation, 3)):  # compiles, allocates, fills caches of the library
         call(i)
-    if device.type != "cuda":
-        clock, how = (time.process_time, "cpu time") if cpu_time else (time.perf_counter, "wall")
-        once = _host_seconds(lambda: call(0), clock)
-        count = int(min(MOST_CALLS, max(1, np.ceil(least / max(once, 1e-9)))))
-        return _Stretch(lambda: _host_seconds(lambda: _loop(call, count, rotation), clock) / count, how)
-    once = _seconds(lambda: call(0), device)
-    count = int(min(MOST_CALLS, max(1, np.ceil(least / max(once, 1e-9)))))
-    if capture:
+    if device.type == "cuda":
+        clock, how = (lambda work: _device_seconds(work, device)), "events"
+    else:
+        now, how = (time.process_time, "cpu time") if cpu_time else (time.perf_counter, "wall")
+        clock = lambda work: _host_seconds(work, now)  # noqa: E731
+    once = clock(lambda: call(0))
+    count = int(min(MOST_CALLS, max(1, np.ceil(STRETCH[device.type] / max(once, 1e-9)))))
+    if capture and device.type == "cuda":
         # a graph's time per call is shorter than the first guess, which held the launch
         count = int(min(MOST_CALLS, max(count * 4 if once < 1e-3 else count, rotation)))
         graph = _captured(call, count, rotation)
         if graph is not None:
             graph.replay()
-            return _Stretch(lambda: _seconds(graph.replay, device) / count, "graph")
-    return _Stretch(lambda: _seconds(lambda: _loop(call, count, rotation), device) / count, "events")
+            return lambda: clock(graph.replay) / count, "graph"
+    return lambda: clock(lambda: _loop(call, count, rotation)) / count, how
 
 
 def _loop(call: Call, count: int, rotation: int) -> None:
@@ -165,7 +169,7 @@ def _host_seconds(work: Callable[[], Any], clock: Callable[[], float]) -> float:
     return clock() - start
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+def _device_seconds(work: Callable[[], Any], device: torch.device) -> float:
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     start.record()
@@ -211,22 +215,16 @@ def ceilings(device: torch.device, dtype: torch.dtype, cpu_time: bool = False) -
     """Measure the two ceilings on random data."""
     gpu = device.type == "cuda"
     warm_up(device)
-    effort = Effort(repeats=7, seconds=0.2, most=5, cpu_time=cpu_time)
-    count = (1 << 30) if gpu else (256 << 20)
-    if gpu:
-        count = min(count, torch.cuda.mem_get_info(device)[0] // 4)
+    budget = Budget(repeats=7, seconds=0.2, most=5, cpu_time=cpu_time)
+    count = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 4) if gpu else 256 << 20
     source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = measure({"copy": partial(_copy, target, source)}, device, effort)["copy"]
+    copy = measure({"copy": lambda _: target.copy_(source)}, device, budget)["copy"]
     side = 8192 if gpu else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
-    product = measure({"mm": lambda i: torch.mm(a, b.t(), out=out)}, device, effort)["mm"]
+    product = measure({"mm": lambda _: torch.mm(a, b.t(), out=out)}, device, budget)["mm"]
     return Ceilings(2 * count / copy.median, {name_of(dtype): 2.0 * side**3 / product.median})
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor, i: int) -> torch.Tensor:
-    return target.copy_(source)
 
 
 def name_of(dtype: torch.dtype) -> str:

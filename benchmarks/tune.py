@@ -18,12 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import cases
-from benchmarks.timing import Effort, copies, measure, warm_up
+from benchmarks.timing import Budget, copies, measure, warm_up
+from benchmarks.variants import short
 from benchmarks.weights import packed_matrix, product_error
 from zimage_core.files.atomic import write_atomically
 from zimage_core.formats import FORMATS, BlockFormat
@@ -32,13 +33,12 @@ ROWS = (16, 32, 64, 128)
 ANY = 1 << 20
 """Rows of the last entry, which serves all that are taller."""
 LIMIT = 1e-2
-QUICK, LONG = Effort(3, 0.0, 2.0), Effort(15, 0.1, 5.0)
+QUICK, LONG = Budget(3, 0.0, 2.0), Budget(15, 0.1, 5.0)
 FINALISTS = 4
 NO_GPU = "tiles are tuned on the GPU that runs them, and there is none here"
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One tile, as an entry of tiles.json has it."""
 
     bm: int
@@ -77,7 +77,7 @@ def candidates(rows: int, arch: str) -> list[Candidate]:
     ]
     random.Random(0).shuffle(found)
     now = tiles.matmul_tile(rows, arch)
-    present = Candidate(now.bm, now.bn, now.warps, now.stages)
+    present = Candidate(*(getattr(now, name) for name in Candidate._fields))
     return [present, *(one for one in found if one != present)]
 
 
@@ -105,7 +105,7 @@ def forced(candidate: Candidate) -> Iterator[None]:
     """Every fused product takes this tile; splits along K follow the usual rule."""
     from zimage_core.kernels import tiles
 
-    tile = tiles.Tile(candidate.bm, candidate.bn, candidate.warps, candidate.stages)
+    tile = tiles.Tile(*candidate)
     before = tiles.matmul_tile
     tiles.matmul_tile = lambda count, arch: tile
     try:
@@ -114,8 +114,8 @@ def forced(candidate: Candidate) -> Iterator[None]:
         tiles.matmul_tile = before
 
 
-def seconds(candidate: Candidate, found: Sequence[Problem], effort: Effort, check: bool) -> float | None:
-    """Time of a block's products with this tile, None where it is wrong or does not run."""
+def seconds(candidate: Candidate, found: Sequence[Problem], budget: Budget, check: bool) -> float | None:
+    """Seconds of a block's products with this tile, None where it is wrong or does not run."""
     from zimage_core.kernels.matmul import matmul
 
     total = 0.0
@@ -132,10 +132,9 @@ def seconds(candidate: Candidate, found: Sequence[Problem], effort: Effort, chec
                 def call(i: int, one: Problem = one) -> torch.Tensor:
                     return matmul(one.x, one.planes[i], one.fmt, one.n)
 
-                timed = measure({"fused": call}, one.x.device, effort, len(one.planes), {"fused": True})
+                timed = measure({"fused": call}, one.x.device, budget, len(one.planes), {"fused": True})
             except Exception as error:  # noqa: BLE001 - too much shared memory, a compiler that gives up
-                reason = (str(error).splitlines() or [""])[0][:100]
-                print(f"  {candidate}: {type(error).__name__}: {reason}", flush=True)
+                print(f"  {candidate}: {short(error)}", flush=True)
                 return None
             total += timed["fused"].median * one.count
     return total
@@ -163,12 +162,8 @@ def best(rows: int, arch: str, found: Sequence[Problem], end: float) -> tuple[Ca
 
 def entries(found: Mapping[int, Candidate]) -> list[dict[str, int]]:
     """Entries of one architecture, by rising rows; the tallest serves everything above."""
-    listed = []
-    for rows in sorted(found):
-        one = found[rows]
-        last = ANY if rows == max(found) else rows
-        listed.append({"rows": last, "bm": one.bm, "bn": one.bn, "warps": one.warps, "stages": one.stages})
-    return listed
+    tallest = max(found)
+    return [{"rows": ANY if rows == tallest else rows, **found[rows]._asdict()} for rows in sorted(found)]
 
 
 def as_text(table: Mapping[str, Sequence[Mapping[str, int]]]) -> str:
@@ -214,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin, winners = time.monotonic(), {}
     wanted = sorted(set(given.rows))
     for done, rows in enumerate(wanted):
-        # the last bucket is for everything taller, so it is tuned at the rows of a picture
+        # the last bucket is for everything taller, so it is tuned at the rows of an image
         timed_at = given.tall if rows == wanted[-1] else rows
         share = (given.limit - (time.monotonic() - begin)) / (len(wanted) - done)
         print(f"{arch}, {timed_at} rows, {share:.0f} s:", flush=True)

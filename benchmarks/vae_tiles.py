@@ -1,20 +1,17 @@
-"""VAE decode in tiles: how far from decoding at once, and the processor time of both.
+"""VAE decode in tiles: how far it is from decoding at once. Times are `python -m benchmarks.run vae`.
 
-python -m benchmarks.vae_tiles [--latents 48 --repeats 3]
+python -m benchmarks.vae_tiles [--latents 48]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.report import RESULTS, spread, write
+from benchmarks.report import arguments, write
 from tests.helpers.parity import autoencoder_pair
 from zimage_core import ZImagePipeline
 from zimage_core.config import AutoencoderConfig
@@ -29,7 +26,7 @@ def latents(kind: str, side: int) -> Tensor:
     return (ramp[:, None] + ramp[None, :]).expand(1, 16, side, side) / 2
 
 
-def errors(vae: Autoencoder, side: int, tiles: tuple[int, ...]) -> list[dict[str, Any]]:
+def errors(vae: Autoencoder, side: int, tiles: tuple[int, ...] = (32, 16)) -> list[dict[str, Any]]:
     """Largest and mean difference of each tile size to decoding at once, pixels from -1 to 1."""
     found = []
     for kind in ("noise", "gradient"):
@@ -45,39 +42,28 @@ def errors(vae: Autoencoder, side: int, tiles: tuple[int, ...]) -> list[dict[str
 
 @torch.no_grad()
 def main() -> None:
-    """Errors of the full-size architecture and of the embedded model, then times in turn."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--latents", type=int, default=48)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS / "vae_tiles.json")
+    """Errors of the full-size architecture and of the embedded model, that against float64 too."""
+    parser = arguments(__doc__, "vae_tiles.json")
+    parser.add_argument(
+        "--latents", type=int, default=48, help="side of the full-size architecture's latents"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     _, full = autoencoder_pair(AutoencoderConfig(), 0.01)
-    nano = ZImagePipeline.from_default().vae
-    seconds: dict[str, list[float]] = {"whole": [], "tile 32": [], "tile 16": []}
-    z = latents("noise", args.latents)
-    for _ in range(args.repeats):
-        for name in seconds:
-            tile = None if name == "whole" else int(name.split()[1])
-            begin = time.process_time()
-            full.decode(z, tile)
-            seconds[name].append(time.process_time() - begin)
-    wide = nano.double()
-    reference = wide.decoder(latents("noise", 64).double())
-    single = ZImagePipeline.from_default().vae
+    single, z = ZImagePipeline.from_default().vae, latents("noise", 64)
+    exact = ZImagePipeline.from_default().vae.double().decoder(z.double())
     own = {
-        name: float((single.decode(latents("noise", 64), tile).double() - reference).abs().max())
+        name: float((single.decode(z, tile).double() - exact).abs().max())
         for name, tile in (("whole", None), ("tile 32", 32))
     }
     figures = {
         "latents": args.latents,
-        "full_size": errors(full, args.latents, (32, 16)),
-        "embedded_64": errors(single, 64, (32, 16)),
+        "full_size": errors(full, args.latents),
+        "embedded_64": errors(single, 64),
         "embedded_64_against_float64": own,
-        "processor_seconds": {name: spread(times) for name, times in seconds.items()},
     }
     print(json.dumps(figures, indent=1))
-    write(args.out, {**figures, "seconds": seconds})
+    write(args.out, figures)
 
 
 if __name__ == "__main__":

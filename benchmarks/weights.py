@@ -1,4 +1,4 @@
-"""Random packed weights and modules full of them, and the errors that a contestant is judged by.
+"""Random packed weights and modules full of them, and the errors that a variant is judged by.
 
 A matrix is 97 random rows over and over: enough for its values, quick to make at any size, and no divisor
 of any tile, so that a kernel that mixes up two tiles is found out.
@@ -6,9 +6,8 @@ of any tile, so that a kernel that mixes up two tiles is found out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,17 +31,17 @@ def some_rows(name: str, width: int) -> tuple[Tensor, Tensor]:
 
 
 def repeated(rows: Tensor, count: int) -> Tensor:
-    """`count` rows: those given, over and over."""
+    """As many rows as `count`: those given, over and over."""
     return rows.repeat(-(-count // len(rows)), *[1] * (rows.ndim - 1))[:count]
 
 
 def packed_matrix(name: str, n: int, k: int, device: torch.device) -> Tensor:
-    """uint8 [n, row bytes] of random blocks."""
+    """Random blocks, uint8 [n, row bytes]."""
     return repeated(some_rows(name, k)[0].to(device), n)
 
 
 def dense_matrix(name: str, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same weights by the reference, rounded to `dtype`; [n, k]."""
+    """The weights of `packed_matrix` by the reference, rounded to `dtype`; [n, k]."""
     return repeated(some_rows(name, k)[1].to(device).to(dtype), n)
 
 
@@ -85,21 +84,26 @@ class Oracle(nn.Module):
     def __init__(self, linear: Linear) -> None:
         super().__init__()
         self.linear = [linear]  # hidden from the module tree
-        self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         ours = self.linear[0]
-        weight = dense_of(ours, torch.float32)
-        return functional.linear(x, weight, None if ours.bias is None else ours.bias.float())
+        bias = None if ours.bias is None else ours.bias.float()
+        return functional.linear(x, dense_of(ours, torch.float32), bias)
+
+
+def set_dense(linear: Linear, weight: Tensor) -> None:
+    """Give a Linear a dense weight [out, in]."""
+    linear.set_weight(nn.Parameter(weight, requires_grad=False))
+    linear.dtype = weight.dtype
 
 
 def dense_of(linear: Linear, dtype: torch.dtype) -> Tensor:
     """The weight of a Linear, dequantised by plain torch where it is packed."""
-    if not isinstance(linear.weight, QuantTensor):
-        return linear.weight.to(dtype)
-    name, (n, k) = linear.weight.format.name, linear.weight.shape
-    return dense_matrix(name, n, k, dtype, linear.weight.device)
+    weight = linear.weight
+    if isinstance(weight, QuantTensor):
+        return dense_matrix(weight.format.name, *weight.shape, dtype, weight.device)
+    return weight.to(dtype)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
@@ -110,7 +114,10 @@ def linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
 
 
 def blank(
-    build: Any, dtype: torch.dtype, device: torch.device, rounded: torch.dtype | None = None
+    build: Callable[[], nn.Module],
+    dtype: torch.dtype,
+    device: torch.device,
+    rounded: torch.dtype | None = None,
 ) -> nn.Module:
     """A model without memory for its matrices; gains of norms are random around 1, other vectors around 0.
 
@@ -140,8 +147,7 @@ def fill_packed(
             module.assign(QuantTensor(packed, fmt, (n, k)), dtype)
         else:
             weight = torch.randn(n, k, device=device, dtype=torch.float32) * k**-0.5
-            module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-            module.dtype = dtype
+            set_dense(module, weight.to(dtype))
     return model
 
 
@@ -149,8 +155,8 @@ def fill_dense(model: nn.Module, packed: nn.Module, dtype: torch.dtype) -> nn.Mo
     """The weights of `packed`, dequantised."""
     for name, theirs in linears(packed):
         ours = model.get_submodule(name)
-        ours.weight = nn.Parameter(dense_of(theirs, dtype), requires_grad=False)
-        ours.bias, ours.dtype = theirs.bias, dtype
+        set_dense(ours, dense_of(theirs, dtype))
+        ours.bias = theirs.bias
     return model
 
 

@@ -1,4 +1,4 @@
-"""Read pictures without a human, and score the embedded model on prompts it was not trained on.
+"""Read images without a human, and score the embedded model on prompts it was not trained on.
 
     python -m benchmarks.nano.check [--assets DIR] [--count 500] [--to benchmarks/results/nano_accuracy]
 
@@ -16,6 +16,7 @@ import functools
 import json
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from benchmarks.nano.draw import (
     glyph_mask,
     random_scene,
     shape_mask,
+    sheet,
     shifted,
 )
 
@@ -44,7 +46,7 @@ FRAME = 4
 FAINT = 30.0
 """Distance from the background, in RGB, below which no pixel is ink; colours are 82 apart or more."""
 SEED = 20_000
-"""Of the first picture; picture i has SEED + i."""
+"""Seed of the first image; image i has SEED + i."""
 ATTRIBUTES = ("colour", "background", "shape", "position", "size", "count", "glyph")
 PALETTE = np.array(list(COLOURS.values()), np.float32)
 NAMES = list(COLOURS)
@@ -71,28 +73,17 @@ def templates() -> Templates:
     near, nearer = range(-2, 3), range(-1, 2)
     for shape in SHAPES:
         for size, radii in RADII.items():
-            for radius in radii:
-                whole = shape_mask(shape, radius)
-                for position, (x, y) in POSITIONS.items():
-                    scene = Scene("", "", shape, position, size)
-                    for dx in near:
-                        for dy in near:
-                            masks.append(_halved(shifted(whole, x + dx, y + dy)))
-                            scenes.append(scene)
-        for count in (2, 3):
-            scene = Scene("", "", shape, size="small", count=count)
-            for radius in RADII["small"]:
-                one = shape_mask(shape, radius)
-                for dx in nearer:
-                    for dy in nearer:
-                        parts = [shifted(one, x + dx, y + dy) for x, y in centres(count)]
-                        masks.append(_halved(np.maximum.reduce(parts)))
-                        scenes.append(scene)
-    for glyph in GLYPHS if fonts_installed() else "":
-        for dx in nearer:
-            for dy in nearer:
-                masks.append(_halved(shifted(glyph_mask(glyph), dx, dy)))
-                scenes.append(Scene("", "", glyph=glyph))
+            for radius, position, dx, dy in product(radii, POSITIONS, near, near):
+                x, y = POSITIONS[position]
+                masks.append(_halved(shifted(shape_mask(shape, radius), x + dx, y + dy)))
+                scenes.append(Scene("", "", shape, position, size))
+        for count, radius, dx, dy in product((2, 3), RADII["small"], nearer, nearer):
+            parts = [shifted(shape_mask(shape, radius), x + dx, y + dy) for x, y in centres(count)]
+            masks.append(_halved(np.maximum.reduce(parts)))
+            scenes.append(Scene("", "", shape, size="small", count=count))
+    for glyph, dx, dy in product(GLYPHS if fonts_installed() else "", nearer, nearer):
+        masks.append(_halved(shifted(glyph_mask(glyph), dx, dy)))
+        scenes.append(Scene("", "", glyph=glyph))
     stacked = np.stack(masks).astype(np.float32)
     return Templates(stacked, np.square(stacked).sum(1), scenes)
 
@@ -102,9 +93,9 @@ def nearest_colour(rgb: np.ndarray) -> np.ndarray:
     return np.square(rgb[..., None, :] - PALETTE).sum(-1).argmin(-1)
 
 
-def read(picture: np.ndarray) -> Scene:
-    """What a picture [SIZE, SIZE, 3] uint8 shows; empty fields where it shows nothing readable."""
-    pixels = picture.astype(np.float32)
+def read(image: np.ndarray) -> Scene:
+    """What an image [SIZE, SIZE, 3] uint8 shows; empty fields where it shows nothing readable."""
+    pixels = image.astype(np.float32)
     frame = np.ones((SIZE, SIZE), bool)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
     edge = pixels[frame]
@@ -138,7 +129,7 @@ def moot(scene: Scene, attribute: str) -> bool:
 
 
 def score(wanted: list[Scene], seen: list[Scene]) -> dict[str, dict[str, int]]:
-    """Right and total per attribute, and of whole pictures."""
+    """Right and total per attribute, and of whole images."""
     table = {name: {"right": 0, "of": 0} for name in (*ATTRIBUTES, "everything")}
     for want, got in zip(wanted, seen, strict=True):
         asked = [a for a in ATTRIBUTES if not moot(want, a)]
@@ -164,7 +155,7 @@ def markdown(report: dict) -> str:
         f"{report['prompts']} prompts whose combination of attributes was held out of training, half",
         f"English, half Chinese, seeds {SEED} to {SEED + report['prompts'] - 1}, {report['steps']} steps,",
         "guidance 0, read by `benchmarks/nano/check.py`. The last two columns are the checker's own limits:",
-        "pictures straight from the drawing procedure, and the same through the VAE's encoder and decoder.",
+        "images straight from the drawing procedure, and the same through the VAE's encoder and decoder.",
         "",
         "| attribute | asked | right | all | English | Chinese | drawings | through the VAE |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -189,7 +180,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=Path("zimage_core/assets/nano"))
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--to", type=Path, help="stem of the .json and .md files to write")
-    parser.add_argument("--sheet", type=Path, help="write the first 40 pictures here")
+    parser.add_argument("--sheet", type=Path, help="write the first 40 images here")
     args = parser.parse_args()
     pipe = ZImagePipeline.from_files(
         transformer=args.assets / "transformer.gguf",
@@ -227,9 +218,7 @@ def main() -> None:
     }
     print(markdown(report))
     if args.sheet:
-        from benchmarks.nano.model import sheet
-
-        sheet(np.stack(made[:40])).save(args.sheet)
+        sheet(made[:40]).save(args.sheet)
     if args.to:
         args.to.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, ensure_ascii=False, indent=1)

@@ -1,8 +1,8 @@
-"""The drawing procedure: scenes, the pictures they give, and the prompts that describe them.
+"""The drawing procedure: scenes, the images they give, and the prompts that describe them.
 
-A scene is a handful of attributes; `draw` turns it into an 80x80 picture with a little jitter and
+A scene is a handful of attributes; `draw` turns it into an 80x80 image with a little jitter and
 `describe` turns it into an English or Chinese sentence. Masks are drawn once, supersampled, and
-pasted at whole pixels, so that a picture costs well under a millisecond.
+pasted at whole pixels, so that an image costs well under a millisecond.
 
     python -m benchmarks.nano.draw grid.png     # a sheet of samples with their prompts on stdout
 """
@@ -14,6 +14,7 @@ import hashlib
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 80
-"""Side of every picture, in pixels."""
+"""Side of every image, in pixels."""
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -66,7 +67,7 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; `glyph` replaces shape, size and position, `count` size and position."""
+    """What an image shows; `glyph` replaces shape, size and position, `count` size and position."""
 
     colour: str
     background: str
@@ -92,27 +93,12 @@ def _shape_polygon(shape: str, r: float) -> list[tuple[float, float]]:
     if shape == "triangle":
         return [(0, -r), (r, 0.8 * r), (-r, 0.8 * r)]
     if shape == "star":
-        points = []
-        for k in range(10):
-            radius = 1.1 * r if k % 2 == 0 else 0.44 * r
-            angle = math.pi * k / 5
-            points.append((radius * math.sin(angle), -radius * math.cos(angle)))
-        return points
+        corners = [(math.pi * k / 5, (0.44 if k % 2 else 1.1) * r) for k in range(10)]
+        return [(radius * math.sin(angle), -radius * math.cos(angle)) for angle, radius in corners]
     a, b = 0.34 * r, r  # cross
-    return [
-        (-a, -b),
-        (a, -b),
-        (a, -a),
-        (b, -a),
-        (b, a),
-        (a, a),
-        (a, b),
-        (-a, b),
-        (-a, a),
-        (-b, a),
-        (-b, -a),
-        (-a, -a),
-    ]
+    quarter = [(-a, -b), (a, -b), (a, -a)]
+    turns = (lambda x, y: (x, y)), (lambda x, y: (-y, x)), (lambda x, y: (-x, -y)), (lambda x, y: (y, -x))
+    return [turn(x, y) for turn in turns for x, y in quarter]
 
 
 @functools.cache
@@ -142,15 +128,9 @@ def glyph_mask(glyph: str) -> np.ndarray:
     scale, side = 4, 2 * SIZE
     han = glyph in HAN
     font = ImageFont.truetype(HAN_FONT if han else LATIN_FONT, 80 * scale)
-    canvas = Image.new("L", (200 * scale, 200 * scale))
-    ImageDraw.Draw(canvas).text(
-        (100 * scale, 100 * scale),
-        glyph,
-        fill=255,
-        font=font,
-        anchor="mm",
-        stroke_width=2 * scale if han else 0,
-    )
+    canvas, middle = Image.new("L", (200 * scale, 200 * scale)), (100 * scale, 100 * scale)
+    stroke = 2 * scale if han else 0
+    ImageDraw.Draw(canvas).text(middle, glyph, fill=255, font=font, anchor="mm", stroke_width=stroke)
     box = canvas.getbbox()
     if box is None:
         raise ValueError(f"the font draws nothing for {glyph!r}")
@@ -174,7 +154,7 @@ def centres(count: int) -> list[tuple[int, int]]:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The picture [SIZE, SIZE, 3] uint8, with jitter of place, radius and colour from `rng`."""
+    """The image [SIZE, SIZE, 3] uint8, with jitter of place, radius and colour from `rng`."""
     if scene.glyph:
         dx, dy = rng.integers(-1, 2, 2)
         mask = shifted(glyph_mask(scene.glyph), int(dx), int(dy))
@@ -189,37 +169,31 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         x, y = POSITIONS[scene.position]
         mask = shifted(shape_mask(scene.shape, int(rng.choice(RADII[scene.size]))), x + int(jx), y + int(jy))
     ink, paper = (np.array(COLOURS[c]) + rng.uniform(-6, 6, 3) for c in (scene.colour, scene.background))
-    picture = paper + mask[:, :, None] * (ink - paper)
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    image = paper + mask[:, :, None] * (ink - paper)
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
 def random_scene(
     rng: np.random.Generator, held_out: bool, glyphs: float = 0.25, counts: float = 0.1
 ) -> Scene:
     """A scene of the training set, or with `held_out` one of those kept out of it."""
-    names = list(COLOURS)
     while True:
-        colour, background = rng.choice(names, 2, replace=False)
+        colour, background = (str(name) for name in rng.choice(list(COLOURS), 2, replace=False))
         kind = rng.random()
         if kind < glyphs:
-            scene = Scene(str(colour), str(background), glyph=str(rng.choice(list(GLYPHS))))
+            scene = Scene(colour, background, glyph=str(rng.choice(list(GLYPHS))))
         elif kind < glyphs + counts:
             shape = str(rng.choice(SHAPES))
-            scene = Scene(str(colour), str(background), shape, size="small", count=int(rng.integers(2, 4)))
+            scene = Scene(colour, background, shape, size="small", count=int(rng.integers(2, 4)))
         else:
-            scene = Scene(
-                str(colour),
-                str(background),
-                str(rng.choice(SHAPES)),
-                str(rng.choice(list(POSITIONS))),
-                str(rng.choice(list(RADII))),
-            )
+            kinds = (SHAPES, list(POSITIONS), list(RADII))
+            scene = Scene(colour, background, *(str(rng.choice(kind)) for kind in kinds))
         if scene.held_out == held_out:
             return scene
 
 
 def _article(phrase: str) -> str:
-    return ("an " if phrase[0] in "aeio" else "a ") + phrase
+    return ("an " if phrase.startswith(tuple("aeio")) else "a ") + phrase
 
 
 def _english(scene: Scene, pick: np.random.Generator, background: bool, colour: bool) -> str:
@@ -228,27 +202,18 @@ def _english(scene: Scene, pick: np.random.Generator, background: bool, colour: 
     if scene.glyph:
         kind = "digit" if scene.glyph.isdigit() else "letter" if scene.glyph.isascii() else "character"
         noun = str(pick.choice([f"the {kind} {scene.glyph}", f"the {kind} {scene.glyph}", scene.glyph]))
-        thing = (
-            f"{noun} in {ink}"
-            if ink and pick.random() < 0.5
-            else f"{ink} {noun.removeprefix('the ')}".strip()
-        )
+        behind = ink and pick.random() < 0.5
+        thing = f"{noun} in {ink}" if behind else f"{ink} {noun.removeprefix('the ')}".strip()
         if thing.startswith(kind):
             thing = "the " + thing
         elif ink and thing.startswith(ink):
             thing = _article(thing)
         return pick.choice([f"{thing} on {_article(paper)}", f"{paper}, {thing}"]) if paper else thing
     if scene.count > 1:
-        thing = " ".join(
-            w for w in (WORDS[scene.count], ink, scene.shape.replace("cross", "crosse") + "s") if w
-        )
-        return (
-            pick.choice(
-                [f"{thing} on {_article(paper)}", f"{_article(paper)} with {thing}", f"{paper}, {thing}"]
-            )
-            if paper
-            else thing
-        )
+        plural = scene.shape.replace("cross", "crosse") + "s"
+        thing = " ".join(w for w in (WORDS[scene.count], ink, plural) if w)
+        forms = [f"{thing} on {_article(paper)}", f"{_article(paper)} with {thing}", f"{paper}, {thing}"]
+        return pick.choice(forms) if paper else thing
     size = "" if scene.size == "medium" else scene.size
     if size == "big" and pick.random() < 0.2:
         size = "large"
@@ -281,16 +246,12 @@ def _chinese(scene: Scene, pick: np.random.Generator, background: bool, colour: 
         kind = "数字" if scene.glyph.isdigit() else "字母" if scene.glyph.isascii() else "汉字"
         of = "的" if ink and pick.random() < 0.5 else ""
         thing = f"{ink}{of}{kind}{scene.glyph}"
-        forms = (
-            [f"{paper}上的{thing}", f"{paper}{comma}{thing}", f"{thing}{comma}{paper}"] if paper else [thing]
-        )
-        return str(pick.choice(forms))
+        forms = [f"{paper}上的{thing}", f"{paper}{comma}{thing}", f"{thing}{comma}{paper}"]
+        return str(pick.choice(forms if paper else [thing]))
     if scene.count > 1:
         thing = f"{ZH[scene.count]}{ink}{ZH[scene.shape]}"
-        forms = (
-            [f"{paper}上有{thing}", f"{paper}{comma}{thing}", f"{thing}{comma}{paper}"] if paper else [thing]
-        )
-        return str(pick.choice(forms))
+        forms = [f"{paper}上有{thing}", f"{paper}{comma}{thing}", f"{thing}{comma}{paper}"]
+        return str(pick.choice(forms if paper else [thing]))
     size = "" if scene.size == "medium" else ZH[scene.size]
     order = [f"{size}{ink}{ZH[scene.shape]}", f"{size}{ink}{ZH[scene.shape]}"]
     if size and ink:
@@ -298,9 +259,8 @@ def _chinese(scene: Scene, pick: np.random.Generator, background: bool, colour: 
     thing = str(pick.choice(order))
     place = "" if scene.position == "center" and pick.random() < 0.5 else ZH[scene.position]
     if not paper:
-        return (
-            str(pick.choice([f"{place}有一个{thing}", f"一个{thing}在{place}"])) if place else f"一个{thing}"
-        )
+        forms = [f"{place}有一个{thing}", f"一个{thing}在{place}"]
+        return str(pick.choice(forms)) if place else f"一个{thing}"
     if not place:
         forms = [f"{paper}上有一个{thing}", f"{paper}{comma}一个{thing}", f"一个{thing}{comma}{paper}"]
     else:
@@ -335,14 +295,22 @@ def loosen(text: str, rng: np.random.Generator) -> str:
     return re.sub("色(?!背景|的)", "", text) if rng.random() < 0.1 else text
 
 
+def sheet(drawn: Sequence[np.ndarray], columns: int = 10) -> Image.Image:
+    """Images [SIZE, SIZE, 3] uint8 side by side."""
+    step = SIZE + 4
+    out = Image.new("RGB", (columns * step, -(-len(drawn) // columns) * step), "gray")
+    for k, one in enumerate(drawn):
+        out.paste(Image.fromarray(one), (k % columns * step, k // columns * step))
+    return out
+
+
 def main() -> None:
-    rng = np.random.default_rng(0)
-    sheet = Image.new("RGB", (10 * (SIZE + 4), 6 * (SIZE + 4)), "gray")
+    rng, drawn = np.random.default_rng(0), []
     for k in range(60):
         scene = random_scene(rng, held_out=False)
-        sheet.paste(Image.fromarray(draw(scene, rng)), (k % 10 * (SIZE + 4), k // 10 * (SIZE + 4)))
+        drawn.append(draw(scene, rng))
         print(describe(scene, rng, chinese=bool(k % 2), omit=0.1))
-    sheet.save(sys.argv[1] if len(sys.argv) > 1 else "grid.png")
+    sheet(drawn).save(sys.argv[1] if len(sys.argv) > 1 else "grid.png")
 
 
 if __name__ == "__main__":

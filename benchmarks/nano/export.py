@@ -9,6 +9,7 @@ matrices (w2, whose rows are 682 long) and F32 for vectors; vae.safetensors is F
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from zimage_core.weights.names import Table, autoencoder_table, sources, text_en
 
 ASSETS = Path(__file__).parents[2] / "zimage_core" / "assets" / "nano"
 SMALLER = ("t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight")
-"""Matrices in Q5_1, to stay under 12 MB in all; chosen because the pictures change least."""
+"""Matrices in Q5_1, to stay under 12 MB in all; chosen because the images change least."""
 DEFAULT_SIZE_KEY = "zimage.sample_size"
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 """Values of tokenizer.ggml.token_type."""
@@ -46,7 +47,8 @@ def gather(table: Table, weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
     }
 
 
-def add_tensors(writer: GGUFWriter, tensors: dict[str, np.ndarray]) -> None:
+def finish(writer: GGUFWriter, tensors: dict[str, np.ndarray]) -> None:
+    """Write the file with its tensors."""
     for name, values in tensors.items():
         if values.ndim == 1 or values.shape[0] == 1:
             writer.add_tensor(name, values)
@@ -55,9 +57,6 @@ def add_tensors(writer: GGUFWriter, tensors: dict[str, np.ndarray]) -> None:
             writer.add_tensor(name, quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, values.astype(np.float16))
-
-
-def write(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -76,10 +75,8 @@ def export_transformer(runs: Path, path: Path) -> None:
     writer = GGUFWriter(path, "lumina2")
     describe_file(writer, "Nano Z-Image")
     writer.add_uint32(DEFAULT_SIZE_KEY, SIZE)
-    add_tensors(
-        writer, gather(transformer_table(TRANSFORMER, "fused"), ema(runs / "nano.pt", "transformer."))
-    )
-    write(writer)
+    table = transformer_table(TRANSFORMER, "fused")
+    finish(writer, gather(table, ema(runs / "nano.pt", "transformer.")))
 
 
 def export_text_encoder(runs: Path, path: Path) -> None:
@@ -104,21 +101,13 @@ def export_text_encoder(runs: Path, path: Path) -> None:
     writer.add_token_types(
         [CONTROL if t in SPECIAL else USER_DEFINED if t in PLAIN else NORMAL for t in names]
     )
-    writer.add_token_merges(merges())
+    merges = json.loads(words.to_str())["model"]["merges"]
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     writer.add_bos_token_id(names.index(SPECIAL[0]))
     writer.add_eos_token_id(names.index(SPECIAL[2]))
     writer.add_pad_token_id(names.index(SPECIAL[0]))
     writer.add_add_bos_token(False)
-    add_tensors(writer, gather(text_encoder_table(config, "gguf"), ema(runs / "nano.pt", "text_encoder.")))
-    write(writer)
-
-
-def merges() -> list[str]:
-    """The merges in order, each "left right"."""
-    import json
-
-    found = json.loads(tokenizer().to_str())["model"]["merges"]
-    return [m if isinstance(m, str) else " ".join(m) for m in found]
+    finish(writer, gather(text_encoder_table(config, "gguf"), ema(runs / "nano.pt", "text_encoder.")))
 
 
 def export_vae(runs: Path, path: Path) -> None:

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.nano.draw import COLOURS, GLYPHS, POSITIONS, RADII, SHAPES, SIZE
@@ -79,10 +78,10 @@ class Nano(nn.Module):
         self.classifier = nn.Linear(256, sum(len(names) for names, _ in CLASSES))
         image = sequence.image_positions(ROWS, ROWS, LENGTH)
         joint = torch.cat((image, sequence.caption_positions(LENGTH)))
-        self.turn = self.transformer.rotation(joint)
-        self.image_turn = tuple(t[: len(image)] for t in self.turn)
-        self.caption_turn = tuple(t[len(image) :] for t in self.turn)
-        self.text_turn = self.text_encoder.rotation(TEXT)
+        self.joint_angles = self.transformer.rotation(joint)
+        self.image_angles = tuple(t[: len(image)] for t in self.joint_angles)
+        self.caption_angles = tuple(t[len(image) :] for t in self.joint_angles)
+        self.text_angles = self.text_encoder.rotation(TEXT)
         self._start()
 
     @torch.no_grad()
@@ -103,7 +102,7 @@ class Nano(nn.Module):
         """ids [B, TEXT] -> hidden states [B, TEXT, 256]; causal, so what is after the end is harmless."""
         x = nn.functional.embedding(ids, self.text_encoder.embed_tokens.weight)
         for layer in self.text_encoder.layers:
-            x = layer(x, self.text_turn, x.dtype)
+            x = layer(x, self.text_angles, x.dtype)
         return x
 
     def forward(self, x: Tensor, t: Tensor, hidden: Tensor, lengths: Tensor) -> Tensor:
@@ -115,15 +114,15 @@ class Nano(nn.Module):
         count = image.shape[1]
         image = torch.cat((image, dit.x_pad_token.expand(b, sequence.pad_count(count), -1)), 1)
         for block in dit.noise_refiner:
-            image = block(image, self.image_turn, temb)
+            image = block(image, self.image_angles, temb)
         real = (torch.arange(LENGTH) < lengths[:, None])[:, :, None]
         text = nn.functional.pad(dit.cap_embedder(hidden).float(), (0, 0, 0, LENGTH - TEXT))
         text = torch.where(real, text, dit.cap_pad_token)
         for block in dit.context_refiner:
-            text = block(text, self.caption_turn)
+            text = block(text, self.caption_angles)
         joint = torch.cat((image, text), 1)
         for block in dit.layers:
-            joint = block(joint, self.turn, temb)
+            joint = block(joint, self.joint_angles, temb)
         tokens = dit.all_final_layer["2-1"](joint[:, :count], temb)
         return sequence.unpatchify(tokens.float(), height, width, 2)
 
@@ -152,15 +151,7 @@ def sample(model: Nano, prompts: list[str], seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def pictures(model: Nano, vae: NanoVAE, prompts: list[str], seed: int) -> np.ndarray:
+def images(model: Nano, vae: NanoVAE, prompts: list[str], seed: int) -> np.ndarray:
     """uint8 [B, SIZE, SIZE, 3]."""
     y = vae.decode(sample(model, prompts, seed)).float().clamp(-1, 1)
     return ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def sheet(images: np.ndarray, columns: int = 10) -> Image.Image:
-    rows = -(-len(images) // columns)
-    out = Image.new("RGB", (columns * (SIZE + 4), rows * (SIZE + 4)), "gray")
-    for k, image in enumerate(images):
-        out.paste(Image.fromarray(image), (k % columns * (SIZE + 4), k // columns * (SIZE + 4)))
-    return out

@@ -2,8 +2,8 @@
 
     python -m benchmarks.nano.restore --runs RUNS [--assets zimage_core/assets/nano]
 
-The inverse of export, but for what rounding took and for the optimisers' state and the classifier, which
-were never shipped. Refuses to write over a checkpoint.
+What rounding took is lost, and the optimisers' state and the classifier were never shipped. An existing
+checkpoint is not written over.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.nano.export import ASSETS
 from benchmarks.nano.model import Nano
 from benchmarks.nano.train_vae import CONFIG, NanoVAE, save
 from zimage_core import load_text_encoder, load_transformer, load_vae
+from zimage_core.nn.linear import Embedding, Linear
 
 
 def dense(model: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """State of a loaded network with its packed weights dequantised."""
-    out = {f"{prefix}{name}": p.detach().clone() for name, p in model.named_parameters()}
-    for name, module in model.named_modules():
-        packed = getattr(module, "quant", None)
-        if packed is not None:
-            out[f"{prefix}{name}.weight"] = packed.dequantize()
-    return out
+    """Parameters of a loaded network, its packed weights dequantised."""
+    for module in model.modules():
+        if isinstance(module, (Linear, Embedding)):
+            module.dequantize_weight(torch.float32)
+    return {f"{prefix}{name}": p.detach().clone() for name, p in model.named_parameters()}
 
 
 def vae_state(assets: Path) -> dict[str, Tensor]:

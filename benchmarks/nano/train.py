@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.nano.draw import SIZE, ZH, Scene, describe, draw, loosen, random_scene
-from benchmarks.nano.model import CLASSES, Nano, pad_ids, pictures, sheet, speed_up
+from benchmarks.nano.draw import SIZE, ZH, Scene, describe, draw, loosen, random_scene, sheet
+from benchmarks.nano.model import CLASSES, Nano, images, pad_ids, speed_up
 from benchmarks.nano.muon import Muon
 from benchmarks.nano.train_vae import NanoVAE, fast_dtype, mixed_precision, save, to_tensor
 
 EMPTY = 0.05
 """Share of empty captions, so that guidance works too."""
 GLYPH_SHARE = 0.2
-"""Of the pictures; there are 60 glyphs and six shapes."""
+"""Share of images of glyphs; there are 60 glyphs and six shapes."""
 
 
 def labels(scene: Scene, prompt: str) -> list[int]:
@@ -61,9 +61,9 @@ class Pool:
     @torch.no_grad()
     def renew(self, count: int) -> None:
         scenes = [random_scene(self.rng, held_out=False, glyphs=GLYPH_SHARE) for _ in range(count)]
-        pictures = to_tensor(np.stack([draw(s, self.rng) for s in scenes]))
+        drawn = to_tensor(np.stack([draw(s, self.rng) for s in scenes]))
         with mixed_precision():
-            latents = self.vae.latents(pictures)
+            latents = self.vae.latents(drawn)
         for scene, latent in zip(scenes, latents, strict=True):
             self.scenes[self.next], self.latents[self.next] = scene, latent
             self.next = (self.next + 1) % len(self.scenes)
@@ -197,9 +197,8 @@ class Trainer:
                 shown = time.time()
             if self.done % 500 == 0:
                 shadow.load_state_dict(self.ema)
-                sheet(pictures(shadow, self.vae, prompts, 5)).save(
-                    self.args.runs / f"sheet-{self.done:05d}.png"
-                )
+                drawn = sheet(images(shadow, self.vae, prompts, 5))
+                drawn.save(self.args.runs / f"sheet-{self.done:05d}.png")
             if time.time() - kept > 240:
                 self.keep()
                 kept = time.time()
@@ -214,9 +213,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the blocks; a quarter faster")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW")
     parser.add_argument("--muon", type=float, default=0.02, help="learning rate of Muon")
-    parser.add_argument("--pool", type=int, default=32768, help="pictures kept")
-    parser.add_argument("--first", type=int, default=4096, help="pictures drawn before the first step")
-    parser.add_argument("--fresh", type=int, default=8, help="new pictures a step")
+    parser.add_argument("--pool", type=int, default=32768, help="images kept")
+    parser.add_argument("--first", type=int, default=4096, help="images drawn before the first step")
+    parser.add_argument("--fresh", type=int, default=8, help="new images a step")
     parser.add_argument("--threads", type=int, default=1, help="as many as there are idle cores, no more")
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Train the nano VAE on drawn pictures.
+"""Train the nano VAE on drawn images.
 
 Latents are normalised to zero mean and unit variance per channel while training (a batch norm
 without learned scale, frozen for the last part), and disturbed with a little noise, so that the
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.nano.draw import SIZE, draw, random_scene
-from benchmarks.report import features
 from zimage_core.config import AutoencoderConfig
 from zimage_core.models.autoencoder import Autoencoder
 
@@ -36,7 +35,7 @@ LATENT_NOISE = 0.12
 FREEZE_AT = 0.7
 """Share of the run after which the normalisation stands still."""
 CROPS_UNTIL = 0.55
-"""Share of the run that trains on random crops instead of whole pictures, which is faster."""
+"""Share of the run that trains on random crops instead of whole images, which is faster."""
 CROP = 48
 
 
@@ -61,7 +60,9 @@ class NanoVAE(nn.Module):
 
 def fast_dtype() -> torch.dtype:
     """bfloat16 where the processor multiplies it; without the instructions it is far slower than float32."""
-    return torch.bfloat16 if {"avx512_bf16", "amx_tile"} & set(features()) else torch.float32
+    path = Path("/proc/cpuinfo")
+    flags = path.read_text() if path.exists() else ""
+    return torch.bfloat16 if "avx512_bf16" in flags or "amx_tile" in flags else torch.float32
 
 
 def mixed_precision() -> torch.autocast:
@@ -69,18 +70,18 @@ def mixed_precision() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=fast_dtype() is torch.bfloat16)
 
 
-def to_tensor(pictures: np.ndarray) -> Tensor:
+def to_tensor(images: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1], channels last in memory."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def batch(rng: np.random.Generator, size: int, crop: int) -> Tensor:
-    pictures = []
+    drawn = []
     for _ in range(size):
-        picture = draw(random_scene(rng, held_out=False, glyphs=0.4), rng)
+        whole = draw(random_scene(rng, held_out=False, glyphs=0.4), rng)
         y, x = rng.integers(0, SIZE - crop + 1, 2)
-        pictures.append(picture[y : y + crop, x : x + crop])
-    return to_tensor(np.stack(pictures))
+        drawn.append(whole[y : y + crop, x : x + crop])
+    return to_tensor(np.stack(drawn))
 
 
 def save(path: Path, state: dict[str, object]) -> None:
@@ -130,9 +131,8 @@ def main() -> None:
             memory_format=torch.channels_last
         )
         for group in optimiser.param_groups:
-            group["lr"] = (
-                args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-            )
+            cosine = 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * cosine)
         vae.norm.train(progress < FREEZE_AT and not args.decoder)
         with mixed_precision():
             z = vae.latents(x)

@@ -30,7 +30,7 @@ SHAPE_WORDS = ("圆", "方", "三角", "星", "十字", "环")
 
 @functools.cache
 def tokenizer() -> Tokenizer:
-    """The same one every time: no randomness but fixed seeds, no file."""
+    """The tokeniser, trained anew and always alike: its only randomness has fixed seeds."""
     made = Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.Sequence(
@@ -62,21 +62,3 @@ def encode(prompt: str) -> list[int]:
     """Token ids of the prompt in its chat template."""
     ids: list[int] = tokenizer().encode(TEMPLATE.format(prompt=prompt)).ids
     return ids
-
-
-def main() -> None:
-    t = tokenizer()
-    print(t.get_vocab_size(), "tokens")
-    rng = np.random.default_rng(1)
-    longest = 0
-    for k in range(4000):
-        text = describe(random_scene(rng, False), rng, chinese=bool(k % 2), omit=0.05)
-        ids = encode(text)
-        longest = max(longest, len(ids))
-        if k < 8:
-            print([t.decode([i]) for i in ids[3:-5]])
-    print("longest", longest)
-
-
-if __name__ == "__main__":
-    main()

@@ -53,12 +53,12 @@ def test_the_shipped_tokeniser_is_the_trained_one(pipe: ZImagePipeline):
         ),
     ],
 )
-def test_the_picture_shows_the_prompt(pipe: ZImagePipeline, prompt: str, wanted: tuple[str, ...]):
+def test_the_image_shows_the_prompt(pipe: ZImagePipeline, prompt: str, wanted: tuple[str, ...]):
     seen = read(np.asarray(pipe(prompt, seed=0).images[0]))
     assert (seen.colour, seen.background, seen.shape, seen.position, seen.size) == wanted
 
 
-@pytest.mark.slow  # sixty pictures
+@pytest.mark.slow  # sixty images
 def test_the_first_prompts_of_the_exam_are_drawn_right(pipe: ZImagePipeline):
     """docs/nano.md says 98.8 % of 500; another torch rounds otherwise, which may turn a few of the 60."""
     asked = [

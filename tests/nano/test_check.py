@@ -31,11 +31,11 @@ def test_noise_is_read_as_nothing():
     assert read(rng.integers(0, 256, (SIZE, SIZE, 3)).astype(np.uint8)).shape == ""
 
 
-def test_a_blank_picture_is_read_as_nothing():
+def test_a_blank_image_is_read_as_nothing():
     assert read(np.full((SIZE, SIZE, 3), 245, np.uint8)).shape == ""
 
 
-def test_the_wrong_picture_scores_wrong():
+def test_the_wrong_image_scores_wrong():
     scene = Scene("red", "blue", "circle", "left", "big")
     rng = np.random.default_rng(4)
     other = Scene("green", "white", "star", "right", "small")

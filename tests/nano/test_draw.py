@@ -27,7 +27,7 @@ def scenes(count: int, held_out: bool = False, **share: float) -> list[Scene]:
     return [random_scene(rng, held_out, **share) for _ in range(count)]
 
 
-def test_the_same_seed_draws_the_same_picture():
+def test_the_same_seed_draws_the_same_image():
     for scene in scenes(20, glyphs=0.0):
         a, b = (draw(scene, np.random.default_rng(3)) for _ in range(2))
         assert a.shape == (SIZE, SIZE, 3)

@@ -2,7 +2,7 @@
 
 The decoder of a family works on one tile with scratch that the next tile reuses. Exact against
 `zimage_core.reference.dequantize` (tests/cpu/test_dequantize.py); timings come from
-benchmarks/cpu_dequantize.py.
+`benchmarks.run dequant --device cpu`.
 """
 
 from __future__ import annotations

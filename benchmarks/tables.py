@@ -1,0 +1,209 @@
+"""The generated tables of the docs: made from the committed results, put between their markers.
+
+    python -m benchmarks.tables
+
+This measures nothing. The table of docs/numerics.md is written by `python -m benchmarks.parity`.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import standing
+from benchmarks.report import RESULTS, ROOT, fill_tables, markdown, read
+from zimage_core.formats import by_name
+from zimage_core.quantize.encode import ENCODERS
+
+Rows = Sequence[Mapping[str, Any]]
+KINDS = ("gaussian", "student", "real")
+"""Weights that the encoders' errors are of."""
+SPEED_ROWS = 1024
+"""Rows of the matrix whose speed is shown, where it was measured."""
+
+
+def bits(fmt: str) -> float:
+    """Stored bits of a weight."""
+    block = by_name(fmt)
+    return 8 * block.nbytes / block.weights
+
+
+def nano(report: Mapping[str, Any]) -> str:
+    """A row a type, the most bits first; each cell without / with the importance matrix."""
+    results = report["results"]
+    rows = []
+    for fmt in sorted((n for n in results if "+" not in n), key=lambda n: (-bits(n), n)):
+        pair = [results[n] for n in (fmt, f"{fmt}+imatrix") if n in results]
+        cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
+            "weights": lambda r: f"{100 * r['weights']:.3g} %",
+            "velocity": lambda r: f"{100 * r['velocity']:.3g} %",
+            "psnr": lambda r: "equal" if r["psnr"] is None else f"{r['psnr']:.1f}",
+            "ssim": lambda r: f"{r['ssim']:.4f}",
+            "right": lambda r: f"{100 * r['right'] / r['of']:.0f} %",
+        }
+        shown = (" / ".join(map(cell, pair)) for cell in cells.values())
+        rows.append([fmt, f"{bits(fmt):.4g}", f"{pair[0]['bytes'] / 1e6:.2f} MB", *shown])
+    return markdown("type | bits | file | weights | velocity | PSNR, dB | SSIM | right", rows)
+
+
+def full(report: Mapping[str, Any]) -> str:
+    """A row a type: size of a 6B file and error of random weights of its shapes."""
+    rows = (
+        [fmt, f"{bits(fmt):.4g}", f"{row['bytes'] / 1e9:.2f} GB"]
+        + [f"{100 * row[kind]:.3g} %" for kind in ("gauss", "student")]
+        for fmt, row in sorted(report["random"].items(), key=lambda item: (-bits(item[0]), item[0]))
+    )
+    return markdown("type | bits | 6B file | Gaussian | Student's t", rows)
+
+
+def errors(rows: Rows) -> str:
+    """A row a type: error of each kind of weights and the ratio to ggml's, without and with importance."""
+    found = {(r["format"], r["weights"], r["importance"]): r for r in rows}
+    shown = (
+        [name, *(_error(found[name, kind, costs], "") for costs in (False, True) for kind in KINDS)]
+        for name in dict.fromkeys(row["format"] for row in rows)
+    )
+    return markdown(
+        "type | Gaussian | Student-t | SmolLM2 | Gaussian, importance | Student-t, importance "
+        "| SmolLM2, importance", shown,
+    )  # fmt: skip
+
+
+def ones(rows: Rows) -> str:
+    """What the search gives the types that are ggml's bytes without importance."""
+    found = {(r["format"], r["weights"]): r for r in rows if r.get("ours_ones") is not None}
+    shown = (
+        [name, *(_error(found[name, kind], "_ones") for kind in KINDS)]
+        for name in dict.fromkeys(name for name, _ in found)
+    )
+    return markdown("type, matrix of ones | Gaussian | Student-t | SmolLM2", shown)
+
+
+def _error(row: Mapping[str, Any], suffix: str) -> str:
+    ratio = row[f"ratio{suffix}"]
+    return f"{row[f'ours{suffix}']:.4f} ({'-' if ratio is None else f'{ratio:.3f}'})"
+
+
+def speed(rows: Rows) -> str:
+    """A row a type: MB/s of wall time on all threads, and ggml's on its one."""
+    most = max(row["threads"] for row in rows)
+    rates: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in rows:
+        key = (row["format"], row["importance"], row["by"], row["threads"])
+        rates.setdefault(key, {})[row["rows"]] = row["wall"]["median"]
+    columns = [
+        (costs, by, threads)
+        for costs in (False, True)
+        for by, threads in (("ours", most), ("ours", 1), ("ggml", 1))
+    ]
+    names = {row["format"] for row in rows}
+    shown = (
+        [name, *(_rate(rates.get((name, *column), {})) for column in columns)]
+        for name in ENCODERS
+        if name in names
+    )
+    return markdown(
+        f"type | ours, {most} threads | ours, one | ggml, one | ours, {most} threads, importance "
+        "| ours, one | ggml, one", shown,
+    )  # fmt: skip
+
+
+def _rate(by_rows: Mapping[int, float]) -> str:
+    if not by_rows:
+        return "-"
+    value = by_rows.get(SPEED_ROWS, by_rows[min(by_rows)])
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def recipes(report: Mapping[str, Any]) -> str:
+    """A row for each size and way to choose types."""
+    rows = (
+        (
+            mix, how, f"{row['bytes'] / 1e6:.2f} MB", f"{100 * row['velocity']:.2f} %",
+            f"{row['psnr']:.1f}", f"{row['ssim']:.4f}", f"{row['right']} of {row['of']}",
+        )
+        for mix, size in report["sizes"].items()
+        for how, row in size["choices"].items()
+    )  # fmt: skip
+    return markdown("size of | types by | file | velocity | PSNR, dB | SSIM | right", rows)
+
+
+def compiled_rows() -> list[dict[str, str]]:
+    """The committed matrix of compiled kernels."""
+    with (RESULTS / "compile_matrix.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def counts(rows: Sequence[Mapping[str, str]]) -> str:
+    """Instructions a weight of the kernels, and the registers and shared memory of the fused one."""
+
+    def of(kernel: str, target: str, **where: str) -> list[Mapping[str, str]]:
+        where |= {"kernel": kernel, "target": target}
+        return [row for row in rows if all(row[key] == value for key, value in where.items())]
+
+    targets = sorted({row["target"] for row in rows})
+    failures = sum(bool(row["failure"]) for row in rows)
+    spills = sum(row["spills"] != "0" or row["stack"] != "0" for row in rows)
+    lines = []
+    for name in dict.fromkeys(row["format"] for row in rows if row["kernel"] == "dequantize"):
+        where = {"format": name, "dtype": "bfloat16"}
+        dense = [of("dequantize", target, **where)[0] for target in ("sm_89", "sm_90")]
+        cells = [f"{int(row['instructions']) / 16:.1f}" for row in dense]
+        for target, tile in (("sm_89", "32x64"), ("sm_90", "32x64"), ("sm_90", "128x")):
+            fused = [r["per_weight"] for r in of("matmul", target, **where) if r["tile"].startswith(tile)]
+            cells.append(f"{float(fused[0]):.1f}" if fused else "")
+        lines.append([name, *cells])
+    worst = [
+        [target, max(int(r["registers"]) for r in fused), f"{max(int(r['shared']) for r in fused) >> 10} KiB"]
+        for target in targets
+        if (fused := of("matmul", target))
+    ]
+    return "\n\n".join(
+        [
+            f"{len(rows):,} cells (kernel, format, dtype, tile, target) with Triton {rows[0]['triton']}: "
+            f"{failures} failures, {spills} with spills or stack; targets {', '.join(targets)}.",
+            "Instructions of a thread for each weight: all of the dequantising kernel, the loop of the fused "
+            "one (tiles of 32 rows, and of 128).",
+            markdown(
+                "format | dequantise sm_89 | sm_90 | fused 32, sm_89 | fused 32, sm_90 | fused 128, sm_90",
+                lines,
+            ),
+            markdown("fused kernel, worst cell | registers | shared memory", worst),
+        ]
+    )
+
+
+def _quality() -> dict[str, str]:
+    report = read("quality.json")
+    return {"nano": nano(report), "full": full(report)}
+
+
+def _quantizing() -> dict[str, str]:
+    measured = read("quantize_errors.json")["errors"]
+    return {
+        "errors": errors(measured),
+        "ones": ones(measured),
+        "speed": speed(read("quantize_speed.json")["speed"]),
+        "recipes": recipes(read("recipe_search.json")),
+    }
+
+
+PAGES: dict[Path, Callable[[], dict[str, str]]] = {
+    ROOT / "docs/kernels.md": lambda: {"counts": counts(compiled_rows())},
+    ROOT / "docs/quality.md": _quality,
+    ROOT / "docs/quantizing.md": _quantizing,
+    ROOT / "benchmarks/README.md": lambda: {"standing": standing.table(standing.load())},
+}
+"""The tables of each page, by the name between the markers."""
+
+
+def main() -> None:
+    """Fill all pages."""
+    for page, made in PAGES.items():
+        fill_tables(page, made())
+
+
+if __name__ == "__main__":
+    main()
