@@ -142,11 +142,11 @@ class Judge:
         seconds = time.perf_counter() - began
         pipe = pipeline(out)
         found = [reference.compare(pipe) for reference in references]
-        images = [pair.b for each in found for pair in each.pictures]
+        images = [pair.b for each in found for pair in each.images]
         for k in range(len(images), len(self.prompts)):
             images.append(np.asarray(pipe(self.prompts[k], seed=SEED + k).images[0]))
         right = score(self.scenes, [read(image) for image in images])["everything"]
-        squares = [pair.mean_square for each in found for pair in each.pictures]
+        squares = [pair.mean_square for each in found for pair in each.images]
         mean = sum(squares) / len(squares)
         return {
             "bytes": made.nbytes,

@@ -676,7 +676,7 @@ class ZImagePipeline:
         self.vae.tile = TILE if tile is None else whole("tile", tile, 1, 1 << 20)
 
     def disable_vae_tiling(self) -> None:
-        """Decode whole pictures again."""
+        """Decode whole images again."""
         self.vae.tile = None
 
     def enable_attention_slicing(self, *_: Any) -> None:

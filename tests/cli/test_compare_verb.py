@@ -15,7 +15,7 @@ SMALL = ("--prompt", "a red circle", "-W", 32, "-H", 32, "--steps", 2, "--block-
 def test_a_file_against_itself_is_equal(zimage):
     outcome = zimage("compare", "default", NANO / "transformer.gguf", *SMALL, "--quiet")
     assert (outcome.status, outcome.err) == (0, "")
-    assert "1 picture: PSNR equal, SSIM 1.0000, velocity error 0.000%" in outcome.out
+    assert "1 image: PSNR equal, SSIM 1.0000, velocity error 0.000%" in outcome.out
     assert "worst block: " in outcome.out
 
 
@@ -25,7 +25,7 @@ def test_settings_are_compared_and_reports_written(zimage, tmp_path):
     outcome = zimage(*words, "--report", page, "--sheet", sheet)
     data = json.loads(outcome.out)
     assert data["labels"] == ["default", "default dtype=bfloat16"]
-    assert [p["seed"] for p in data["pictures"]] == [0, 1]
+    assert [p["seed"] for p in data["images"]] == [0, 1]
     assert 30 < data["psnr"] < 90
     assert 1e-4 < data["velocity"] < 0.05
     assert [s["step"] for s in data["steps"]] == [0, 1]
@@ -35,7 +35,7 @@ def test_settings_are_compared_and_reports_written(zimage, tmp_path):
     assert "comparing 6/6 runs" in outcome.err
 
 
-def test_other_steps_compare_pictures_alone(zimage):
+def test_other_steps_compare_images_alone(zimage):
     outcome = zimage("compare", "default", "default", *SMALL, "--b-steps", 3, "--quiet")
     assert "steps and blocks were not compared" in outcome.out
 

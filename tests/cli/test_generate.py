@@ -1,4 +1,4 @@
-"""`zimage generate` writes the picture that the pipeline makes, where it was told to, or says why not."""
+"""`zimage generate` writes the image that the pipeline makes, where it was told to, or says why not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pixels(path):
     return np.asarray(Image.open(path))
 
 
-def test_the_picture_is_the_pipelines(zimage, model, tmp_path):
+def test_the_image_is_the_pipelines(zimage, model, tmp_path):
     target = tmp_path / "a.png"
     outcome = zimage("generate", "红色圆形", "--model", model, *SMALL, "--seed", 5, "-o", target)
     assert (outcome.status, outcome.out, outcome.err) == (0, f"{target}\n", "")
@@ -43,7 +43,7 @@ def test_files_can_be_named_one_by_one(zimage, model, tmp_path):
     assert np.array_equal(pixels(tmp_path / "files.png"), pixels(tmp_path / "folder.png"))
 
 
-def test_picture_i_is_made_from_seed_plus_i(zimage, model, tmp_path):
+def test_image_i_is_made_from_seed_plus_i(zimage, model, tmp_path):
     zimage("generate", "a", "--model", model, *SMALL, "--seed", 7, "-n", 3, "-o", tmp_path / "n.png")
     zimage("generate", "a", "--model", model, *SMALL, "--seed", 9, "-o", tmp_path / "alone.png")
     assert sorted(p.name for p in tmp_path.glob("n-*")) == ["n-1.png", "n-2.png", "n-3.png"]
@@ -95,7 +95,7 @@ def test_no_metadata_writes_none(zimage, model, tmp_path):
     assert b"secret" not in (tmp_path / "a.png").read_bytes()
 
 
-def test_no_path_of_the_model_goes_into_the_picture(zimage, model, tmp_path):
+def test_no_path_of_the_model_goes_into_the_image(zimage, model, tmp_path):
     zimage("generate", "a", "--model", model, *SMALL, "-o", tmp_path / "a.png")
     assert str(model.parent).encode() not in (tmp_path / "a.png").read_bytes()
 

@@ -28,7 +28,7 @@ def test_it_writes_the_matrices_of_the_transformer(zimage, prompts, tmp_path):
     assert outcome.status == 0
     assert outcome.out == f"{out}\n"
     assert "Ctrl-C before writes nothing" in outcome.err
-    assert "41 tensors, 2 pictures" in outcome.err
+    assert "41 tensors, 2 images" in outcome.err
     imatrix = read_imatrix(out)
     assert (imatrix.datasets, imatrix.chunks) == (("prompts.txt",), 2)
     assert imatrix.importance("layers.3.feed_forward.w2.weight").shape == (682,)
@@ -39,7 +39,7 @@ def test_the_text_encoder_on_request(zimage, prompts, tmp_path):
     outcome = collect(zimage, prompts, tmp_path / "a.dat", "--component", "text_encoder", "--json", "--quiet")
     assert outcome.err == ""
     record = json.loads(outcome.out)
-    assert record["pictures"] == 2
+    assert record["images"] == 2
     assert set(read_imatrix(tmp_path / "a.dat").entries) == set(record["tensors"])
     assert "blk.0.ffn_down.weight" in record["tensors"]
 

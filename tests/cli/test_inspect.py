@@ -154,7 +154,7 @@ def test_full_reads_the_data_and_warns(zimage, tmp_path):
     assert "float16" in warnings[1]
 
 
-def test_settings_of_a_picture_come_back(zimage, model, tmp_path):
+def test_settings_of_a_image_come_back(zimage, model, tmp_path):
     target = tmp_path / "a.png"
     zimage("generate", "a\x1b[31m red", "--model", model, "-W", 32, "-H", 32, "--seed", 4, "-o", target)
     shown = zimage("inspect", target).out

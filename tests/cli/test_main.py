@@ -118,7 +118,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("delay", [0.0, 0.5, 3.0])
-def test_a_stopped_run_ends_at_once_and_leaves_whole_pictures(number, delay, model, folder):
+def test_a_stopped_run_ends_at_once_and_leaves_whole_images(number, delay, model, folder):
     stopped(number, delay, model, folder)
 
 

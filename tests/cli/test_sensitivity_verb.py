@@ -32,7 +32,7 @@ def test_measure_choose_write(folder, prompts, tmp_path, capsys):
     out, recipe = tmp_path / "s.json", tmp_path / "r.txt"
     assert measure(folder, prompts, out, "--types", "Q4_0, Q8_0") == 0
     assert "12 tensors, 2 types" in capsys.readouterr().out
-    assert json.loads(out.read_text())["settings"]["pictures"] == 2
+    assert json.loads(out.read_text())["settings"]["images"] == 2
     assert main(["quantize", str(folder), str(tmp_path / "8.gguf"), "--type", "Q8_0", "--quiet"]) == 0
     size = (tmp_path / "8.gguf").stat().st_size - 1000
     words = ["quantize", str(folder), str(tmp_path / "a.gguf"), "--quiet", "--sensitivity", str(out)]

@@ -125,7 +125,7 @@ def test_diffusers_loads_a_folder_that_was_written_here(wide, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("stable_diffusion_cpp") is None, reason="needs stable-diffusion-cpp-python")
 def test_stable_diffusion_cpp_loads_a_full_size_file(tmp_path):
-    """The wheel knows the full size only: 64 px and one step must give a picture, not an error.
+    """The wheel knows the full size only: 64 px and one step must give an image, not an error.
 
     ZIMAGE_FULL_SIZE names a folder made by benchmarks/make_full_size.py.
     """
@@ -141,6 +141,6 @@ def test_stable_diffusion_cpp_loads_a_full_size_file(tmp_path):
         vae_path=f"{folder}/vae.safetensors",
         offload_params_to_cpu=True,
     )
-    (picture,) = model.generate_image(prompt="a cat", width=64, height=64, sample_steps=1, cfg_scale=1.0)
-    assert picture.size == (64, 64)
+    (image,) = model.generate_image(prompt="a cat", width=64, height=64, sample_steps=1, cfg_scale=1.0)
+    assert image.size == (64, 64)
     assert "stable_diffusion_cpp" in sys.modules

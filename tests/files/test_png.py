@@ -96,7 +96,7 @@ def test_files_are_named_and_hashed_without_their_folder(result, model, tmp_path
     assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_model_file_that_went_away_loses_no_picture(tmp_path):
+def test_a_model_file_that_went_away_loses_no_image(tmp_path):
     folder = tiny.folder(tmp_path / "m")
     made = ZImagePipeline.from_pretrained(folder)("a", height=32, width=32, num_inference_steps=1, seed=1)
     shutil.rmtree(folder)
@@ -122,8 +122,8 @@ def test_an_existing_file_is_kept_unless_forced(result, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_saving_arrays_or_a_picture_that_is_not_there_is_refused(result, tmp_path):
-    with pytest.raises(BadArgument, match="no picture 2"):
+def test_saving_arrays_or_a_image_that_is_not_there_is_refused(result, tmp_path):
+    with pytest.raises(BadArgument, match="no image 2"):
         result.save(tmp_path / "a.png", index=2)
     arrays = tiny.pipeline()("a", output_type="np", num_inference_steps=1)
     with pytest.raises(BadArgument, match="output_type='pil'"):

@@ -166,7 +166,7 @@ def transformer_inputs(
 
 
 def transformer_cases() -> Iterator[tuple[str, list[tuple[int, int]], list[int]]]:
-    """Caption lengths x token counts for one picture, then mixed pairs."""
+    """Caption lengths x token counts for one image, then mixed pairs."""
     for caption in CAPTION_LENGTHS:
         for name, side in SIDES.items():
             yield f"caption {caption}, {name}", [side], [caption]
@@ -191,7 +191,7 @@ def record(model: nn.Module, names: list[str]) -> dict[str, list[Tensor]]:
 
 
 def transformer_differences(sides: list[tuple[int, int]], captions: list[int], case: str) -> list[Difference]:
-    """Every block's output and the final one, cut to each picture's own tokens."""
+    """Every block's output and the final one, cut to each image's own tokens."""
 
     @torch.no_grad()
     def run() -> Outputs:
@@ -275,11 +275,11 @@ def autoencoder_differences(height: int, width: int) -> list[Difference]:
     def run() -> Outputs:
         theirs, ours = autoencoder_pair()
         g = torch.Generator().manual_seed(3)
-        picture = (
+        image = (
             torch.rand(2, 3, height, width, generator=g, dtype=FLOAT32).to(torch.get_default_dtype()) * 2 - 1
         )
         z = drawn(g, 2, 16, height // 8, width // 8)
-        posterior, (mean, logvar) = theirs.encode(picture).latent_dist, ours.moments(picture)
+        posterior, (mean, logvar) = theirs.encode(image).latent_dist, ours.moments(image)
         return {
             "encode mean": (posterior.mean, mean),
             "encode log-variance": (posterior.logvar, logvar),

@@ -142,7 +142,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cfg_truncation 0": {"guidance_scale": 4.0, "cfg_truncation": 0.0},
     "two prompts of different length": {"prompt": lambda: ["a", PROMPT * 2], "guidance_scale": 2.0,
                                         "negative_prompt": lambda: ["", "no circle"]},
-    "two pictures a prompt": {"prompt": lambda: ["a", "b"], "num_images_per_prompt": 2},
+    "two images a prompt": {"prompt": lambda: ["a", "b"], "num_images_per_prompt": 2},
     "guidance ended by the callback": {"guidance_scale": 4.0, "callback_on_step_end": lambda: end_guidance},
     "own sigmas": {"sigmas": lambda: [1.0, 0.6, 0.2], "guidance_scale": 2.0},
     "one step": {"num_inference_steps": 1},
@@ -152,8 +152,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def start(case: str) -> torch.Tensor:
     """Starting noise of a case."""
-    pictures = 4 if "two pictures" in case else 2 if "two prompts" in case else 1
-    return torch.randn(pictures, 16, 4, 6, generator=generator())
+    images = 4 if "two images" in case else 2 if "two prompts" in case else 1
+    return torch.randn(images, 16, 4, 6, generator=generator())
 
 
 def pipeline_differences() -> Iterator[Difference]:

@@ -1,4 +1,4 @@
-"""A whole Z-Image of random weights, small enough to make a picture in milliseconds.
+"""A whole Z-Image of random weights, small enough to make an image in milliseconds.
 
 Same architectures and conventions as the real one; a fresh one comes in memory (`pipeline`) or as a diffusers
 folder (`folder`), equal to the bit for equal seeds.

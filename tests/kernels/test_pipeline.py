@@ -20,7 +20,7 @@ def latents(pipe, **more):
 
 @pytest.fixture(scope="module")
 def reference():
-    """On the CPU, without kernels: one step of a small picture."""
+    """On the CPU, without kernels: one step of a small image."""
     return latents(ZImagePipeline.from_default(dtype="float32"), **SMALL)
 
 
@@ -70,8 +70,8 @@ def test_resident_weights_on_a_gpu_give_nearly_the_same():
 
 @pytest.mark.gpu
 def test_every_forced_path_draws_the_same(monkeypatch):
-    pictures = []
+    images = []
     for mode in ("fused", "dequantise"):
         monkeypatch.setattr(dispatch, "MODE", mode)
-        pictures.append(latents(ZImagePipeline.from_default(dtype="bfloat16", device="cuda")))
-    assert float((pictures[0] - pictures[1]).abs().mean()) < 0.05 * float(pictures[1].abs().mean())
+        images.append(latents(ZImagePipeline.from_default(dtype="bfloat16", device="cuda")))
+    assert float((images[0] - images[1]).abs().mean()) < 0.05 * float(images[1].abs().mean())

@@ -97,7 +97,7 @@ def test_a_control_group_counts_if_it_has_less(tmp_path, monkeypatch):
     assert page_cache.available() is None
 
 
-def test_the_pictures_are_the_same_whatever_is_cached(path):
+def test_the_images_are_the_same_whatever_is_cached(path):
     want = draw(load_transformer(path))
     for room in (0, 1 << 20, None):
         model = load_transformer(path)

@@ -57,7 +57,7 @@ def test_1024_px_need_little_and_the_transfers_hide(rule, most):
         assert hides or rule is q4_k_m
 
 
-def test_a_fast_card_and_a_small_picture_wait_for_the_link():
+def test_a_fast_card_and_a_small_image_wait_for_the_link():
     plan = make_plan(Q4_K_M, 512, 512, vram=int(2.3e9), rates=known("sm_89"))
     assert not plan.times.hidden
     assert "wait for the link" in " ".join(plan.reasons)
@@ -69,17 +69,17 @@ def test_a_small_budget_says_what_would_fit():
     text = str(caught.value)
     assert "2 GB of GPU memory are given and 2048 x 2048 px need at least 2.6 GB" in text
     assert "\n" not in text
-    width = int(text.partition("a picture of ")[2].split()[0])
+    width = int(text.partition("an image of ")[2].split()[0])
     assert make_plan(Q4_K_M, width, width, vram=2 * 10**9).peak <= 2 * 10**9
     with pytest.raises(OverBudget):
         make_plan(Q4_K_M, width + 16, width + 16, vram=2 * 10**9)
     assert "a quantisation whose blocks have at most 53.5 MB (here: 354 MB)" in text
 
 
-def test_pictures_keep_their_shape_in_the_advice():
-    with pytest.raises(OverBudget, match="a picture of") as caught:
+def test_images_keep_their_shape_in_the_advice():
+    with pytest.raises(OverBudget, match="an image of") as caught:
         make_plan(Q3_K_S, 2048, 1024, vram=900 << 20)
-    width, _, height = str(caught.value).partition("a picture of ")[2].split()[:3]
+    width, _, height = str(caught.value).partition("an image of ")[2].split()[:3]
     assert int(width) / int(height) == pytest.approx(2, rel=0.1)
 
 

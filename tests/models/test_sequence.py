@@ -32,7 +32,7 @@ def test_patchify_keeps_leading_axes():
     assert torch.equal(sequence.patchify(latent, 2)[1], sequence.patchify(latent[1], 2))
 
 
-def test_positions_of_a_caption_of_5_and_a_picture_of_3_by_5():
+def test_positions_of_a_caption_of_5_and_a_image_of_3_by_5():
     caption = sequence.caption_positions(32)
     assert caption[0].tolist() == [1, 0, 0]
     assert caption[-1].tolist() == [32, 0, 0]
@@ -52,6 +52,6 @@ def test_streams_fill_up_to_a_multiple_of_32(tokens, pads):
     ("rows", "cols", "caption"), [(0, 4, 5), (513, 4, 5), (4, 513, 5), (4, 4, 0), (4, 4, 1505)]
 )
 def test_lengths_beyond_the_positions_are_refused_by_name(rows, cols, caption):
-    with pytest.raises(BadArgument, match=r"caption of|picture of"):
+    with pytest.raises(BadArgument, match=r"caption of|image of"):
         sequence.check_lengths(TransformerConfig(), rows, cols, caption)
     sequence.check_lengths(TransformerConfig(), 512, 512, 1504)

@@ -83,7 +83,7 @@ def test_any_number_of_blocks_and_any_widths(widths):
     assert float((vae.decode(z) - vae.decode(z, 3)).abs().max()) <= CLOSE
 
 
-def test_a_batch_is_its_pictures_to_the_bit(vae):
+def test_a_batch_is_its_images_to_the_bit(vae):
     z = latents(2, 16, 9, 12)
     both = vae.decode(z, 5)
     assert torch.equal(both, torch.cat([vae.decode(z[:1], 5), vae.decode(z[1:], 5)]))
@@ -136,9 +136,9 @@ def gradient(h, w):
     return (slope[:, :1, None] * y + slope[:, 1:, None] * x)[None] * 2
 
 
-def seam(picture, at):
+def seam(image, at):
     """Mean bend (second difference) of the rows at seams over that of all rows."""
-    bend = (picture[..., 2:, :] - 2 * picture[..., 1:-1, :] + picture[..., :-2, :]).abs().mean((0, 1, 3))
+    bend = (image[..., 2:, :] - 2 * image[..., 1:-1, :] + image[..., :-2, :]).abs().mean((0, 1, 3))
     rows = torch.tensor(at)
     return float(torch.cat([bend[rows - 2], bend[rows - 1]]).mean() / bend.mean())
 

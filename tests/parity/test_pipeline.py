@@ -91,7 +91,7 @@ def test_cases_differ_from_each_other(pairs):
             assert apart(results[a], results[b]) > 1e-2, (a, b)
 
 
-@pytest.mark.parametrize("many", [False, True], ids=["one generator", "one a picture"])
+@pytest.mark.parametrize("many", [False, True], ids=["one generator", "one an image"])
 def test_a_generator_draws_the_same_noise(pairs, many):
     def make():
         return [generator(), torch.Generator().manual_seed(7)] if many else generator()
@@ -110,12 +110,12 @@ def test_a_generator_draws_the_same_noise(pairs, many):
 
 
 @pytest.mark.parametrize("output_type", ["np", "pt"])
-def test_pictures_match(pairs, output_type):
-    found = difference(pairs, "no guidance", "picture", output_type=output_type)
+def test_images_match(pairs, output_type):
+    found = difference(pairs, "no guidance", "image", output_type=output_type)
     assert found.passes, found
 
 
-def test_levels_of_a_picture_match(pairs):
+def test_levels_of_a_image_match(pairs):
     images = both(pairs.narrow, generator=generator, output_type="pil")
     want, got = (np.asarray(side[0]).astype(int) for side in images)
     assert np.abs(want - got).max() <= 1  # a value near a half may round either way

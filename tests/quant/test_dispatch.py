@@ -173,7 +173,7 @@ def test_what_cannot_be_meant_is_refused(arguments, error, says):
     ("architecture", "low", "high"), [("sm_90", 300, 600), ("sm_89", 900, 2000), ("sm_86", 400, 900)]
 )
 def test_rows_up_to_which_fused_q4_k_wins(architecture, low, high):
-    """A caption of 300 tokens is fused and a picture of 4,096 dequantised on an H100."""
+    """A caption of 300 tokens is fused and an image of 4,096 dequantised on an H100."""
     most = crossover(FORMATS["Q4_K"], architecture)
     assert low <= most <= high
     for tokens, path in ((most, "fused"), (most + 1, "dequantise")):

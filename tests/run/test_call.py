@@ -42,7 +42,7 @@ def test_the_lines_of_articles_run(tmp_path):
     assert pipe.to("cpu", torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_output_types_are_one_picture(pipe):
+def test_output_types_are_one_image(pipe):
     made = {
         kind: pipe("a", seed=1, width=48, output_type=kind).images for kind in ("pil", "np", "pt", "latent")
     }
@@ -115,7 +115,7 @@ def test_lists_of_the_caller_are_not_modified(base):
     assert all(set(out) == {"latents"} for out in returned.values())
 
 
-def test_embeddings_in_place_of_prompts_give_the_same_picture(base):
+def test_embeddings_in_place_of_prompts_give_the_same_image(base):
     words = {"prompt": ["a", "long" * 20], "negative_prompt": "no"}
     positive, negative = base.encode_prompt(**words)
     frame = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -245,8 +245,8 @@ def test_parts_are_reachable_by_the_public_names(pipe):
     x, caption = torch.randn(16, 1, 4, 4), pipe.encode_prompt("a")[0][0]
     out = pipe.transformer([x], torch.tensor([0.5]), [caption])
     assert out[0].shape == x.shape
-    picture = torch.rand(1, 3, 32, 32) * 2 - 1
-    assert pipe.vae.decode(pipe.vae.encode(picture)).shape == picture.shape
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert pipe.vae.decode(pipe.vae.encode(image)).shape == image.shape
     assert pipe.scheduler.shift == 3.0
     assert pipe.text_encoder(torch.tensor([1, 2])).shape == (2, 24)
 
@@ -287,11 +287,11 @@ def test_the_answer_is_also_a_dict_as_in_diffusers(pipe):
 
 def test_too_many_pixels_in_one_call_are_refused_before_any_noise(pipe, monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *_, **__: pytest.fail("noise was drawn"))
-    with pytest.raises(BadArgument, match="1024 pictures of 4096 x 4096 in one call, wanted at most 16"):
+    with pytest.raises(BadArgument, match="1024 images of 4096 x 4096 in one call, wanted at most 16"):
         pipe("a", height=4096, width=4096, num_images_per_prompt=1024)
 
 
-def test_what_drew_the_picture_is_recorded(pipe):
+def test_what_drew_the_image_is_recorded(pipe):
     embeds = pipe.encode_prompt("b")[0]
     options = {"height": 32, "width": 32, "seed": 1, "num_inference_steps": 1}
     assert "prompt" not in pipe("a", prompt_embeds=embeds, **options).settings[0]

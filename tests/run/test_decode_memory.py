@@ -16,7 +16,7 @@ SIZE = 320  # pixels: 40 latents a side
 
 
 class Small(Autoencoder):
-    """Has memory for tiles of `limit` latents a side, whole pictures included."""
+    """Has memory for tiles of `limit` latents a side, whole images included."""
 
     limit = 0
     maps_fit = True
@@ -46,28 +46,26 @@ def whole():
 
 
 @pytest.mark.parametrize(("limit", "last"), [(32, 32), (16, 16)])
-def test_a_picture_too_large_is_decoded_in_smaller_tiles_and_is_the_same(whole, limit, last):
+def test_a_image_too_large_is_decoded_in_smaller_tiles_and_is_the_same(whole, limit, last):
     pipe = pipeline(limit)
-    with pytest.warns(
-        UserWarning, match=r"no memory to decode a picture of 320 x 320.*smaller tiles"
-    ) as seen:
-        picture = run(pipe)
+    with pytest.warns(UserWarning, match=r"no memory to decode an image of 320 x 320.*smaller tiles") as seen:
+        image = run(pipe)
     assert len(seen) == 1
     assert seen[0].filename == __file__, "the warning does not point at the caller"
     assert pipe.vae.calls[-1] == (last, None)
-    assert float((picture - whole).abs().max()) <= 1e-4
+    assert float((image - whole).abs().max()) <= 1e-4
     assert pipe.vae.tile is None, "the setting of the user has changed"
 
 
 def test_maps_go_to_the_cpu_when_no_tile_is_small_enough(whole):
     pipe = pipeline(40, maps_fit=False)
     with pytest.warns(UserWarning, match="smaller tiles"):
-        picture = run(pipe)
+        image = run(pipe)
     assert pipe.vae.calls == [(None, None), (32, None), (16, None), (16, "cpu")]
-    assert float((picture - whole).abs().max()) <= 1e-4
+    assert float((image - whole).abs().max()) <= 1e-4
 
 
-def test_later_pictures_of_the_batch_start_where_the_first_succeeded():
+def test_later_images_of_the_batch_start_where_the_first_succeeded():
     pipe = pipeline(16)
     with pytest.warns(UserWarning, match="smaller tiles") as seen:
         assert len(run(pipe, num_images_per_prompt=2)) == 2
@@ -92,8 +90,8 @@ def test_latents_survive_when_nothing_fits(whole):
     # what the message says to do
     pipe.vae.limit = 1000
     config = pipe.vae.config
-    picture = pipe.vae.decode(error.latents / config.scaling_factor + config.shift_factor)
-    assert torch.equal((picture / 2 + 0.5).clamp(0, 1), whole)
+    image = pipe.vae.decode(error.latents / config.scaling_factor + config.shift_factor)
+    assert torch.equal((image / 2 + 0.5).clamp(0, 1), whole)
     assert run(pipe).shape == whole.shape, "the pipeline is still busy"
 
 

@@ -1,4 +1,4 @@
-"""A run under a memory budget: the same picture, its plan followed, nothing left behind."""
+"""A run under a memory budget: the same image, its plan followed, nothing left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NaN and infinity are errors that name step, block and tensor; there is never a black picture."""
+"""NaN and infinity are errors that name step, block and tensor; there is never a black image."""
 
 from __future__ import annotations
 

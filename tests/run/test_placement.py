@@ -1,4 +1,4 @@
-"""dequantize_weights: the largest weights first, under a budget, the same picture."""
+"""dequantize_weights: the largest weights first, under a budget, the same image."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_budget_is_kept_and_the_largest_come_first(packed):
         assert weight.numel() * 2 - before[name] == grown[name]
 
 
-def test_the_picture_is_nearly_the_same(packed):
+def test_the_image_is_nearly_the_same(packed):
     """A dense bfloat16 weight is a rounded one; on a CPU the packed one is used unrounded."""
     a = packed("a red circle", seed=1, num_inference_steps=2, output_type="np").images
     assert packed.dequantize_weights(1 << 40)

@@ -1,4 +1,4 @@
-"""One seed is one picture: in a new object, a new process, every batch position, after any interrupt."""
+"""One seed is one image: in a new object, a new process, every batch position, after any interrupt."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ print("hits", hits)
 
 
 @pytest.mark.parametrize("threads", [2, 8])
-def test_threads_get_the_right_picture_or_busy(pipe, threads):
+def test_threads_get_the_right_image_or_busy(pipe, threads):
     want = {seed: latents_of(pipe, seed=seed) for seed in range(threads * 3)}
     got: dict[int, torch.Tensor | None] = {}
 
@@ -228,7 +228,7 @@ def test_gradients_are_on_again_after_a_run_and_off_inside(pipe):
     assert torch.is_grad_enabled()
 
 
-def test_a_file_that_changed_is_an_error_and_not_a_picture(tmp_path):
+def test_a_file_that_changed_is_an_error_and_not_a_image(tmp_path):
     pipe = ZImagePipeline.from_pretrained(tiny.folder(tmp_path / "m"))
     latents_of(pipe, height=32, width=32)
     path = tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors"

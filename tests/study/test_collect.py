@@ -16,7 +16,7 @@ from zimage_core.weights.names import text_encoder_table, transformer_table
 
 PROMPTS = ["a red circle", "two small stars on white paper"]
 OPTIONS = {"height": 48, "width": 32, "num_inference_steps": 3}
-TOKENS = 6  # of a picture of 48 x 32
+TOKENS = 6  # of an image of 48 x 32
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_batch_is_its_members(pipe):
         torch.testing.assert_close(mine.squares, theirs.squares, rtol=1e-12, atol=0)
 
 
-def test_pictures_are_the_same_to_the_bit_and_hooks_go(pipe):
+def test_images_are_the_same_to_the_bit_and_hooks_go(pipe):
     options = {**OPTIONS, "seed": 1, "output_type": "latent"}
     before, own = pipe(PROMPTS[0], **options).images, hooks(pipe)
     with Collector(pipe, ("transformer", "text_encoder")):

@@ -51,11 +51,11 @@ def test_equal_models_are_equal_to_the_bit(pipe):
     assert json.loads(json.dumps(same.to_json(), allow_nan=False))["psnr"] is None
 
 
-def test_the_pictures_are_those_of_the_pipelines(pipe, found):
-    for pair in found.pictures:
+def test_the_images_are_those_of_the_pipelines(pipe, found):
+    for pair in found.images:
         drawn = pipe(pair.prompt, seed=pair.seed, output_type="np", **OPTIONS).images[0]
         assert abs(pair.a / 255 - drawn).max() <= 0.5 / 255 + 1e-6
-    assert [(p.prompt, p.seed) for p in found.pictures] == [(p, s) for p in PROMPTS for s in (3, 4)]
+    assert [(p.prompt, p.seed) for p in found.images] == [(p, s) for p in PROMPTS for s in (3, 4)]
 
 
 def test_only_the_changed_block_has_an_error_of_its_own(found):
@@ -75,7 +75,7 @@ def test_a_fault_in_an_early_block_goes_on_in_the_stream(pipe):
 
 
 def test_the_velocity_is_the_networks_on_the_latents_of_a(pipe, found):
-    """Step 1 of the first picture, both networks called by hand on the noise."""
+    """Step 1 of the first image, both networks called by hand on the noise."""
     from zimage_core.sampling.noise import from_seeds
 
     errors = []
@@ -164,7 +164,7 @@ def test_the_spool_gives_back_what_it_got(dtype):
         ({"options_b": {"latents": 1}}, "latents: chosen by"),
         ({"prompts": []}, "there are none"),
         ({"block_steps": -1}, "block_steps: got -1"),
-        ({"options_b": {"width": 32}}, "B draws pictures of 32 x 32, A of 48 x 32"),
+        ({"options_b": {"width": 32}}, "B draws images of 32 x 32, A of 48 x 32"),
     ],
 )
 def test_arguments_are_checked(pipe, options, words):
@@ -181,7 +181,7 @@ def test_probed_steps_are_spread_from_first_to_last():
 
 def test_the_report_is_one_page_with_everything_in_it(found):
     page = report.html(found)
-    assert page.count("data:image/png;base64,") == 3 * len(found.pictures)
+    assert page.count("data:image/png;base64,") == 3 * len(found.images)
     assert page.count("<svg") == 3  # steps, own, stream
     assert "&lt;w2&gt; against tiny" in page
     assert "<w2>" not in page
@@ -189,17 +189,17 @@ def test_the_report_is_one_page_with_everything_in_it(found):
         assert outside not in page
 
 
-def test_the_sheet_has_a_row_a_picture(found):
+def test_the_sheet_has_a_row_a_image(found):
     sheet = report.contact_sheet(found)
     scale = -(-report.SMALLEST // 48)
     width = 3 * (48 * scale + report.MARGIN) + report.MARGIN
     assert sheet.size == (width, report.BAND + 4 * (32 * scale + 2 * report.BAND + report.MARGIN))
     corner = sheet.getpixel((report.MARGIN, report.BAND))
-    assert corner == tuple(found.pictures[0].a[0, 0])
+    assert corner == tuple(found.images[0].a[0, 0])
     assert report.sheet_png(found)[:4] == b"\x89PNG"
 
 
-def test_equal_pictures_have_a_grey_difference(pipe):
+def test_equal_images_have_a_grey_difference(pipe):
     same = compare(pipe, pipe, PROMPTS[:1], block_steps=0, **OPTIONS)
-    assert (report.difference(same.pictures[0]) == 128).all()
+    assert (report.difference(same.images[0]) == 128).all()
     assert "No difference." in report.html(same)

@@ -12,7 +12,7 @@ from zimage_core.errors import BadShape
 from zimage_core.study.metrics import psnr, relative_error, ssim
 
 
-def picture(seed: int, shape=(3, 24, 30)) -> torch.Tensor:
+def image(seed: int, shape=(3, 24, 30)) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -34,7 +34,7 @@ def ssim_written_out(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_ssim_is_the_definition_window_by_window():
-    a, b = picture(0), picture(1)
+    a, b = image(0), image(1)
     b = 0.7 * a + 0.3 * b
     channels = zip(a.double().numpy(), b.double().numpy(), strict=True)
     wanted = np.mean([ssim_written_out(x, y) for x, y in channels])
@@ -42,20 +42,20 @@ def test_ssim_is_the_definition_window_by_window():
     assert 0.5 < ssim(a, b) < 0.99
 
 
-def test_ssim_of_flat_pictures_is_the_term_of_luminance():
+def test_ssim_of_flat_images_is_the_term_of_luminance():
     one, two = torch.full((3, 16, 16), 0.25), torch.full((3, 16, 16), 0.5)
     assert ssim(one, two) == pytest.approx((2 * 0.125 + 1e-4) / (0.0625 + 0.25 + 1e-4), abs=1e-9)
 
 
 def test_ssim_of_equals_is_one_and_of_an_inversion_negative():
-    a = picture(2)
+    a = image(2)
     assert ssim(a, a) == pytest.approx(1.0, abs=1e-12)
     assert ssim(a, 1 - a) < 0
-    assert ssim(a, picture(3)) == ssim(picture(3), a)
+    assert ssim(a, image(3)) == ssim(image(3), a)
 
 
 def test_the_range_of_values_cancels():
-    a, b = picture(4), picture(5)
+    a, b = image(4), image(5)
     assert ssim(255 * a, 255 * b, peak=255) == pytest.approx(ssim(a, b), abs=1e-6)  # a * 255 is rounded
     assert psnr(255 * a, 255 * b, peak=255) == pytest.approx(psnr(a, b), abs=1e-5)
 
@@ -81,6 +81,6 @@ def test_other_shapes_are_refused(measure):
         measure(torch.zeros(3, 16, 16), torch.zeros(3, 16, 17))
 
 
-def test_pictures_smaller_than_the_window_are_refused():
+def test_images_smaller_than_the_window_are_refused():
     with pytest.raises(BadShape, match="at least 11"):
         ssim(torch.zeros(3, 10, 16), torch.zeros(3, 10, 16))

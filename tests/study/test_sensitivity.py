@@ -57,7 +57,7 @@ def test_recorded_calls_are_those_of_the_loop(pipe, calls):
     assert "step" not in vars(pipe.transformer), "the hook is gone"
 
 
-def test_every_other_call_differs_from_picture_to_picture(pipe):
+def test_every_other_call_differs_from_image_to_image(pipe):
     some = record(pipe, ["a", "b"], every=2, **OPTIONS)
     every = record(pipe, ["a", "b"], **OPTIONS)
     assert [c.time for c in some] == [every[i].time for i in (0, 2, 4)]

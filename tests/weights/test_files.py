@@ -36,8 +36,8 @@ CONTENTS = {
     "a pickle, which could run code and is never opened": b"\x80\x02cposix\nsystem\n(S'touch x'\ntR."
     + bytes(32),
     "a gzip archive, not a GGUF or safetensors file; unpack it": b"\x1f\x8b\x08\x00" + b"\1" * 60,
-    "a PNG picture": b"\x89PNG\r\n\x1a\n" + bytes(60),
-    "a JPEG picture": b"\xff\xd8\xff\xe0" + bytes(60),
+    "a PNG image": b"\x89PNG\r\n\x1a\n" + bytes(60),
+    "a JPEG image": b"\xff\xd8\xff\xe0" + bytes(60),
     "an ELF program": b"\x7fELF\x02\x01\x01" + bytes(60),
     "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(60),
     "a NumPy array": b"\x93NUMPY\1\0v\0{'descr'" + bytes(60),

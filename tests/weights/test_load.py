@@ -206,7 +206,7 @@ def test_vae_of_a_gguf_in_f16(tmp_path):
     assert_same(model, {e.module: values[e.checkpoint] for e in table})
 
 
-def test_what_may_make_other_pictures_is_warned_of(tmp_path):
+def test_what_may_make_other_images_is_warned_of(tmp_path):
     path = write_safetensors(tmp_path / "x.safetensors", stored(SPLIT))
     (tmp_path / "config.json").write_text('{"dim": 3840}')
     with pytest.warns(UserWarning, match=r"x\.safetensors: config\.json beside the file was ignored"):

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.cli.model_options import (
     DTYPES,
+    add_image,
     add_model,
-    add_picture,
     check_model,
+    image_arguments,
     load_pipeline,
-    picture_arguments,
     read_prompts,
     warnings_as_lines,
 )
@@ -44,8 +44,8 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser = verbs.add_parser(
         "compare",
         parents=[common],
-        help="how far two checkpoints or settings are apart, with pictures",
-        description="Draw the same pictures by A and B: errors per step and block, PSNR, SSIM, a report.",
+        help="how far two checkpoints or settings are apart, with images",
+        description="Draw the same images by A and B: errors per step and block, PSNR, SSIM, a report.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -55,19 +55,19 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     words.add_argument("--prompt", metavar="TEXT", help="what to draw")
     words.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
     add_model(parser, without=("transformer",))
-    picture = add_picture(parser)
-    picture.add_argument("--seed", type=int, default=0, metavar="N", help="the first (default: 0)")
-    picture.add_argument(
+    image = add_image(parser)
+    image.add_argument("--seed", type=int, default=0, metavar="N", help="the first (default: 0)")
+    image.add_argument(
         "-n", "--count", type=int, default=1, metavar="N", help="seeds for each prompt (default: 1)"
     )
     other = parser.add_argument_group("B alone")
     other.add_argument("--b-dtype", choices=DTYPES, help="arithmetic of B's networks")
-    other.add_argument("--b-steps", type=int, metavar="N", help="steps of B; only pictures are compared then")
+    other.add_argument("--b-steps", type=int, metavar="N", help="steps of B; only images are compared then")
     other.add_argument("--b-guidance", type=float, metavar="X", help="guidance scale of B")
     other.add_argument("--b-text-encoder", metavar="FILE", help="text encoder of B")
     other.add_argument("--b-vae", metavar="FILE", help="VAE of B")
     output = parser.add_argument_group("output")
-    output.add_argument("--report", metavar="FILE", help="write a page of HTML with charts and pictures")
+    output.add_argument("--report", metavar="FILE", help="write a page of HTML with charts and images")
     output.add_argument("--sheet", metavar="FILE", help="write a contact sheet as PNG")
     output.add_argument(
         "--block-steps", type=int, default=3, metavar="N", help="steps whose blocks are compared (default: 3)"
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
             options_b={name: value for name, value in later.items() if value is not None},
             block_steps=args.block_steps,
             on_run=lambda done, total: progress.step(done, total, "runs", "a run"),
-            **picture_arguments(args),
+            **image_arguments(args),
         )
     progress.finish()
     _write(args, comparison)
@@ -181,9 +181,9 @@ def _write(args: argparse.Namespace, comparison: Comparison) -> None:
 def _lines(c: Comparison) -> list[str]:
     """The comparison as lines of text."""
     lines = [f"{label}: {in_seconds(time)}" for label, time in zip(c.labels, c.seconds, strict=True)]
-    pictures = f"{len(c.pictures)} pictures" if len(c.pictures) > 1 else "1 picture"
+    images = f"{len(c.images)} images" if len(c.images) > 1 else "1 image"
     velocity = "" if c.velocity is None else f", velocity error {c.velocity:.3%}"
-    lines.append(f"{pictures}: PSNR {_db(c.psnr)}, SSIM {c.ssim:.4f}{velocity}")
+    lines.append(f"{images}: PSNR {_db(c.psnr)}, SSIM {c.ssim:.4f}{velocity}")
     if c.steps:
         lines += ["", "step  noise level  velocity  latents"]
         lines += [f"{s.step + 1:4}  {s.sigma:11.3f}  {s.velocity:8.3%}  {s.latents:7.3%}" for s in c.steps]

@@ -1,4 +1,4 @@
-"""`zimage generate PROMPT`: pictures from a prompt."""
+"""`zimage generate PROMPT`: images from a prompt."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from zimage_core.cli.model_options import (
+    add_image,
     add_model,
-    add_picture,
     check_model,
+    image_arguments,
     load_pipeline,
-    picture_arguments,
     read_prompts,
     read_text,
     warnings_as_lines,
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 MAX_COUNT = 100_000
 _EPILOG = """\
 Without a model the one that comes inside the package is used.
-PROMPT - reads one prompt from standard input; --prompts FILE makes pictures of every line of a file.
-Picture i of a run is made from seed + i, so `--seed` of its settings makes it again alone.
+PROMPT - reads one prompt from standard input; --prompts FILE makes images of every line of a file.
+Image i of a run is made from seed + i, so `--seed` of its settings makes it again alone.
 """
 
 
@@ -44,8 +44,8 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser = verbs.add_parser(
         "generate",
         parents=[common],
-        help="make pictures from a prompt",
-        description="Make pictures from a prompt and write them as PNG.",
+        help="make images from a prompt",
+        description="Make images from a prompt and write them as PNG.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,10 +58,10 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--profile", metavar="FILE", help="with a limit: write when weights were moved, a page of HTML"
     )
-    picture = add_picture(parser)
-    picture.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn, and printed)")
-    picture.add_argument(
-        "-n", "--count", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)"
+    image = add_image(parser)
+    image.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn, and printed)")
+    image.add_argument(
+        "-n", "--count", type=int, default=1, metavar="N", help="images of each prompt (default: 1)"
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -98,11 +98,11 @@ def run(args: argparse.Namespace) -> int:
 def _make(
     args: argparse.Namespace, prompts: list[str], seed: int, names: list[Path], records: list[dict[str, Any]]
 ) -> None:
-    """Load the model, draw picture after picture, write each before the next and add its record."""
+    """Load the model, draw image after image, write each before the next and add its record."""
     progress = Progress(quiet=args.quiet)
     pipeline = load_pipeline(args)
     for number, path in enumerate(names):
-        progress.start(f"picture {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
+        progress.start(f"image {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
         result = _draw(pipeline, args, prompts[number // args.count], (seed + number) % 2**64, progress)
         progress.finish()
         result.save(path, force=args.force, metadata=not args.no_metadata)
@@ -148,20 +148,20 @@ def _check(args: argparse.Namespace, prompts: list[str], seed: int) -> None:
         raise BadArgument("--profile: without --vram or --ram nothing is moved; give one of them")
     if args.profile is not None:
         if len(prompts) * args.count > 1:
-            raise BadArgument("--profile shows one run; ask for one picture")
+            raise BadArgument("--profile shows one run; ask for one image")
         check_destination(args.profile, args.force)
     check_model(args)
 
 
 def _names(args: argparse.Namespace, count: int, seed: int) -> list[Path]:
-    """Where the pictures go, in order."""
+    """Where the images go, in order."""
     if args.output is None or args.output.endswith("/") or Path(args.output).is_dir():
         folder = Path(args.output or ".")
         return [_free(folder, f"zimage-{(seed + i) % 2**64}", args.force) for i in range(count)]
     target = Path(args.output)
     if target.suffix.lower() != ".png":
         raise BadArgument(
-            f"--output {printable(args.output)}: pictures are written as PNG; use a name ending in .png"
+            f"--output {printable(args.output)}: images are written as PNG; use a name ending in .png"
         )
     if count == 1:
         return [target]
@@ -192,13 +192,13 @@ def _draw(
         prompt=prompt,
         seed=seed,
         callback_on_step_end=on_step,
-        **picture_arguments(args),
+        **image_arguments(args),
     )
     return cast("ZImageResult", result)
 
 
 def _record(result: ZImageResult, path: Path) -> dict[str, Any]:
-    """One picture for --json."""
+    """One image for --json."""
     timings = result.timings
     return {
         "path": str(path),

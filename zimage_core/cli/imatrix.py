@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from zimage_core.cli.model_options import (
     add_study,
     check_model,
+    image_arguments,
     load_pipeline,
-    picture_arguments,
     read_prompts,
     warnings_as_lines,
 )
@@ -38,7 +38,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         "imatrix",
         parents=[common],
         help="collect an importance matrix for `zimage quantize`",
-        description="Draw a picture of every prompt and write how large the inputs of each weight were.",
+        description="Draw an image of every prompt and write how large the inputs of each weight were.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -116,7 +116,7 @@ def _collect(args: argparse.Namespace, prompts: list[str], progress: Progress, o
         components=COMPONENTS if args.component == "both" else (args.component,),
         dataset="standard input" if args.prompts == "-" else Path(args.prompts).name,
         on_prompt=on_prompt,
-        **picture_arguments(args),
+        **image_arguments(args),
     )
     progress.finish()
     return imatrix
@@ -130,13 +130,13 @@ def _report(args: argparse.Namespace, imatrix: Imatrix, seconds: float, progress
             name: {"channels": sums.width, "rows": sums.count} for name, sums in imatrix.entries.items()
         }
         record = {
-            "path": args.output, "bytes": size, "pictures": imatrix.chunks, "seconds": seconds,
+            "path": args.output, "bytes": size, "images": imatrix.chunks, "seconds": seconds,
             "datasets": list(imatrix.datasets), "tensors": entries,
         }  # fmt: skip
         sys.stdout.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         return
     sys.stdout.write(f"{printable(args.output, 4096)}\n")
     progress.say(
-        f"{len(imatrix.entries)} tensors, {imatrix.chunks} pictures, up to {rows} rows a tensor, "
+        f"{len(imatrix.entries)} tensors, {imatrix.chunks} images, up to {rows} rows a tensor, "
         f"{in_bytes(size)}, {seconds:.1f} s"
     )

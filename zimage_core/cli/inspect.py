@@ -105,7 +105,7 @@ def _metadata(item: Inspection) -> list[str]:
 
 
 def _settings(item: Inspection) -> list[str]:
-    """The texts of a picture: line by line, JSON indented."""
+    """The texts of an image: line by line, JSON indented."""
     lines: list[str] = []
     for keyword, text in item.metadata.items():
         lines.append(f"  {printable(keyword, 80)}")

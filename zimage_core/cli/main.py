@@ -126,7 +126,7 @@ def _report(error: BaseException, debug: bool, status: int, prefix: str = "") ->
     elif isinstance(error, OSError) and error.filename is not None:
         text = printable(f"{error.filename}: {(error.strerror or type(error).__name__).lower()}", 2000)
     elif isinstance(error, MemoryError):
-        text = "not enough memory; take a smaller picture or a smaller quantisation of the model"
+        text = "not enough memory; take a smaller image or a smaller quantisation of the model"
     else:
         text = printable(error, 2000) or type(error).__name__
     hint = " (run it with --debug to see where)" if prefix and not debug else ""

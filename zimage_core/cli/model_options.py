@@ -50,30 +50,30 @@ def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) ->
     return model
 
 
-def add_picture(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_image(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Options of size, steps and guidance."""
-    picture = parser.add_argument_group("picture")
+    image = parser.add_argument_group("image")
     for letter, side in (("-W", "width"), ("-H", "height")):
         text = "pixels (default: the model's own size)"
-        picture.add_argument(letter, f"--{side}", type=int, metavar="N", help=text)
-    picture.add_argument(
+        image.add_argument(letter, f"--{side}", type=int, metavar="N", help=text)
+    image.add_argument(
         "--steps", type=int, metavar="N", help="denoising steps (default: the model's own, Turbo 8)"
     )
-    scale = picture.add_mutually_exclusive_group()
+    scale = image.add_mutually_exclusive_group()
     scale.add_argument(
         "--guidance", type=float, metavar="X", help="guidance scale, 0 is none (default: the model's)"
     )
     scale.add_argument(
         "--cfg", type=float, metavar="X", help="the same counted from 1, as in ComfyUI: guidance + 1"
     )
-    picture.add_argument("--negative", metavar="TEXT", help="what not to draw; only with guidance")
-    picture.add_argument(
+    image.add_argument("--negative", metavar="TEXT", help="what not to draw; only with guidance")
+    image.add_argument(
         "--max-length",
         type=int,
         metavar="N",
         help="prompt tokens that are read, template included, up to 1504 (default: 512)",
     )
-    return picture
+    return image
 
 
 def add_study(parser: argparse.ArgumentParser, output: str) -> argparse._ArgumentGroup:
@@ -90,8 +90,8 @@ def add_study(parser: argparse.ArgumentParser, output: str) -> argparse._Argumen
         "--prompts", required=True, metavar="FILE", help="a prompt a line, UTF-8; - is standard input"
     )
     add_model(parser)
-    picture = add_picture(parser)
-    picture.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
+    image = add_image(parser)
+    image.add_argument("--seed", type=int, default=0, metavar="N", help="of the first image (default: 0)")
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--output", default=output, metavar="FILE", help=f"default: {output}")
     group.add_argument("--partial", action="store_true", help="write the file as it grows")
@@ -100,8 +100,8 @@ def add_study(parser: argparse.ArgumentParser, output: str) -> argparse._Argumen
     return group
 
 
-def picture_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the pipeline's call that `add_picture` has values for."""
+def image_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the pipeline's call that `add_image` has values for."""
     options = {
         "height": args.height,
         "width": args.width,

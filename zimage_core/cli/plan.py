@@ -1,4 +1,4 @@
-"""`zimage plan ...`: what a picture needs and what a budget gives, before a byte of weights is read."""
+"""`zimage plan ...`: what an image needs and what a budget gives, before a byte of weights is read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser = verbs.add_parser(
         "plan",
         parents=[common],
-        help="say what a picture needs in memory, and what a budget gives",
+        help="say what an image needs in memory, and what a budget gives",
         description="Say from headers alone what lies where in each phase of a run, how much memory that is "
         "and how long it should take. Without --vram: what cards of 4 to 24 GiB give. Needs no GPU.",
     )
@@ -45,7 +45,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--ram", metavar="BYTES", help="host memory, likewise; default: enough")
     parser.add_argument("-W", "--width", type=int, default=1024, metavar="PX")
     parser.add_argument("-H", "--height", type=int, default=1024, metavar="PX")
-    parser.add_argument("-n", "--count", type=int, default=1, metavar="N", help="pictures of one run")
+    parser.add_argument("-n", "--count", type=int, default=1, metavar="N", help="images of one run")
     parser.add_argument("--caption", type=int, default=128, metavar="TOKENS", help="default 128")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="default 8")
     parser.add_argument(
@@ -171,7 +171,7 @@ def _lines(plan: Plan, signs: str) -> list[str]:
 
 
 def _head(plan: Plan) -> list[str]:
-    count = f"{plan.images} pictures" if plan.images > 1 else "1 picture"
+    count = f"{plan.images} images" if plan.images > 1 else "1 image"
     rates, guided = plan.rates, ", guided" if plan.guidance else ""
     speed = f"{rates.flops / 1e12:.3g} TFLOP/s, link {rates.link / 1e9:.3g} GB/s"
     return [

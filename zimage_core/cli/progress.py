@@ -11,7 +11,7 @@ WIDTH = 24
 
 
 class Progress:
-    """Steps of one or more pictures, with the time a step takes.
+    """Steps of one or more images, with the time a step takes.
 
     Args:
         quiet: Show nothing.
@@ -31,7 +31,7 @@ class Progress:
             self._out.flush()
 
     def start(self, label: str) -> None:
-        """A new picture begins."""
+        """A new image begins."""
         self._label = label
         self._started = self._first = time.perf_counter()
         if self._terminal and self._out is not None:
@@ -56,7 +56,7 @@ class Progress:
         self._out.flush()
 
     def finish(self) -> None:
-        """The picture is done; the bar makes room."""
+        """The image is done; the bar makes room."""
         self._clear()
 
     def _clear(self) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from zimage_core.cli.model_options import (
     add_study,
     check_model,
+    image_arguments,
     load_pipeline,
-    picture_arguments,
     read_prompts,
     warnings_as_lines,
 )
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.partial:
             progress.say(f"{printable(args.output)} is written at the end; Ctrl-C before writes nothing")
         progress.start("recording")
-        calls = record(pipeline, prompts, seed=args.seed, every=args.every, **picture_arguments(args))
+        calls = record(pipeline, prompts, seed=args.seed, every=args.every, **image_arguments(args))
         progress.start("measuring")
         sensitivity = measure(
             pipeline,
@@ -94,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
             every_tensor=args.all_tensors,
             settings={
                 "prompts": "standard input" if args.prompts == "-" else Path(args.prompts).name,
-                "pictures": len(prompts),
+                "images": len(prompts),
                 "calls": len(calls),
                 "seed": args.seed,
                 "probe": args.probe,
                 "imatrix": None if args.imatrix is None else Path(args.imatrix).name,
-                **picture_arguments(args),
+                **image_arguments(args),
             },
             on_tensor=lambda done, runs, name: progress.step(done, runs, name, "a run"),
             on_costs=write if args.partial else None,

@@ -177,6 +177,6 @@ def largest_transformer(
     if vram <= around:
         raise OverBudget(
             f"fit: {in_bytes(vram)} of GPU memory do not hold the steps of {width} x {height} px, which take "
-            f"{in_bytes(around)} beside the weights; make a smaller picture"
+            f"{in_bytes(around)} beside the weights; make a smaller image"
         )
     return vram - around

@@ -31,7 +31,7 @@ def step_bytes(config: TransformerConfig, height: int, width: int, caption: int,
 
     Args:
         config: Of the transformer.
-        height: Of the picture in latents.
+        height: Of the image in latents.
         width: Likewise.
         caption: Tokens of the caption, without pads.
         dtype: Of the computation.
@@ -45,7 +45,7 @@ def step_bytes(config: TransformerConfig, height: int, width: int, caption: int,
     # by now the stream has a second version, and the attention's branch is still held
     feed_forward = joint * (4 * dim + 3 * hidden)
     final = joint * dim + 3 * patches * dim
-    # the refined picture and the patches stay alive beside the joint sequence
+    # the refined image and the patches stay alive beside the joint sequence
     beside = image * dim + patches * config.patch_dim
     return item * (beside + max(attention, feed_forward, final))
 
@@ -80,11 +80,11 @@ def kept_bytes(
 
     Args:
         config: Of the transformer.
-        height: Of the picture in latents.
+        height: Of the image in latents.
         width: Likewise.
         caption: Tokens of a caption, without pads.
         dtype: Of the computation.
-        images: Pictures of the run.
+        images: Images of the run.
         captions: Different captions: 1, or 2 with guidance.
         steps: Of the run.
     """
@@ -140,17 +140,17 @@ def encode_bytes(config: TextEncoderConfig, tokens: int, dtype: str, captions: i
 def decode_bytes(
     config: AutoencoderConfig, height: int, width: int, tile: int | None = None, apart: bool = False
 ) -> int:
-    """Most bytes alive in a float32 VAE decode of one picture, the picture among them.
+    """Most bytes alive in a float32 VAE decode of one image, the image among them.
 
     In tiles (`models.vae_tiles`) it goes through the decoder layer by layer, and two maps of the whole
-    picture are kept. What a library takes for itself inside a convolution comes on top.
+    image are kept. What a library takes for itself inside a convolution comes on top.
 
     Args:
         config: Of the VAE.
         height: Of the latents.
         width: Likewise.
-        tile: Latents a side of a tile; None decodes the picture at once.
-        apart: With tiles: the maps of the whole picture are kept on the host.
+        tile: Latents a side of a tile; None decodes the image at once.
+        apart: With tiles: the maps of the whole image are kept on the host.
     """
     widths = config.block_out_channels[::-1]
     latents = config.latent_channels * height * width
@@ -192,8 +192,8 @@ def _in_tiles(
     yield end
 
 
-def pictures_bytes(config: AutoencoderConfig, height: int, width: int, images: int) -> int:
-    """Bytes of finished pictures while the last of them is decoded, height and width in latents."""
+def images_bytes(config: AutoencoderConfig, height: int, width: int, images: int) -> int:
+    """Bytes of finished images while the last of them is decoded, height and width in latents."""
     factor = config.spatial_factor
     one = config.out_channels * height * width * factor * factor * FLOAT32
     latents = 2 * images * config.latent_channels * height * width * FLOAT32
@@ -201,6 +201,6 @@ def pictures_bytes(config: AutoencoderConfig, height: int, width: int, images: i
 
 
 def collected_bytes(config: AutoencoderConfig, height: int, width: int, images: int) -> int:
-    """Bytes when all pictures of a run become one tensor: each twice."""
+    """Bytes when all images of a run become one tensor: each twice."""
     factor = config.spatial_factor
     return 2 * images * config.out_channels * height * width * factor * factor * FLOAT32

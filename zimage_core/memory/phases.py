@@ -157,13 +157,13 @@ class PhaseManager:
             raise OverBudget(
                 f"ram={self.budget.ram} is too little for {width} x {height} pixels: at least "
                 f"{in_bytes(job.floor() + self._around())} of host memory are needed; give more or make a "
-                "smaller picture"
+                "smaller image"
             )
         plan = plan_job(job, vram, ram)
         if plan.maps_on_host and self.device.type == "cpu":
             raise OverBudget(
                 f"ram={self.budget.ram} does not hold the decoding of {width} x {height} pixels, not even in "
-                "tiles; give more or make a smaller picture"
+                "tiles; give more or make a smaller image"
             )
         self._plan = plan
         # all planes that would be made or none: what makes them does not know the budget

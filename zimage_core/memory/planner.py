@@ -19,8 +19,8 @@ from zimage_core.memory.activations import (
     denoise_bytes,
     encode_bytes,
     image_tokens,
+    images_bytes,
     padded,
-    pictures_bytes,
 )
 from zimage_core.memory.plan import PHASES, Component, Phase, Plan, Times, reasons
 from zimage_core.memory.rates import Rates, decode_flops, encode_flops, known, step_flops, step_traffic
@@ -106,7 +106,7 @@ class Job:
     def decode_live(self, way: Way) -> int:
         """Activations of decoding, finished images among them."""
         config, rows, cols = self.vae_config, self.rows, self.cols
-        during = decode_bytes(config, rows, cols, *way) + pictures_bytes(config, rows, cols, self.images)
+        during = decode_bytes(config, rows, cols, *way) + images_bytes(config, rows, cols, self.images)
         return max(during, collected_bytes(config, rows, cols, self.images))
 
     def ways(self) -> list[Way]:
@@ -195,12 +195,12 @@ class Job:
         phase, floor = max(floors.items(), key=lambda item: item[1])
         fits = []
         if smaller := self._largest_image(vram):
-            fits.append("a picture of {} x {} px".format(*smaller))
+            fits.append("an image of {} x {} px".format(*smaller))
         if phase != "decode" and (most := self._largest_block(vram, floors["decode"])):
             here = in_bytes(max(_bytes(self.net.blocks), default=0))
             fits.append(f"a quantisation whose blocks have at most {in_bytes(most)} (here: {here})")
         hint = (
-            f"what would fit is {' or '.join(fits)}" if fits else "give as much, no smaller picture would fit"
+            f"what would fit is {' or '.join(fits)}" if fits else "give as much, no smaller image would fit"
         )
         return OverBudget(
             f"plan: {in_bytes(vram)} of GPU memory are given and {self.width} x {self.height} px need at "
@@ -373,7 +373,7 @@ def _with_host(job: Job, plan: Plan, ram: int | None) -> Plan:
     if plan.maps_on_host:
         out += decode_bytes(job.vae_config, job.rows, job.cols, plan.tile)
     table = 0 if plan.resident else plan.component("text_encoder").host
-    fixed = {"Python and torch": RUNTIME, "the table of tokens": table, "the pictures": out}
+    fixed = {"Python and torch": RUNTIME, "the table of tokens": table, "the images": out}
     if ram is not None and sum(fixed.values()) + ring > ram:
         ring = LEAST_RING
     wanted = {**fixed, "the pinned ring": ring}

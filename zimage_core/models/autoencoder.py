@@ -45,7 +45,7 @@ class Autoencoder(nn.Module):
         factor = self.config.spatial_factor
         if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % factor or x.shape[3] % factor:
             raise BadShape(
-                f"VAE encode: got a picture of {tuple(x.shape)}, wanted [B, {self.config.in_channels}, H, W] "
+                f"VAE encode: got an image of {tuple(x.shape)}, wanted [B, {self.config.in_channels}, H, W] "
                 f"with H and W multiples of {factor}"
             )
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)

@@ -73,6 +73,6 @@ def check_lengths(config: TransformerConfig, rows: int, cols: int, caption: int)
     if not (1 <= rows <= h_max and 1 <= cols <= w_max):
         side = config.patch_size * 8
         raise BadArgument(
-            f"picture of {cols * side} x {rows * side} px: this transformer takes {side} to "
+            f"image of {cols * side} x {rows * side} px: this transformer takes {side} to "
             f"{w_max * side} x {h_max * side} px; choose another size"
         )

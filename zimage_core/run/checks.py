@@ -79,7 +79,7 @@ def area(height: int, width: int, images: int) -> None:
     """Refuse images that no machine finishes, and more of them at once than memory is likely to hold."""
     if height * width * images > MAX_BATCH_PIXELS:
         raise BadArgument(
-            f"num_images_per_prompt: {images} pictures of {width} x {height} in one call, wanted at most "
+            f"num_images_per_prompt: {images} images of {width} x {height} in one call, wanted at most "
             f"{MAX_BATCH_PIXELS // (height * width)} of this size; make the others in further calls"
         )
     if height * width > MAX_PIXELS:
@@ -126,7 +126,7 @@ def latents(value: Any, shape: tuple[int, ...]) -> torch.Tensor:
         raise BadArgument(f"latents: wanted a floating-point tensor of shape {shape}")
     if tuple(value.shape) != shape:
         raise BadShape(
-            f"latents: got shape {tuple(value.shape)}, wanted {shape} for this batch and picture size"
+            f"latents: got shape {tuple(value.shape)}, wanted {shape} for this batch and image size"
         )
     if not bool(torch.isfinite(value).all()):
         raise BadArgument("latents: hold NaN or infinity")

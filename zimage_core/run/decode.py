@@ -34,7 +34,7 @@ def decode(
     """
     config = vae.config
     h, w = latents.shape[2:]
-    size = f"a picture of {config.spatial_factor * w} x {config.spatial_factor * h}"
+    size = f"an image of {config.spatial_factor * w} x {config.spatial_factor * h}"
     ways = ways_to_decode(h, w, vae.tile) if keep is None else [DecodeWay(vae.tile, keep)]
     left = [z[None] for z in latents / config.scaling_factor + config.shift_factor]
     images: list[torch.Tensor] = []
@@ -61,7 +61,7 @@ def decode(
         if ways[0] == DecodeWay():  # the first time
             warnings.warn(
                 f"VAE: no memory to decode {size} with tile = {vae.tile}; it is decoded again in "
-                "smaller tiles, which takes longer and gives the same picture; "
+                "smaller tiles, which takes longer and gives the same image; "
                 "pipe.enable_vae_tiling() before the run saves the failed attempt",
                 stacklevel=4,
             )

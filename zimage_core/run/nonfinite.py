@@ -61,7 +61,7 @@ def guard_attention(model: nn.Module, name: str) -> None:
     """Check queries and keys of every attention in `model` from now on.
 
     The softmax of a CPU turns a row of scores of minus infinity into zeros, so that a bad weight in front of
-    it would give a wrong picture instead of a non-finite one. Nothing else in the networks hides a bad
+    it would give a wrong image instead of a non-finite one. Nothing else in the networks hides a bad
     number. The transformer needs no guard: its queries and keys go through a norm, which makes infinity NaN,
     and NaN passes the softmax.
     """

@@ -230,7 +230,7 @@ def make_batch(request: Request, guided: bool, width: int) -> Batch:
         raise BadArgument(f"prompt_embeds: got {count}, wanted {len(texts)}, one for each prompt")
     if count * times > MAX_IMAGES:
         raise BadArgument(
-            f"num_images_per_prompt: {count * times} pictures in one call, wanted at most {MAX_IMAGES}"
+            f"num_images_per_prompt: {count * times} images in one call, wanted at most {MAX_IMAGES}"
         )
 
     given = request.negative_prompt
@@ -290,7 +290,7 @@ def _remarks(limits: Limits, scale: float, request: Request) -> tuple[str, ...]:
         if scale <= 1:
             meaning = f"; off is 0, and {scale:g} here is the {scale + 1:g} of programs that count from 1"
         remarks.append(
-            f"guidance_scale={scale:g} runs the network twice a step and burns the pictures of this "
+            f"guidance_scale={scale:g} runs the network twice a step and burns the images of this "
             f"checkpoint, which was distilled to need no guidance{meaning}"
         )
     if scale == 0 and request.negative_prompt:

@@ -153,7 +153,7 @@ class ZImageResult:
         if not isinstance(self.images, list):
             raise BadArgument("save: this run gave arrays or latents; ask for output_type='pil'")
         if not -len(self.images) <= index < len(self.images):
-            raise BadArgument(f"save: there is no picture {index}, the run made {len(self.images)}")
+            raise BadArgument(f"save: there is no image {index}, the run made {len(self.images)}")
         data = png.encode(self.images[index], self.metadata(index, full_hash) if metadata else None)
         write_atomically(path, data, overwrite=force)
 

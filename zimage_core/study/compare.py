@@ -24,7 +24,7 @@ from zimage_core.errors import BadArgument
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.sampling import noise
 from zimage_core.study.blocks import BlockError, BlockWatch, Spool, probes
-from zimage_core.study.comparison import Comparison, PicturePair, StepError
+from zimage_core.study.comparison import Comparison, ImagePair, StepError
 from zimage_core.study.metrics import decibels, mean_squared_error, ssim
 
 Model = ZImagePipeline | Callable[[], ZImagePipeline]
@@ -257,7 +257,7 @@ class _Second:
         self.traces.append(trace)
         if trace.image.shape != reference.image.shape:
             raise BadArgument(
-                f"B draws pictures of {_size(trace)}, A of {_size(reference)}; give both one width and height"
+                f"B draws images of {_size(trace)}, A of {_size(reference)}; give both one width and height"
             )
         if trace.sigmas == reference.sigmas:
             steps = self._probed if index == 0 else ()
@@ -300,7 +300,7 @@ def _size(trace: _Traced) -> str:
     return f"{trace.image.shape[1]} x {trace.image.shape[0]}"
 
 
-def _pair(job: tuple[str, int], a: _Traced, b: _Traced) -> PicturePair:
+def _pair(job: tuple[str, int], a: _Traced, b: _Traced) -> ImagePair:
     one, two = (torch.from_numpy(trace.image.copy()).permute(2, 0, 1) / 255 for trace in (a, b))
     square = mean_squared_error(one, two)
-    return PicturePair(*job, decibels(square), ssim(one, two), square, a.image, b.image)
+    return ImagePair(*job, decibels(square), ssim(one, two), square, a.image, b.image)

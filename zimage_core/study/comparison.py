@@ -14,7 +14,7 @@ from zimage_core.study.metrics import decibels
 
 
 @dataclass(frozen=True)
-class PicturePair:
+class ImagePair:
     """One prompt and seed, drawn by both models.
 
     Args:
@@ -59,7 +59,7 @@ class Comparison:
 
     Args:
         labels: Names of A and B.
-        pictures: The images, in the order of prompts, and of seeds for each prompt.
+        images: The images, in the order of prompts, and of seeds for each prompt.
         steps: Errors of each step; empty where A and B have different noise levels.
         blocks: Errors of the blocks in the first image; empty where they were not asked for, or where the
             networks have different sizes.
@@ -69,7 +69,7 @@ class Comparison:
     """
 
     labels: tuple[str, str]
-    pictures: tuple[PicturePair, ...]
+    images: tuple[ImagePair, ...]
     steps: tuple[StepError, ...]
     blocks: tuple[BlockError, ...]
     settings: tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -79,12 +79,12 @@ class Comparison:
     @property
     def psnr(self) -> float:
         """PSNR in dB of the mean squared error over all images."""
-        return decibels(sum(p.mean_square for p in self.pictures) / len(self.pictures))
+        return decibels(sum(p.mean_square for p in self.images) / len(self.images))
 
     @property
     def ssim(self) -> float:
         """Mean SSIM of the images."""
-        return sum(p.ssim for p in self.pictures) / len(self.pictures)
+        return sum(p.ssim for p in self.images) / len(self.images)
 
     @property
     def velocity(self) -> float | None:
@@ -99,15 +99,15 @@ class Comparison:
         def plain(value: float) -> float | None:
             return value if math.isfinite(value) else None
 
-        pictures = [
-            {"prompt": p.prompt, "seed": p.seed, "psnr": plain(p.psnr), "ssim": p.ssim} for p in self.pictures
+        images = [
+            {"prompt": p.prompt, "seed": p.seed, "psnr": plain(p.psnr), "ssim": p.ssim} for p in self.images
         ]
         return {
             "labels": list(self.labels),
             "psnr": plain(self.psnr),
             "ssim": self.ssim,
             "velocity": self.velocity,
-            "pictures": pictures,
+            "images": images,
             "steps": [asdict(step) for step in self.steps],
             "blocks": [{k: plain(v) if isinstance(v, float) else v for k, v in asdict(b).items()}
                        for b in self.blocks],

@@ -74,7 +74,7 @@ def ssim(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
     """
     _same(a, b)
     if a.ndim < 2 or min(a.shape[-2:]) < WINDOW:
-        raise BadShape(f"ssim: pictures of shape {tuple(a.shape)}, sides of at least {WINDOW} are wanted")
+        raise BadShape(f"ssim: images of shape {tuple(a.shape)}, sides of at least {WINDOW} are wanted")
     x, y = (image.double().reshape(-1, 1, *image.shape[-2:]) for image in (a, b))
     mx, my = _blur(x), _blur(y)
     vx, vy, cov = _blur(x * x) - mx * mx, _blur(y * y) - my * my, _blur(x * y) - mx * my

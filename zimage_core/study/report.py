@@ -13,7 +13,7 @@ import numpy as np
 
 from zimage_core.files import png
 from zimage_core.files.units import in_seconds
-from zimage_core.study.comparison import Comparison, PicturePair
+from zimage_core.study.comparison import Comparison, ImagePair
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,7 +35,7 @@ def contact_sheet(comparison: Comparison) -> Image:
     """A, B and their difference (times 8, around grey) side by side, a row for each of 32 images."""
     from PIL import Image, ImageDraw
 
-    pairs = comparison.pictures[:MOST_ROWS]
+    pairs = comparison.images[:MOST_ROWS]
     height, width = pairs[0].a.shape[:2]
     scale = max(1, -(-SMALLEST // width))
     height, width = height * scale, width * scale
@@ -54,7 +54,7 @@ def contact_sheet(comparison: Comparison) -> Image:
     return sheet
 
 
-def difference(pair: PicturePair) -> np.ndarray[Any, Any]:
+def difference(pair: ImagePair) -> np.ndarray[Any, Any]:
     """B - A, amplified around grey: uint8 [H, W, 3]."""
     far: np.ndarray[Any, Any] = (pair.b.astype(np.int16) - pair.a) * GAIN + 128
     shown: np.ndarray[Any, Any] = far.clip(0, 255).astype(np.uint8)
@@ -74,7 +74,7 @@ def html(comparison: Comparison) -> str:
         parts += ["<h2>Steps</h2>", _steps(comparison)]
     if comparison.blocks:
         parts += ["<h2>Blocks</h2>", _blocks(comparison)]
-    parts += ["<h2>Pictures</h2>", *map(_images, comparison.pictures)]
+    parts += ["<h2>Images</h2>", *map(_images, comparison.images)]
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
         "<style>body{font:14px sans-serif;margin:2em;max-width:60em}td{padding:2px 10px;text-align:right}"
@@ -85,7 +85,7 @@ def html(comparison: Comparison) -> str:
 
 def _figures(c: Comparison) -> str:
     rows = [
-        ("pictures", str(len(c.pictures))),
+        ("images", str(len(c.images))),
         ("PSNR, from the mean squared error of all", _db(c.psnr)),
         ("SSIM, mean", f"{c.ssim:.4f}"),
         ("error of the velocity on A's latents", "-" if c.velocity is None else f"{c.velocity:.3%}"),
@@ -152,7 +152,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{body}</table>"
 
 
-def _images(pair: PicturePair) -> str:
+def _images(pair: ImagePair) -> str:
     from PIL import Image
 
     images = ""

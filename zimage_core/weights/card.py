@@ -55,7 +55,7 @@ class ModelCard:
         prefix: What stands before every name of this model in the file.
         config: Sizes, for the three networks of Z-Image.
         notes: Sentences worth reading.
-        cautions: Sentences on what may make other pictures than expected; loading warns of them.
+        cautions: Sentences on what may make other images than expected; loading warns of them.
         problem: Why the file cannot be used, or "".
         missing: Tensors that the network needs and the file lacks.
         unexpected: Tensors of the file that the network does not know.

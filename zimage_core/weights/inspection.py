@@ -113,7 +113,7 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
     try:
         head = bytes(source.read_at(0, min(_HEAD, source.size)))
         if head.startswith(b"\x89PNG"):
-            return _picture(place)
+            return _image(place)
         looks = head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and _TOKENIZER.search(head)
         # a JSON file too damaged to look like anything is told what a tokenizer needs
         if looks or (place.suffix == ".json" and b'"weight_map"' not in head):
@@ -215,7 +215,7 @@ def _tokenizer(path: Path) -> Inspection:
     )
 
 
-def _picture(path: Path) -> Inspection:
+def _image(path: Path) -> Inspection:
     from zimage_core.files.png import read_metadata
 
     found = read_metadata(path)
