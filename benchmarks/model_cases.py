@@ -19,8 +19,8 @@ from zimage_core.config import AutoencoderConfig, TransformerConfig
 from zimage_core.formats import BlockFormat
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.transformer import TransformerBlock, ZImageTransformer
+from zimage_core.nn.layers import rotation
 from zimage_core.nn.linear import tensors_of
-from zimage_core.nn.rope import rotation
 
 BLOCK_LIMIT = 3e-2
 """Largest error of a block in half precision, and of diffusers, which dequantises in float16, in any."""

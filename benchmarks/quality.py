@@ -37,8 +37,8 @@ from zimage_core.quantize.encode import ENCODERS, encode
 from zimage_core.quantize.imatrix import Imatrix
 from zimage_core.study.collect import collect_imatrix
 from zimage_core.study.compare import Reference
-from zimage_core.weights.files import open_weights
 from zimage_core.weights.names import checkpoint_shapes, transformer_table
+from zimage_core.weights.opened import open_weights
 
 STACKS = ("layers.*", "noise_refiner.*", "context_refiner.*")
 PLAIN = ("F32", "F16", "BF16")

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from zimage_core.quant.dequantize import dequantize
     from zimage_core.quant.tensor import QuantTensor
     from zimage_core.quantize.encode import encode
-    from zimage_core.weights.files import open_weights
     from zimage_core.weights.identify import identify
     from zimage_core.weights.inspection import inspect_file
     from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae
+    from zimage_core.weights.opened import open_weights
 
 __version__ = "0.1.0"
 
@@ -82,7 +82,7 @@ _HOME = {  # public name -> module; whatever is not here is an error class
     "load_text_encoder": "weights.load",
     "load_transformer": "weights.load",
     "load_vae": "weights.load",
-    "open_weights": "weights.files",
+    "open_weights": "weights.opened",
     "quantize_file": "export.quantizing",
 }
 

@@ -52,7 +52,7 @@ def encoder_config() -> TextEncoderConfig:
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """zimage_core.nn.attention written out: at 64 tokens its backward pass is several times faster."""
+    """zimage_core.nn.layers written out: at 64 tokens its backward pass is several times faster."""
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
     if q.shape[-3] != k.shape[-3]:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))

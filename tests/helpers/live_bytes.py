@@ -65,7 +65,6 @@ class LiveBytes(TorchDispatchMode):
 def as_the_kernels(monkeypatch: Any) -> Iterator[None]:
     """Products, attention and the element-wise steps of S3-DiT leave their result and nothing else behind."""
     from zimage_core.models import transformer
-    from zimage_core.nn import attention as attention_module
     from zimage_core.nn import linear as linear_module
 
     def like(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -89,8 +88,7 @@ def as_the_kernels(monkeypatch: Any) -> Iterator[None]:
         patch.setattr(transformer, "silu_gate", like)
         patch.setattr(transformer, "qk_norm_rope", two)
         patch.setattr(linear_module, "ops", SimpleNamespace(linear=product, embedding=no_call))
-        functional = SimpleNamespace(scaled_dot_product_attention=mixture)
-        patch.setattr(attention_module, "nn", SimpleNamespace(functional=functional))
+        patch.setattr(nn.functional, "scaled_dot_product_attention", mixture)
         yield
 
 

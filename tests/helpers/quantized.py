@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimage_core.reference.dequantize import dequantize
-from zimage_core.weights.files import open_weights
+from zimage_core.weights.opened import open_weights
 
 Array = NDArray[np.float32]
 K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")

@@ -15,7 +15,7 @@ TOPS = ("zimage_core", "kernels", "reference")
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module; `from zimage_core.nn import rope` gives `zimage_core.nn.rope`, a module."""
+    """One imported module; `from zimage_core.nn import rope` gives `zimage_core.nn.layers`, a module."""
 
     module: str
     line: int
@@ -78,7 +78,7 @@ def _walk(node: ast.AST, *, lazy: bool, typing: bool) -> Iterator[Import]:
 
 
 def _target(module: str, name: str) -> str:
-    """`from zimage_core import run` means the module, `from zimage_core.nn.rope import f` the name's home."""
+    """`from zimage_core import run` means the module, `from zimage_core.nn.layers import f` its home."""
     place = ROOT / module.replace(".", "/")
     return f"{module}.{name}" if (place / f"{name}.py").exists() or (place / name).is_dir() else module
 

@@ -25,8 +25,8 @@ from zimage_core.memory.stream import Block, Segment, Stored
 from zimage_core.memory.traffic import Meter
 from zimage_core.nn.linear import Linear
 from zimage_core.quant.tensor import QuantTensor
-from zimage_core.weights.files import open_weights
 from zimage_core.weights.load import load_transformer
+from zimage_core.weights.opened import open_weights
 from zimage_core.weights.source import Source
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is cached")

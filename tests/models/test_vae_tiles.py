@@ -16,8 +16,9 @@ from zimage_core.config import AutoencoderConfig
 from zimage_core.memory.activations import decode_bytes
 from zimage_core.models import vae_tiles
 from zimage_core.models.autoencoder import Autoencoder
-from zimage_core.models.vae_tiles import DecodeWay, layout, ways_to_decode
+from zimage_core.models.vae_tiles import layout
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.run.decode import DecodeWay, ways_to_decode
 
 # Same float32 sums in another order. The tiny VAE's random weights give values about 5; measured 2e-5. The
 # trained one's are about 1; measured 1.6e-4, nearly all of it torch's own GroupNorm (see the float64 test).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zimage_core.nn.attention import attention
+from zimage_core.nn.layers import attention
 from zimage_core.reference import layers
 
 

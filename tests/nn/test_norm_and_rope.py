@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from zimage_core.errors import BadShape
-from zimage_core.nn.norm import RMSNorm
-from zimage_core.nn.rope import rotate_half, rotation
+from zimage_core.nn.layers import RMSNorm, rotate_half, rotation
 
 
 def test_rotation_has_the_golden_values_of_position_33_5_7():

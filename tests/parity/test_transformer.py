@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers import parity
 from zimage_core.models import sequence, transformer
-from zimage_core.nn import rope
+from zimage_core.nn import layers
 from zimage_core.nn.elementwise import rms_norm_modulate
 
 pytestmark = pytest.mark.parity
@@ -110,7 +110,7 @@ def _pads_dropped(monkeypatch):
 def _half_split_rotation(monkeypatch):
     def qk_norm_rope(q, k, q_weight, k_weight, eps, *turn):
         normed = rms_norm_modulate(q, q_weight, eps), rms_norm_modulate(k, k_weight, eps)
-        return tuple(rope.rotate_half(x, turn) for x in normed)
+        return tuple(layers.rotate_half(x, turn) for x in normed)
 
     monkeypatch.setattr(transformer, "qk_norm_rope", qk_norm_rope)
 

@@ -200,7 +200,7 @@ def test_nested_arrays(tmp_path):
 
 def test_reading_headers_loads_neither_torch_nor_numpy(vocabulary):
     code = (
-        "import sys; from zimage_core.weights.files import open_weights; file = open_weights(sys.argv[1]);"
+        "import sys; from zimage_core.weights.opened import open_weights; file = open_weights(sys.argv[1]);"
         "list(file.metadata['tokenizer.ggml.tokens']); print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     )
     out = subprocess.run(

@@ -18,8 +18,8 @@ from tests.weights.test_safetensors import entry, raw
 from zimage_core.errors import BadFile, UnknownFormat
 from zimage_core.formats import FORMATS
 from zimage_core.weights import cursor
-from zimage_core.weights.files import open_weights
 from zimage_core.weights.gguf import GGUFFile
+from zimage_core.weights.opened import open_weights
 from zimage_core.weights.scan import scan
 
 HUGE = (1 << 64) - 1

@@ -13,7 +13,7 @@ import pytest
 from tests.weights.test_hostile import HUGE, base
 from tests.weights.test_safetensors import entry, raw
 from zimage_core.errors import BadFile, UnknownFormat
-from zimage_core.weights.files import open_weights
+from zimage_core.weights.opened import open_weights
 from zimage_core.weights.scan import scan
 
 MUTANTS = 800

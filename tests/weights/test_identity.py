@@ -14,7 +14,7 @@ from tests.helpers import tiny
 from zimage_core.errors import BadFile
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.weights import source
-from zimage_core.weights.files import open_weights
+from zimage_core.weights.opened import open_weights
 
 
 def write(path, value=0.0):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from zimage_core.text.tokenizer import Tokenizer
-from zimage_core.weights.files import open_weights
 from zimage_core.weights.load import load_text_encoder
+from zimage_core.weights.opened import open_weights
 
 pytestmark = pytest.mark.weights
 PROMPTS = [

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from zimage_core.errors import BadArgument, BadFile
 from zimage_core.weights import safetensors, safetensors_header
-from zimage_core.weights.files import open_weights
+from zimage_core.weights.opened import open_weights
 from zimage_core.weights.safetensors import DTYPES, SafetensorsFile, ShardedSafetensors
 from zimage_core.weights.safetensors_header import HeaderParser
 

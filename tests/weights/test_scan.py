@@ -15,7 +15,7 @@ from zimage_core.formats import FORMATS
 from zimage_core.reference.blocks import as_blocks
 from zimage_core.reference.dequantize import dequantize
 from zimage_core.reference.encode import random_blocks
-from zimage_core.weights.files import open_weights
+from zimage_core.weights.opened import open_weights
 from zimage_core.weights.scan import _CHUNK, _LARGEST, _blocks, findings, scan
 
 PACKED = [fmt for fmt in FORMATS.values() if fmt.weights > 1]

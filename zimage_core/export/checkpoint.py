@@ -23,9 +23,8 @@ from zimage_core.formats import BlockFormat
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names, storage
 from zimage_core.weights.card import WANTED, require
-from zimage_core.weights.files import open_weights
 from zimage_core.weights.identify import identify
-from zimage_core.weights.opened import open_component
+from zimage_core.weights.opened import open_component, open_weights
 
 SLAB = 1 << 24
 """Weights that are dense in memory at one time."""

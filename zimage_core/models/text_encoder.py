@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from zimage_core.config import TextEncoderConfig
 from zimage_core.errors import BadShape
 from zimage_core.models.block_source import RESIDENT, BlockSource
-from zimage_core.nn.attention import attention
+from zimage_core.nn.layers import RMSNorm, Rotation, attention, rotate_half, rotation
 from zimage_core.nn.linear import Embedding, Linear
-from zimage_core.nn.norm import RMSNorm
-from zimage_core.nn.rope import Rotation, rotate_half, rotation
 
 FP16_SCALE = 2.0**-7
 """Taken out in front of o_proj and down_proj in float16 and put back in float32.

@@ -18,11 +18,9 @@ from zimage_core.config import TransformerConfig
 from zimage_core.errors import BadShape
 from zimage_core.models import sequence
 from zimage_core.models.block_source import RESIDENT, BlockSource
-from zimage_core.nn.attention import attention
 from zimage_core.nn.elementwise import gate_norm_residual, qk_norm_rope, rms_norm_modulate, silu_gate
+from zimage_core.nn.layers import RMSNorm, Rotation, attention, rotation
 from zimage_core.nn.linear import Linear
-from zimage_core.nn.norm import RMSNorm
-from zimage_core.nn.rope import Rotation, rotation
 
 FREQUENCIES = 256
 """Length of the sinusoid that encodes the timestep."""

@@ -19,7 +19,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from zimage_core.config import MIN_TILE
 from zimage_core.models.vae_blocks import Decoder, ResnetBlock, UpBlock, Upsample
 
 TILE = 32
@@ -249,23 +248,3 @@ def _affine(norm: nn.GroupNorm, x: _Map, tiles: list[Tile]) -> tuple[Tensor, Ten
     scale = (variance + norm.eps).rsqrt().repeat_interleave(width) * norm.weight.cpu().double()
     shift = norm.bias.cpu().double() - mean.repeat_interleave(width) * scale
     return tuple(v.float().to(x.device).view(1, -1, 1, 1) for v in (scale, shift))  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class DecodeWay:
-    """How an image is decoded: the arguments `tile` and `keep` of `Autoencoder.decode`."""
-
-    tile: int | None = None
-    keep: torch.device | None = None
-
-
-def ways_to_decode(h: int, w: int, tile: int | None) -> list[DecodeWay]:
-    """Ways to decode latents [h, w], each of which needs less memory than those before it.
-
-    The first leaves the choice to `tile`, the attribute of the autoencoder; then come tiles, halved down to
-    `MIN_TILE`; the last keeps the maps of the whole image on the CPU.
-    """
-    start = max(h, w) if tile is None else min(tile, max(h, w))
-    sizes = [size for size in (2**n for n in range(20, 0, -1)) if MIN_TILE <= size < start]
-    last = DecodeWay(min(start, MIN_TILE), torch.device("cpu"))
-    return [DecodeWay(), *map(DecodeWay, sizes), last]

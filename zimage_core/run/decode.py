@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from zimage_core.config import MIN_TILE
 from zimage_core.errors import OutOfMemory
 from zimage_core.models.autoencoder import Autoencoder
-from zimage_core.models.vae_tiles import DecodeWay, ways_to_decode
 from zimage_core.run.nonfinite import checked
+
+
+@dataclass(frozen=True)
+class DecodeWay:
+    """How an image is decoded: the arguments `tile` and `keep` of `Autoencoder.decode`."""
+
+    tile: int | None = None
+    keep: torch.device | None = None
+
+
+def ways_to_decode(h: int, w: int, tile: int | None) -> list[DecodeWay]:
+    """Ways to decode latents [h, w], each of which needs less memory than those before it.
+
+    The first leaves the choice to `tile`, the attribute of the autoencoder; then come tiles, halved down to
+    `MIN_TILE`; the last keeps the maps of the whole image on the CPU.
+    """
+    start = max(h, w) if tile is None else min(tile, max(h, w))
+    sizes = [size for size in (2**n for n in range(20, 0, -1)) if MIN_TILE <= size < start]
+    last = DecodeWay(min(start, MIN_TILE), torch.device("cpu"))
+    return [DecodeWay(), *map(DecodeWay, sizes), last]
 
 
 def decode(

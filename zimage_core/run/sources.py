@@ -15,10 +15,10 @@ from zimage_core.files.untrusted import read_json
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.card import WANTED
-from zimage_core.weights.files import WeightFile, open_weights
 from zimage_core.weights.identify import identify
-from zimage_core.weights.opened import Opened
+from zimage_core.weights.opened import Opened, open_weights
 from zimage_core.weights.safetensors import shard_names
+from zimage_core.weights.source import WeightFile
 
 NAMING = (
     "ZImagePipeline.from_files(transformer=, text_encoder=, vae=), "

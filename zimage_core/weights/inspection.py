@@ -19,8 +19,8 @@ from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, ZImageError, printable
 
 if TYPE_CHECKING:
-    from zimage_core.weights.files import WeightFile
     from zimage_core.weights.opened import Opened
+    from zimage_core.weights.source import WeightFile
 
 PARTS = (*COMPONENTS, "tokenizer")
 """What an image needs; a GGUF text encoder brings its own tokenizer."""
@@ -102,8 +102,7 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
         BadFile: Damaged, truncated, or of no kind known here; the message says which.
         UnknownFormat: It holds a tensor type that is not described here.
     """
-    from zimage_core.weights.files import open_weights
-    from zimage_core.weights.opened import identify_open
+    from zimage_core.weights.opened import identify_open, open_weights
     from zimage_core.weights.source import Source
 
     place = Path(path)

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from tests.helpers.gguf_writer import write_gguf
 from zimage_core.errors import BadArgument, BadFile
 from zimage_core.weights import source as source_module
-from zimage_core.weights.files import open_weights
 from zimage_core.weights.gguf import GGUFFile
+from zimage_core.weights.opened import open_weights
 from zimage_core.weights.safetensors import SafetensorsFile
 from zimage_core.weights.source import Source
 

@@ -1,0 +1,102 @@
+"""Layers without packed weights: the RMS norm, rotary positions and attention.
+
+The rounding order of each is written down. Rotary positions are those of Su et al. 2021, arXiv 2104.09864,
+equation 34. The transformer rotates adjacent channels, together with the norm in front
+(`elementwise.qk_norm_rope`); the text encoder rotates channel j with channel j + D / 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from zimage_core.errors import BadShape
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosine and sine of each pair's angle, float32 [L, D / 2]."""
+
+
+class RMSNorm(nn.Module):
+    """Scale a vector to unit root mean square, then by a learned weight.
+
+    Mean, reciprocal root and the product with it are taken in float32 whatever the input dtype; the
+    result is rounded to the input dtype before the product with the weight, as transformers does.
+    The blocks of S3-DiT read weight and eps only: `zimage_core.nn.elementwise` rounds once.
+
+    Args:
+        size: Length of the last axis.
+        eps: Added to the mean square, in the square of the input's unit.
+
+    Shape:
+        x [..., size] -> [..., size], dtype of x.
+
+    Raises:
+        BadShape: The last axis of x is not `size`.
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., size] -> [..., size]."""
+        if x.shape[-1] != self.weight.shape[0]:
+            raise BadShape(f"RMSNorm: got rows of {x.shape[-1]}, the weight has {self.weight.shape[0]}")
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * inverse).to(x.dtype) * self.weight.to(x.dtype)
+
+
+def rotation(positions: Tensor, dims: Sequence[int], theta: float) -> Rotation:
+    """Angles of several axes side by side.
+
+    Frequencies are theta^(-2k / d), k = 0 .. d / 2 - 1, for an axis of d channels; angles are
+    products in float64, rounded to float32 before the cosine, as in diffusers.
+
+    Shape:
+        positions [L, len(dims)] integer -> cosine and sine [L, sum(dims) / 2] float32.
+    """
+    angles = [
+        torch.outer(
+            positions[:, axis].double(),
+            theta ** -(torch.arange(0, d, 2, dtype=torch.float64, device=positions.device) / d),
+        )
+        for axis, d in enumerate(dims)
+    ]
+    angle = torch.cat(angles, dim=-1).float()
+    return angle.cos(), angle.sin()
+
+
+def rotate_half(x: Tensor, angles: Rotation) -> Tensor:
+    """Rotate channels (j, j + D / 2) by angle j; float32 inside, dtype of x outside.
+
+    Shape:
+        x [..., L, H, D], angles [L, D / 2] -> [..., L, H, D].
+    """
+    cos, sin = (t.unsqueeze(-2) for t in angles)
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for each head.
+
+    There is no mask but `causal`: a sequence holds the tokens of one image only, and its pad
+    tokens take part by design.
+
+    Shape:
+        q [..., L, H, D]; k, v [..., L, H_kv, D] with H a multiple of H_kv -> [..., L, H * D].
+    """
+    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
+    alone = q.ndim == 3
+    if alone:  # torch's fused kernels take four axes only; of three it would build the whole matrix of scores
+        q, k, v = q[None], k[None], v[None]
+    grouped = q.shape[-3] != k.shape[-3]
+    out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    out = out.transpose(-3, -2).flatten(-2)
+    return out[0] if alone else out
