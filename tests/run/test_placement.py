@@ -61,3 +61,19 @@ def test_on_a_cpu_nothing_grows_by_itself(packed):
 def test_a_budget_that_is_none_is_refused(budget):
     with pytest.raises(BadArgument, match="budget"):
         tiny.pipeline().dequantize_weights(budget)
+
+
+@pytest.mark.slow
+def test_a_compiled_transformer_runs_compiled():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain, compiled = tiny.pipeline(), tiny.pipeline()
+    compiled.transformer = torch.compile(compiled.transformer, backend=backend)
+    arguments = {"seed": 1, "num_inference_steps": 2, "output_type": "latent"}
+    want, got = plain("a", **arguments).images, compiled("a", **arguments).images
+    assert graphs, "the steps went past the compiler"
+    assert torch.equal(got, want)
