@@ -23,8 +23,7 @@ from zimage_core.formats import BlockFormat
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names, storage
 from zimage_core.weights.card import WANTED, require
-from zimage_core.weights.identify import identify
-from zimage_core.weights.opened import open_component, open_weights
+from zimage_core.weights.opened import open_component
 
 SLAB = 1 << 24
 """Weights that are dense in memory at one time."""
@@ -85,10 +84,16 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | PathLike[str], component: str | None = None) -> None:
-        self.component = component or _component(path)
-        opened = open_component(path, self.component)
+        if component is None and (Path(fspath(path)) / "model_index.json").is_file():
+            component = "transformer"
+        opened = open_component(path, component or "")
         self.file, self.card = opened.file, opened.card
+        self.component = component or self.card.kind
         try:
+            if self.component not in WANTED:
+                problem = f": {self.card.problem}" if self.card.problem else ""
+                wanted = "a Z-Image transformer, text encoder or VAE is wanted"
+                raise WrongModel(self.file.path, f"this is {self.card.title}{problem}", wanted)
             require(self.card, self.component, self.file.path)
             self.stated = _agreeing(opened.stated, self.card.config)
             place = Path(fspath(path))
@@ -216,19 +221,6 @@ class Checkpoint:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _component(path: str | PathLike[str]) -> str:
-    """Name of the network that a file or folder holds."""
-    if (Path(fspath(path)) / "model_index.json").is_file():
-        return "transformer"
-    with open_weights(path) as file:
-        card = identify(file)
-    if card.kind not in WANTED:
-        problem = f": {card.problem}" if card.problem else ""
-        wanted = "a Z-Image transformer, text encoder or VAE is wanted"
-        raise WrongModel(file.path, f"this is {card.title}{problem}", wanted)
-    return card.kind
 
 
 def _agreeing(stated: Mapping[str, Any] | None, config: object) -> Mapping[str, Any] | None:

@@ -150,10 +150,7 @@ def open_component(path: str | PathLike[str] | Opened, component: str = "", mmap
 
 def identify_open(file: WeightFile) -> Opened:
     """Identify an open file as whatever it is, with the config.json beside it where the two agree."""
-    card = identify(file)
-    if card.config is None:
-        return Opened(file, card)
-    return _with_config(file, card.kind, card, *_locate(file.path, card.kind)[1:])
+    return _with_config(file, "", None, *_locate(file.path, "")[1:])
 
 
 def open_pipeline(paths: Mapping[str, str | PathLike[str] | Opened], mmap: bool = True) -> dict[str, Opened]:
@@ -196,6 +193,9 @@ def _with_config(
     binding: bool,
 ) -> Opened:
     """Identify a file, and follow a config.json that is binding or that the tensors agree with."""
+    if not component:
+        card = identify(file) if card is None else card
+        component, stated = card.kind, stated if card.config is not None else None
     if stated is None:
         return Opened(file, card if card is not None else identify(file, component))
     agreed = identify(file, component, stated)
