@@ -69,7 +69,7 @@ __all__ = [
     "quantize_file",
 ]
 
-_HOME = {  # public name -> module; whatever is not here is an error class
+_MODULE = {  # public name -> module; all other public names are error classes
     "FORMATS": "formats",
     "MemoryBudget": "memory.phases",
     "QuantTensor": "quant.tensor",
@@ -88,7 +88,7 @@ _HOME = {  # public name -> module; whatever is not here is an error class
 
 
 _RENAMED = {"MemoryPlan": "MemoryBudget"}
-"""Old public name -> the one to use."""
+"""Deprecated public name -> its replacement."""
 
 
 def __getattr__(name: str) -> object:
@@ -97,7 +97,7 @@ def __getattr__(name: str) -> object:
         return __getattr__(_RENAMED[name])
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME.get(name, 'errors')}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULE.get(name, 'errors')}"), name)
     globals()[name] = value
     return value
 

@@ -1,8 +1,8 @@
 """Constant tables of the formats that store indices instead of numbers: data, no arithmetic.
 
-The values come from the `gguf` package, which ships with ggml, and are checked against a checksum
-each, so another release of it cannot change a weight unnoticed. Nothing is loaded before the first
-call; loading the largest table takes milliseconds.
+The values come from the `gguf` package, which ships with ggml. Each table is compared with a checksum, so
+another release of the package cannot change a weight unnoticed. Nothing is loaded before the first call;
+loading the largest table takes milliseconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Codebook:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where a table is found: class and attribute in gguf.quants, and what must be found there."""
+    """Location of a table (class and attribute in gguf.quants) and its expected contents."""
 
     cls: str
     attribute: str

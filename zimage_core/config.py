@@ -19,11 +19,11 @@ HEAD_AXES = (32, 48, 48)
 """Rotary channels for (t, h, w) in every released Z-Image; they sum to head_dim 128."""
 
 PAD_MULTIPLE = 32
-"""Caption and image tokens are each filled up to a multiple of it with learned pad tokens (SEQ_MULTI_OF)."""
+"""Caption and image tokens are each padded to a multiple of this with learned tokens (SEQ_MULTI_OF)."""
 
 MIN_TILE = 16
-"""Latents a side of the smallest tile in which an image is decoded. Below this the maps that exist as a whole
-outweigh a tile by far, so that smaller ones save nothing."""
+"""Side in latents of the smallest tile for decoding. Smaller tiles save nothing, because the maps of the
+whole image are then far larger than a tile."""
 
 
 def _positive(owner: str, **values: object) -> None:
@@ -33,7 +33,7 @@ def _positive(owner: str, **values: object) -> None:
 
 
 def _field(owner: str, data: Mapping[str, Any], name: str, *default: Any) -> Any:
-    """Value of a config.json; where it is absent or null the default, or BadArgument without one."""
+    """Value of a config.json; if it is absent or null, the default, or BadArgument without one."""
     if name in data and data[name] is not None:
         return data[name]
     if default:
@@ -58,9 +58,9 @@ class TransformerConfig:
         rope_theta: Base of the rotary frequencies.
         axes_dims: Rotary channels per axis (t, h, w).
         axes_lens: Highest position per axis, plus one.
-        t_scale: The time in [0, 1] is multiplied by this before the sinusoid.
+        t_scale: Factor of the time in [0, 1] before the sinusoid.
         t_mid_dim: Inner width of the timestep MLP.
-        siglip_feat_dim: Width of the vision features, Omni only.
+        siglip_feat_dim: Width of the vision features; only for Omni.
     """
 
     dim: int = 3840
@@ -106,7 +106,7 @@ class TransformerConfig:
 
     @property
     def max_caption(self) -> int:
-        """Most tokens of a caption: positions start at 1, and the image takes one past the padded caption."""
+        """Most tokens of a caption; positions start at 1, and the image needs one after the caption."""
         return (self.axes_lens[0] - 2) // PAD_MULTIPLE * PAD_MULTIPLE
 
     @property
@@ -207,7 +207,7 @@ class TextEncoderConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TextEncoderConfig:
-        """Config of a config.json of transformers whose model_type is in `TEXT_ARCHITECTURES`."""
+        """Config of transformers' config.json; its model_type must be in `TEXT_ARCHITECTURES`."""
         me = "text encoder config"
         get = partial(_field, me, data)
         arch = str(get("model_type"))

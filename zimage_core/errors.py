@@ -61,11 +61,11 @@ class BadArgument(ZImageError, ValueError):
 
 
 class Unsupported(ZImageError):
-    """A combination that could exist and is not implemented; the message names the way round."""
+    """A combination that is possible but not implemented; the message says what to do instead."""
 
 
 class OverBudget(ZImageError):
-    """A memory budget does not hold the least that a run needs; the message says what would fit."""
+    """A memory budget is too small for a run; the message says what would fit."""
 
 
 class NonFinite(ZImageError):
@@ -80,9 +80,9 @@ class OutOfMemory(ZImageError):
     """The denoised latents could not be decoded in the memory of the device.
 
     Args:
-        message: The sentence.
-        latents: The finished latents of the run, [B, 16, h, w] float32 on the CPU, as `output_type="latent"`
-            gives them: nothing has to be denoised again.
+        message: The message.
+        latents: The finished latents of the run, [B, 16, h, w] float32 on the CPU, as for
+            `output_type="latent"`, so that nothing has to be denoised again.
     """
 
     def __init__(self, message: str, latents: Tensor) -> None:

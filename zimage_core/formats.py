@@ -1,9 +1,9 @@
 """Byte layout of every tensor type that a GGUF file can hold, and of the two fp8 types of safetensors.
 
-Layout only: how many weights a block holds and which bytes mean what. The arithmetic is written
-apart from it, in `reference/` (NumPy, slow, readable) and in `cpu/` (torch, fast), and property
-tests hold the two against each other. Offsets, row sizes, structured dtypes, test strategies and
-the table in docs/formats.md all derive from the descriptors below.
+This is the layout only: how many weights a block holds and what its bytes mean. The arithmetic is in
+`reference/` (NumPy, slow, readable) and in `cpu/` (torch, fast), and property tests compare the two. Offsets,
+row sizes, structured dtypes, test strategies and the table in docs/formats.md all derive from the descriptors
+below.
 
 Source: ggml/src/ggml-common.h (the block structs) and ggml/include/ggml.h (the type numbers).
 """
@@ -25,7 +25,7 @@ _INTEGERS = ("I8", "I16", "I32", "I64")
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A run of `count` little-endian numbers; `code` is the NumPy type code ("f2", "u1", "i1")."""
+    """A field of a block: `count` little-endian numbers of the NumPy type `code` ("f2", "u1", "i1")."""
 
     name: str
     code: str
@@ -33,7 +33,7 @@ class Field:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole run."""
+        """Bytes of the whole field."""
         return int(self.code[1:]) * self.count
 
 
@@ -43,10 +43,10 @@ class BlockFormat:
 
     Args:
         name: ggml's name of the type, the key in FORMATS.
-        ggml_type: Its number in a GGUF file; None where no number leads to it.
+        ggml_type: Number of the type in a GGUF file; None if no number always means this type.
         weights: Values in one block; 1 for plain numbers.
         nbytes: Bytes of one block.
-        fields: What the bytes mean, from the first to the last.
+        fields: The fields of a block, in order.
         codebook: Name in zimage_core.codebooks, for formats that store indices.
 
     Raises:
@@ -68,7 +68,7 @@ class BlockFormat:
             raise ValueError(f"{self.name}: two fields share a name")
 
     def offset(self, field: str) -> int:
-        """Byte offset of a field from the start of a block; KeyError names the fields there are."""
+        """Byte offset of a field from the start of a block; KeyError lists the fields."""
         position = 0
         for candidate in self.fields:
             if candidate.name == field:
@@ -78,7 +78,7 @@ class BlockFormat:
 
     @property
     def bits_per_weight(self) -> float:
-        """Storage cost, block overhead included: 4.5 for Q4_K."""
+        """Bits per weight, including the block's overhead: 4.5 for Q4_K."""
         return 8 * self.nbytes / self.weights
 
     @property
@@ -176,11 +176,11 @@ _REMOVED = {
 
 
 def by_ggml_type(ggml_type: int) -> BlockFormat:
-    """The format behind a GGUF type number.
+    """The format with this GGUF type number.
 
     Raises:
         UnknownFormat: ggml never used the number, has dropped it, or keeps it for activations;
-            the message says which of them.
+            the message says which.
     """
     fmt = _BY_GGML_TYPE.get(ggml_type)
     if fmt is not None:
@@ -195,7 +195,7 @@ def by_ggml_type(ggml_type: int) -> BlockFormat:
 
 
 def by_name(name: object) -> BlockFormat:
-    """The format of that name ("Q4_K"); UnknownFormat lists the names there are."""
+    """The format of that name ("Q4_K"); UnknownFormat lists the names."""
     fmt = FORMATS.get(name) if isinstance(name, str) else None
     if fmt is None:
         raise UnknownFormat(f"unknown format {printable(repr(name))}; known are {', '.join(FORMATS)}")
@@ -203,11 +203,11 @@ def by_name(name: object) -> BlockFormat:
 
 
 def q2_0_variant(k: int, weights: int, space: int) -> BlockFormat:
-    """Which of the two blocks under GGUF type number 42 a tensor is made of, told by its byte size.
+    """Decide by its size in bytes which of the two formats with GGUF type number 42 a tensor has.
 
-    ggml's Q2_0 stores 64 weights in 18 bytes; a fork stores 128 in 34 under the same number. Below
-    2,048 weights the padding to 32 bytes hides the difference, so ask about the largest such tensor
-    of a file and use the answer for all of them.
+    ggml's Q2_0 stores 64 weights in 18 bytes; a fork stores 128 in 34 under the same number. Below 2,048
+    weights the padding to 32 bytes hides the difference, so call this for the largest such tensor of a file
+    and use the result for all of them.
 
     Args:
         k: Length of the tensor's rows in weights.
@@ -215,7 +215,7 @@ def q2_0_variant(k: int, weights: int, space: int) -> BlockFormat:
         space: Bytes from the tensor's start to the next tensor's start or to the end of the data.
 
     Returns:
-        Q2_0_128 where only that one fits, else Q2_0 (the reader reports it if it does not fit).
+        Q2_0_128 if only that one fits, else Q2_0 (the reader reports an error if neither fits).
     """
     ours, fork = FORMATS["Q2_0"], FORMATS["Q2_0_128"]
     if k % fork.weights or space >= weights // ours.weights * ours.nbytes:

@@ -1,4 +1,4 @@
-"""From a prompt to images: the main job as a list of steps."""
+"""The pipeline: from a prompt to images, in a few steps."""
 
 from __future__ import annotations
 
@@ -45,19 +45,20 @@ class ZImagePipeline:
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.
-    See `from_files`, `from_pretrained` and `from_default` for ways to build one.
+    Build one with `from_files`, `from_pretrained` or `from_default`.
 
     Args:
-        scheduler: Noise levels; its shift tells the base checkpoint (6) from the distilled ones (any
-            other, theirs is 3), here and once: a scheduler put in its place later changes no default.
-        vae: Always in float32: the official code decodes so, and the model's own config asks for it.
-        text_encoder: Its width is the transformer's caption width.
-        tokenizer: The text encoder's.
-        transformer: S3-DiT.
+        scheduler: Schedule of the noise levels. Its shift decides the defaults of the call: a shift of 6
+            means the base checkpoint, any other a distilled one (they have 3). Replacing the scheduler later
+            changes no default.
+        vae: The VAE, which always runs in float32, as in the official code and the model's own config.
+        text_encoder: The text encoder; its width must be the transformer's caption width.
+        tokenizer: The text encoder's tokenizer.
+        transformer: The S3-DiT.
         sample_size: Default height and width in pixels.
 
     Raises:
-        WrongModel: The parts do not fit each other.
+        WrongModel: The components do not fit each other.
     """
 
     def __init__(
@@ -119,49 +120,52 @@ class ZImagePipeline:
         """Make images.
 
         Args:
-            prompt: One or several.
-            height: Pixels, a multiple of 16; default: the checkpoint's own size, 1024 if it names none.
-            width: Pixels, with the same default.
+            prompt: One prompt or several.
+            height: Height in pixels, a multiple of 16; default: the checkpoint's own size, or 1024 if it
+                states none.
+            width: Width in pixels, with the same default.
             num_inference_steps: Calls of the network; default 8, or 50 for the base checkpoint.
-            sigmas: Own noise levels before the shift, falling, in (0, 1]; take the place of the steps.
-            guidance_scale: pos + g (pos - neg), so 0 is off; default 0, or 4 for the base checkpoint.
-            cfg_normalization: Cap on the guided norm as a multiple of the unguided one; False or 0:
-                none.
-            cfg_truncation: Guidance is off where 1 - sigma is above this; 1 or None: never.
-            negative_prompt: What to move away from; without effect at guidance 0.
-            num_images_per_prompt: Images of each prompt, neighbours in the batch.
-            generator: Draws the noise exactly as diffusers does; one, or one an image.
-            latents: Starting noise [B, 16, height / 8, width / 8] in place of a generator.
-            prompt_embeds: Caption features in place of a prompt, a list of [L, cap_feat_dim].
-            negative_prompt_embeds: Caption features in place of a negative prompt.
+            sigmas: Noise levels before the shift, falling, in (0, 1]; they replace the number of steps.
+            guidance_scale: g in pos + g (pos - neg), so 0 is off; default 0, or 4 for the base checkpoint.
+            cfg_normalization: Largest norm of the guided prediction as a multiple of the unguided one; False
+                or 0 means no limit.
+            cfg_truncation: Guidance is off while 1 - sigma is above this; 1 or None means never.
+            negative_prompt: Prompt to move away from; has no effect without guidance.
+            num_images_per_prompt: Images of each prompt; they are adjacent in the batch.
+            generator: One generator, or one per image, that draws the noise exactly as in diffusers.
+            latents: Starting noise [B, 16, height / 8, width / 8] instead of a generator.
+            prompt_embeds: Caption features instead of a prompt, a list of [L, cap_feat_dim].
+            negative_prompt_embeds: Caption features instead of a negative prompt.
             output_type: "pil", "np" [B, H, W, 3], "pt" [B, 3, H, W] (both in [0, 1]) or "latent".
             return_dict: False returns (images,).
-            joint_attention_kwargs: diffusers' attention processors; there are none here, so None or
-                empty.
-            callback_on_step_end: f(pipe, step, timestep, tensors) -> dict of tensors to replace, or
-                None. An exception in it ends the run and comes out unchanged; setting `pipe._interrupt =
-                True` ends the denoising and decodes what is there.
+            joint_attention_kwargs: Accepted for diffusers' attention processors, which do not exist here:
+                None or empty.
+            callback_on_step_end: f(pipe, step, timestep, tensors) -> dict of tensors to replace, or None.
+                An exception in it ends the run and is raised unchanged; setting `pipe._interrupt = True` ends
+                the denoising and decodes the latents so far.
             callback_on_step_end_tensor_inputs: Any of latents, prompt_embeds, negative_prompt_embeds.
             max_sequence_length: Most prompt tokens, up to 1504.
-            seed: Image i is drawn from seed + i (modulo 2^64), the same on every device and in every
-                batch position. Without seed, generator and latents, one is drawn from torch's global
+            seed: Image i is drawn from seed + i (modulo 2^64), with the same result on every device and in
+                every batch position. Without seed, generator and latents, a seed is drawn from torch's global
                 generator.
-            cfg: The scale of other programs, guidance_scale + 1, so 1 is off; not together with it.
+            cfg: The scale of other programs, which is guidance_scale + 1, so 1 is off. Give only one of the
+                two.
             enable_thinking: False appends an empty <think> block to the prompt; the model was trained
                 with True.
-            prompt_template: Text with `{prompt}` once, in place of Qwen3's chat template.
+            prompt_template: Text that contains `{prompt}` once, instead of Qwen3's chat template.
             debug: Check the output of every block for NaN and infinity as it runs; slower.
 
         Returns:
             The images with seeds, noise levels, timings and memory; see `ZImageResult`.
 
         Raises:
-            BadArgument: Any argument outside its range, before a weight is touched.
+            BadArgument: An argument is outside its range; raised before any weight is used.
             Busy: Another run of this object has not ended.
-            BadFile: A model file changed since it was opened.
-            OverBudget: The memory budget does not hold the least that this image needs.
-            OutOfMemory: The GPU cannot hold the decoding, not even in tiles; the error carries the latents.
-            NonFinite: NaN or infinity; names the step, the block and, if a weight is to blame, the tensor.
+            BadFile: A model file was changed since it was opened.
+            OverBudget: The memory budget is too small for this image.
+            OutOfMemory: The GPU has too little memory for decoding, even in tiles; the error has the latents.
+            NonFinite: NaN or infinity; the message names the step, the block and, if a weight holds it, the
+                tensor.
         """
         request = Request(
             prompt=prompt,
@@ -200,12 +204,12 @@ class ZImagePipeline:
                 result = self._generate(request)
             return result if return_dict else (result.images,)
         finally:
-            # no call in here, so no point at which a second Ctrl-C could leave the object busy for ever
+            # no function is called here, so a second Ctrl-C cannot interrupt it and leave the object busy
             if "run" in self._running and self._running["run"] is token:
                 del self._running["run"]
 
     def _generate(self, request: Request) -> ZImageResult:
-        """The main job: check, encode, denoise, decode, report."""
+        """Run the steps of a call: check, encode, denoise, decode, report."""
         clock = Clock()
         run = prepare(self.limits, self.scheduler, request)
         for remark in run.remarks:
@@ -224,7 +228,7 @@ class ZImagePipeline:
             predict = self._placement.predict(self.transformer)
             denoiser = Denoiser(self.transformer, *captions, run, predict)
             latents = denoise(self, denoiser, run, clock.step, clock.lap)
-        del denoiser, captions  # and what it remembers of the run, before the decoder needs the memory
+        del denoiser, captions  # frees what they hold before the decoder needs the memory
         steps = clock.steps()
         images: Any = latents.cpu()
         if run.output_type != "latent":
@@ -246,7 +250,7 @@ class ZImagePipeline:
         )
 
     def _tokenize(self, batch: Batch, options: Encoding) -> dict[str, torch.Tensor]:
-        """Each text that has to be encoded -> token ids [L] int64."""
+        """Each text that has to be encoded, with its token ids [L] int64."""
         found = {}
         for text in batch.texts():
             ids = prompt_ids(self.tokenizer, text, *options)
@@ -260,7 +264,7 @@ class ZImagePipeline:
     def _encode(
         self, batch: Batch, ids: dict[str, torch.Tensor], debug: bool, device: torch.device
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Captions [L, cap_feat_dim] of both sides; a text that comes twice is encoded once."""
+        """Captions [L, cap_feat_dim] of both sides; a text that occurs twice is encoded once."""
         features = {}
         with self._placement.phase("encode") if ids else nullcontext():
             for text, each in ids.items():
@@ -293,19 +297,19 @@ class ZImagePipeline:
         """Caption features of prompts and negative prompts.
 
         Args:
-            prompt: One or several; the list is not modified.
-            device: Where the features go; default: where the transformer is.
-            do_classifier_free_guidance: Whether negative features are wanted.
-            negative_prompt: One for all, or one for each prompt; None means the empty prompt.
-            prompt_embeds: Returned in place of the encoded prompts.
-            negative_prompt_embeds: Returned in place of the encoded negative prompts.
-            max_sequence_length: Most tokens, template included; what is cut off is warned about.
-            enable_thinking: As the model was trained; see `text.prompt.render`.
-            prompt_template: Text with `{prompt}` in the place of the chat template.
-            debug: Check every block of the text encoder.
+            prompt: One prompt or several; the list is not modified.
+            device: Device of the features; default: that of the transformer.
+            do_classifier_free_guidance: Whether to return negative features.
+            negative_prompt: One for all prompts, or one for each; None means the empty prompt.
+            prompt_embeds: Features to return instead of encoding the prompts.
+            negative_prompt_embeds: Features to return instead of encoding the negative prompts.
+            max_sequence_length: Most tokens, template included; a warning shows text that is cut off.
+            enable_thinking: False appends an empty <think> block; the model was trained with True.
+            prompt_template: Text that contains `{prompt}` once, instead of Qwen3's chat template.
+            debug: Check every block of the text encoder for NaN and infinity.
 
         Returns:
-            Two lists of [L, cap_feat_dim] tensors of different L; the second is empty without guidance.
+            Two lists of tensors [L, cap_feat_dim], where L may differ; the second is empty without guidance.
         """
         request = Request(
             prompt=prompt,
@@ -337,36 +341,37 @@ class ZImagePipeline:
         vram: int | str | None = None,
         ram: int | str | None = None,
     ) -> Self:
-        """A pipeline from files (GGUF or safetensors) or folders of shards; contents decide, not names.
+        """Build a pipeline from files (GGUF or safetensors) or folders of shards, identified by contents.
 
         Args:
-            transformer: S3-DiT.
-            text_encoder: Qwen3-4B or whatever the transformer was trained with.
-            vae: FLUX.1's.
-            tokenizer: tokenizer.json, a folder with one or with vocab.json and merges.txt, a GGUF, or an
-                object. Default: the text encoder's own GGUF keys, else a tokenizer beside its file.
-            scheduler: Default: shift 3, as in Turbo. Loose files of the base checkpoint look the same,
-                so for those pass FlowMatchEulerScheduler(shift=6.0), which also sets 50 steps and
-                guidance 4.
-            dtype: Dtype of the computation: float32, float16, bfloat16, as torch dtype or name. Default:
-                float32 on a CPU, float16 on GPUs before Ampere, else bfloat16. Weights stay packed as they
-                are in every case.
-            torch_dtype: Another name for it, as in diffusers.
-            device: Where to compute.
+            transformer: The S3-DiT.
+            text_encoder: Qwen3-4B, or the text encoder that the transformer was trained with.
+            vae: FLUX.1's VAE.
+            tokenizer: A tokenizer.json, a folder with one or with vocab.json and merges.txt, a GGUF, or a
+                Tokenizer. Default: the text encoder's own GGUF keys, else a tokenizer beside its file.
+            scheduler: The schedule; default: shift 3, as for Turbo. Files of the base checkpoint cannot be
+                told from Turbo's, so pass FlowMatchEulerScheduler(shift=6.0) for them; that also sets the
+                defaults of 50 steps and guidance 4.
+            dtype: Dtype of the computation: float32, float16 or bfloat16, as torch dtype or name. Default:
+                float32 on a CPU, float16 on GPUs before Ampere, else bfloat16. It does not change packed
+                weights.
+            torch_dtype: Another name of `dtype`, as in diffusers.
+            device: Device of the computation.
             mmap: Use the weights in place; the files must then not change. False reads them into memory.
             vram: Limit of GPU memory, such as "6GiB" or "auto"; see `limit_memory`.
-            ram: Limit of host memory, likewise.
+            ram: Limit of host memory, in the same form.
 
         Raises:
-            BadArgument: A path is none; BadFile: a file cannot be read; WrongModel, BadWeights: it is another
-                model or a damaged one.
+            BadArgument: A path is no path.
+            BadFile: A file cannot be read.
+            WrongModel, BadWeights: A file is another model or a damaged one.
         """
         where = read_device(device)
         kind = read_dtype(dtype, torch_dtype, where)
         limited = vram is not None or ram is not None
-        home = torch.device("cpu") if limited else where  # under a limit, phases bring them to the device
+        load_device = torch.device("cpu") if limited else where  # with a limit, each phase moves its network
         paths = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-        pipe = cls(**load_components(paths, tokenizer, scheduler, kind, home, mmap))
+        pipe = cls(**load_components(paths, tokenizer, scheduler, kind, load_device, mmap))
         if limited:
             pipe.limit_memory(vram, ram, device=where)
         return pipe
@@ -389,33 +394,33 @@ class ZImagePipeline:
         ram: int | str | None = None,
         **others: Any,
     ) -> Self:
-        """A pipeline from a folder, or from a repository of the Hugging Face Hub.
+        """Build a pipeline from a folder, or from a repository of the Hugging Face Hub.
 
-        A folder is diffusers' layout, or holds loose files that are told apart by their contents. A
-        repository is "org/repo", or "org/repo:Q4_K_M" to choose one quantisation; that needs the package
-        huggingface_hub (`pip install zimage_core[hub]`) and downloads nothing when HF_HUB_OFFLINE is set.
+        A folder has diffusers' layout, or holds single files that are identified by their contents. A
+        repository is "org/repo", or "org/repo:Q4_K_M" to choose one quantisation; it needs the package
+        huggingface_hub (`pip install zimage_core[hub]`), and nothing is downloaded if HF_HUB_OFFLINE is set.
 
         Args:
             pretrained_model_name_or_path: Folder or repository.
-            transformer: Taken instead of its own. A repository with quantised transformers alone needs the
-                other parts from elsewhere.
-            text_encoder: Taken instead of its own.
-            vae: Taken instead of its own.
-            tokenizer: Taken instead of its own.
-            scheduler: Default: the folder's scheduler_config.json, else shift 3.
-            dtype: As in `from_files`, like the next five.
-            torch_dtype: Another name for it.
-            device: Where to compute.
-            mmap: Use the weights in place.
-            vram: Limit of GPU memory.
-            ram: Limit of host memory.
-            others: What code written for diffusers also gives. `low_cpu_mem_usage` and `use_safetensors`
-                ask for what is always so here; `revision`, `cache_dir`, `token` and `local_files_only` go
-                to the Hub. Another one with a value is refused.
+            transformer: Path of a transformer to use instead.
+            text_encoder: Path of a text encoder to use instead. A repository that holds only quantised
+                transformers needs the other components from elsewhere.
+            vae: Path of a VAE to use instead.
+            tokenizer: Path of a tokenizer, or a Tokenizer, to use instead.
+            scheduler: The schedule; default: the folder's scheduler_config.json, else shift 3.
+            dtype: Dtype of the computation, as for `from_files`.
+            torch_dtype: Another name of `dtype`.
+            device: Device of the computation.
+            mmap: Use the weights in place, as views of the files.
+            vram: Limit of GPU memory; see `limit_memory`.
+            ram: Limit of host memory, in the same form.
+            others: Further arguments of diffusers. `low_cpu_mem_usage` and `use_safetensors` are ignored,
+                since they ask for what is always done here; `revision`, `cache_dir`, `token` and
+                `local_files_only` go to the Hub. Any other argument with a value is refused.
 
         Raises:
-            BadArgument, BadFile, WrongModel, BadWeights: As `from_files`.
-            Unsupported: An argument of diffusers that means nothing here; the message names it.
+            BadArgument, BadFile, WrongModel, BadWeights: A path or file is refused, as by `from_files`.
+            Unsupported: An argument of diffusers is not supported; the message names it.
         """
         named = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         given = {name: path for name, path in named.items() if path is not None}
@@ -423,7 +428,7 @@ class ZImagePipeline:
             pretrained_model_name_or_path, given, tokenizer, scheduler, mmap, others
         )
         return cls.from_files(
-            **paths,  # type: ignore[arg-type]  # files that were opened to be found are taken as they are
+            **paths,  # type: ignore[arg-type]  # some are open files already
             tokenizer=tokenizer,
             scheduler=scheduler,
             dtype=dtype,
@@ -444,7 +449,7 @@ class ZImagePipeline:
         vram: int | str | None = None,
         ram: int | str | None = None,
     ) -> Self:
-        """The nano model inside the package: small images of shapes and letters, offline."""
+        """Build a pipeline with the nano model inside the package: small images of shapes and letters."""
         paths = sources.embedded().paths
         return cls.from_files(
             **paths,  # type: ignore[arg-type]
@@ -457,7 +462,7 @@ class ZImagePipeline:
 
     @property
     def limits(self) -> Limits:
-        """What these parts allow, and the defaults that suit the checkpoint, Turbo or base."""
+        """Limits of these components, and the defaults of the checkpoint, Turbo or base."""
         base = self._base
         net, vae = self.transformer.config, self.vae.config
         return Limits(
@@ -474,7 +479,7 @@ class ZImagePipeline:
         )
 
     def files(self) -> dict[str, WeightFile]:
-        """Component -> the open file whose bytes it uses; a component built in memory has none."""
+        """Component -> the open file whose bytes it uses; components built in memory are left out."""
         return {name: part.file for name, part in self._opened().items()}
 
     def _opened(self) -> dict[str, Opened]:
@@ -486,15 +491,15 @@ class ZImagePipeline:
 
     @property
     def components(self) -> dict[str, Any]:
-        """The parts by name, as diffusers has them: `ZImagePipeline(**pipe.components)` shares them."""
+        """The components by name, as in diffusers: `ZImagePipeline(**pipe.components)` shares them."""
         names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer", "sample_size")
         return {name: getattr(self, name) for name in names}
 
-    # --- where it lives ---
+    # --- placement ---
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: where the transformer is, or under a memory budget is brought to."""
+        """Device of the computation: that of the transformer, or the one of the memory budget."""
         memory = self._placement.memory
         return self.transformer.device if memory is None else memory.device
 
@@ -509,7 +514,7 @@ class ZImagePipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Move the networks to a device, and (or) compute in another dtype; the VAE stays in float32.
+        """Move the networks to a device, compute in another dtype, or both; the VAE stays in float32.
 
         Raises:
             Unsupported: The pipeline has a memory budget and moves its networks itself.
@@ -519,10 +524,10 @@ class ZImagePipeline:
         return self
 
     def capture(self, on: bool = True) -> None:
-        """Record the steps of the runs to come as CUDA graphs, one for each image size and caption length.
+        """Record the steps of later runs as CUDA graphs, one for each image size and caption length.
 
-        A graph is recorded at the first step with new shapes and replayed from then on, in later runs too; it
-        holds the activations of a step. What is computed is the same.
+        A graph is recorded at the first step with new shapes and then replayed, in later runs too. It holds
+        the activations of a step. Results do not change.
 
         Raises:
             Unsupported: The transformer is not on a CUDA GPU, or has a memory budget.
@@ -530,21 +535,21 @@ class ZImagePipeline:
         self._placement.capture(self.transformer, on)
 
     def dequantize_weights(self, budget: int | None = None) -> dict[str, int]:
-        """Dequantise weights of the transformer once and keep them dense: no work for them in any step.
+        """Dequantise weights of the transformer once and keep them dense, which saves the work in each step.
 
-        The largest come first, as far as the budget reaches; the others stay packed. What is computed is the
-        same as with packed weights.
+        The largest weights come first, until the budget is used; the others stay packed. Results do not
+        change.
 
         Args:
-            budget: Bytes that the weights may grow by. Default: what is free on the GPU less 2 GiB for the
-                rest of a run; on a CPU nothing, where packed weights are mapped from their file.
+            budget: Bytes by which the weights may grow. Default: free GPU memory less 2 GiB for the rest of a
+                run; 0 on a CPU, where packed weights are mapped from their file.
 
         Returns:
-            Names of the weights that are dense now, with the bytes that each grew by.
+            Name of each weight that is dense now -> bytes by which it grew.
 
         Raises:
             BadArgument: budget is negative or no whole number.
-            Unsupported: The pipeline has a memory budget, which decides what stays.
+            Unsupported: The pipeline has a memory budget, which places the weights.
         """
         return self._placement.dequantize_weights(self.transformer, budget)
 
@@ -560,21 +565,21 @@ class ZImagePipeline:
         *,
         device: str | torch.device | None = None,
     ) -> None:
-        """Keep every run within a budget; without one, lift it.
+        """Set a memory budget for every run; without arguments, remove it.
 
-        Networks come to the device phase by phase (text encoder, transformer, VAE). What does not fit is
-        streamed from the files in every step, behind the computation; the VAE decodes in tiles where it must.
-        `plan` says beforehand what a budget means.
+        Networks are moved to the device phase by phase (text encoder, transformer, VAE). Weights that do not
+        fit are streamed from the files in every step, while the GPU computes; the VAE decodes in tiles if
+        necessary. `plan` shows the effect of a budget before a run.
 
         Args:
-            vram: GPU memory for its tensors: bytes, "6GiB", "auto" for what is free when a run begins,
-                "least" for the smallest that the image allows.
-            ram: Host memory of the process; the one that counts on a CPU.
-            device: Where to compute; default: where the pipeline is.
+            vram: GPU memory for the tensors of a run: bytes, "6GiB", "auto" for the memory that is free when
+                a run begins, or "least" for the smallest budget that the image allows.
+            ram: Host memory of the process; on a CPU, this is the limit that applies.
+            device: Device of the computation; default: that of the pipeline.
 
         Raises:
-            BadArgument: An amount cannot be read, or vram is given for a CPU.
-            Unsupported: The networks are on a GPU already, or came from no files.
+            BadArgument: An amount cannot be parsed, or vram is given for a CPU.
+            Unsupported: The networks are on a GPU already, or were not loaded from files.
         """
         where = self.device if device is None else read_device(device)
         self._placement.limit_memory(self._networks(), vram, ram, where)
@@ -592,22 +597,23 @@ class ZImagePipeline:
         guidance: bool | None = None,
         steps: int | None = None,
     ) -> Plan:
-        """What lies where in each phase of a run on a GPU, and how long it should take; nothing is run.
+        """Plan a run on a GPU without running it: the contents of memory and the expected time of each phase.
 
         Args:
-            width: In pixels; default: this checkpoint's, like height, guidance and steps.
-            height: In pixels.
-            images: Images of the run.
+            width: Width in pixels; default: the checkpoint's, also for height, guidance and steps.
+            height: Height in pixels.
+            images: Number of images.
             caption_tokens: Tokens of each caption, template included.
-            vram: GPU memory for the run, bytes or "6GiB"; None: without a limit.
-            ram: Host memory, in the same form; None: enough.
-            rates: The machine's, see `memory.rates.measure` and `known`; default: those known of sm_86.
+            vram: GPU memory for the run, in bytes or as "6GiB"; None for no limit.
+            ram: Host memory, in the same form; None for no limit.
+            rates: Speeds of the machine, from `memory.rates.measure` or `known`; default: those of sm_86.
             guidance: Whether there is a negative side.
-            steps: Steps of the run.
+            steps: Number of steps.
 
         Raises:
-            BadArgument: A number is out of range; OverBudget: the budget does not hold the least.
-            Unsupported: A network was built in memory; there is no header to plan from.
+            BadArgument: A number is out of range.
+            OverBudget: The budget is too small for the run.
+            Unsupported: A network was built in memory, so that there is no header to plan from.
         """
         opened, limits = self._opened(), self.limits
         if missing := [name for name in COMPONENTS if name not in opened]:
@@ -650,8 +656,8 @@ class ZImagePipeline:
     def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
         """For code written for diffusers: `limit_memory(vram="auto")` on the GPU.
 
-        Without a GPU it does nothing: weights are mapped from their files and the system drops and rereads
-        their pages as it needs; `limit_memory(ram=...)` sets a limit there.
+        Without a GPU this does nothing: weights are mapped from their files, and the system drops and rereads
+        their pages as needed; `limit_memory(ram=...)` sets a limit.
         """
         if torch.cuda.is_available():
             self.limit_memory(vram="auto", device="cuda")
@@ -662,16 +668,16 @@ class ZImagePipeline:
             self.limit_memory(vram="least", device="cuda")
 
     def enable_vae_slicing(self) -> None:
-        """For code written for diffusers: images of a batch are always decoded one by one here."""
+        """For code written for diffusers: does nothing, because images are always decoded one by one."""
 
     def enable_vae_tiling(self, tile: int | None = None) -> None:
-        """Decode in tiles: less than half the memory at 1024 x 1024, the same image, some more time.
+        """Decode in tiles, which takes less than half the memory at 1024 x 1024 and gives the same image.
 
         Args:
-            tile: Latents a side, of 8 pixels each. Default: 32.
+            tile: Side of a tile in latents of 8 pixels. Default: 32.
 
         Raises:
-            BadArgument: tile is no whole number, or less than 1.
+            BadArgument: tile is no whole number, or is less than 1.
         """
         self.vae.tile = TILE if tile is None else whole("tile", tile, 1, 1 << 20)
 
@@ -680,7 +686,7 @@ class ZImagePipeline:
         self.vae.tile = None
 
     def enable_attention_slicing(self, *_: Any) -> None:
-        """For code written for diffusers: attention is torch's fused one here, nothing to slice."""
+        """For code written for diffusers: does nothing, because attention is torch's fused one here."""
 
     def set_progress_bar_config(self, **_: Any) -> None:
-        """For code written for diffusers: there is no progress bar here, only callback_on_step_end."""
+        """For code written for diffusers: does nothing; there is no progress bar, only callbacks."""

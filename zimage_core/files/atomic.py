@@ -21,13 +21,13 @@ from zimage_core.errors import BadFile, printable
 from zimage_core.files.units import in_bytes
 
 SPARE = 16 << 20
-"""Bytes of the disk that a large file leaves free."""
+"""Bytes of disk space that must stay free after a large file is written."""
 
 _unfinished: set[Path] = set()  # temporary files and folders of this process, for remove_unfinished()
 
 
 def check_destination(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Refuse, before a long computation, a path that `atomic_file` would refuse after it.
+    """Refuse a path that `atomic_file` would refuse; for use before a long computation.
 
     Raises:
         BadFile: The folder is missing or not writable, or the path exists and may not be replaced.
@@ -54,14 +54,14 @@ def check_destination(path: str | os.PathLike[str], overwrite: bool = False) -> 
 
 
 def check_free_space(target: Path, nbytes: int) -> None:
-    """Refuse a job that does not fit the disk.
+    """Refuse to write a file or folder that does not fit on the disk.
 
     Args:
         target: The file or folder to be written.
         nbytes: Its size.
 
     Raises:
-        BadFile: Less than that and `SPARE` is free; the sentence has both numbers.
+        BadFile: Fewer than `nbytes + SPARE` bytes are free; the message has both numbers.
     """
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(target.parent).free
@@ -77,14 +77,14 @@ def check_free_space(target: Path, nbytes: int) -> None:
 def atomic_file(
     path: str | os.PathLike[str], overwrite: bool = False, nbytes: int = 0
 ) -> Iterator[IO[bytes]]:
-    """A new binary file, open for writing, which becomes `path` when the block ends without an exception.
+    """A new binary file, open for writing; it becomes `path` if the `with` block raises no exception.
 
     Args:
         path: Destination; a link is replaced, not followed.
-        overwrite: Replace an existing file. Without it the name is claimed by a hard link, so that of two
-            processes writing the same name exactly one succeeds.
-        nbytes: Size of the finished file, where it is known: the space is checked and reserved first, and
-            what is not written is zeros.
+        overwrite: Replace an existing file. Otherwise the name is claimed by a hard link, so that exactly one
+            of two processes that write the same name succeeds.
+        nbytes: Size of the finished file, if known: the space is checked and reserved first, and parts that
+            are not written are zeros.
 
     Raises:
         BadFile: The destination exists and `overwrite` is false, the disk has too little space, or the system
@@ -96,7 +96,7 @@ def atomic_file(
         check_free_space(target, nbytes)
     with _temporary_place(target) as temporary:
         try:
-            # "x" takes a fresh name or none: a planted link or an old file is never written through
+            # mode "x" fails if the name exists, so a planted link or an old file is never written to
             with temporary.open("xb") as out:
                 if nbytes:
                     _reserve(out.fileno(), nbytes)
@@ -118,7 +118,7 @@ def atomic_file(
 def write_atomically(
     path: str | os.PathLike[str], data: bytes | Iterable[bytes], overwrite: bool = False
 ) -> None:
-    """Write `data` (bytes, or chunks of bytes) so that `path` holds all of it or is untouched.
+    """Write `data` (bytes, or chunks of bytes) to `path` completely, or leave `path` unchanged.
 
     Raises:
         BadFile: The destination exists and `overwrite` is false, or the system refuses the write.
@@ -129,14 +129,14 @@ def write_atomically(
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Path]:
-    """A new folder to fill, which becomes `path` when the block ends without an exception.
+    """A new folder to fill; it becomes `path` if the `with` block raises no exception.
 
     Args:
-        path: Destination: a name that is free, or an empty folder, which is replaced.
-        nbytes: Size of the files to come; the free space is checked first.
+        path: Destination: a name that does not exist, or an empty folder, which is replaced.
+        nbytes: Size of the files that will be written; the free space is checked first.
 
     Raises:
-        BadFile: The destination cannot be taken, the disk has too little space, or the system refuses.
+        BadFile: The destination exists, the disk has too little space, or the system refuses the write.
     """
     target = Path(path)
     _check_folder(target)
@@ -145,22 +145,22 @@ def atomic_folder(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Pat
         try:
             temporary.mkdir()
             yield temporary
-            temporary.rename(target)  # fails where anything but an empty folder stands there
+            temporary.rename(target)  # fails if anything but an empty folder has that name
             _sync_folder(target.parent)
         except OSError as error:
             raise _refusal(target, error) from None
 
 
 def remove_unfinished() -> None:
-    """Remove the temporary files of writes in progress; for a process that is about to end."""
+    """Remove the temporary files of writes in progress; called by a process that is about to end."""
     for temporary in list(_unfinished):
         _remove(temporary)
 
 
 @contextlib.contextmanager
 def _temporary_place(target: Path) -> Iterator[Path]:
-    """A free name beside `target`; whatever has that name when the block ends is removed."""
-    # 50 characters of the name are at most 200 bytes, and 255 is the most that file systems take
+    """A free name beside `target`; whatever has that name when the `with` block ends is removed."""
+    # 50 characters of the name are at most 200 bytes; file systems allow 255
     temporary = target.with_name(f".{target.name[:50]}.{secrets.token_hex(4)}.tmp")
     _unfinished.add(temporary)
     try:
@@ -192,7 +192,7 @@ def _check_folder(target: Path) -> None:
 
 
 def _reserve(handle: int, nbytes: int) -> None:
-    """Give the open file its size, and its space on the disk where the file system can."""
+    """Set the size of the open file, and reserve its space on the disk if the file system can."""
     os.ftruncate(handle, nbytes)
     try:
         os.posix_fallocate(handle, 0, nbytes)
@@ -204,7 +204,7 @@ def _reserve(handle: int, nbytes: int) -> None:
 
 
 def _claim(temporary: Path, target: Path) -> None:
-    """Give a file its name unless the name is taken."""
+    """Rename the temporary file to its final name unless that name exists."""
     try:
         os.link(temporary, target, follow_symlinks=False)
     except FileExistsError:
@@ -212,7 +212,7 @@ def _claim(temporary: Path, target: Path) -> None:
             target, "exists already", "choose another name or allow overwriting (--force)"
         ) from None
     except OSError as error:
-        # a file system without hard links: the check is a moment older than the rename
+        # without hard links the check and the rename are two steps, so another process may come in between
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
         check_destination(target)

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face Hub: choosing the files of a pipeline and fetching them."""
+"""Chooses and downloads the files of a pipeline from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEXTS = (".json", ".txt", ".model")
 
 
 def quant_tag(name: str) -> str | None:
-    """The quantisation in a file's name, e.g. "Q4_K_M", or None; it decides only which file is fetched."""
+    """The quantisation in a file's name, e.g. "Q4_K_M", or None; only used to choose files to download."""
     found = _TAG.findall(Path(name).stem)
     return str(found[-1]).upper() if found else None
 
@@ -32,16 +32,16 @@ def quant_tag(name: str) -> str | None:
 def select(files: Sequence[str], tag: str | None, repo: str) -> list[str]:
     """Choose the files of a repository that a pipeline needs.
 
-    A diffusers repository gives the folders of its components. Any other gives its safetensors files, its
-    GGUF files of the wanted quantisation, and its small text files.
+    From a diffusers repository these are the folders of its components; from any other, its safetensors
+    files, its GGUF files of the wanted quantisation, and its small text files.
 
     Args:
         files: Names of all files of the repository.
-        tag: The wanted quantisation, e.g. "Q4_K_M"; None where there is only one.
+        tag: The wanted quantisation, e.g. "Q4_K_M"; None if there is only one.
         repo: The repository, for messages.
 
     Raises:
-        BadArgument: There are several quantisations and no tag, or none has that tag; they are listed.
+        BadArgument: There are several quantisations and no tag, or none has that tag; the message lists them.
     """
     weights = [f for f in files if f.endswith(_WEIGHTS)]
     if tag is None and "model_index.json" in files:
@@ -66,7 +66,7 @@ def fetch(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Fetch the files of a pipeline into the cache, unless they are there, and return their folder.
+    """Download the files of a pipeline into the cache, unless they are there, and return their folder.
 
     Nothing is downloaded when HF_HUB_OFFLINE is set.
 
@@ -106,7 +106,7 @@ def fetch(
     try:
         files = huggingface_hub.HfApi().list_repo_files(repo, revision=revision, token=token)
     except Exception as error:
-        # the errors of requests, of httpx and of the package itself have no narrower base in common
+        # the errors of requests, httpx and the package itself have no narrower base class in common
         reason = _first_line(error)
         local = _cached(repo, where)
         if local is None:
@@ -123,14 +123,14 @@ def fetch(
 
 
 def _cached(repo: str, where: Mapping[str, Any]) -> Path | None:
-    """Folder of the files that were fetched earlier, or None."""
+    """Folder of the files that were downloaded earlier, or None."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return Path(huggingface_hub.snapshot_download(repo, local_files_only=True, **where))
     except LocalEntryNotFoundError as error:
-        # a snapshot of which only the chosen files were fetched counts as incomplete there
+        # the Hub's package calls a snapshot incomplete if only the chosen files were downloaded
         folder = Path(getattr(error, "snapshot_path", None) or "")
         return folder if folder.is_absolute() and folder.is_dir() else None
 

@@ -1,8 +1,8 @@
-"""Settings inside PNG files: written beside the pixels, read back without decoding them.
+"""Writes an image's settings into its PNG file, and reads them back without decoding the pixels.
 
 There are two text chunks: `parameters` in the form that most galleries and web interfaces show, and `zimage`,
-the same settings as JSON. Pillow writes them. Reading uses the standard library alone, as importing Pillow
-would take longer than all of it, and never trusts a length.
+the same settings as JSON. Pillow writes them. Reading uses the standard library alone, because importing
+Pillow would take longer than the reading, and checks every length.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JSON_KEYWORD = "zimage"
 A1111_KEYWORD = "parameters"
 MAX_TEXT = 16 * 1024
-"""Bytes of all our text chunks together; a longer prompt is cut here, not when the image is made."""
+"""Most bytes of the text chunks together; a longer prompt is cut in the file, not when the image is made."""
 READ_LIMIT = 1 << 20
-"""Bytes of text, unpacked, that are read from an image of unknown origin."""
+"""Most bytes of decompressed text that are read from an image of unknown origin."""
 _ITXT_BYTES = 17
-"""Bytes of an uncompressed iTXt chunk beside keyword and text: length, type, five zeros, checksum."""
+"""Bytes of an uncompressed iTXt chunk without keyword and text: length, type, five zeros, checksum."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class PngText:
     """Size and text chunks of a PNG.
 
     Args:
-        width: Pixels.
-        height: Pixels.
-        text: Keyword -> text of every text chunk; of two with one keyword, the first.
+        width: Width in pixels.
+        height: Height in pixels.
+        text: Keyword -> text of every text chunk; the first one if a keyword occurs twice.
     """
 
     width: int
@@ -120,7 +120,7 @@ def _chunk(path: str | os.PathLike[str], file: BinaryIO, kind: bytes, length: in
 
 
 def _entry(kind: bytes, data: bytes) -> tuple[str, str] | None:
-    """One text chunk -> (keyword, text); None when it breaks section 11.3.3 of the PNG specification."""
+    """One text chunk -> (keyword, text); None if it violates section 11.3.3 of the PNG specification."""
     keyword, nul, rest = data.partition(b"\0")
     if not nul or not 1 <= len(keyword) <= 79:
         return None
@@ -138,7 +138,7 @@ def _entry(kind: bytes, data: bytes) -> tuple[str, str] | None:
 
 
 def _unpack(data: bytes) -> bytes | None:
-    """The data unpacked; None where it is damaged or has more than `READ_LIMIT` bytes."""
+    """The decompressed data; None if it is damaged or has more than `READ_LIMIT` bytes."""
     unzip = zlib.decompressobj()
     try:
         out = unzip.decompress(data, READ_LIMIT)
@@ -152,7 +152,7 @@ def encode(image: Image, settings: Mapping[str, Any] | None = None) -> bytes:
 
     Args:
         image: RGB image.
-        settings: What made it, as `text_chunks` takes it. None writes no text at all.
+        settings: Settings of the run, as for `text_chunks`. None writes no text chunks.
     """
     from io import BytesIO
 
@@ -167,12 +167,12 @@ def encode(image: Image, settings: Mapping[str, Any] | None = None) -> bytes:
 
 
 def text_chunks(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The texts to write, by keyword: at most `MAX_TEXT` bytes of chunks, prompts cut until they fit.
+    """Keyword -> text to write; prompts are cut until the chunks have at most `MAX_TEXT` bytes.
 
     Args:
         settings: `prompt`, `negative_prompt`, `steps`, `guidance_scale`, `seed`, `width`, `height`, `shift`,
-            `version`, `files` (component -> {"name", "size", "sha256" or "fingerprint"}) and whatever else
-            JSON holds.
+            `version`, `files` (component -> {"name", "size", "sha256" or "fingerprint"}) and any other values
+            that JSON can hold.
     """
     limit = MAX_TEXT
     while limit:
@@ -185,7 +185,7 @@ def text_chunks(settings: Mapping[str, Any]) -> dict[str, str]:
         if sum(_ITXT_BYTES + len(keyword) + len(text) for keyword, text in encoded.items()) <= MAX_TEXT:
             return {keyword: text.decode() for keyword, text in encoded.items()}
         limit //= 2
-    return {}  # file names alone are too long: nothing is better than half a JSON
+    return {}  # the file names alone are too long, and incomplete JSON is worse than none
 
 
 def _cut(text: Any, limit: int) -> Any:
@@ -195,7 +195,7 @@ def _cut(text: Any, limit: int) -> Any:
 
 
 def _a1111(settings: Mapping[str, Any]) -> str:
-    """The text that A1111 would write: prompt, negative prompt, then one line of `Name: value` pairs."""
+    """The text in A1111's form: prompt, negative prompt, then one line of `Name: value` pairs."""
     lines = [str(settings.get("prompt") or "")]
     if settings.get("negative_prompt"):
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
@@ -205,7 +205,7 @@ def _a1111(settings: Mapping[str, Any]) -> str:
         "Steps": settings.get("steps"),
         "Sampler": "Euler",
         "Schedule type": "Simple",
-        # that program's scale counts from 1
+        # in A1111 a scale of 1 means no guidance
         "CFG scale": None if guidance is None else f"{guidance + 1:g}",
         "Shift": None if settings.get("shift") is None else f"{settings['shift']:g}",
         "Seed": settings.get("seed"),

@@ -1,4 +1,4 @@
-"""Bytes, counts and seconds written for people, and bytes as people write them."""
+"""Formats bytes, counts and seconds for display, and parses amounts such as "6GiB"."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def in_seconds(seconds: float) -> str:
 
 
 def parse_bytes(name: str, value: object) -> int:
-    """A number of bytes: 6442450944, "6GiB", "6GB", "6g"; G alone is GiB, as memory is sold.
+    """Parse a number of bytes: 6442450944, "6GiB", "6GB", "6g"; a bare G means GiB, as for memory sizes.
 
     Args:
-        name: The argument, for the message.
+        name: Name of the argument, for the message.
         value: Whole number or text.
 
     Raises:
-        BadArgument: It is neither, or not from 1 byte to 1 PiB.
+        BadArgument: The value is neither, or not between 1 byte and 1 PiB.
     """
     count = 0
     if isinstance(value, int) and not isinstance(value, bool):

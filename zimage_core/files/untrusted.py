@@ -1,7 +1,7 @@
-"""Reading small text and JSON files of unknown origin: tokenizers, configs, recipes, prompts.
+"""Reads small text and JSON files of unknown origin: tokenizers, configs, recipes, prompts.
 
-A path may be a FIFO, a device, 100 GB of zeros or JSON nested a million deep. Each of these becomes one
-`BadFile`, and reading takes little more memory than the file has bytes.
+A path may lead to a FIFO, a device, 100 GB of zeros or JSON nested a million levels deep. Each of these
+raises `BadFile`, and reading takes little more memory than the file has bytes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def read_file(path: str | PathLike[str]) -> bytes:
     """Read a regular file of at most `MAX_BYTES`.
 
     Raises:
-        BadFile: It is missing, unreadable, not a regular file, empty or too large.
+        BadFile: The file is missing, unreadable, not a regular file, empty or too large.
     """
     try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer
+        # O_NONBLOCK: opening a FIFO must not block until there is a writer
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
@@ -56,7 +56,7 @@ def read_text(path: str | PathLike[str]) -> str:
     """Read a text file in UTF-8; a byte order mark is dropped.
 
     Raises:
-        BadFile: `read_file` refuses it, or it is not UTF-8.
+        BadFile: `read_file` refuses the file, or it is not UTF-8.
     """
     data = read_file(path)
     if data.startswith(b"version https://git-lfs"):
@@ -71,8 +71,8 @@ def read_json(path: str | PathLike[str]) -> dict[str, Any]:
     """Read a file that holds a JSON object.
 
     Raises:
-        BadFile: `read_text` refuses it, it is not a JSON object, or it has duplicate keys, NaN, infinity,
-            numbers of more than `MAX_DIGITS` digits or more than `MAX_DEPTH` levels.
+        BadFile: `read_text` refuses the file, it is not a JSON object, or it has duplicate keys, NaN,
+            infinity, numbers of more than `MAX_DIGITS` digits or more than `MAX_DEPTH` levels.
     """
 
     def fail(fault: str) -> NoReturn:
@@ -107,7 +107,7 @@ def read_json(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def _check_depth(value: dict[str, Any], path: str | PathLike[str]) -> None:
-    """Refuse deep nesting; level by level, as a recursion of that depth would fail itself."""
+    """Refuse deep nesting; goes level by level, because recursion would fail at such a depth."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [

@@ -1,6 +1,6 @@
-"""The Flux-style VAE: images to latents and back, 8 pixels a latent.
+"""The Flux-style VAE: images to latents and back; one latent stands for 8 x 8 pixels.
 
-Convolutions run channels-last, which is what makes them quick on a CPU.
+Convolutions run channels-last, which makes them fast on a CPU.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from zimage_core.models.vae_tiles import decode_tiled
 class Autoencoder(nn.Module):
     """Flux-style variational autoencoder.
 
-    Latents here are the VAE's own; the transformer sees (z - shift_factor) * scaling_factor, which
-    the pipeline computes. `tile` makes `decode` go through the decoder in tiles of that many latents a side,
-    which takes less memory and gives the same image; see `vae_tiles`.
+    Latents here are the VAE's own; the transformer sees (z - shift_factor) * scaling_factor, which the
+    pipeline computes. If `tile` is set, `decode` uses tiles with sides of that many latents, which takes less
+    memory and gives the same image; see `vae_tiles`.
     """
 
     tile: int | None = None
@@ -55,7 +55,7 @@ class Autoencoder(nn.Module):
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """x [B, 3, H, W] in [-1, 1] -> z [B, latent_channels, H / 8, W / 8], not scaled.
 
-        The mode of the posterior, or with a generator one sample of it.
+        z is the mode of the posterior; with a generator, one sample of it.
         """
         mean, logvar = self.moments(x)
         if generator is None:
@@ -68,11 +68,11 @@ class Autoencoder(nn.Module):
 
         Args:
             z: Latents.
-            tile: Latents a side of a tile, in place of the attribute `tile`.
-            keep: With tiles: where maps of the whole image are kept; see `vae_tiles.decode_tiled`.
+            tile: Side of a tile in latents, instead of the attribute `tile`.
+            keep: Device of the maps of the whole image, if there are tiles; see `vae_tiles.decode_tiled`.
 
         Raises:
-            BadShape: z is something else.
+            BadShape: z has another shape.
         """
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
             raise BadShape(

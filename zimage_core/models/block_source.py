@@ -1,4 +1,4 @@
-"""Where a network's blocks have their weights while they run: the seam between a block loop and a stream."""
+"""Interface between a loop over blocks and the source of their weights, such as a stream."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 
 class BlockSource(Protocol):
-    """Whoever brings the weights of a block to the device of the computation."""
+    """Makes the weights of a block available on the device of the computation."""
 
     def block(self, index: int) -> AbstractContextManager[object]:
-        """Inside the `with`, block `index` of the model's `blocks` may run; one block at a time."""
+        """Context in which block `index` of the model's `blocks` may run; one block at a time."""
 
     def once(self, block: nn.Module) -> AbstractContextManager[object]:
-        """Inside the `with`, a block that runs once for each caption may run: one of the context refiner."""
+        """Context in which a block of the context refiner may run; it runs once per caption."""
 
 
 class Resident:
-    """All weights are where the computation is, always."""
+    """Block source for a model whose weights are all on the device of the computation."""
 
     def block(self, index: int) -> AbstractContextManager[object]:
         """Nothing to do."""
@@ -31,4 +31,4 @@ class Resident:
 
 
 RESIDENT: BlockSource = Resident()
-"""What every model starts with."""
+"""The block source of every new model."""

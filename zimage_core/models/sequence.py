@@ -1,4 +1,4 @@
-"""How images and captions become token sequences: patches, pad counts, positions. No parameters."""
+"""Token sequences of images and captions: patches, pad counts, positions. No parameters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zimage_core.errors import BadArgument
 
 
 def pad_count(tokens: int) -> int:
-    """Pad tokens that fill `tokens` up to a multiple of 32."""
+    """Number of pad tokens that fill `tokens` up to a multiple of 32."""
     return -tokens % PAD_MULTIPLE
 
 
@@ -38,17 +38,16 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
 
 
 def caption_positions(padded: int) -> Tensor:
-    """(t, h, w) of each caption token, pads included: row i is (1 + i, 0, 0). -> int64 [padded, 3]."""
+    """Positions (t, h, w) of caption tokens and their pads, int64 [padded, 3]: row i is (1 + i, 0, 0)."""
     ids = torch.zeros(padded, 3, dtype=torch.int64)
     ids[:, 0] = torch.arange(1, padded + 1)
     return ids
 
 
 def image_positions(rows: int, cols: int, padded_caption: int) -> Tensor:
-    """(t, h, w) of each image token, then of its pads.
+    """Positions (t, h, w) of the image tokens, then of their pads, int64 [rows * cols + pads, 3].
 
-    The image's t is one past the *padded* caption; pads sit at (0, 0, 0), where no real token is.
-    -> int64 [rows * cols + pads, 3].
+    t of the image is one past the *padded* caption; pads are at (0, 0, 0), where no real token is.
     """
     count = rows * cols
     ids = torch.zeros(count + pad_count(count), 3, dtype=torch.int64)
@@ -59,7 +58,7 @@ def image_positions(rows: int, cols: int, padded_caption: int) -> Tensor:
 
 
 def check_lengths(config: TransformerConfig, rows: int, cols: int, caption: int) -> None:
-    """Refuse sequences beyond the positions that the model knows.
+    """Refuse sequences longer than the positions of the model.
 
     Raises:
         BadArgument: A caption or a side of the image is too long (or empty).

@@ -17,10 +17,10 @@ from zimage_core.nn.layers import RMSNorm, Rotation, attention, rotate_half, rot
 from zimage_core.nn.linear import Embedding, Linear
 
 FP16_SCALE = 2.0**-7
-"""Taken out in front of o_proj and down_proj in float16 and put back in float32.
+"""Factor by which float16 inputs of o_proj and down_proj are scaled down; undone in float32.
 
-The stream of a language model carries single channels of 1e4 and more; float16 computes with a
-float32 residual, so that a branch of 1e6 is added without overflow.
+Single channels in the residual stream of a language model reach 1e4 and more. With float16 the residual is
+float32, so that a branch of 1e6 is added without overflow.
 """
 
 
@@ -78,7 +78,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: Rotation, dtype: torch.dtype) -> Tensor:
-        """x [..., L, hidden] -> the same; the branches compute in `dtype`, the stream keeps its own."""
+        """x [..., L, hidden] -> [..., L, hidden] in x's dtype; the branches compute in `dtype`."""
         scale = FP16_SCALE if dtype == torch.float16 else 1.0
         branch = self.self_attn(self.input_layernorm(x).to(dtype), rope, scale)
         x = x + _unscaled(branch, x.dtype, scale)
@@ -109,7 +109,7 @@ class TextEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the computation; packed weights have none."""
+        """Dtype of the computation; the packed weights do not depend on it."""
         weight: Tensor = self.layers[0].input_layernorm.weight  # type: ignore[union-attr,assignment]
         return weight.dtype
 
@@ -129,7 +129,7 @@ class TextEncoder(nn.Module):
         if ids.ndim != 1 or len(ids) == 0:
             raise BadShape(f"text encoder: got ids of shape {tuple(ids.shape)}, wanted [L] with L >= 1")
         stream = torch.float32 if self.dtype == torch.float16 else self.dtype
-        # the table may stay on the host while the layers are elsewhere: a few of its rows are read
+        # the table may stay on the host while the layers are on a GPU: only a few rows are read
         x: Tensor = self.embed_tokens(ids.to(self.embed_tokens.device)).to(self.device, stream)
         rope = self.rotation(len(ids))
         for i, layer in enumerate(self.layers):

@@ -1,8 +1,8 @@
 """S3-DiT, the scalable single-stream diffusion transformer of Z-Image (arXiv 2511.22699).
 
-Module names are those of diffusers' ZImageTransformer2DModel. One image at a time runs without
-any mask: its pad tokens are learned and attended to, so nothing is ever hidden from anything, and a
-batch gives bit for bit what its members give alone.
+Module names are those of diffusers' ZImageTransformer2DModel. Images run one at a time and without a mask:
+pad tokens are learned and attended to, so every token sees every other, and a batch gives bit for bit the
+results of its images alone.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ FREQUENCIES = 256
 MAX_PERIOD = 10000.0
 """Longest period of that sinusoid, in units of t * t_scale."""
 QK_NORM_EPS = 1e-5
-"""Epsilon of the norms on q and k, whatever norm_eps says."""
+"""Epsilon of the norms on q and k; it does not depend on norm_eps."""
 FINAL_NORM_EPS = 1e-6
 """Epsilon of the LayerNorm before the last projection."""
 
 FP16_ATTENTION_SCALE = 2.0**-5
 FP16_FFN_SCALE = 2.0**-7
-"""float16 ends at 65504, while v, attention output and w2 output reach 1e6 in trained models.
+"""Factors that keep float16 in range: it ends at 65504, but v, attention and w2 outputs reach 1e6.
 
-Both branches end in an RMSNorm, so a power of two that is taken out in front of v and w3, and passed to that
-norm, cancels exactly. Only float16 uses it.
+Both branches end in an RMSNorm. A power of two that scales v and w3 and is passed on to that norm therefore
+cancels exactly. Only float16 uses it.
 """
 
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""`ZImageTransformer.predict` or what stands for it."""
+"""Type of `ZImageTransformer.predict`, and of functions that replace it."""
 
 
 class Prepared(NamedTuple):
-    """What the steps of a run have in common; see `ZImageTransformer.prepare`.
+    """Values that the steps of a run share, computed by `ZImageTransformer.prepare`.
 
     Args:
-        captions: Caption features as they were given, each [L, cap_feat_dim].
+        captions: Caption features as given, each [L, cap_feat_dim].
         times: Network times of the steps.
         texts: Refined captions, each [padded, dim].
-        rotations: For each caption, the rotation of image and caption together.
+        rotations: Rotation of the joint sequence of image and caption, for each caption.
         blocks: Modulations of the blocks [steps, blocks, 4 * dim], noise refiner first.
         final: Modulations of the final layer [steps, dim].
     """
@@ -128,11 +128,11 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and SwiGLU, each between two RMSNorms, each behind a gate.
+    """Attention and SwiGLU, each between two RMSNorms and followed by a gate.
 
     A modulated block scales the branch inputs by 1 + s and gates the branch outputs by tanh(g),
-    with (s, g) of both branches from one Linear on the timestep embedding (no SiLU in front, no
-    shift). An unmodulated block, of the context refiner, has s = 0 and an open gate.
+    with (s, g) of both branches from one Linear on the timestep embedding (without SiLU before it, and
+    without shift). An unmodulated block (in the context refiner) has s = 0 and an open gate.
     """
 
     def __init__(self, config: TransformerConfig, modulated: bool) -> None:
@@ -157,7 +157,8 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """x [..., L, dim] -> [..., L, dim].
 
-        A modulated block is given temb [..., adaln_dim], or `modulation(temb)` computed before.
+        A modulated block needs either temb [..., adaln_dim] or `modulation`, the result of
+        `modulation(temb)`.
         """
         half = x.dtype == torch.float16
         attn_scale, ffn_scale = (FP16_ATTENTION_SCALE, FP16_FFN_SCALE) if half else (1.0, 1.0)
@@ -226,7 +227,7 @@ class ZImageTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the computation; packed weights have none."""
+        """Dtype of the computation; the packed weights do not depend on it."""
         return self.x_pad_token.dtype
 
     @property
@@ -264,14 +265,14 @@ class ZImageTransformer(nn.Module):
         return out
 
     def prepare(self, captions: Sequence[Tensor], times: Sequence[float], size: tuple[int, int]) -> Prepared:
-        """Compute what the steps of a run have in common.
+        """Compute the values that the steps of a run share.
 
-        The caption's tokens leave the context refiner the same in every step, the rotations depend on sizes
-        alone, and the adaptive norms on the time alone: all times go through their matrices together.
+        The refined captions are the same in every step, the rotations depend only on sizes, and the adaptive
+        norms only on the time, so the modulations for all times are computed together.
 
         Args:
-            captions: Hidden states of the text encoder, each [L, cap_feat_dim]. One that stands there several
-                times, as the same object, is refined once.
+            captions: Hidden states of the text encoder, each [L, cap_feat_dim]. An object that occurs several
+                times in the list is refined once.
             times: Network times of the steps, each a float32 value.
             size: Height and width of the latents.
 
@@ -301,10 +302,10 @@ class ZImageTransformer(nn.Module):
 
         Args:
             latent: [in_channels, h, w] of the prepared size, in the model's dtype.
-            prepared: See `prepare`.
-            i: Which of the prepared times.
-            caption: Which of the prepared captions.
-            predict: Runs in place of `predict`, of the same meaning: one that is replayed from a graph.
+            prepared: The result of `prepare`.
+            i: Index of the prepared time.
+            caption: Index of the prepared caption.
+            predict: Function to call instead of `predict`, such as one that replays a graph.
 
         Returns:
             [in_channels, h, w].
@@ -316,7 +317,7 @@ class ZImageTransformer(nn.Module):
     def predict(
         self, latent: Tensor, text: Tensor, cos: Tensor, sin: Tensor, blocks: Tensor, final: Tensor
     ) -> Tensor:
-        """One call of the network on tensors alone: no host work, so that a graph can hold it.
+        """One call of the network on tensors alone, without host work, so that a graph can record it.
 
         Args:
             latent: [in_channels, h, w].
@@ -347,8 +348,8 @@ class ZImageTransformer(nn.Module):
         return sequence.unpatchify(out, height, width, config.patch_size)
 
     def refine(self, caption: Tensor) -> Tensor:
-        """Caption features [L, cap_feat_dim] -> tokens behind the context refiner [padded, dim]."""
-        # normed before the cast: hidden states of a language model may exceed float16
+        """Caption features [L, cap_feat_dim] -> tokens after the context refiner [padded, dim]."""
+        # the norm comes before the cast, because hidden states of a language model may exceed float16
         normed, project = self.cap_embedder[0](caption.to(self.device)), self.cap_embedder[1]
         text = project(normed.to(self.dtype))
         text = torch.cat((text, self.cap_pad_token.expand(sequence.pad_count(len(text)), -1)))
@@ -372,7 +373,7 @@ class ZImageTransformer(nn.Module):
         return self.rotation(torch.cat((image, sequence.caption_positions(padded_caption))))
 
     def rotation(self, positions: Tensor) -> Rotation:
-        """(t, h, w) of each token, int64 [L, 3] -> rotation on the model's device."""
+        """Positions (t, h, w) of the tokens, int64 [L, 3] -> rotation on the model's device."""
         cos, sin = rotation(positions, self.config.axes_dims, self.config.rope_theta)
         return cos.to(self.device), sin.to(self.device)
 

@@ -1,14 +1,15 @@
-"""The VAE's decoder in tiles: the image of the whole decoder, in less memory, without a seam.
+"""Runs the VAE's decoder in tiles: the same image as from the whole decoder, in less memory.
 
-Tiles that are decoded apart differ in tone, because each GroupNorm then sees the mean and variance of its
-tile instead of the image's, and blending only hides that. Here tiles go through the decoder layer by layer:
-every norm gets the statistics of the whole image and every 3x3 convolution a pixel of the neighbours, so
-the result is that of the whole decoder up to rounding, for every tile size, and nothing needs blending.
+Tiles that are decoded separately differ in tone, because each GroupNorm then uses the mean and variance of
+its tile instead of the image's, and blending only hides that. Here all tiles pass through the decoder layer
+by layer: every norm uses the statistics of the whole image, and every 3x3 convolution gets one pixel of the
+neighbouring tiles. The result equals that of the whole decoder up to rounding, for every tile size, and needs
+no blending.
 
-What has to exist as a whole are two maps at a time: the one that a residual block adds to, and the one
-between its convolutions. The rest (what is normalised and activated, the doubled map in front of the last
-block) exists for one tile only. The middle block, where every position looks at every other, runs whole; it
-has the size of the latents.
+Only two maps of the whole image exist at a time: the input of a residual block, and the map between its
+convolutions. Everything else (normalised and activated maps, the upsampled map before the last block) exists
+for one tile only. The middle block, whose attention sees all positions, runs on the whole map; it is as small
+as the latents.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from torch import Tensor, nn
 from zimage_core.models.vae_blocks import Decoder, ResnetBlock, UpBlock, Upsample
 
 TILE = 32
-"""Latents a side that tiling starts with: 256 pixels. Larger ones are hardly faster."""
+"""Default side of a tile in latents: 256 pixels. Larger tiles are hardly faster."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of a map, and how much of it the tiles before it have covered.
+    """A rectangle of a map, and the part of it that earlier tiles have covered.
 
     Args:
         top: First row.
@@ -46,11 +47,11 @@ class Tile:
     skip_columns: int = 0
 
     def times(self, n: int) -> Tile:
-        """The same part of a map with `n` times as many rows and columns."""
+        """The same tile on a map with `n` times as many rows and columns."""
         return Tile(*(n * value for value in self._values()))
 
     def halved(self) -> Tile:
-        """The same part of a map with half the rows and columns."""
+        """The same tile on a map with half as many rows and columns."""
         return Tile(*(value // 2 for value in self._values()))
 
     @property
@@ -63,16 +64,17 @@ class Tile:
 
 
 def layout(h: int, w: int, tile: int) -> list[Tile]:
-    """Tiles of one size, at most `tile` a side, that cover h x w; each place is new in exactly one of them.
+    """Tiles of equal size, with sides of at most `tile`, that cover h x w; each position is new in one tile.
 
-    As few as possible, as small as that number allows, and the last of a row or column moved inwards.
+    There are as few tiles as possible, as small as that number allows; the last one of a row or column
+    overlaps its neighbour.
     """
     rows, columns = _spans(h, tile), _spans(w, tile)
     return [Tile(a, c, b, d, skip_a, skip_c) for a, b, skip_a in rows for c, d, skip_c in columns]
 
 
 def _spans(length: int, tile: int) -> list[tuple[int, int, int]]:
-    """(start, stop, places that the span before has covered) along one side."""
+    """(start, stop, number of positions that the previous span has covered) along one side."""
     count = -(-length // tile)
     size = -(-length // count)
     starts = [min(i * size, length - size) for i in range(count)]
@@ -81,16 +83,16 @@ def _spans(length: int, tile: int) -> list[tuple[int, int, int]]:
 
 @torch.no_grad()
 def decode_tiled(decoder: Decoder, z: Tensor, tile: int, keep: torch.device | None = None) -> Tensor:
-    """What `decoder(z)` gives up to rounding, one image and one tile at a time.
+    """Compute `decoder(z)` up to rounding, one image and one tile at a time.
 
-    No gradients: maps are changed in place.
+    Maps are changed in place, so there are no gradients.
 
     Args:
-        decoder: Its modules are called, so hooks on them see every tile.
+        decoder: The decoder; its modules are called, so hooks on them see every tile.
         z: Latents.
-        tile: Latents a side, at least 1.
-        keep: Where the maps of the whole image are kept. Default: with z. With the CPU for a decoder on a
-            GPU little more than a tile is needed there, and each map travels a few times.
+        tile: Side of a tile in latents, at least 1.
+        keep: Device of the maps of the whole image; default: that of z. With "cpu", a decoder on a GPU needs
+            little more GPU memory than for a tile, and each map is copied a few times.
 
     Shape:
         z [B, latent_channels, h, w] -> [B, 3, 8 h, 8 w].
@@ -125,9 +127,9 @@ class _Map:
     """A map [1, C, H, W] of the whole image, or one that is upsampled tile by tile as it is read.
 
     Args:
-        data: The map itself; with `up`, the map of half the side.
-        device: Where tiles are wanted.
-        up: What makes the wanted map of `data`.
+        data: The map itself; with `up`, the map before upsampling.
+        device: Device that tiles are read to.
+        up: The module that upsamples `data`; None for no upsampling.
     """
 
     def __init__(self, data: Tensor, device: torch.device, up: Upsample | None = None) -> None:
@@ -140,7 +142,7 @@ class _Map:
         return n * self.data.shape[2], n * self.data.shape[3]
 
     def empty(self, channels: int) -> _Map:
-        """A new one of this size, kept in the same place."""
+        """A new, uninitialised map of this size on the same device."""
         data = torch.empty(
             (1, channels, *self.size),
             dtype=self.data.dtype, device=self.data.device, memory_format=torch.channels_last,
@@ -159,13 +161,13 @@ class _Map:
         source = _Map(self.data, self.device).read(half, 1)
         framed, inside = _frame(source, half, rows, columns)
         inside.copy_(source)
-        # from row t.top - 2 on, of which the outermost lacks its neighbour
+        # `out` begins at row t.top - 2; its outermost row and column lack a neighbour and are cut off
         out: Tensor = self.up(framed)
         return out[..., top - t.top + 2 : bottom - t.top + 2, left - t.left + 2 : right - t.left + 2]
 
 
 def _frame(part: Tensor, t: Tile, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Zeros [1, C, rows, columns] for a tile with a rim of 1, and the view of them where `part` belongs.
+    """Zeros [1, C, rows, columns] for a tile with a rim of 1, and a view of them at the position of `part`.
 
     The rim of a tile at the edge of the image stays zero, which is how the convolutions pad.
     """
@@ -178,7 +180,7 @@ def _frame(part: Tensor, t: Tile, rows: int, columns: int) -> tuple[Tensor, Tens
 
 
 def _framed(part: Tensor, t: Tile, scale: Tensor, shift: Tensor) -> Tensor:
-    """silu(part * scale + shift) in a frame of zeros, for a convolution."""
+    """silu(part * scale + shift) in a frame of zeros, as input of a convolution."""
     frame, inside = _frame(part, t, t.bottom - t.top + 2, t.right - t.left + 2)
     torch.addcmul(shift, part, scale, out=inside)
     nn.functional.silu(inside, inplace=True)
@@ -186,12 +188,12 @@ def _framed(part: Tensor, t: Tile, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _inner(framed: Tensor, t: Tile) -> Tensor:
-    """Without the rim, which a convolution filled with wrong values, and without what is not new."""
+    """The part of the tile that is new, without the rim, where a convolution's output is wrong."""
     return framed[..., 1 + t.skip_rows : -1, 1 + t.skip_columns : -1]
 
 
 def _whole_map(x: _Map, tiles: list[Tile]) -> _Map:
-    """Upsampled once instead of at each reading; only in front of the last block is that too large."""
+    """Upsample the whole map once instead of at each reading; only the last one is too large for that."""
     out = x.empty(x.data.shape[1])
     for t in tiles:
         rows, columns = t.new
@@ -200,7 +202,7 @@ def _whole_map(x: _Map, tiles: list[Tile]) -> _Map:
 
 
 def _residual(block: ResnetBlock, x: _Map, tiles: list[Tile]) -> _Map:
-    """`block(x)`; x itself is changed where it can be."""
+    """`block(x)`, computed in place in x if the shapes allow it."""
     scale, shift = _affine(block.norm1, x, tiles)
     between = x.empty(block.conv1.out_channels)
     in_place = x.up is None and block.conv_shortcut is None
@@ -228,10 +230,10 @@ def _residual(block: ResnetBlock, x: _Map, tiles: list[Tile]) -> _Map:
 
 
 def _affine(norm: nn.GroupNorm, x: _Map, tiles: list[Tile]) -> tuple[Tensor, Tensor]:
-    """Scale and shift [1, C, 1, 1] that are this norm for this map, in float32.
+    """Scale and shift [1, C, 1, 1], float32, that apply this norm to this map.
 
-    Mean and variance of each tile in float32, put together in float64 about the mean of the whole: sums of
-    squares would lose digits where the mean is large.
+    Mean and variance of each tile are float32; they are combined in float64 about the mean of the whole map,
+    because sums of squares would lose digits if the mean is large.
     """
     found = []
     for t in tiles:

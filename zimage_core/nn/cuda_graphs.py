@@ -1,7 +1,7 @@
-"""Steps recorded once as CUDA graphs and replayed: the launches of a thousand kernels become one.
+"""Records steps as CUDA graphs and replays them, so that a thousand kernel launches become one.
 
-A graph holds addresses, so everything that changes between steps is copied into inputs of its own. One graph
-for each set of shapes (image size, padded caption length).
+A graph holds addresses, so everything that changes between steps is copied into the graph's own inputs. There
+is one graph for each set of shapes (image size, padded caption length).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from zimage_core.errors import Unsupported
 from zimage_core.quant.gpu import hand_over_scratch
 
 WARM_UP = 2
-"""Runs before recording: they compile kernels, make planes and grow scratch, which a graph may not."""
+"""Warm-up runs, which compile kernels, make planes and grow scratch; a graph may do none of these."""
 MOST_GRAPHS = 4
-"""Shapes kept; the least recently used one goes first. Each holds the activations of a step."""
+"""Most graphs kept; the least recently used one is dropped. Each holds the activations of a step."""
 
 Step = Callable[..., Tensor]
 Recorder = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], None], Tensor]]
@@ -26,7 +26,7 @@ Recorder = Callable[[Callable[[], Tensor], torch.device], tuple[Callable[[], Non
 
 
 class _Graph:
-    """A recorded graph and the scratch whose address is in it."""
+    """A recorded graph, with the scratch memory whose address it contains."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, scratch: Tensor | None) -> None:
         self.graph, self.scratch = graph, scratch
@@ -36,7 +36,7 @@ class _Graph:
 
 
 def record(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Run `work` for warming up, then record it as a CUDA graph on a stream of its own.
+    """Run `work` to warm up, then record it as a CUDA graph on a stream of its own.
 
     Raises:
         Unsupported: The device is no CUDA GPU.
@@ -52,8 +52,8 @@ def record(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
             work()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # the same stream, so that scratch which belongs to it is not allocated anew inside the graph
-    # thread_local: another pipeline's threads may copy and allocate meanwhile
+    # the same stream as before, so that its scratch is not allocated again inside the graph;
+    # thread_local, because another pipeline's threads may copy and allocate meanwhile
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         out = work()
     return _Graph(graph, hand_over_scratch(out.device, stream.cuda_stream)), out
@@ -74,14 +74,14 @@ class _Recorded:
 
 
 class StepGraphs:
-    """A callable in place of `ZImageTransformer.step`; shapes that are new are recorded, others replayed.
+    """A callable that replaces `step`: new input shapes are recorded as graphs, known ones are replayed.
 
-    Weights are read where they were when a graph was recorded: after `.to`, dequantising or another change of
-    weights make a new object.
+    A graph reads the weights at the addresses they had when it was recorded. After `.to`, dequantising or
+    another change of weights, make a new object.
 
     Args:
-        step: Work on tensors alone, without host decisions on their values.
-        recorder: See `record`.
+        step: The function, on tensors alone, without host decisions that depend on their values.
+        recorder: Function that records a graph, with the arguments and result of `record`.
     """
 
     def __init__(self, step: Step, recorder: Recorder = record) -> None:
@@ -90,11 +90,11 @@ class StepGraphs:
         self._graphs: dict[Any, _Recorded] = {}
 
     def __len__(self) -> int:
-        """Graphs held."""
+        """Number of graphs held."""
         return len(self._graphs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """As `step`; the result is the caller's own."""
+        """Compute `step(*inputs)`; later calls do not overwrite the result."""
         key = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in inputs)
         graph = self._graphs.pop(key, None) or _Recorded(self.step, inputs, self._recorder)
         self._graphs[key] = graph

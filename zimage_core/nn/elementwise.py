@@ -1,8 +1,8 @@
 """The element-wise steps of an S3-DiT block: float32 inside, rounded once at the end.
 
-Each step checks shapes, then runs a Triton kernel where `dispatch.kernels_for` says so and no gradient is
-asked for, and the function `*_torch` below elsewhere. Both take the same order of operations. Under
-torch.compile a kernel is one opaque operator of the namespace `zimage`.
+Each step checks shapes, then runs a Triton kernel if `dispatch.kernels_for` allows it and no gradient is
+needed, else its function `*_torch` below. Both have the same order of operations. Under torch.compile a
+kernel is one opaque operator of the namespace `zimage`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def rms_norm_modulate(x: Tensor, weight: Tensor, eps: float, scale: Tensor | Non
 
 def rms_norm_modulate_torch(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
     """`rms_norm_modulate` in plain torch, unchecked."""
-    # vectors are multiplied with each other first: one pass less over the activations
+    # the vectors are multiplied first, which saves a pass over the activations
     gain = weight.float() if scale is None else weight.float() * (1 + scale.float())
     return (_unit(x, eps) * gain).to(x.dtype)
 
@@ -56,13 +56,13 @@ def gate_norm_residual(
 
     Args:
         x: [..., D], any strides.
-        branch: [..., D], the branch output times `factor`.
+        branch: [..., D], the output of the branch times `factor`.
         weight: [D].
-        eps: Added to the mean square of the branch without factor.
+        eps: Added to the mean square of the branch, as it is without `factor`.
         gate: D numbers with any leading axes of length 1, or None for an open gate (1, not tanh of
             something). One vector for each member of a batch, broadcast to x, runs in plain torch.
-        factor: What the branch was multiplied with upstream. eps is multiplied by its square, so a
-            power of two cancels to the last bit.
+        factor: Factor by which the branch was multiplied before. eps is multiplied by its square, so a power
+            of two cancels exactly.
 
     Returns:
         [..., D], dtype of x.
@@ -90,7 +90,7 @@ def gate_norm_residual_torch(
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of each head, then channels (2j, 2j + 1) turned by angle j; q and k in one pass.
+    """RMSNorm of each head, then a rotation of channels (2j, 2j + 1) by angle j; q and k in one pass.
 
     Args:
         q: [..., L, H, D], D even; any strides, slices of a common projection included.
@@ -127,15 +127,15 @@ def qk_norm_rope_torch(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`qk_norm_rope` in plain torch, unchecked."""
-    turn = torch.complex(cos.float(), sin.float()).unsqueeze(-2)
+    rotation = torch.complex(cos.float(), sin.float()).unsqueeze(-2)
 
-    def turned(x: Tensor, weight: Tensor) -> Tensor:
-        # the same products as written out, one pass for six
+    def normed_and_rotated(x: Tensor, weight: Tensor) -> Tensor:
+        # complex numbers give the same products in one pass instead of six
         normed = _unit(x, eps) * weight.float()
         pairs = torch.view_as_complex(normed.reshape(*x.shape[:-1], x.shape[-1] // 2, 2))
-        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+        return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
-    return turned(q, q_weight), turned(k, k_weight)
+    return normed_and_rotated(q, q_weight), normed_and_rotated(k, k_weight)
 
 
 def silu_gate(gate: Tensor, up: Tensor, factor: float = 1.0) -> Tensor:
@@ -183,7 +183,7 @@ def _check_weight(name: str, label: str, x: Tensor, weight: Tensor) -> None:
 
 
 def _vector(name: str, label: str, x: Tensor, vector: Tensor | None) -> Tensor | None:
-    """[1, ..., 1, D] -> [D]; a vector for each member of a batch stays as it is."""
+    """[1, ..., 1, D] -> [D]; separate vectors for the members of a batch are returned unchanged."""
     if vector is None:
         return None
     if vector.ndim and vector.shape[-1] == x.shape[-1]:
@@ -203,14 +203,14 @@ def _misfit(name: str, label: str, x: Tensor, vector: Tensor) -> BadShape:
 
 
 def _fused(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether a kernel runs: kernels know no gradient."""
+    """Whether a kernel runs; kernels have no gradient."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (first, *others)):
         return False
     return kernels_for(first.device)
 
 
 def _run(name: str, *arguments: Any) -> Any:
-    """A kernel by its name; under torch.compile as an operator."""
+    """Call a kernel by its name; under torch.compile as an operator."""
     if torch.compiler.is_compiling():
         return getattr(torch.ops.zimage, name)(*arguments)
     return _kernel(name, *arguments)
@@ -222,7 +222,7 @@ def _kernel(name: str, *arguments: Any) -> Any:
     return getattr(kernels, name)(*arguments)
 
 
-# Schemas are written out: they are what a saved graph depends on.
+# The schemas are written out because saved graphs depend on them.
 _SCHEMAS = {
     "rms_norm_modulate": "(Tensor x, Tensor weight, float eps, Tensor? scale) -> Tensor",
     "gate_norm_residual": "(Tensor x, Tensor branch, Tensor weight, float eps, Tensor? gate, float factor) "
@@ -234,7 +234,7 @@ _SCHEMAS = {
 
 
 def _fake(outputs: int, *arguments: Any) -> Any:
-    """What a kernel returns, without values: tensors like its first `outputs` arguments, contiguous."""
+    """Fake results of a kernel for tracing: contiguous tensors shaped like its first `outputs` arguments."""
     like = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in arguments[:outputs]]
     return like[0] if outputs == 1 else tuple(like)
 

@@ -1,7 +1,7 @@
 """Layers without packed weights: the RMS norm, rotary positions and attention.
 
-The rounding order of each is written down. Rotary positions are those of Su et al. 2021, arXiv 2104.09864,
-equation 34. The transformer rotates adjacent channels, together with the norm in front
+Each docstring gives the order of rounding. Rotary positions are those of Su et al. 2021, arXiv 2104.09864,
+equation 34. The transformer rotates adjacent channels, together with the norm before it
 (`elementwise.qk_norm_rope`); the text encoder rotates channel j with channel j + D / 2.
 """
 
@@ -21,9 +21,9 @@ Rotation = tuple[Tensor, Tensor]
 class RMSNorm(nn.Module):
     """Scale a vector to unit root mean square, then by a learned weight.
 
-    Mean, reciprocal root and the product with it are taken in float32 whatever the input dtype; the
-    result is rounded to the input dtype before the product with the weight, as transformers does.
-    The blocks of S3-DiT read weight and eps only: `zimage_core.nn.elementwise` rounds once.
+    Mean, reciprocal root and the product with it are computed in float32 for every input dtype; the result is
+    rounded to the input dtype before the product with the weight, as in transformers. The blocks of S3-DiT
+    only read weight and eps: `zimage_core.nn.elementwise` does their arithmetic and rounds once.
 
     Args:
         size: Length of the last axis.
@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
 
 
 def rotation(positions: Tensor, dims: Sequence[int], theta: float) -> Rotation:
-    """Angles of several axes side by side.
+    """Cosine and sine of rotary angles, with the angles of several axes side by side.
 
     Frequencies are theta^(-2k / d), k = 0 .. d / 2 - 1, for an axis of d channels; angles are
     products in float64, rounded to float32 before the cosine, as in diffusers.
@@ -73,7 +73,7 @@ def rotation(positions: Tensor, dims: Sequence[int], theta: float) -> Rotation:
 
 
 def rotate_half(x: Tensor, angles: Rotation) -> Tensor:
-    """Rotate channels (j, j + D / 2) by angle j; float32 inside, dtype of x outside.
+    """Rotate channels (j, j + D / 2) by angle j; computed in float32, returned in x's dtype.
 
     Shape:
         x [..., L, H, D], angles [L, D / 2] -> [..., L, H, D].
@@ -86,15 +86,15 @@ def rotate_half(x: Tensor, angles: Rotation) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for each head.
 
-    There is no mask but `causal`: a sequence holds the tokens of one image only, and its pad
-    tokens take part by design.
+    `causal` is the only mask: a sequence holds the tokens of one image only, and its pad tokens are attended
+    to by design.
 
     Shape:
         q [..., L, H, D]; k, v [..., L, H_kv, D] with H a multiple of H_kv -> [..., L, H * D].
     """
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
     alone = q.ndim == 3
-    if alone:  # torch's fused kernels take four axes only; of three it would build the whole matrix of scores
+    if alone:  # torch's fused kernels need four axes; with three, torch builds the whole matrix of scores
         q, k, v = q[None], k[None], v[None]
     grouped = q.shape[-3] != k.shape[-3]
     out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)

@@ -1,4 +1,4 @@
-"""Linear and Embedding over a weight that is dense or packed; the models do not know which."""
+"""Linear and Embedding with a weight that may be dense or packed; the models need not know which."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Weight = nn.Parameter | QuantTensor
 
 
 class _Weighted(nn.Module):
-    """A module with one matrix `weight`: a Parameter when it is dense, a QuantTensor when it is packed.
+    """A module with one matrix `weight`: a Parameter if it is dense, a QuantTensor if it is packed.
 
-    `dtype` follows `.to` as a dense weight's dtype would; packed bytes are moved and never converted.
+    `.to` changes `dtype` as it would change that of a dense weight; packed bytes are moved, never converted.
     """
 
     weight: Weight
@@ -32,14 +32,14 @@ class _Weighted(nn.Module):
         nn.init.normal_(self.weight, std=std)
 
     def assign(self, quant: QuantTensor, dtype: torch.dtype | None = None) -> None:
-        """Take over a weight from a file, without a copy.
+        """Use a weight from a file, without copying it.
 
         Plain numbers of the wanted dtype become a dense Parameter (without gradient, a view of the
         file's map); anything else stays packed.
 
         Args:
             quant: The weight.
-            dtype: Wanted of a dense weight and of an Embedding's result; None keeps the present one.
+            dtype: Dtype of a dense weight and of an Embedding's result; None keeps the present one.
 
         Raises:
             BadShape: The shape is not this module's.
@@ -49,7 +49,7 @@ class _Weighted(nn.Module):
         self.set_weight(nn.Parameter(quant.dequantize(self.dtype), requires_grad=False) if plain else quant)
 
     def set_weight(self, weight: Weight) -> Weight:
-        """Use another weight of the same shape, dense or packed, and return the one used until now.
+        """Use another weight of the same shape, dense or packed, and return the previous one.
 
         Raises:
             BadShape: The shape is not this module's.
@@ -64,7 +64,7 @@ class _Weighted(nn.Module):
         return previous
 
     def dequantize_weight(self, dtype: torch.dtype) -> None:
-        """Replace a packed weight by a dense one on its device: faster, and larger (2 bytes a weight)."""
+        """Replace a packed weight by a dense one on the same device, which is faster but larger."""
         if isinstance(self.weight, QuantTensor):
             self.set_weight(nn.Parameter(self.weight.dequantize(dtype), requires_grad=False))
             self.dtype = dtype
@@ -114,7 +114,7 @@ class Linear(_Weighted):
 
 
 class Embedding(_Weighted):
-    """ids [...] -> [..., dim]; of a packed table only the rows asked for are read."""
+    """ids [...] -> [..., dim]; only the requested rows of a packed table are read."""
 
     def __init__(self, num: int, dim: int) -> None:
         super().__init__(num, dim, 0.02)

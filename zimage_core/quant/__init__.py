@@ -1,1 +1,1 @@
-"""Packed weights: the tensor type, the operators on it, the GPU path and the choice of a path."""
+"""Packed weights: the tensor type, the operators, the GPU paths and the choice between them."""

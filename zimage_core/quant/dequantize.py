@@ -20,7 +20,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def dequantize(packed: Tensor, format_name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Packed rows to dense weights, on the device where they are.
+    """Packed rows to dense weights, on the same device.
 
     Args:
         packed: uint8 [..., row bytes], rows of whole blocks.
@@ -28,13 +28,13 @@ def dequantize(packed: Tensor, format_name: str, dtype: torch.dtype = torch.floa
         dtype: Float type of the result. Blocks are computed in float32 and rounded once.
 
     Returns:
-        [..., K] with K = row bytes / block bytes * block weights. Plain numbers of that dtype come
-        back as a view of `packed`.
+        [..., K] with K = row bytes / block bytes * block weights. For plain numbers already in `dtype`,
+        the result is a view of `packed`.
 
     Raises:
         UnknownFormat: No such format; the message lists them.
         BadShape: packed is not uint8 or its rows are not whole blocks.
-        BadArgument: packed is no tensor or dtype no float type.
+        BadArgument: packed is no tensor, or dtype is no float type.
     """
     fmt = by_name(format_name)
     if not isinstance(packed, Tensor):
@@ -45,7 +45,7 @@ def dequantize(packed: Tensor, format_name: str, dtype: torch.dtype = torch.floa
 
 
 def dense_rows(packed: Tensor, fmt: BlockFormat, dtype: torch.dtype) -> Tensor:
-    """Do what `dequantize` does, for a format that is known and any dtype.
+    """`dequantize` for a `BlockFormat`, without restriction of the dtype.
 
     Raises:
         BadShape: packed is not uint8 or its rows are not whole blocks.
@@ -70,9 +70,9 @@ def dense_rows(packed: Tensor, fmt: BlockFormat, dtype: torch.dtype) -> Tensor:
 
 
 def convert(packed: Tensor, fmt: BlockFormat, dtype: torch.dtype) -> Tensor:
-    """Plain numbers and fp8, uint8 [..., row bytes] -> [..., K], by torch's own conversion.
+    """Convert plain numbers or fp8, uint8 [..., row bytes], to [..., K] by torch's own conversion.
 
-    Numbers of that dtype come back as a view where the bytes are contiguous and aligned.
+    For numbers already in `dtype`, the result is a view if the bytes are contiguous and aligned.
     """
     readable = packed.is_contiguous() and packed.storage_offset() % fmt.nbytes == 0
     if not readable or packed.data_ptr() % fmt.nbytes:
@@ -84,7 +84,7 @@ def convert(packed: Tensor, fmt: BlockFormat, dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op("zimage::dequantize", mutates_args=())
 def _dequantize_op(packed: Tensor, format_name: str, dtype: torch.dtype) -> Tensor:
     dense = dense_rows(packed, FORMATS[format_name], dtype)
-    # an operator may not return a view of what it was given
+    # an operator may not return a view of its input
     return dense.clone() if DTYPES.get(format_name) == dtype else dense
 
 

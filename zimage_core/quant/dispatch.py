@@ -1,10 +1,11 @@
-"""How a packed weight is multiplied: `choose`, a pure function, and whether kernels run at all.
+"""Chooses how a packed weight is multiplied, and whether Triton kernels run at all.
 
-    fused        decoded inside the product, from planes (kernels/planar.py): few rows of x
-    dequantise   dequantised into scratch for each product, then torch's own product: many rows of x
+    fused        decoded inside the product, from planes (kernels/planar.py): for few rows of x
+    dequantise   dequantised into scratch for each product, then torch's own product: for many rows of x
     cpu          slab by slab in float32
 
-`choose` needs no device, no Triton and no tensor; `zimage doctor --paths` prints what it answers.
+`choose` is a pure function that needs no device, no Triton and no tensor; `zimage doctor --paths` prints its
+results.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 MODES = ("auto", "fused", "dequantise")
 
 MODE: str | None = None
-"""One of MODES, asked for every packed product. None until `mode` reads the environment at its first call."""
+"""One of MODES, used for every packed product. None until `mode` reads the environment at its first call."""
 
 KERNELS: str | None = None
 """auto: kernels run on GPUs where Triton is installed. off: never. on: everywhere, for tests in Triton's
@@ -36,7 +37,7 @@ OLDEST_TRITON = (3, 6)
 
 
 def find_triton() -> bool:
-    """Whether a Triton that is new enough for the kernels is installed; it is not imported for the answer."""
+    """Whether a Triton that is new enough for the kernels is installed; does not import it."""
     if find_spec("triton") is None:
         return False
     for package in ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"):
@@ -45,41 +46,41 @@ def find_triton() -> bool:
             return tuple(int(number) for number in numbers) >= OLDEST_TRITON
         except (PackageNotFoundError, ValueError):
             continue
-    return True  # built by hand
+    return True  # a build without package metadata
 
 
 HAS_TRITON = find_triton()
 
 SCRATCH_BYTES = 192 << 20
-"""Most bytes of dense weights at a time; a larger matrix of blocks is multiplied in slabs of rows.
+"""Most bytes of dequantised weights at a time; a larger packed matrix is multiplied in slabs of rows.
 
 The largest matrices of the family are w1 and w3, 79 MB in bfloat16.
 """
 
 PLANES_MARGIN = 4 << 30
-"""Bytes of free device memory that planes must leave for activations and for decoding an image."""
+"""Bytes of device memory that must stay free after planes are made, for activations and decoding."""
 
 PLANAR_BITS = {
     "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5, "Q2_K": 3.125, "Q3_K": 3.5625,
     "Q4_K": 4.625, "Q5_K": 5.625, "Q6_K": 6.5625, "IQ4_NL": 4.5, "IQ4_XS": 4.3125,
     "TQ2_0": 2.0625, "MXFP4": 4.5, "NVFP4": 5.25, "Q2_0": 2.25, "Q2_0_128": 2.125,
 }  # fmt: skip
-"""Bits a weight of the formats that have planes; tests/kernels hold it to kernels/planar.py.
+"""Format that has planes -> bits per weight in planes; tests/kernels compare it with kernels/planar.py.
 
-The others are dequantised: grid formats would grow two- to fivefold as planes of bytes, and base-3 digits
-and single bits cost more instructions than the traffic they save.
+The other formats are dequantised: planes would make grid formats two to five times as large, and base-3
+digits and single bits cost more instructions than the traffic they save.
 """
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the choice needs to know of a GPU.
+    """Properties of a GPU that the choice depends on.
 
     Args:
         tensor_flops: Operations per second of large bfloat16 products with float32 sums.
         bandwidth: Bytes per second of a large copy.
-        efficiency: Speed of the fused kernel at many rows over that of torch's product; 0 where Triton has no
-            tensor cores to offer.
+        efficiency: Speed of the fused kernel for many rows relative to torch's product; 0 if Triton cannot
+            use tensor cores.
     """
 
     tensor_flops: float
@@ -87,8 +88,8 @@ class Architecture:
     efficiency: float
 
 
-# assumed, not measured here: rates from data sheets at a usual fraction of the peak; efficiencies from
-# the kernel's instructions over those that its tensor-core work leaves time for (docs/kernels.md)
+# Assumed, not measured: rates are a usual fraction of the peak in data sheets; efficiencies are estimated
+# from the kernel's instructions and the time that its tensor-core work leaves for them (docs/kernels.md).
 ARCHITECTURES = {
     "sm_70": Architecture(80e12, 0.75e12, 0),
     "sm_75": Architecture(24e12, 0.305e12, 0),  # Triton emits no tensor-core code for Turing
@@ -106,7 +107,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A path, why it is taken, and the device memory it needs beside the packed weight, x and the result."""
+    """A path, the reason for it, and the device memory it needs besides packed weight, x and result."""
 
     path: str
     reason: str
@@ -114,7 +115,7 @@ class Choice:
 
 
 def _compiles(device: torch.device) -> bool:
-    """Whether Triton compiles for a GPU: from Volta on, and on AMD."""
+    """Whether Triton compiles for this GPU: NVIDIA from Volta on, and AMD."""
     import torch
 
     if torch.compiler.is_compiling() or torch.version.hip is not None:
@@ -123,7 +124,7 @@ def _compiles(device: torch.device) -> bool:
 
 
 def kernels_for(device: torch.device) -> bool:
-    """Whether tensors on `device` go through Triton kernels.
+    """Whether Triton kernels run for tensors on `device`.
 
     Raises:
         BadArgument: The environment variable ZIMAGE_KERNELS is none of auto, on, off.
@@ -139,7 +140,7 @@ def kernels_for(device: torch.device) -> bool:
 
 
 def mode() -> str:
-    """What every packed product is asked for: one of MODES.
+    """The mode of every packed product: one of MODES.
 
     Raises:
         BadArgument: The environment variable ZIMAGE_MATMUL is none of auto, fused, dequantise.
@@ -155,7 +156,7 @@ def mode() -> str:
 
 
 def family(architecture: str) -> str:
-    """The key of ARCHITECTURES that is nearest to a GPU: sm_87 -> sm_86; BadArgument lists the known ones."""
+    """The nearest key of ARCHITECTURES: sm_87 -> sm_86; BadArgument lists the known ones."""
     if architecture in ARCHITECTURES:
         return architecture
     kind, number = architecture[:3], architecture[3:]
@@ -171,7 +172,7 @@ def family(architecture: str) -> str:
 
 
 def crossover(fmt: BlockFormat, architecture: str) -> int:
-    """Rows of x up to which the fused kernel wins: dequantising costs what its lower efficiency does.
+    """Rows of x up to which the fused kernel is faster; there its inefficiency costs as much as dequantising.
 
     M* = T_dequantise / ((1 / e - 1) t_row); both times are proportional to N K, which cancels.
     """
@@ -191,12 +192,12 @@ def planar_bytes(fmt: BlockFormat, rows: int, width: int) -> int:
 
 
 def planar_width(fmt: BlockFormat) -> int:
-    """Weights of a row that a step of the fused kernel takes: only whole steps have planes."""
+    """Weights of a row per step of the fused kernel; only rows of whole steps have planes."""
     return 128 if fmt.name == "Q2_0" else 64
 
 
 def _why_not_fused(fmt: BlockFormat, width: int, architecture: str, dtype: str) -> str:
-    """Why the fused kernel cannot take this weight; empty if it can."""
+    """Why the fused kernel cannot multiply this weight; empty if it can."""
     if fmt.name not in PLANAR_BITS:
         return f"{fmt.name} has no planar layout"
     if width % planar_width(fmt):
@@ -220,7 +221,7 @@ def choose(
     dtype: str = "bfloat16",
     planes: bool = False,
 ) -> Choice:
-    """The path of x [tokens, width] times a packed W [rows, width].
+    """Choose the path of x [tokens, width] times a packed W [rows, width].
 
     Args:
         format_name: Key of `zimage_core.formats.FORMATS`.
@@ -228,16 +229,16 @@ def choose(
         width: Weights of a row.
         tokens: Rows of x.
         architecture: "cpu", "sm_75" ... "sm_120", "gfx942" ...; others map to the nearest older one.
-        free_bytes: Device memory that the path may take for itself.
-        mode: One of MODES; fused is refused where it cannot be had. Plain numbers (F16, fp8) are always
-            converted: there is nothing to fuse.
+        free_bytes: Device memory that the path may use.
+        mode: One of MODES; "fused" is refused if it is not possible. Plain numbers (F16, fp8) are always
+            converted, since there is nothing to fuse.
         dtype: Name of x's dtype.
         planes: Whether the planes of the weight exist already.
 
     Raises:
         UnknownFormat: No such format.
-        BadArgument: mode or architecture is not known, or a size is not positive.
-        Unsupported: The mode asks for a path that this weight, GPU or memory does not allow.
+        BadArgument: mode or architecture is unknown, or a size is not positive.
+        Unsupported: The mode requires a path that this weight, GPU or memory does not allow.
     """
     fmt = by_name(format_name)
     if mode not in MODES:
@@ -268,7 +269,7 @@ def choose(
 
 
 def largest_that_fit(sizes: dict[str, int], budget: int) -> list[str]:
-    """Names of the weights to dequantise once under a budget, largest growth first.
+    """Choose the weights to dequantise once within a budget, those that grow most first.
 
     Args:
         sizes: Bytes that each weight grows by when it is dequantised.

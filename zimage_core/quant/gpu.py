@@ -1,4 +1,4 @@
-"""Packed weights multiplied on a GPU by Triton kernels, on the path that `dispatch` chooses."""
+"""Multiplies packed weights on a GPU with Triton kernels, on the path that `dispatch` chooses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _local = _Local()
 
 
 def architecture(device: torch.device) -> str:
-    """Name of a device as `dispatch` knows it: sm_90, gfx942, cpu.
+    """Name of a device in `dispatch`: sm_90, gfx942, cpu.
 
     A CPU that runs kernels in Triton's interpreter counts as sm_90.
     """
@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
 
     Args:
         x: [..., K], float32, float16 or bfloat16.
-        weight: [N, K] on x's device; its planes are made here when x is the first that wants them.
+        weight: [N, K] on x's device; its planes are made here if x is the first input that needs them.
         bias: [N] or None.
 
     Returns:
@@ -61,16 +61,16 @@ def _choose(x: Tensor, weight: QuantTensor, free: int, planes: bool, mode: str) 
 
 
 def _make_planes(x: Tensor, weight: QuantTensor) -> None:
-    """Make the planes of a weight when x is the first that wants them and memory suffices."""
+    """Make the planes of a weight if x is the first input that needs them and memory suffices."""
     if _choose(x, weight, 1 << 62, False, dispatch.mode()).path != "fused":
         return
     free = _free_bytes(x.device)
     if dispatch.mode() == "fused":
-        _choose(x, weight, free, False, "fused")  # says what is missing
+        _choose(x, weight, free, False, "fused")  # raises an error that says what is missing
     if dispatch.planar_bytes(weight.format, *weight.shape) <= free:
         from zimage_core.kernels.planar import repack
 
-        with torch.inference_mode(False):  # they outlive the caller's mode
+        with torch.inference_mode(False):  # the planes are used after the caller's mode ends
             weight.planes.planes = repack(weight.packed, weight.format)
     weight.planes.closed = True
 
@@ -84,7 +84,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _product(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
-    """x [M, K] -> [M, N] on the path that is chosen for it."""
+    """x [M, K] -> [M, N] on the path that `dispatch` chooses."""
     fmt, planes = weight.format, weight.planes.planes
     choice = _choose(x, weight, 0, bool(planes), dispatch.mode() if planes else "dequantise")
     if choice.path == "fused":
@@ -119,19 +119,19 @@ def _through_scratch(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Ten
 
 
 def _scratch(device: torch.device, nbytes: int) -> Tensor:
-    """Bytes that this thread reuses on the current stream; grown when they do not suffice.
+    """Scratch memory that this thread reuses on the current stream; it grows on demand.
 
-    Each stream has a buffer: work on a stream is done in order, so the next weight cannot overwrite one that
-    a product still reads.
+    Each stream has a buffer of its own. Work on one stream runs in order, so the next weight cannot overwrite
+    one that a product still reads.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     found = _local.scratch.get((device, stream))
     if found is None or found.numel() < nbytes:
-        with torch.inference_mode(False):  # it outlives the caller's mode
+        with torch.inference_mode(False):  # the buffer is used after the caller's mode ends
             found = _local.scratch[device, stream] = torch.empty(nbytes, dtype=torch.uint8, device=device)
     return found[:nbytes]
 
 
 def hand_over_scratch(device: torch.device, stream: int) -> Tensor | None:
-    """This thread's scratch of a stream, from now on the caller's: a graph holds its address."""
+    """Hand this thread's scratch of a stream over to the caller, whose graph contains its address."""
     return _local.scratch.pop((device, stream), None)

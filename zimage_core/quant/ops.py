@@ -1,8 +1,7 @@
-"""`linear` and `embedding`, whose weight may be dense or packed.
+"""`linear` and `embedding` for weights that may be dense or packed.
 
-On a GPU `gpu` multiplies, on the path that `dispatch` chooses. On a CPU a packed weight is dequantised slab
-by slab of rows into one reused float32 scratch and multiplied in float32; nothing of it is kept. So packed
-weights cost the memory of the file and one slab.
+On a GPU, `gpu.linear` multiplies. On a CPU, a packed weight is dequantised in slabs of rows into one reused
+float32 buffer and multiplied in float32, so packed weights take only the memory of the file and one slab.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from zimage_core.quant.dispatch import kernels_for
 from zimage_core.quant.tensor import PlaneCache, QuantTensor, per_row
 
 SLAB_BYTES = 4 << 20
-"""Bytes of dequantised rows that wait for the multiplication, for each thread.
+"""Bytes of dequantised rows per thread and multiplication.
 
-Half of it halves the speed of the multiplication from 1,000 tokens on; twice as much wins 5 per cent
-there and loses as much at 256, where it falls out of the cache.
+From 1,000 tokens on, half of it halves the speed of the multiplication, and twice as much gains 5 per cent;
+at 256 tokens twice as much loses 5 per cent, because it no longer fits the cache.
 """
 
 SPREAD_FROM = 1 << 24
-"""Products from which a matrix is shared out among threads: 0.4 ms, several times the cost of asking."""
+"""Number of multiplications from which on a matrix is divided among threads: 0.4 ms of work."""
 
 _FORMAT_OF = {dtype: FORMATS[name] for name, dtype in DTYPES.items() if not name.startswith("F8")}
 
@@ -38,9 +37,9 @@ _FORMAT_OF = {dtype: FORMATS[name] for name, dtype in DTYPES.items() if not name
 def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias.
 
-    On a CPU float32 arithmetic whatever x and weight are stored in, but for a dense weight of x's own
-    dtype under autograd: that is torch's own linear. On a GPU operands of x's dtype, sums in float32.
-    The result is rounded once, to x's dtype.
+    On a CPU the arithmetic is float32 for all dtypes of x and weight; the exception is a dense weight of x's
+    dtype under autograd, which uses torch's own linear. On a GPU the operands have x's dtype and the sums are
+    float32. The result is rounded once, to x's dtype.
 
     Args:
         x: [..., K], a float type, any strides.
@@ -52,7 +51,7 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
 
     Raises:
         BadShape: K of x is not K of the weight, or the weight is no matrix.
-        Unsupported: A gradient is asked for through packed weights.
+        Unsupported: A gradient would have to pass through packed weights.
     """
     if len(weight.shape) != 2 or x.shape[-1:] != (weight.shape[-1],):
         raise BadShape(
@@ -87,7 +86,7 @@ def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tenso
     rows, width = weight.shape
     flat = x.reshape(-1, width).float().contiguous()  # the strides of x must not choose the BLAS routine
     out = torch.empty(len(flat), rows, dtype=torch.float32, device=flat.device)
-    # a multiple of 8 rows, so that every slab starts where the first one is aligned
+    # a multiple of 8 rows, so that every slab is aligned like the first one
     height = max(8, SLAB_BYTES // (4 * max(width, 1)) // 8 * 8)
 
     def multiply(first: int, last: int) -> None:
@@ -98,7 +97,7 @@ def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tenso
             stop = min(start + height, last)
             dense = slab[: stop - start]
             dequantize_into(dense, weight.packed[start:stop], weight.format)
-            # written in place: columns of a row-major matrix are a BLAS leading dimension away
+            # BLAS writes columns of a row-major matrix in place, by its leading dimension
             torch.mm(flat, dense.t(), out=out[:, start:stop])
 
     if out.numel():
@@ -112,12 +111,12 @@ def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tenso
 
 
 def embedding(ids: Tensor, weight: Tensor | QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of a table by number; of a packed table only those rows are read.
+    """Rows of a table by their numbers; only the requested rows of a packed table are read.
 
     Args:
         ids: Integers [...] below the number of rows.
         weight: [rows, hidden].
-        dtype: dtype of the result when the table is packed; rows of a dense table keep theirs.
+        dtype: Dtype of the result if the table is packed; rows of a dense table keep theirs.
 
     Returns:
         [..., hidden].

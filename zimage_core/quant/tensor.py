@@ -1,7 +1,7 @@
-"""Packed weights: bytes as a file holds them, with what is needed to read them.
+"""`QuantTensor`: a packed weight, which is the bytes of a file with their format and shape.
 
-A QuantTensor is no tensor subclass, so nothing happens to it implicitly. Weight files hand out everything in
-this form, float32 included, since a view of the bytes costs nothing.
+It is no subclass of torch.Tensor, so nothing converts it implicitly. Weight files return all tensors in this
+form, including float32, because a view of the bytes costs nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from zimage_core.quant.dequantize import dense_rows
 
 @dataclass
 class PlaneCache:
-    """The planes of one weight, made on a GPU once a product has wanted them.
+    """The planes of one weight, made on a GPU when a product first needs them.
 
     Args:
-        planes: `kernels.planar.Planes`; None where there are none (yet).
-        closed: Whether no more planes will be made: memory was short, or the bytes lie in memory that other
-            weights use too, so that planes would outlive what they were made of.
+        planes: `kernels.planar.Planes`; None if there are none (yet).
+        closed: Whether no planes will be made any more: memory was short, or the weight's memory is reused
+            for other weights, so that planes would become wrong.
     """
 
     planes: Any = None
@@ -36,12 +36,12 @@ class QuantTensor:
     """Rows of packed blocks and their logical shape.
 
     Args:
-        packed: uint8 [..., row bytes], the leading axes of `shape`; usually a view of a mapped file.
+        packed: uint8 [..., row bytes], with the leading axes of `shape`; usually a view of a mapped file.
         format: Block format of the bytes.
         shape: Logical shape, whose last axis counts weights; () is one number.
-        scale: float32, one number or one for each index of axis 0; multiplies the dequantised rows
-            (fp8 from safetensors).
-        planes: What a GPU derived from these bytes; lives and dies with this object.
+        scale: Factor of the dequantised weights (fp8 from safetensors), float32: one number, or one for each
+            index of axis 0.
+        planes: Cache of the planes that a GPU derives from these bytes.
 
     Raises:
         BadShape: The bytes are not uint8 or do not fit format and shape, or the scale fits neither form.
@@ -80,7 +80,7 @@ class QuantTensor:
         return self.packed.device
 
     def rows(self, start: int, stop: int) -> QuantTensor:
-        """Indices start..stop of axis 0 without a copy, a per-row scale with them."""
+        """Indices start..stop of axis 0, with their part of a per-row scale; nothing is copied."""
         if not self.shape or not 0 <= start <= stop <= self.shape[0]:
             raise BadShape(f"rows {start} to {stop} do not lie in a tensor of shape {self.shape}")
         scale = self.scale
@@ -96,8 +96,8 @@ class QuantTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weights [*shape].
 
-        Plain numbers of that dtype without a scale come back as a view of the same bytes: do not
-        write to the result.
+        For plain numbers already in `dtype` and without scale, the result is a view of the same bytes, so do
+        not write to it.
         """
         dense = dense_rows(self.packed, self.format, dtype if self.scale is None else torch.float32)
         if self.scale is not None:
@@ -106,5 +106,5 @@ class QuantTensor:
 
 
 def per_row(scale: Tensor, ndim: int) -> Tensor:
-    """A scale shaped to multiply a tensor of `ndim` axes: one number, or one for each index of axis 0."""
+    """Reshape a scale (one number, or one for each index of axis 0) to multiply a tensor of `ndim` axes."""
     return scale.view(-1, *[1] * (ndim - 1))

@@ -1,1 +1,1 @@
-"""One run of a pipeline: its request, its checks, loading, placement and result."""
+"""Loading a pipeline, and one run of it: request, checks, placement, denoising, decoding, result."""

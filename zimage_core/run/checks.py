@@ -1,4 +1,4 @@
-"""Arguments of a run: each one checked before any weight is read, in one sentence with its range."""
+"""Checks of a run's arguments, before any weight is read; each error names the argument and its range."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from zimage_core.sampling.noise import MAX_SEED
 from zimage_core.text.prompt import check_prompt
 
 MAX_PIXELS = 4096 * 4096
-"""Attention takes time with the square of the pixels; an image of this size takes hours on any machine."""
+"""Most pixels of an image: the time of attention grows with their square, and this many take hours."""
 MAX_BATCH_PIXELS = 256 * 1024 * 1024
-"""Most pixels of one call: 256 images of 1024 x 1024, which take 3.2 GB before they are rounded to bytes."""
+"""Most pixels of one call: 256 images of 1024 x 1024, which take 3.2 GB in float32."""
 MAX_IMAGES = 1024
 MAX_GUIDANCE = 30.0
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,21 +26,21 @@ CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 Embeds = Sequence[torch.Tensor]
 StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], "dict[str, Any] | None"]
-"""diffusers' `callback_on_step_end`: (pipeline, step, timestep, tensors) -> tensors to replace."""
+"""Type of diffusers' `callback_on_step_end`: (pipeline, step, timestep, tensors) -> tensors to replace."""
 
 
 def shown(value: object) -> str:
-    """A value for a message: short, one line, and safe for integers of any length."""
+    """Text of a value for a message: short, one line, and safe for integers of any length."""
     if isinstance(value, int) and abs(value) >> 200:
         return f"an integer of {value.bit_length()} bits"
     try:
         return printable(repr(value), 60)
-    except ValueError:  # such an integer inside a list
+    except ValueError:  # a list that holds an integer too long to print
         return f"a {type(value).__name__}"
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
-    """An integer in [low, high]; booleans and fractions are not integers here."""
+    """Return an integer in [low, high]; booleans and fractions are refused."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -51,7 +51,7 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
 
 
 def real(name: str, value: Any, low: float, high: float) -> float:
-    """A finite number in [low, high]."""
+    """Return a finite number in [low, high] as a float."""
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -62,7 +62,7 @@ def real(name: str, value: Any, low: float, high: float) -> float:
 
 
 def side(name: str, value: Any, multiple: int, most: int) -> int:
-    """Height or width in pixels: a multiple of `multiple`, at most `most`."""
+    """Return a height or width in pixels: a multiple of `multiple`, at most `most`."""
     pixels = whole(name, value, 1, most)
     if pixels % multiple:
         below = pixels // multiple * multiple
@@ -76,7 +76,7 @@ def side(name: str, value: Any, multiple: int, most: int) -> int:
 
 
 def area(height: int, width: int, images: int) -> None:
-    """Refuse images that no machine finishes, and more of them at once than memory is likely to hold."""
+    """Refuse images that are too large to finish, and more images at once than memory is likely to hold."""
     if height * width * images > MAX_BATCH_PIXELS:
         raise BadArgument(
             f"num_images_per_prompt: {images} images of {width} x {height} in one call, wanted at most "
@@ -90,7 +90,7 @@ def area(height: int, width: int, images: int) -> None:
 
 
 def prompts(name: str, value: Any) -> list[str]:
-    """One prompt or several -> a new list."""
+    """Return one prompt, or several, as a new list."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_IMAGES:
@@ -103,7 +103,7 @@ def prompts(name: str, value: Any) -> list[str]:
 
 
 def embeds(name: str, value: Any, width: int) -> list[torch.Tensor]:
-    """Caption features given by the caller -> a new list of [L, width]."""
+    """Return the caller's caption features as a new list of [L, width]."""
     members = list(value) if isinstance(value, (list, tuple, torch.Tensor)) else []
     if not 1 <= len(members) <= MAX_IMAGES:
         raise BadArgument(f"{name}: wanted a list of 1 to {MAX_IMAGES} tensors [L, {width}]")
@@ -121,7 +121,7 @@ def embeds(name: str, value: Any, width: int) -> list[torch.Tensor]:
 
 
 def latents(value: Any, shape: tuple[int, ...]) -> torch.Tensor:
-    """Starting latents given by the caller -> float32 of `shape`, the caller's tensor untouched."""
+    """Return a float32 copy of the caller's starting latents, which must have `shape`."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         raise BadArgument(f"latents: wanted a floating-point tensor of shape {shape}")
     if tuple(value.shape) != shape:
@@ -134,7 +134,7 @@ def latents(value: Any, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def levels(value: Any) -> list[float]:
-    """The caller's own noise levels as floats; their order and range are the scheduler's matter."""
+    """Return the caller's noise levels as floats; the scheduler checks their order and range."""
     try:
         return [float(level) for level in value]
     except (TypeError, ValueError, OverflowError):
@@ -142,14 +142,14 @@ def levels(value: Any) -> list[float]:
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
-    """One of the allowed words."""
+    """Return one of the allowed values."""
     if not isinstance(value, str) or value not in allowed:
         raise BadArgument(f"{name}: got {shown(value)}, wanted one of {', '.join(allowed)}")
     return value
 
 
 def callback(function: Any, names: Any) -> tuple[str, ...]:
-    """The step callback and the tensors that it asks for."""
+    """Check the step callback and return the names of the tensors that it asks for."""
     if function is not None and not callable(function):
         raise BadArgument(f"callback_on_step_end: got {shown(function)}, wanted a function or None")
     if not isinstance(names, (list, tuple)) or any(name not in CALLBACK_TENSORS for name in names):
@@ -161,7 +161,7 @@ def callback(function: Any, names: Any) -> tuple[str, ...]:
 
 
 def guidance(guidance_scale: Any, cfg: Any, default: float) -> float:
-    """The scale that counts from 0, from either of the two conventions."""
+    """Return the guidance scale in the convention where 0 is off; `cfg` has the one where 1 is off."""
     if cfg is None:
         return default if guidance_scale is None else real("guidance_scale", guidance_scale, 0, MAX_GUIDANCE)
     if guidance_scale is not None:
@@ -172,7 +172,7 @@ def guidance(guidance_scale: Any, cfg: Any, default: float) -> float:
 
 
 def seed(value: Any, generator: Any) -> int | None:
-    """A seed, or None; a seed and a generator exclude each other."""
+    """Return a seed or None; a seed and a generator exclude each other."""
     if value is None:
         return None
     if generator is not None:
@@ -181,10 +181,10 @@ def seed(value: Any, generator: Any) -> int | None:
 
 
 def read_path(name: str, path: Any) -> str | os.PathLike[str]:
-    """A path as it was given; whether there is a file is for its reader to say.
+    """Return a path as it was given; whether the file exists is checked by its reader.
 
     Raises:
-        BadArgument: Not text or a path, or empty.
+        BadArgument: The value is not text or a path, or is empty.
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
         raise BadArgument(f"{name}: got {shown(path)}, wanted the path of a file or folder")
@@ -194,10 +194,10 @@ def read_path(name: str, path: Any) -> str | os.PathLike[str]:
 
 
 def read_device(device: str | torch.device) -> torch.device:
-    """A device that this machine has.
+    """Return a device that this machine has.
 
     Raises:
-        BadArgument: Not a device's name.
+        BadArgument: The value is no name of a device.
         Unsupported: This machine, or this build of torch, has no such device.
     """
     try:
@@ -219,12 +219,13 @@ def read_device(device: str | torch.device) -> torch.device:
 def read_dtype(
     dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None, device: torch.device
 ) -> torch.dtype:
-    """The dtype of the computation from its two spellings.
+    """Return the dtype of the computation from the two arguments that may name it.
 
-    Default: float32 on a CPU, float16 on GPUs before Ampere, which only emulate bfloat16, else bfloat16.
+    The default is float32 on a CPU, float16 on GPUs before Ampere (they only emulate bfloat16), else
+    bfloat16.
 
     Raises:
-        BadArgument: Not one of float32, float16, bfloat16, or two different ones.
+        BadArgument: A value is not one of float32, float16, bfloat16, or the two differ.
     """
     chosen = []
     for value in (dtype, torch_dtype):

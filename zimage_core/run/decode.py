@@ -1,4 +1,4 @@
-"""Latents to pixels, in smaller and smaller tiles where the memory of a GPU is too small."""
+"""Decodes latents to pixels, in smaller and smaller tiles if the memory of a GPU is too small."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class DecodeWay:
 
 
 def ways_to_decode(h: int, w: int, tile: int | None) -> list[DecodeWay]:
-    """Ways to decode latents [h, w], each of which needs less memory than those before it.
+    """Ways to decode latents [h, w], in order of falling memory use.
 
-    The first leaves the choice to `tile`, the attribute of the autoencoder; then come tiles, halved down to
-    `MIN_TILE`; the last keeps the maps of the whole image on the CPU.
+    The first uses the autoencoder's attribute `tile`; the next ones use tiles that halve in size down to
+    `MIN_TILE`; the last also keeps the maps of the whole image on the CPU.
     """
     start = max(h, w) if tile is None else min(tile, max(h, w))
     sizes = [size for size in (2**n for n in range(20, 0, -1)) if MIN_TILE <= size < start]
@@ -39,19 +39,19 @@ def decode(
 ) -> torch.Tensor:
     """Latents [B, C, h, w] -> pixels [B, 3, 8 h, 8 w] float32 about [-1, 1]; one image at a time.
 
-    Where the memory of a GPU is too small: in smaller and smaller tiles, then with whole maps on the CPU.
-    The images are the same.
+    If the memory of a GPU is too small, smaller and smaller tiles are tried, then whole maps on the CPU. The
+    images are the same.
 
     Args:
-        vae: Decodes.
-        latents: As the transformer has them, scaled and shifted.
+        vae: The decoder's network.
+        latents: Latents of the transformer, scaled and shifted.
         debug: Check every block.
-        keep: Where maps of the whole image are kept, as a memory budget has planned; then this is the only
-            way that is tried.
+        keep: Device of the maps of the whole image, as planned for a memory budget; no other way is then
+            tried.
 
     Raises:
-        OutOfMemory: Not even the smallest tiles fit; the error carries the latents.
-        NonFinite: Names block and tensor.
+        OutOfMemory: Not even the smallest tiles fit; the error has the latents.
+        NonFinite: NaN or infinity; the message names the block and the tensor.
     """
     config = vae.config
     h, w = latents.shape[2:]
@@ -68,7 +68,7 @@ def decode(
             continue
         except torch.OutOfMemoryError as error:
             reason = str(error).partition(". ")[0]
-        # behind the handler: the exception held the frames that held the memory
+        # outside the handler, because the exception keeps the frames that hold the memory
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(ways) == 1:
@@ -79,7 +79,7 @@ def decode(
                 "pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor) gives pixels in [-1, 1]",
                 latents.cpu(),
             )
-        if ways[0] == DecodeWay():  # the first time
+        if ways[0] == DecodeWay():  # warn only after the first attempt
             warnings.warn(
                 f"VAE: no memory to decode {size} with tile = {vae.tile}; it is decoded again in "
                 "smaller tiles, which takes longer and gives the same image; "

@@ -1,4 +1,4 @@
-"""Noise to latents: the transformer under guidance, with the caller's callback after each step."""
+"""Denoises: runs the transformer with guidance, and the caller's callback after each step."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from zimage_core.sampling.guidance import guide, scale_at
 
 
 class Denoiser:
-    """The transformer as `euler.sample` calls it, for all images of a run and both sides of guidance.
+    """The function that `euler.sample` calls: all images of a run, with the positive and the negative side.
 
-    What the steps have in common is prepared in the first step, and anew after captions were replaced.
+    What the steps have in common is computed in the first step, and again after captions were replaced.
 
     Args:
-        transformer: Estimates clean - noise.
-        positive: Caption features, one [L, cap_feat_dim] an image; may be replaced between steps.
+        transformer: The network, which estimates clean - noise.
+        positive: Caption features, one [L, cap_feat_dim] per image; may be replaced between steps.
         negative: Caption features of the negative prompts; empty without guidance.
-        run: Noise levels and guidance.
-        predict: Runs in place of `transformer.predict`, such as a replayed graph.
+        run: The checked arguments of the call: noise levels and guidance.
+        predict: Function to call instead of `transformer.predict`, such as a replayed graph.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Denoiser:
         self._prepared: Prepared | None = None
 
     def replace(self, name: str, captions: list[Tensor]) -> None:
-        """Go on with other caption features: "prompt_embeds" or "negative_prompt_embeds"."""
+        """Use other caption features from now on; `name` is "prompt_embeds" or "negative_prompt_embeds"."""
         self.captions[name] = captions
         self._prepared = None
 
@@ -81,7 +81,7 @@ class Denoiser:
         return torch.stack(out)
 
     def again(self) -> None:
-        """Repeat the latest call with nothing remembered, to see where it went wrong."""
+        """Repeat the latest call without prepared values or graphs, to find where NaN or infinity appears."""
         if self.last is not None:
             self._prepared = self._predict = None
             self._estimate(*self.last)
@@ -94,12 +94,12 @@ def denoise(
     after_step: Callable[[], object],
     after_callback: Callable[[], object],
 ) -> Tensor:
-    """Follow the noise levels of a run.
+    """Denoise the starting noise of a run over all its noise levels.
 
     Args:
-        pipe: The pipeline, for the callback; its `_interrupt` ends the run after a step.
-        denoiser: Its transformer is on the device.
-        run: Starting noise, noise levels, callback.
+        pipe: The pipeline, for the callback; setting its `_interrupt` ends the run after a step.
+        denoiser: The denoiser, whose transformer is on the device.
+        run: The checked arguments of the call: starting noise, noise levels, callback.
         after_step: Called after each step, before the caller's callback.
         after_callback: Called after the caller's callback.
 
@@ -135,13 +135,13 @@ def denoise(
 def call_back(
     pipe: Any, run: Run, denoiser: Denoiser, step: int, timestep: Tensor, latents: Tensor
 ) -> Tensor:
-    """Give the caller's function the tensors that it asked for; put back what it returns.
+    """Call the caller's function with the tensors that it asked for, and use the tensors that it returns.
 
-    No lock is held meanwhile, and the dict that it returns is only read. As in diffusers, the function may
-    set `pipe._guidance_scale` for the steps to come.
+    The function runs without a lock, and the dict that it returns is only read. As in diffusers, it may set
+    `pipe._guidance_scale` for the following steps.
 
     Raises:
-        BadArgument, BadShape: It set or returned something that the run cannot go on with.
+        BadArgument, BadShape: It set or returned something that the run cannot use.
     """
     if run.callback is None:
         return latents
@@ -156,7 +156,7 @@ def call_back(
         raise BadArgument(f"callback_on_step_end returned {checks.shown(out)}, wanted a dict or None")
     for name, now in denoiser.captions.items():
         if name in run.callback_tensors:
-            denoiser.replace(name, now)  # the function may have changed them in place
+            denoiser.replace(name, now)  # even if the same: the function may have changed them in place
         if out.get(name) is not None and out[name] is not now:
             new = checks.embeds(name, out[name], denoiser.transformer.config.cap_feat_dim)
             if len(new) != len(now):

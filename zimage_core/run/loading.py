@@ -1,4 +1,4 @@
-"""The components of a pipeline, loaded from files: opened once, checked together, then built."""
+"""Loads the components of a pipeline: files are opened once, checked together, then built into networks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NATIVE_SIZE = 1024
 SIZE_KEY = "zimage.sample_size"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 ALWAYS = ("low_cpu_mem_usage", "use_safetensors")
-"""Arguments of diffusers whose wish is always met."""
+"""Arguments of diffusers that are ignored, because the library always does what they ask for."""
 
 PathLike = str | os.PathLike[str]
 
@@ -38,22 +38,23 @@ def load_components(
     device: torch.device,
     mmap: bool,
 ) -> dict[str, Any]:
-    """Load what `ZImagePipeline` is made of.
+    """Load the components of a pipeline.
 
     Args:
         paths: "transformer", "text_encoder" and "vae" -> file, folder, or the file that is open already.
-        tokenizer: See `ZImagePipeline.from_files`.
-        scheduler: None for shift 3.
+        tokenizer: Path or object, as for `ZImagePipeline.from_files`; None finds the text encoder's own.
+        scheduler: The schedule; None for shift 3.
         dtype: The dtype of transformer and text encoder; the VAE is always float32.
-        device: Where the networks are put.
-        mmap: Use weights in place.
+        device: Device of the networks.
+        mmap: Use the weights in place, as views of the files.
 
     Returns:
-        Arguments of `ZImagePipeline` by name.
+        Keyword arguments of `ZImagePipeline`.
 
     Raises:
-        BadArgument: A path is none; BadFile: a file cannot be read; WrongModel, BadWeights: it is another
-            model or a damaged one.
+        BadArgument: A path is no path.
+        BadFile: A file cannot be read.
+        WrongModel, BadWeights: A file is another model or a damaged one.
     """
     for name, path in paths.items():
         if not isinstance(path, Opened):
@@ -87,18 +88,18 @@ def find_components(
 
     Args:
         source: Folder or repository.
-        given: Components from elsewhere.
-        tokenizer: The caller's; without it the folder's, if its text encoder is used too.
-        scheduler: The caller's; without it the folder's.
-        mmap: Use weights in place.
-        others: Further arguments: those of the Hub, and diffusers' whose wish is always met.
+        given: Components that the caller passes as paths of their own.
+        tokenizer: The caller's tokenizer; if None, the folder's is used together with its text encoder.
+        scheduler: The caller's scheduler; None uses the folder's.
+        mmap: Use the weights in place, as views of the files.
+        others: Further arguments: those of the Hub, and those of diffusers that can be ignored.
 
     Returns:
-        Paths, tokenizer and scheduler, as `load_components` takes them.
+        Paths, tokenizer and scheduler, in the form that `load_components` takes.
 
     Raises:
-        BadArgument, BadFile, WrongModel: See `sources.find`.
-        Unsupported: An argument of diffusers that means nothing here; the message names it.
+        BadArgument, BadFile, WrongModel: `sources.find` refuses the folder or repository.
+        Unsupported: An argument of diffusers is not supported; the message names it.
     """
     for name, value in others.items():
         if value is not None and name not in (*ALWAYS, *HUB_OPTIONS):

@@ -1,4 +1,4 @@
-"""Where NaN or infinity first appears: in which block, and whether a weight is to blame."""
+"""Finds where NaN or infinity first appears: in which block, and whether a weight causes it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from zimage_core.errors import NonFinite
 from zimage_core.quant.tensor import QuantTensor
 
 ROWS = 1024
-"""Rows of a packed weight that are unpacked at a time when it is searched."""
+"""Rows of a packed weight that are dequantised at a time during the search."""
 
 
 @contextmanager
 def watch(model: nn.Module, name: str) -> Iterator[None]:
     """Raise NonFinite at the first submodule of `model` whose output is not finite.
 
-    Costs one reduction and one synchronisation per submodule, so it is for `debug=True` and for the second
-    run after a failure. Hooks see what was computed inside, also what later norms would hide.
+    This costs one reduction and one synchronisation per submodule, so it is for `debug=True` and for the
+    second run after a failure. The hooks see every intermediate output, also those that later norms would
+    hide.
 
     Args:
-        model: Runs inside the `with` block.
-        name: What the message calls it.
+        model: The network that runs inside the `with` block.
+        name: Name of the network for the message.
 
     Raises:
-        NonFinite: Names the block, the submodule, and the tensor if a weight holds the bad number.
+        NonFinite: The message names the block, the submodule, and the weight if one holds the bad number.
     """
 
     def hook(place: str) -> Callable[..., None]:
@@ -60,10 +61,10 @@ class _Guard:
 def guard_attention(model: nn.Module, name: str) -> None:
     """Check queries and keys of every attention in `model` from now on.
 
-    The softmax of a CPU turns a row of scores of minus infinity into zeros, so that a bad weight in front of
-    it would give a wrong image instead of a non-finite one. Nothing else in the networks hides a bad
-    number. The transformer needs no guard: its queries and keys go through a norm, which makes infinity NaN,
-    and NaN passes the softmax.
+    On a CPU, softmax turns a row of scores that are all minus infinity into zeros. A bad weight before it
+    would then give a wrong image instead of a non-finite one; nothing else in the networks hides a bad
+    number. The transformer needs no guard: its queries and keys go through a norm, which turns infinity into
+    NaN, and NaN passes through the softmax.
     """
     for place, module in model.named_modules():
         if place.rpartition(".")[2] in ("to_q", "to_k", "q_proj", "k_proj"):
@@ -73,10 +74,10 @@ def guard_attention(model: nn.Module, name: str) -> None:
 def checked(
     model: nn.Module, name: str, call: Callable[[], torch.Tensor], debug: bool = False
 ) -> torch.Tensor:
-    """What `call` (which runs `model`) returns, known to be finite.
+    """Return the result of `call`, which runs `model`, after checking that it is finite.
 
     Raises:
-        NonFinite: Names block and tensor; found in a second run, or at once with `debug`.
+        NonFinite: The message names block and tensor, found by a second run, or at once with `debug`.
     """
     if debug:
         with watch(model, name):
@@ -86,12 +87,12 @@ def checked(
         if bool(torch.isfinite(out).all()):
             return out
     except NonFinite:
-        pass  # a guard saw it, perhaps far behind the place where it began
+        pass  # a guard raised it, perhaps long after the first bad number; `explain` finds that
     raise NonFinite(explain(model, name, call))
 
 
 def explain(model: nn.Module, name: str, again: Callable[[], object]) -> str:
-    """Run `again` (which calls `model`) under watch -> a sentence on where the bad number came from."""
+    """Run `again`, which calls `model`, under `watch`; say in a sentence where the bad number came from."""
     try:
         with watch(model, name):
             again()
@@ -115,7 +116,7 @@ def _sentence(model: nn.Module, module: nn.Module, place: str, inputs: tuple[Any
 
 
 def _block(place: str) -> str:
-    """The place up to its first number: layers.3.attention.to_q -> layers.3."""
+    """The module's name up to its first number: layers.3.attention.to_q -> layers.3."""
     parts = place.split(".")
     depth = next((i + 1 for i, part in enumerate(parts) if part.isdigit()), 1)
     return ".".join(parts[:depth])
@@ -128,9 +129,10 @@ def _bad(value: Any) -> bool:
 
 
 def _bad_weight(model: nn.Module, module: nn.Module, place: str) -> str | None:
-    """Name of the non-finite tensor: the module's own, one directly in a module above, one of its block.
+    """Name of a non-finite tensor: of the module, else directly of a module around it, else of its block.
 
-    The block, because its norms do not run themselves: an element-wise operation reads their weights.
+    The whole block is searched because its norms are not run as modules: element-wise operations read their
+    weights.
     """
     chain = [(place, module)]
     parts = place.split(".") if module is not model else []

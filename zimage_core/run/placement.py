@@ -1,4 +1,4 @@
-"""Where the networks of a pipeline live and in what form: device, dtype, dense or packed, steps as graphs."""
+"""Placement of a pipeline's networks: device, dtype, memory budget, dense or packed weights, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ RESERVE = 2 << 30
 """Bytes of GPU memory that `dequantize_weights` leaves for activations, scratch and the VAE."""
 
 Networks = Mapping[str, Any]
-"""The pipeline's transformer, text_encoder and vae, as they are at the time of a call."""
+"""The pipeline's current transformer, text_encoder and vae by name."""
 
 
 class Placement:
-    """What a pipeline remembers of where its networks are: a memory budget, graphs, changed weights."""
+    """State of a pipeline's placement: memory budget, recorded graphs, dequantised weights."""
 
     def __init__(self) -> None:
         self.memory: PhaseManager | None = None
@@ -50,7 +50,7 @@ class Placement:
                     network.to(place)
 
     def capture(self, transformer: ZImageTransformer, on: bool) -> None:
-        """Begin or end to record steps; see `ZImagePipeline.capture`."""
+        """Start or stop recording steps; see `ZImagePipeline.capture`."""
         if on:
             self._refuse_budget("capture")
         if on and transformer.device.type != "cuda":
@@ -60,12 +60,12 @@ class Placement:
         self.graphs = StepGraphs(transformer.predict) if on else None
 
     def predict(self, transformer: ZImageTransformer) -> Predict | None:
-        """What runs in place of `transformer.predict`: recorded graphs, a compiled one, or None."""
+        """Function to call instead of `transformer.predict`: recorded graphs, a compiled one, or None."""
         if self.graphs is not None and self.graphs.step != transformer.predict:
             self.graphs = StepGraphs(transformer.predict)  # the transformer was replaced
         if self.graphs is not None:
             return self.graphs
-        # torch.compile(pipe.transformer) compiles the call of a module; a run calls a method of it
+        # torch.compile(pipe.transformer) compiles the module's call, but a run calls its methods
         compiled = getattr(transformer, "dynamo_ctx", None)
         return None if compiled is None else compiled(transformer.predict)
 
@@ -128,11 +128,11 @@ class Placement:
             )  # fmt: skip
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Around "encode", "denoise" and "decode": their network is on the device inside."""
+        """Context in which the network of "encode", "denoise" or "decode" is on the device."""
         return nullcontext() if self.memory is None else self.memory.phase(name)
 
     def report(self) -> MemoryReport | None:
-        """What was planned and moved in the run that ended; None without a budget."""
+        """Report of what was planned and moved in the last run; None without a budget."""
         return None if self.memory is None else self.memory.report()
 
     def _refuse_budget(self, what: str) -> None:
@@ -143,5 +143,5 @@ class Placement:
             )
 
     def _new_graphs(self, networks: Networks) -> StepGraphs | None:
-        """Graphs hold addresses of weights: record anew where those have changed."""
+        """Empty graphs after weights were moved or changed, as recorded graphs hold their old addresses."""
         return None if self.graphs is None else StepGraphs(networks["transformer"].predict)

@@ -1,4 +1,4 @@
-"""One call of a pipeline: its arguments as they were given, and as they are once all are checked."""
+"""The arguments of one call of a pipeline: as given (`Request`), and after all checks (`Run`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Member = TypeVar("Member")
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of one call, unchecked; `ZImagePipeline.__call__` says what each means."""
+    """The unchecked arguments of one call; `ZImagePipeline.__call__` describes them."""
 
     prompt: str | Sequence[str] | None = None
     height: int | None = None
@@ -50,13 +50,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the parts of a pipeline allow and what suits them.
+    """Limits and defaults of a pipeline, which follow from its components.
 
     Args:
         sample_size: Default height and width in pixels.
         steps: Default number of steps.
         guidance: Default guidance scale.
-        distilled: The checkpoint was trained to need no guidance.
+        distilled: Whether the checkpoint was trained to need no guidance.
         channels: Channels of a latent.
         caption_width: Width of a caption feature.
         factor: Pixels per latent along a side.
@@ -78,7 +78,7 @@ class Limits:
 
 
 class Encoding(NamedTuple):
-    """How prompts become tokens, in the order in which `text.prompt.prompt_ids` takes it."""
+    """Options of tokenisation, in the order of `text.prompt.prompt_ids`."""
 
     max_sequence_length: int = DEFAULT_LENGTH
     enable_thinking: bool = True
@@ -87,14 +87,14 @@ class Encoding(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Which caption belongs to which image; each list has one member an image.
+    """The captions of each image; every list has one item per image.
 
     Args:
-        prompts: None when only embeddings were given.
-        negative_prompts: None without guidance or with embeddings.
-        prompt_embeds: Given by the caller; None to encode the prompts.
-        negative_prompt_embeds: Given by the caller.
-        images: How many images.
+        prompts: The prompts; None if only embeddings were given.
+        negative_prompts: The negative prompts; None without guidance or with embeddings.
+        prompt_embeds: The caller's caption features; None to encode the prompts.
+        negative_prompt_embeds: The caller's caption features for the negative side; None to encode.
+        images: Number of images.
     """
 
     prompts: list[str] | None
@@ -104,20 +104,20 @@ class Batch:
     images: int
 
     def texts(self) -> list[str]:
-        """Each text that has to be encoded, once."""
+        """The texts that have to be encoded, without duplicates."""
         positive = self.prompts if self.prompt_embeds is None else None
         return list(dict.fromkeys([*(positive or ()), *(self.negative_prompts or ())]))
 
 
 @dataclass(frozen=True)
 class Run:
-    """The checked arguments of one call; `ZImagePipeline.__call__` says what each means.
+    """The checked arguments of one call; `ZImagePipeline.__call__` describes those that are not listed.
 
     Args:
         latents: Starting noise [B, C, h, w] float32 on the CPU.
-        seeds: The seed of each image; None where the noise came from elsewhere.
+        seeds: The seed of each image; None if its noise was not drawn from a seed.
         sigmas: Noise levels, one more than steps.
-        own_sigmas: Whether the caller gave them.
+        own_sigmas: Whether the caller gave the noise levels.
         remarks: Warnings for the caller.
     """
 
@@ -140,7 +140,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Calls of the network for each image and side."""
+        """Number of steps: calls of the network for each image and side of guidance."""
         return len(self.sigmas) - 1
 
 
@@ -148,12 +148,12 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
     """Check every argument of a call, then draw its noise.
 
     Args:
-        limits: What the pipeline allows.
-        scheduler: Makes the noise levels.
+        limits: Limits and defaults of the pipeline.
+        scheduler: The schedule of the noise levels.
         request: The arguments.
 
     Raises:
-        BadArgument: Names the argument, what was given and what is allowed.
+        BadArgument: The message names the argument, what was given and what is allowed.
     """
     if request.joint_attention_kwargs:
         raise Unsupported("joint_attention_kwargs: there are no attention processors here; leave it out")
@@ -199,7 +199,7 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
 
 
 def encoding(request: Request) -> Encoding:
-    """How the prompts of a call become tokens, checked before any weight is touched.
+    """Check the tokenisation options of a call, before any weight is used.
 
     Raises:
         BadArgument: max_sequence_length is no whole number in its range.
@@ -212,13 +212,13 @@ def make_batch(request: Request, guided: bool, width: int) -> Batch:
     """Match prompts, negative prompts and embeddings one to one, and repeat them for several images each.
 
     Args:
-        request: `prompt_embeds` take the place of the prompts, `negative_prompt_embeds` of the negative ones.
-            One negative prompt may serve all; None means "".
-        guided: Whether the negative side is needed at all.
+        request: The arguments. `prompt_embeds` replace the prompts, `negative_prompt_embeds` the negative
+            ones. One negative prompt may be used for all images; None means "".
+        guided: Whether the negative side is needed.
         width: Width of the caption features.
 
     Raises:
-        BadArgument, BadShape: A side is missing, has the wrong number of members, or a member is bad.
+        BadArgument, BadShape: A side is missing, has the wrong number of items, or an item is invalid.
     """
     times = whole("num_images_per_prompt", request.num_images_per_prompt, 1, MAX_IMAGES)
     if request.prompt is None and request.prompt_embeds is None:
@@ -268,7 +268,7 @@ def _repeated(members: list[Member] | None, times: int) -> list[Member] | None:
 
 
 def _start(shape: tuple[int, int, int, int], request: Request) -> tuple[tuple[int | None, ...], torch.Tensor]:
-    """Seeds and noise, from the one source that was named."""
+    """Seeds and noise, from the seed, the generator or the latents of the request."""
     seed, generator = checks.seed(request.seed, request.generator), request.generator
     none = (None,) * shape[0]
     if request.latents is not None:
@@ -283,7 +283,7 @@ def _start(shape: tuple[int, int, int, int], request: Request) -> tuple[tuple[in
 
 
 def _remarks(limits: Limits, scale: float, request: Request) -> tuple[str, ...]:
-    """Warnings on arguments that are allowed and probably not meant."""
+    """Warnings about arguments that are allowed but probably a mistake."""
     remarks = []
     if limits.distilled and scale > 0:
         meaning = ""

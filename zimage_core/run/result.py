@@ -1,4 +1,4 @@
-"""What a run returns: images, and how they were made."""
+"""The result of a run: images, settings and timings."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 MOST_SIGMAS = 100
-"""A longer list of own noise levels is left out of an image's settings."""
+"""Most of the caller's own noise levels that are kept in an image's settings; a longer list is left out."""
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Wall-clock seconds.
+    """Wall-clock times in seconds.
 
     Args:
-        encode: Prompts to caption features.
-        steps: Each denoising step, without the time spent in the caller's callback.
-        decode: Latents to pixels.
-        total: The whole call, callbacks included.
+        encode: Time to encode the prompts.
+        steps: Time of each denoising step, without the caller's callback.
+        decode: Time to decode the latents.
+        total: Time of the whole call, including callbacks.
     """
 
     encode: float
@@ -47,24 +47,24 @@ class Timings:
 
 
 class Clock:
-    """Stages of a run in seconds."""
+    """Stopwatch for the stages of a run."""
 
     def __init__(self) -> None:
         self._start = self._mark = perf_counter()
         self._steps: list[float] = []
 
     def lap(self) -> float:
-        """Seconds since the last mark; sets a new one."""
+        """Seconds since the last call, or since the start; begins a new interval."""
         now = perf_counter()
         passed, self._mark = now - self._mark, now
         return passed
 
     def step(self) -> None:
-        """A denoising step has ended."""
+        """Record the end of a denoising step."""
         self._steps.append(self.lap())
 
     def steps(self) -> tuple[float, ...]:
-        """All steps; what came after the last of them is not counted to the next stage."""
+        """Seconds of each step; begins a new interval, so that the next stage is timed from here."""
         self.lap()
         return tuple(self._steps)
 
@@ -75,21 +75,21 @@ class Clock:
 
 @dataclass(frozen=True)
 class ZImageResult:
-    """Images and their making; `.images` and `[0]` as in diffusers.
+    """The images of a run and how they were made; `.images` and `[0]` are those of diffusers.
 
     Args:
-        images: PIL images; or [B, H, W, 3] float32 NumPy, [B, 3, H, W] float32, or latents [B, 16, h, w]
-            float32, after `output_type`.
-        seeds: Seed of each image; None where the noise came from a generator or from given latents.
+        images: PIL images, [B, H, W, 3] float32 NumPy, [B, 3, H, W] float32 torch, or latents [B, 16, h, w]
+            float32, depending on `output_type`.
+        seeds: Seed of each image; None if the noise came from a generator or from given latents.
         sigmas: Noise levels of the run, one more than steps.
         timings: Seconds per stage.
-        peak_memory: Highest resident memory of the process so far in bytes, earlier runs included; on a
-            GPU the highest allocation there. 0 where the system does not tell.
-        settings: Prompt, steps, guidance and so on of each image, as they go into a PNG.
-        interrupted: The callback stopped the run, the images are unfinished.
-        memory: Under a memory budget: the plan that was followed and what was streamed.
-        files: Component -> name, size and hash of the file that was opened; see `WeightFile.identity`.
-        opened: Component -> that file, still open.
+        peak_memory: Highest resident memory of the process so far in bytes, including earlier runs; on a GPU
+            the highest allocation there. 0 if the system does not report it.
+        settings: Prompt, steps, guidance and so on of each image, as written into a PNG.
+        interrupted: Whether the callback stopped the run, so that the images are unfinished.
+        memory: With a memory budget, the plan of the run and what was streamed; else None.
+        files: Component -> name, size and hash of its file; see `WeightFile.identity`.
+        opened: Component -> its file, still open.
     """
 
     images: list[Image] | np.ndarray[Any, Any] | torch.Tensor
@@ -109,20 +109,20 @@ class ZImageResult:
         return self.seeds[0]
 
     def __getitem__(self, index: int | str) -> Any:
-        """(images,)[index], or ["images"]: code that unpacks diffusers' output goes on working."""
+        """Item of `(images,)`, or `["images"]`, so that code that unpacks diffusers' output works."""
         if isinstance(index, str):
             return {"images": self.images}[index]
         return (self.images,)[index]
 
     def metadata(self, index: int = 0, full_hash: bool = False) -> dict[str, Any]:
-        """Settings and file hashes of image `index`, as the `zimage` chunk of its PNG holds them.
+        """Settings and file hashes of image `index`, as in the `zimage` chunk of its PNG.
 
         Args:
-            index: Which image.
+            index: Number of the image.
             full_hash: Hash whole files, whatever their size; see `WeightFile.identity`.
 
         Raises:
-            BadFile: With full_hash: a model file was changed since it was opened.
+            BadFile: A model file was changed since it was opened (only with `full_hash`).
         """
         hashes = dict(self.files)
         if full_hash:
@@ -137,17 +137,17 @@ class ZImageResult:
         metadata: bool = True,
         full_hash: bool = False,
     ) -> None:
-        """Write image `index` as a PNG, whole or not at all.
+        """Write image `index` as a complete PNG, or nothing.
 
         Args:
             path: Destination.
-            index: Which image.
+            index: Number of the image.
             force: Replace an existing file.
             metadata: Write prompt, seed, settings and file hashes into it (never a path).
-            full_hash: See `metadata()`.
+            full_hash: Hash whole files, whatever their size.
 
         Raises:
-            BadArgument: The run was asked for arrays or latents, or there is no such image.
+            BadArgument: The images are arrays or latents, or there is no such image.
             BadFile: The file exists and `force` is not set, or it cannot be written.
         """
         if not isinstance(self.images, list):
@@ -159,7 +159,7 @@ class ZImageResult:
 
 
 def settings_of(run: Run, shift: float, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:
-    """Settings of each image, for its PNG; nothing that differs between two equal runs, such as times."""
+    """Settings of each image for its PNG; nothing in them differs between equal runs, as times would."""
     common: dict[str, Any] = {
         "program": "zimage_core",
         "version": f"zimage_core {__version__}",
@@ -179,7 +179,7 @@ def settings_of(run: Run, shift: float, dtype: torch.dtype) -> tuple[dict[str, A
     common |= {name: value for name, value in run.encoding._asdict().items() if value != usual[name]}
     out, batch = [], run.batch
     for i, seed in enumerate(run.seeds):
-        # given features took the place of the prompt, which would then be a guess about them
+        # if features were given, the prompt was not used, so it is left out
         texts = {"prompt": batch.prompts[i]} if batch.prompts and not batch.prompt_embeds else {}
         if batch.negative_prompts and batch.negative_prompts[i]:
             texts["negative_prompt"] = batch.negative_prompts[i]
@@ -188,9 +188,9 @@ def settings_of(run: Run, shift: float, dtype: torch.dtype) -> tuple[dict[str, A
 
 
 def to_output(pixels: torch.Tensor, output_type: str) -> list[Image] | np.ndarray[Any, Any] | torch.Tensor:
-    """Decoder output [B, 3, H, W] about [-1, 1] -> what the caller asked for, in [0, 1] or as 8-bit images.
+    """Decoder output [B, 3, H, W] about [-1, 1] -> `output_type`: arrays in [0, 1], or 8-bit images.
 
-    Rounds to the nearest of 256 levels, as diffusers' image processor does.
+    8-bit values are rounded to nearest, as in diffusers' image processor.
     """
     pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
     if output_type == "pt":
@@ -204,7 +204,7 @@ def to_output(pixels: torch.Tensor, output_type: str) -> list[Image] | np.ndarra
 
 
 def peak_memory(device: torch.device) -> int:
-    """Highest memory use in bytes: of the GPU if there is one, else of the process; 0 where unknown."""
+    """Highest memory use in bytes, of the GPU if `device` is one, else of the process; 0 if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:

@@ -1,4 +1,4 @@
-"""Which files make a pipeline: in a diffusers folder, in a folder of loose files, or in the package."""
+"""Finds the files of a pipeline: in a diffusers folder, in a folder of single files, or in the package."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _MOST_FILES = 500
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the parts of a pipeline lie.
+    """Locations of the components of a pipeline.
 
     Args:
-        paths: Component -> file or folder of shards; or the open file, where it was opened to be told apart.
-        tokenizer: File or folder; None to take it from the text encoder's file.
-        scheduler: As the folder states it; None where it states none.
+        paths: Component -> file or folder of shards; or the open file, if it had to be opened to identify it.
+        tokenizer: File or folder; None to use the text encoder's file.
+        scheduler: The schedule that the folder states; None if it states none.
     """
 
     paths: dict[str, Path | Opened]
@@ -45,7 +45,7 @@ class Sources:
 
 
 def embedded() -> Sources:
-    """The model inside the package."""
+    """Sources of the model inside the package."""
     names = {"transformer": "transformer.gguf", "text_encoder": "text_encoder.gguf", "vae": "vae.safetensors"}
     for name in names.values():
         if not (ASSETS / name).is_file():
@@ -67,8 +67,8 @@ def find(
     Args:
         source: Folder or repository.
         given: Components that the caller has from elsewhere; they may be missing here.
-        hub_options: See `hub.fetch`.
-        mmap: How files are opened that have to be told apart.
+        hub_options: Options for `hub.fetch`.
+        mmap: Whether files that are opened hand out tensors as views of a map.
 
     Raises:
         BadFile: A component is missing, or there are several of one kind; the message names it.
@@ -116,7 +116,7 @@ def _scheduler(folder: Path) -> FlowMatchEulerScheduler | None:
 
 
 def _loose(folder: Path, tag: str | None, given: Collection[str], mmap: bool) -> Sources:
-    """Files by content, opened to be told apart; those that are not chosen are closed again."""
+    """Choose among single files by their contents; files that are not chosen are closed again."""
     tokenizer = next((p for p in (folder, folder / "tokenizer") if _has_tokenizer(p)), None)
     scheduler = _scheduler(folder / "scheduler")
     wanted = [part for part in COMPONENTS if part not in given]
@@ -146,7 +146,7 @@ def _loose(folder: Path, tag: str | None, given: Collection[str], mmap: bool) ->
 def _choose(
     folder: Path, tag: str | None, wanted: Sequence[str], opened: Sequence[Opened], refused: Sequence[str]
 ) -> dict[str, Opened]:
-    """One file for each wanted component; names only choose between quantisations of one model."""
+    """Choose a file for each component; names only decide between quantisations of one model."""
     chosen = {}
     for part in wanted:
         several = [o for o in opened if o.card.kind == part]
@@ -173,7 +173,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    """Weight files below the folder; the shards of an index are not offered beside it."""
+    """Weight files below the folder; shards are left out in favour of their index."""
     count = 0
     for root, folders, files in os.walk(folder):
         here = Path(root)
@@ -195,7 +195,7 @@ def _candidates(folder: Path) -> Iterator[Path]:
 
 
 def find_tokenizer(given: str | os.PathLike[str] | Tokenizer | None, encoder: WeightFile | None) -> Tokenizer:
-    """The tokenizer that was named, else the text encoder's own, else one beside its file.
+    """Find the tokenizer: the one given, else the text encoder's own, else one beside its file.
 
     Raises:
         BadFile: There is none, or it is damaged.
@@ -208,7 +208,7 @@ def find_tokenizer(given: str | os.PathLike[str] | Tokenizer | None, encoder: We
         if path.is_dir():
             return Tokenizer.from_folder(path)
         if not _is_gguf(path):
-            return Tokenizer.from_json(path)  # which also says what is wrong with the path
+            return Tokenizer.from_json(path)  # its errors also cover a path that does not exist
         with open_weights(path) as weights:
             return Tokenizer.from_gguf(weights)
     if given is not None:

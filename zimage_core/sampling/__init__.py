@@ -1,1 +1,1 @@
-"""Schedule and loop; knows no model, only a callable."""
+"""Noise levels, starting noise, guidance and the sampling loop, for any model given as a callable."""

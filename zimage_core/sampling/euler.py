@@ -1,4 +1,4 @@
-"""Euler's method from noise to image, for any callable that estimates the clean image's direction."""
+"""Euler's method from noise to image, for any callable that estimates clean - noise."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Denoiser = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """(latents [B, C, h, w] float32, time [] float32, step) -> estimate of clean - noise [B, C, h, w] float32."""
 
 StepEnd = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(step, timestep [] float32 in 0..1000, latents) -> the latents to go on with."""
+"""(step, timestep [] float32 in 0..1000, latents) -> latents for the next step."""
 
 
 def timestep(sigma: float) -> torch.Tensor:
-    """Noise level as the timestep that schedulers and callbacks speak of: 1000 sigma, float32 scalar."""
+    """Noise level as the timestep of schedulers and callbacks: 1000 sigma, float32 scalar."""
     return torch.tensor(sigma, dtype=torch.float32) * 1000
 
 
@@ -30,11 +30,11 @@ def network_time(sigma: float) -> torch.Tensor:
 
 
 def velocity(denoise: Denoiser, latents: torch.Tensor, sigma: float, step: int) -> torch.Tensor:
-    """d(latents)/d(sigma) at noise level sigma: the one place that knows the network's two conventions.
+    """d(latents)/d(sigma) at noise level sigma; converts between the sampler's and the network's conventions.
 
-    The network was trained the other way round from the sampler, twice. Its time runs from 0 at pure noise to
-    1 at the clean image, so it is fed 1 - sigma. Its output points from noise to image, clean - noise, while
-    the path x = (1 - sigma) clean + sigma noise has the derivative noise - clean, so the output is negated.
+    The network differs from the sampler in two signs. Its time runs from 0 at pure noise to 1 at the clean
+    image, so its input is 1 - sigma. Its output is clean - noise, but the path x = (1 - sigma) clean + sigma
+    noise has the derivative noise - clean, so its output is negated.
     """
     return -denoise(latents, network_time(sigma), step)
 
@@ -49,15 +49,15 @@ def sample(
     """Follow the velocity from the first noise level to the last.
 
     Args:
-        denoise: Estimates clean - noise; see `Denoiser`.
+        denoise: Function that estimates clean - noise, as `Denoiser` describes.
         latents: Starting point at noise level sigmas[0]; not modified.
         sigmas: Falling noise levels, one more than there are steps.
         on_step_end: Called after each step; may replace the latents.
-        stop: Asked after each step; True ends the run with the latents so far.
+        stop: Called after each step; True ends the run with the latents so far.
 
     Shape:
-        latents [B, C, h, w] float32 -> the same. float32 throughout, whatever the network computes in: eight
-        small steps added in half precision would lose what the network gained.
+        latents [B, C, h, w] float32 -> [B, C, h, w] float32. The sums are float32 for every dtype of the
+        network, because adding small steps in half precision would lose too many digits.
 
     Raises:
         NonFinite: A velocity holds NaN or infinity (one reduction per step); the message names the step.

@@ -15,17 +15,17 @@ def guide(
 ) -> torch.Tensor:
     """positive + scale (positive - negative), for one image.
 
-    scale counts from 0: a conventional "CFG" of c, written negative + c (positive - negative), is scale = c -
-    1.
+    A scale of 0 means no guidance. The conventional "CFG" of c, negative + c (positive - negative), is the
+    scale c - 1 here.
 
     Args:
-        positive: Prediction under the prompt.
-        negative: Prediction under the negative prompt.
-        scale: 0 leaves the positive prediction alone.
-        normalization: If not 0 or False, the result's norm is capped at this many times the positive one's.
+        positive: Prediction for the prompt.
+        negative: Prediction for the negative prompt.
+        scale: Strength of the guidance; 0 returns the positive prediction.
+        normalization: If not 0 or False, the result's norm is at most this many times that of `positive`.
 
     Shape:
-        positive and negative of one shape -> that shape, float32. The norms run over all elements.
+        positive and negative of one shape -> that shape, float32. The norms are over all elements.
 
     Source: Ho and Salimans 2022, arXiv 2207.12598; the cap is diffusers' `cfg_normalization`.
     """

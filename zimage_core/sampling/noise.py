@@ -1,4 +1,4 @@
-"""Starting noise, drawn on the CPU: one seed is one image on every device and in every batch position."""
+"""Starting noise, drawn on the CPU: a seed gives the same image on every device and in every batch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ MAX_SEED = 2**64 - 1
 
 
 def fresh_seed() -> int:
-    """A seed for a run that named none.
+    """A seed of 32 bits for a run that was given none.
 
-    From torch's global generator, so that `torch.manual_seed` still decides. 32 bits: short enough to copy
-    from an image's settings by hand.
+    It comes from torch's global generator, so that `torch.manual_seed` makes it reproducible. 32 bits are
+    short enough to copy by hand from an image's settings.
     """
     return int(torch.randint(0, 2**32, ()).item())
 
 
 def from_seeds(shape: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
-    """Noise [B, ...] float32; each image is drawn alone, from a generator of its own seed."""
+    """Noise [B, ...] float32; each image is drawn from a generator with its own seed."""
     members = [torch.randn(tuple(shape[1:]), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(members)
 
@@ -31,11 +31,11 @@ def from_generator(
 ) -> torch.Tensor:
     """Noise [B, ...] float32 on the CPU, drawn exactly as diffusers' `randn_tensor` draws it.
 
-    One generator (or a list of one) draws the whole batch at once; a list of B draws each image by itself. A
-    generator of another device draws there, because its stream differs from the CPU's.
+    One generator (or a list of one) draws the whole batch at once; with a list of B, each draws its own
+    image. A generator of another device draws on that device, because it gives other numbers than the CPU's.
 
     Raises:
-        BadArgument: Not a generator, or a list whose length is neither 1 nor B.
+        BadArgument: The value is no generator, or a list whose length is neither 1 nor B.
     """
     chosen: list[torch.Generator] = list(generator) if isinstance(generator, (list, tuple)) else [generator]  # type: ignore[list-item]
     if not all(isinstance(g, torch.Generator) for g in chosen):

@@ -1,8 +1,8 @@
 """Noise levels: which sigmas a run of N steps visits.
 
-A uniform grid u = 1, (N-1)/N, ..., 1/N is bent by the checkpoint's shift s to sigma = s u / (1 + (s - 1) u),
-and a final 0 is appended, so N steps mean N calls of the network. Other programs build other grids from the
-same number of steps: nine steps of diffusers before mid-2026 are eight of these.
+The checkpoint's shift s maps a uniform grid u = 1, (N-1)/N, ..., 1/N to sigma = s u / (1 + (s - 1) u), and a
+final 0 is appended, so N steps mean N calls of the network. Other programs build other grids from the same
+number of steps: nine steps in diffusers before mid-2026 are eight steps here.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from zimage_core.errors import BadArgument, Unsupported
 
 MAX_STEPS = 1000
-"""More steps than trained noise levels would visit some level twice."""
+"""Most steps: the number of trained noise levels, since more would visit a level twice."""
 
 BASE_SHIFT = 6.0
-"""Shift in the base checkpoint's scheduler_config.json; the distilled checkpoints carry 3."""
+"""Shift in the base checkpoint's scheduler_config.json; the distilled checkpoints have 3."""
 
 _FIXED = {
     "num_train_timesteps": 1000,
@@ -39,11 +39,11 @@ _FIXED = {
 class FlowMatchEulerScheduler:
     """The static-shift schedule of every Z-Image checkpoint.
 
-    All values are computed in float32, operation by operation as diffusers does, so that the table is the
-    same to the bit and not merely close (tests/parity/test_pipeline.py).
+    All values are computed in float32, with the same operations as in diffusers, so that they agree bit for
+    bit (tests/parity/test_pipeline.py).
 
     Args:
-        shift: s above; 3 for Turbo, 6 for the base checkpoint.
+        shift: The shift s of the noise levels: 3 for Turbo, 6 for the base checkpoint.
 
     Raises:
         BadArgument: The shift is not a positive finite number.
@@ -54,7 +54,7 @@ class FlowMatchEulerScheduler:
     shift: float = 3.0
 
     def __post_init__(self) -> None:
-        shift: object = self.shift  # whatever the caller gave
+        shift: object = self.shift  # the caller may have passed any type
         if not (isinstance(shift, (int, float)) and math.isfinite(shift) and shift > 0):
             raise BadArgument(
                 f"shift: got {self.shift!r}, wanted a positive number (3 for Turbo, 6 for base)"
@@ -65,7 +65,7 @@ class FlowMatchEulerScheduler:
         """The schedule that a diffusers scheduler_config.json describes.
 
         Raises:
-            Unsupported: The file asks for a schedule that no Z-Image checkpoint uses.
+            Unsupported: The file describes a schedule that no Z-Image checkpoint uses.
         """
         for key, wanted in _FIXED.items():
             found = values.get(key, wanted)
@@ -79,19 +79,19 @@ class FlowMatchEulerScheduler:
     def sigmas(self, steps: int) -> tuple[float, ...]:
         """Noise levels of `steps` steps: steps + 1 float32 values, falling from 1 to 0."""
         if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
-            # a huge integer has no repr
+            # repr() refuses a huge integer
             found = repr(steps) if type(steps) is not int or abs(steps) < 10**40 else "a huge integer"
             raise BadArgument(f"num_inference_steps: got {found}, an integer from 1 to {MAX_STEPS} is needed")
         return self._bend(torch.linspace(1.0, 1 / steps, steps))
 
     def shifted(self, levels: Sequence[float]) -> tuple[float, ...]:
-        """Noise levels for the caller's own grid, bent by the shift as in diffusers; 0 is appended.
+        """Noise levels of the caller's own grid: shifted as in diffusers, with a final 0 appended.
 
         Args:
             levels: Falling values in (0, 1], before the shift, without the final 0.
 
         Raises:
-            BadArgument: Empty, too long, not falling, or outside (0, 1].
+            BadArgument: The grid is empty, too long, not falling, or outside (0, 1].
         """
         grid = [float(u) for u in levels]
         if not 1 <= len(grid) <= MAX_STEPS:

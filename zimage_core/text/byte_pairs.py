@@ -34,7 +34,7 @@ class BytePairs:
     """Encoder and decoder of one vocabulary; it holds no reference to the file.
 
     Args:
-        vocabulary: Vocabulary as read; it is checked here.
+        vocabulary: Vocabulary as read from a file; it is checked here.
 
     Raises:
         BadFile: The vocabulary contradicts itself; `Vocabulary.checked` lists how.
@@ -61,7 +61,7 @@ class BytePairs:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids -> text; a character cut in two becomes U+FFFD."""
+        """Ids -> text; an incomplete character becomes U+FFFD."""
         data = bytearray()
         for number in ids:
             token = self._rust.id_to_token(number) if 0 <= number < self.vocab_size else None
@@ -92,6 +92,6 @@ def _build(vocabulary: Vocabulary, tokens: dict[str, int]) -> tokenizers.Tokeniz
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in pre.patterns]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     rust.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
-    # the ids come from the vocabulary, in which the added tokens are; normalized=False matches literally
+    # the vocabulary contains the added tokens and gives their ids; normalized=False matches literally
     rust.add_tokens([AddedToken(content, normalized=False) for content in vocabulary.added])
     return rust

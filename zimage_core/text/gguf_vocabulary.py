@@ -1,7 +1,7 @@
-"""Vocabulary of the tokenizer inside a GGUF file, from its keys `tokenizer.ggml.*`.
+"""Reads the vocabulary of the tokenizer inside a GGUF file, from its keys `tokenizer.ggml.*`.
 
-The metadata may be any mapping, its arrays lists or lazy sequences. Types and lengths are checked here, as
-the reader of the file has only checked that the bytes are there.
+The metadata may be any mapping; its arrays may be lists or lazy sequences. Types and lengths are checked
+here, because the reader of the file has only checked that the bytes exist.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 @dataclass(frozen=True)
 class Pieces:
-    """A SentencePiece vocabulary: item i of each list belongs to the piece with id i."""
+    """A SentencePiece vocabulary; item i of each list describes the piece with id i."""
 
     path: str
     texts: list[str]
@@ -40,8 +40,8 @@ def read_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary | Pieces:
         path: The file, for messages.
 
     Raises:
-        BadFile: There is no tokenizer in it, or its arrays do not fit together.
-        Unsupported: Its tokenizer is of another kind; the message names it and the known ones.
+        BadFile: The file has no tokenizer, or its arrays do not fit together.
+        Unsupported: The tokenizer is of another kind; the message names it and the supported ones.
     """
     model = metadata.get("tokenizer.ggml.model")
     if model is None:
@@ -69,7 +69,7 @@ def _byte_pairs(metadata: Mapping[str, Any], path: str) -> Vocabulary:
     added: dict[str, int] = {}
     for number, (text, kind) in enumerate(zip(texts, types, strict=True)):
         if kind == UNUSED:
-            continue  # rows that only pad the embedding table
+            continue  # unused rows, which only pad the embedding table
         table = tokens if kind in (NORMAL, BYTE) else added
         if text in tokens or text in added:
             raise BadFile(path, f"duplicate token '{printable(text, 60)}' with id {number}")
@@ -80,7 +80,8 @@ def _byte_pairs(metadata: Mapping[str, Any], path: str) -> Vocabulary:
 def _pre(metadata: Mapping[str, Any], path: str) -> PreTokenizer:
     name = metadata.get("tokenizer.ggml.pre")
     if name is None:
-        # old files say nothing: Qwen had only one way then, and for others llama.cpp falls back, too
+        # old files lack the key: Qwen had only one pre-tokenizer then, and llama.cpp also uses the default
+        # here
         name = "qwen2" if str(metadata.get("general.architecture")).startswith("qwen") else "default"
     if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise Unsupported(

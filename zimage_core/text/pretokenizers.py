@@ -1,8 +1,8 @@
-"""Table of the ways in which a byte-level BPE cuts text into words before it merges.
+"""Table of pre-tokenizers: how a byte-level BPE splits text into words before merging.
 
-A GGUF names a row of this table; a tokenizer.json holds patterns, which are compared with it. No pattern
-from a file is ever compiled. Several patterns are applied one after the other, each to the pieces that the
-one before left.
+A GGUF names a row of this table; a tokenizer.json holds patterns, which are compared with the table. No
+pattern from a file is ever compiled. Several patterns are applied one after the other, each to the pieces
+that the previous one produced.
 
 Source: `llama-vocab.cpp` of llama.cpp for the names in `tokenizer.ggml.pre`; the models' own tokenizer.json
 for the patterns.
@@ -26,7 +26,7 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# what llama.cpp uses for a file that names no pre-tokenizer
+# llama.cpp's patterns for a file that names no pre-tokenizer
 FALLBACK = (
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
@@ -37,11 +37,11 @@ FALLBACK = (
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One way to cut text into words.
+    """One way to split text into words.
 
     Args:
         patterns: Regular expressions in Oniguruma's syntax, applied in order.
-        nfc: Whether the text is put into Unicode's composed form (NFC) first.
+        nfc: Whether the text is converted to Unicode's composed form (NFC) first.
         ignore_merges: Whether a word that is itself in the vocabulary skips the merges.
     """
 

@@ -1,7 +1,7 @@
 """The prompt string of Z-Image's text encoder and its token ids.
 
-The string is Qwen3's chat template with one user turn and the opening of the answer, written out here. No
-template language is evaluated, nor is a template taken from a file.
+The string is Qwen3's chat template with one user message and the beginning of the answer, written out here.
+No template language is evaluated, and no template is read from a file.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>")
 MAX_PROMPT_BYTES = 16 * 1024
 DEFAULT_LENGTH = 512
 MAX_LENGTH = TransformerConfig().max_caption
-"""1504 tokens, template included."""
+"""Most tokens of a prompt, template included: 1504."""
 
 
 def render(prompt: str, enable_thinking: bool = True, template: str | None = None) -> str:
-    """Put a prompt into its template, which gives the string that is tokenised.
+    """Insert a prompt into the template; the result is the string that is tokenised.
 
     The prompt is not changed: it is not stripped, and `<think>...</think>` and control tokens in it stay.
 
     Args:
         prompt: The user's text; may be empty.
-        enable_thinking: True as the model was trained; False appends an empty `<think>` block.
-        template: A text in which `{prompt}` stands exactly once, used as it is (`enable_thinking` then has
-            no effect); "{prompt}" gives the bare prompt. None takes Qwen3's.
+        enable_thinking: False appends an empty `<think>` block; the model was trained with True.
+        template: Text that contains `{prompt}` exactly once; `enable_thinking` then has no effect. "{prompt}"
+            gives the bare prompt. None is Qwen3's template.
 
     Raises:
-        BadArgument: The template does not hold `{prompt}` exactly once.
+        BadArgument: The template does not contain `{prompt}` exactly once.
     """
     if template is None:
         template = TEMPLATE if enable_thinking else TEMPLATE + NO_THINKING
@@ -45,11 +45,11 @@ def render(prompt: str, enable_thinking: bool = True, template: str | None = Non
 
 
 def check_prompt(prompt: str, max_bytes: int = MAX_PROMPT_BYTES) -> None:
-    """Refuse a prompt that no one can mean, before any work is done with it.
+    """Refuse a prompt that must be a mistake, before any work is done with it.
 
     Raises:
-        BadArgument: It is not a string, has more than `max_bytes` in UTF-8, or holds a NUL character or a
-            lone surrogate.
+        BadArgument: The prompt is not a string, has more than `max_bytes` in UTF-8, or holds a NUL character
+            or a lone surrogate.
     """
     check_text(prompt, "prompt")
     size = len(prompt.encode())
@@ -69,19 +69,19 @@ def prompt_ids(
 ) -> list[int]:
     """Token ids of a prompt in its template, tokenised as one string and cut on the right.
 
-    As in diffusers, a prompt over the limit loses the end of the template together with its own end. A
-    UserWarning shows the text that is lost.
+    As in diffusers, a prompt over the limit loses its own end and the end of the template. A UserWarning
+    shows the text that is lost.
 
     Args:
         tokenizer: Tokenizer of the text encoder.
         prompt: The user's text; at most `max_prompt_bytes` in UTF-8.
-        max_sequence_length: Most ids that are returned, template included; 1 to 1504.
+        max_sequence_length: Most ids to return, template included; 1 to 1504.
         enable_thinking: False appends an empty `<think>` block, as in `render`.
         template: Text around `{prompt}`, as in `render`.
         max_prompt_bytes: Limit that guards against a file given as a prompt by mistake.
 
     Returns:
-        Between 1 and max_sequence_length ids (none only for an empty prompt in a bare template).
+        At most max_sequence_length ids; empty only for an empty prompt in a bare template.
 
     Raises:
         BadArgument: The prompt, the template or the limit is out of range.

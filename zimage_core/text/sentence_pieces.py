@@ -1,7 +1,7 @@
-"""Encoding with the SentencePiece vocabularies of llama-type GGUF files, by the library `sentencepiece`.
+"""Encodes with the SentencePiece vocabularies of llama-type GGUF files.
 
-The library loads only its own file format, a protobuf of three messages and a dozen fields. It is written
-here by hand, so that no protobuf package is needed.
+The library `sentencepiece` does the work. It loads only its own file format, a protobuf of three messages and
+a dozen fields. That protobuf is written by hand here, so that no protobuf package is needed.
 Source: `sentencepiece_model.proto` of SentencePiece 0.2, for the field numbers.
 """
 
@@ -37,12 +37,12 @@ def _message(field: int, body: bytes) -> bytes:
 
 
 def model_proto(pieces: Pieces) -> bytes:
-    """Bytes of a vocabulary's ModelProto: pieces (1), trainer_spec (2), normalizer_spec (3)."""
+    """Serialise a vocabulary as a ModelProto: pieces (1), trainer_spec (2), normalizer_spec (3)."""
     out = [
         _message(1, _message(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _number(3, kind))
         for text, score, kind in zip(pieces.texts, pieces.scores, pieces.types, strict=True)
     ]
-    absent = (1 << 64) - 1  # -1 as a varint: no such token, as control tokens are cut out of the text before
+    absent = (1 << 64) - 1  # -1 as a varint: no such token; control tokens are cut out of the text before
     trainer = (
         _number(3, BPE_MODEL)
         + _number(4, len(pieces.texts))
@@ -62,8 +62,8 @@ def model_proto(pieces: Pieces) -> bytes:
 class SentencePieces:
     """Encoder and decoder of one SentencePiece vocabulary.
 
-    Control tokens in a text are matched literally and become their ids, as in llama.cpp. Each stretch of
-    text between them is encoded on its own, with its own leading space where the vocabulary wants one.
+    Control tokens in a text are matched literally and become their ids, as in llama.cpp. The text between two
+    control tokens is encoded on its own, with a leading space of its own if the vocabulary asks for one.
 
     Args:
         pieces: Vocabulary as read from a GGUF.

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by a vocabulary from any of the files that text encoders come with."""
+"""The tokenizer: text to token ids and back, with a vocabulary from any supported file."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class HasMetadata(Protocol):
 
 
 class Tokenizer:
-    """Text -> ids, without a template and without tokens for beginning and end.
+    """Converts text to ids, without a template and without tokens for beginning and end.
 
-    Added tokens such as `<|im_end|>` and `<think>` are matched literally wherever they stand in the text and
-    become their own ids, also inside a user's prompt. Calls from several threads are safe.
+    Added tokens such as `<|im_end|>` and `<think>` are matched literally anywhere in the text and become
+    their own ids, also inside a user's prompt. Calls from several threads are safe.
 
     Args:
-        source: Vocabulary as read; the `from_` constructors read one.
+        source: Vocabulary as read from a file; the `from_` constructors read one.
     """
 
     def __init__(self, source: Vocabulary | Pieces) -> None:
@@ -44,8 +44,8 @@ class Tokenizer:
         """Tokenizer of an open GGUF file, from its keys `tokenizer.ggml.*`.
 
         Raises:
-            BadFile: There is no tokenizer in the file, or a damaged one.
-            Unsupported: The kind of tokenizer or the name of its pre-tokenizer is not known here.
+            BadFile: The file has no tokenizer, or a damaged one.
+            Unsupported: The kind of tokenizer or its pre-tokenizer is not supported.
         """
         return cls.from_metadata(file.metadata, file.path)
 
@@ -60,7 +60,7 @@ class Tokenizer:
 
         Raises:
             BadFile: The file is damaged or contradicts itself.
-            Unsupported: It asks for something that a byte-level BPE does not do; the message names it.
+            Unsupported: The file needs something that a byte-level BPE does not do; the message names it.
         """
         return cls(read_tokenizer_json(path))
 
@@ -84,7 +84,7 @@ class Tokenizer:
 
         Raises:
             BadFile: There is no tokenizer, or a damaged one.
-            Unsupported: It asks for something that a byte-level BPE does not do; the message names it.
+            Unsupported: A file needs something that a byte-level BPE does not do; the message names it.
         """
         return cls(read_folder(folder))
 
@@ -107,7 +107,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id that `encode` can return; the embedding table needs as many rows."""
+        """The highest id that `encode` can return, plus one; the embedding table needs this many rows."""
         return self._model.vocab_size
 
     @property
@@ -117,7 +117,7 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of vocabulary, merges, added tokens and word cutting, for an image's metadata."""
+        """SHA-256 of vocabulary, merges, added tokens and pre-tokenizer, for an image's metadata."""
         return self._model.fingerprint
 
     def __len__(self) -> int:
@@ -125,7 +125,7 @@ class Tokenizer:
 
 
 def check_text(text: object, name: str) -> None:
-    """Refuse what cannot be written in UTF-8; `name` is the argument's, for the message.
+    """Refuse text that UTF-8 cannot encode; `name` is the argument's name, for the message.
 
     Raises:
         BadArgument: `text` is not a string, or holds a lone surrogate.

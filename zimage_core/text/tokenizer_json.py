@@ -1,9 +1,9 @@
-"""Reading a vocabulary from tokenizer.json, or from vocab.json, merges.txt and tokenizer_config.json.
+"""Reads a vocabulary from tokenizer.json, or from vocab.json, merges.txt and tokenizer_config.json.
 
-Only the vocabulary, the merges and the added tokens are taken. The rest of a tokenizer.json is compared
-with what is done here in any case. A file that asks for something else is refused, and the sentence names
-that, because ignoring it would give other ids than those the model was trained with. Padding and
-truncation are settings of a past session, not of the model: they are checked for sense and ignored.
+Only the vocabulary, the merges and the added tokens are used. The other settings of a tokenizer.json must
+match what this package does: a file with another setting is refused, because ignoring it would give other ids
+than those the model was trained with. Padding and truncation are settings of a past session, not of the
+model: they are checked for plausibility and ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from zimage_core.files.untrusted import read_json, read_text
 from zimage_core.text.pretokenizers import DIGIT, GPT2, KNOWN_PATTERNS, PRE_TOKENIZERS, PreTokenizer
 from zimage_core.text.vocabulary import Vocabulary, split_merges
 
-# Every field that a file may have; any other is refused.
+# All fields that a file may have; any other is refused.
 TOP = {
     *("version", "truncation", "padding", "added_tokens", "normalizer"),
     *("pre_tokenizer", "post_processor", "decoder", "model"),
@@ -39,7 +39,7 @@ def read_tokenizer_json(path: str | PathLike[str]) -> Vocabulary:
 
     Raises:
         BadFile: The file is damaged or contradicts itself.
-        Unsupported: It asks for a model, normalizer, pre-tokenizer, post-processor or decoder that a
+        Unsupported: The file needs a model, normalizer, pre-tokenizer, post-processor or decoder that a
             byte-level BPE like Qwen's does not have; the message names it.
     """
     return _Reader(fspath(path)).read()
@@ -113,7 +113,7 @@ class _Reader:
         )
 
     def _ranges(self, name: str, value: Any, fields: tuple[str, ...]) -> None:
-        """Padding and truncation are ignored, but a length that no one can mean is a damaged file."""
+        """Refuse impossible lengths in padding or truncation, which are ignored otherwise."""
         if value is None:
             return
         if not isinstance(value, dict):
@@ -133,14 +133,14 @@ class _Reader:
         if normalizer not in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
             self._refuse("normalizer", normalizer)
         if pre_tokenizer is None:
-            return PRE_TOKENIZERS["qwen2"]  # the file says nothing: Qwen's own way
+            return PRE_TOKENIZERS["qwen2"]  # the file names none: Qwen's own
         is_sequence = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence"
         steps = pre_tokenizer.get("pretokenizers") if is_sequence else [pre_tokenizer]
         if not isinstance(steps, list) or not steps:
             self._refuse("pre_tokenizer", pre_tokenizer)
         *splits, last = steps
         if not self._byte_level(last):
-            self._pattern(last)  # names it if it is strange in itself
+            self._pattern(last)  # raises an error that names an unknown step
             self._refuse("without a final ByteLevel, pre_tokenizer", pre_tokenizer)
         patterns = tuple(self._pattern(step) for step in splits)
         if last.get("add_prefix_space", True):
@@ -152,7 +152,7 @@ class _Reader:
         return PreTokenizer(patterns, nfc=normalizer == {"type": "NFC"})
 
     def _pattern(self, step: Any) -> str:
-        """The regular expression of one step, if it is one of ours."""
+        """The regular expression of one step, if it is in the table of pre-tokenizers."""
         if step == {"type": "Digits", "individual_digits": True}:
             return DIGIT
         if not isinstance(step, dict) or step.get("type") != "Split":
@@ -195,7 +195,7 @@ class _Reader:
 
 
 def _other_file(data: Mapping[str, Any]) -> tuple[str, str] | None:
-    """What a JSON file of a model folder is, and what to give instead of it; None where nothing tells."""
+    """What another JSON file of a model folder is, and what to pass instead of it; None if unknown."""
     give = "give tokenizer.json or the folder that holds it"
     if "weight_map" in data:
         return "an index of shards", give
@@ -212,8 +212,8 @@ def added_tokens(items: Any, path: str) -> dict[str, int]:
     """Read added tokens from (id, description) pairs; the result is content -> id.
 
     Raises:
-        BadFile: A description is damaged, or a content stands twice.
-        Unsupported: A token is not matched literally: it strips spaces or asks for whole words.
+        BadFile: A description is damaged, or a content occurs twice.
+        Unsupported: A token is not matched literally: it strips spaces or matches whole words only.
     """
     added: dict[str, int] = {}
     for number, item in items:
@@ -244,11 +244,11 @@ def read_vocab_merges(
     """Read a vocabulary from the older pair of files, vocab.json and merges.txt.
 
     Args:
-        vocab: vocab.json.
-        merges: merges.txt.
-        config: tokenizer_config.json, of which only the added tokens are read.
-        pre: Row of `PRE_TOKENIZERS`, which these files do not tell.
-        added: added_tokens.json, used where `config` has no added tokens.
+        vocab: Path of vocab.json.
+        merges: Path of merges.txt.
+        config: Path of tokenizer_config.json; only its added tokens are read.
+        pre: Row of `PRE_TOKENIZERS`, which these files do not name.
+        added: Path of added_tokens.json, used if `config` has no added tokens.
 
     Raises:
         BadFile: A file is damaged.
@@ -285,10 +285,10 @@ def _number(key: str, path: str | PathLike[str]) -> int:
 def read_folder(folder: str | PathLike[str]) -> Vocabulary:
     """Read the vocabulary in a tokenizer folder, or in a model folder that holds one as `tokenizer/`.
 
-    tokenizer.json is taken before vocab.json with merges.txt.
+    tokenizer.json is preferred to vocab.json with merges.txt.
 
     Raises:
-        BadFile: Neither is there, or what is there is damaged.
+        BadFile: The folder has neither, or a file is damaged.
     """
     for place in (Path(folder), Path(folder) / "tokenizer"):
         if (place / "tokenizer.json").exists():

@@ -1,6 +1,6 @@
-"""Vocabulary, merges and added tokens as taken from any kind of file, and the one check of them.
+"""Vocabulary, merges and added tokens from any kind of file, and the check of them.
 
-The library that merges is written in Rust and aborts on some bad input, so nothing unchecked reaches it.
+The library that merges is written in Rust and aborts on some bad input, so only checked input reaches it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Vocabulary:
         path: The file, for messages.
         tokens: Token -> id, in the byte-level alphabet ("Ġ" is a space); may hold the added tokens.
         merges: Pairs of tokens, the first merge first.
-        added: Added token -> id, in plain text; matched literally wherever they stand in a text.
-        pre: How text is cut into words.
-        unknown: The token for a byte that the vocabulary lacks, if any.
+        added: Added token -> id, in plain text; added tokens are matched literally anywhere in a text.
+        pre: How text is split into words.
+        unknown: The token for a byte that the vocabulary lacks, if there is one.
     """
 
     path: str
@@ -38,11 +38,11 @@ class Vocabulary:
     unknown: str | None = None
 
     def checked(self) -> dict[str, int]:
-        """Check everything; the result is token -> id with the added tokens in it.
+        """Check everything and return token -> id, including the added tokens.
 
         Raises:
-            BadFile: An id is out of range or used twice, a token is empty or holds a lone surrogate, a merge
-                has or gives something that is not in the vocabulary, or an added token is at odds with it.
+            BadFile: An id is out of range or used twice, a token is empty or holds a lone surrogate, a part
+                or the result of a merge is not in the vocabulary, or an added token contradicts it.
         """
         if not self.tokens:
             raise BadFile(self.path, "the vocabulary is empty")
@@ -86,7 +86,7 @@ class Vocabulary:
                 )
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides the ids; one vocabulary has the same in all file formats."""
+        """SHA-256 of everything that decides the ids; it does not depend on the file format."""
         digest = hashlib.sha256(repr((self.pre, self.unknown)).encode())
         everything = {**self.tokens, **self.added}
         by_id = sorted(everything.items(), key=lambda item: item[1])
@@ -97,7 +97,7 @@ class Vocabulary:
 
 
 def check_unicode(tokens: Iterable[str], path: str) -> None:
-    """Refuse lone surrogates with BadFile; JSON can spell them and UTF-8 cannot."""
+    """Raise BadFile for lone surrogates, which JSON can write and UTF-8 cannot."""
     try:
         "".join(tokens).encode()
     except UnicodeEncodeError:

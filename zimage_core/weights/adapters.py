@@ -115,7 +115,7 @@ def identify_controlnet(shapes: Mapping[str, Shape]) -> ModelCard | None:
     layers = count_layers(inside, "control_layers")
     width = shapes[embedder][1] // 4 if len(shapes[embedder]) == 2 else 0
     refined = any(name.startswith("control_noise_refiner.0.before_proj.") for name in inside)
-    # Files of 2.0 may carry the refiner's projections filled with zeros, which only the data tells.
+    # A 2.0 file may hold zero-filled refiner projections; the header alone cannot tell it from 2.1.
     variant = "1.0" if width == 16 else ("2.1" if refined else "2.0") + (" lite" if layers < 6 else "")
     title = f"a Z-Image ControlNet ({variant}, {layers} control layers, {width} control channels)"
     return ModelCard(

@@ -1,4 +1,4 @@
-"""What a model file is: the answer of `identify`, and the sentences that refuse it."""
+"""The result of `identify`, and the checks that refuse a wrong or damaged model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WANTED = {
     "text_encoder": ("a Qwen3-4B text encoder", "get Qwen3-4B as GGUF (Qwen3-4B-Q4_K_M.gguf) or safetensors"),
     "vae": ("FLUX.1's VAE", "get ae.safetensors of FLUX.1 or the vae folder of a Z-Image checkpoint"),
 }
-"""Component -> what is wanted in words, and what to get."""
+"""Component -> (name of the model wanted, advice on what to get)."""
 
 TEXT_ENCODERS = {
     ("qwen3", 1024, 28): "Qwen3-0.6B",
@@ -49,17 +49,17 @@ class ModelCard:
         kind: "transformer", "text_encoder", "vae", "controlnet", "lora", "tokenizer", "other" (a model
             that Z-Image does not use) or "unknown".
         family: "z-image", "qwen3", "qwen2", "llama", "flux-vae", or the family of a look-alike.
-        title: What the file is, for a sentence "this is {title}".
-        variant: A finer name where one can be told: "turbo", "omni", "2.1 lite".
-        layout: Naming of the tensors, a layout of weights/names.py.
-        prefix: What stands before every name of this model in the file.
-        config: Sizes, for the three networks of Z-Image.
-        notes: Sentences worth reading.
-        cautions: Sentences on what may make other images than expected; loading warns of them.
+        title: Noun phrase that completes the sentence "this is {title}".
+        variant: Version of the model, if the tensors show it: "turbo", "omni", "2.1 lite".
+        layout: Naming scheme of the tensors, one of the layouts in weights/names.py.
+        prefix: Prefix of this model's tensor names in the file.
+        config: Config of the network; only for the three networks of Z-Image.
+        notes: Remarks for the user.
+        cautions: Reasons why images may differ from what is expected; loading warns of them.
         problem: Why the file cannot be used, or "".
         missing: Tensors that the network needs and the file lacks.
         unexpected: Tensors of the file that the network does not know.
-        misshapen: Sentences, one for each tensor of the wrong shape.
+        misshapen: One description for each tensor of the wrong shape.
         needs: Components that must come from other files before an image can be made.
         also: Other components of Z-Image in the same file.
     """
@@ -86,11 +86,11 @@ class ModelCard:
 
     @property
     def sound(self) -> bool:
-        """True where nothing keeps the file from loading as what it is."""
+        """True if the file can be loaded as the model that it was identified as."""
         return not (self.problem or self.missing or self.unexpected or self.misshapen)
 
     def faults(self) -> str:
-        """The tensors that keep the file from loading, first ten of each sort and a count; "" if none."""
+        """The tensors that prevent loading: a count and the first ten of each kind; "" if there are none."""
         found = []
         for label, items in (
             ("missing", self.missing),
@@ -107,25 +107,25 @@ def require(card: ModelCard, component: str, path: str) -> None:
     """Refuse a file that is not a sound model of the component.
 
     Raises:
-        WrongModel: It is another model, or one that cannot be used; the sentence says what to get.
-        BadWeights: It is the right model with tensors missing, unexpected or misshapen.
+        WrongModel: The file is another model, or one that cannot be used; the message says what to get.
+        BadWeights: The file is the right model, but tensors are missing, unexpected or misshapen.
     """
     name, get = WANTED[component]
     if card.kind != component:
-        if card.kind in WANTED and card.sound and not _known_misfit(card.config):
+        if card.kind in WANTED and card.sound and not _is_known_wrong_size(card.config):
             get = f"pass it as the {card.kind.replace('_', ' ')}, and for this part {get}"
         raise WrongModel(path, f"this is {card.title}, where {name} is wanted", get)
     if card.problem:
-        told = card.problem.endswith(WAY_ROUND)  # what to get is in it already
-        raise WrongModel(path, f"this is {card.title}: {card.problem}", "" if told else get)
+        has_advice = card.problem.endswith(WAY_ROUND)
+        raise WrongModel(path, f"this is {card.title}: {card.problem}", "" if has_advice else get)
     if faults := card.faults():
         raise BadWeights(
             f"{printable(path)}: this is {card.title} with tensors that do not fit: {faults}; {get}"
         )
 
 
-def _known_misfit(config: Config | None) -> bool:
-    """True for a language model of another size than any Z-Image was trained with."""
+def _is_known_wrong_size(config: Config | None) -> bool:
+    """True for a known language model that is not as wide as Qwen3-4B, so that no Z-Image uses it."""
     return isinstance(config, TextEncoderConfig) and text_encoder_name(config) in {
         name for (_, width, _), name in TEXT_ENCODERS.items() if width != 2560
     }
@@ -142,16 +142,16 @@ def check_compatible(
     vae: AutoencoderConfig | None = None,
     paths: Mapping[str, str] | None = None,
 ) -> None:
-    """Refuse parts that do not belong together, before any of them is loaded or run.
+    """Refuse components that do not belong together, before any of them is loaded or run.
 
     Args:
-        transformer: The part that the others must fit.
+        transformer: The component that the others must fit.
         text_encoder: Its width must be the transformer's caption width.
         vae: Its latent channels must be the transformer's.
         paths: Component -> file, for the message.
 
     Raises:
-        WrongModel: Names the part, its width, the width wanted and the file to get.
+        WrongModel: The message names the component, its width, the width wanted and the file to get.
     """
     paths = paths or {}
     if text_encoder is not None and text_encoder.hidden_size != transformer.cap_feat_dim:

@@ -1,8 +1,8 @@
-"""Reading the numbers and texts of a GGUF header, with every length checked before it is used.
+"""Reads the numbers and strings of a GGUF header, and checks every length before it is used.
 
-The header is read through a window of 1 MiB that slides over the file. A vocabulary of six megabytes is
-walked over and not kept; `LazyArray` reads it again when it is asked for.
-Sizes are Python integers throughout: they do not wrap.
+The header is read through a window of 1 MiB that slides over the file. Arrays, such as a vocabulary of six
+megabytes, are checked and skipped; `LazyArray` reads one again when its items are asked for.
+Sizes are Python integers, which do not overflow.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Cursor:
         source: The file.
         order: Byte order, "<" or ">".
         position: Offset of the first byte to read.
-        end: Offset behind the last byte that may be read; None for the end of the file.
+        end: Offset after the last byte that may be read; None for the end of the file.
     """
 
     def __init__(self, source: Source, order: str, position: int = 0, end: int | None = None) -> None:
@@ -81,7 +81,7 @@ class Cursor:
             self.fail(f"the header exceeds {MAX_HEADER} bytes at {what}; no known model needs that")
 
     def _at(self, count: int, what: str) -> int:
-        """Load the next `count` bytes, pass over them and return their index in the window."""
+        """Load the next `count` bytes, advance past them and return their index in the window."""
         self.require_bytes(count, what)
         index = self.position - self._start
         if index + count > len(self._window):
@@ -131,7 +131,7 @@ class Cursor:
         return number
 
     def array(self, key: str, depth: int = 1) -> LazyArray:
-        """Walk over an array and check it to its last item, without keeping it."""
+        """Skip an array: every item is checked, none is kept."""
         if depth > MAX_NESTING:
             self.fail(f"key {key} nests arrays deeper than {MAX_NESTING}")
         kind = self.u32(f"the item type of array {key}")
@@ -161,7 +161,7 @@ class Cursor:
         return LazyArray(self.source, self.order, key, kind, count, start, self.position)
 
     def _skip_strings(self, count: int, key: str) -> None:
-        """Walk over `count` strings; 0.1 us each, so that a GGUF with a vocabulary opens at once."""
+        """Skip `count` strings at 0.1 us each, so that a GGUF with a vocabulary opens at once."""
         unpack = self._u64
         left = count
         while left:
@@ -172,7 +172,7 @@ class Cursor:
                 length = unpack(window, index)[0]
                 index += 8 + length
                 left -= 1
-            # a length that lies ends the inner loop, as it leads behind the window: only the last can
+            # a false length leads past the window and ends the inner loop: only the last one can be false
             self.position = self._start + index
             if self.position > self.end:
                 self.position -= length
@@ -182,9 +182,9 @@ class Cursor:
 
 
 class LazyArray(Sequence[Any]):
-    """An array of a GGUF header, read when its items are first asked for, and kept from then on.
+    """An array of a GGUF header, read when its items are first asked for, then kept in memory.
 
-    The file must still be open at that moment. Items are int, float, bool, str or LazyArray.
+    The file must still be open at that first access. Items are int, float, bool, str or LazyArray.
     """
 
     __slots__ = ("_count", "_end", "_items", "_key", "_kind", "_order", "_source", "_start")
@@ -235,7 +235,7 @@ class LazyArray(Sequence[Any]):
         try:
             for _ in range(self._count):
                 start = index + 8
-                # the lengths were checked at opening; a file rewritten since must not fool us
+                # the lengths were checked at opening, but the file may have been rewritten since
                 if start > size or (index := start + unpack(data, index)[0]) > size:
                     fault = f"array {self._key} changed while the file was in use"
                     raise BadFile(self._source.path, fault, "load it again")

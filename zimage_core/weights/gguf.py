@@ -1,12 +1,12 @@
 """Reader of GGUF files, versions 2 and 3, little and big endian.
 
 Layout: magic, version, tensor count, key count; the keys with their values; the tensor table (name,
-dimensions, type, offset); padding to `general.alignment`; the data. Dimensions are stored with the
-one that is contiguous first, so a shape is their reverse.
+dimensions, type, offset); padding to `general.alignment`; the data. The contiguous dimension is stored
+first, so a shape is the stored dimensions in reverse.
 
-Every length is compared with what is left of the file before it is used. Names are unique, short and
-printable; a row is a whole number of blocks; tensors start on the alignment, end inside the file and do
-not overlap. Order, gaps and trailing bytes are free.
+Every length is compared with the rest of the file before it is used. Names must be unique, short and
+printable; a row must be a whole number of blocks; tensors must start on the alignment, end inside the file
+and not overlap. The order of the data, gaps and trailing bytes are not restricted.
 
 Source: ggml/docs/gguf.md.
 """
@@ -44,17 +44,17 @@ class GGUFFile(WeightFile):
     """A GGUF file; the header is read and checked, the data is not touched.
 
     Args:
-        path: The file; a Source is taken over.
+        path: The file, or an open Source that this object takes over.
         mmap: Hand out tensors as views of a private map; False reads each into its own memory.
 
     Attributes:
         version: 2 or 3.
-        alignment: Tensors start on multiples of it.
+        alignment: Tensors start on multiples of this many bytes.
         metadata: Key -> int, float, bool, str or LazyArray.
 
     Raises:
-        BadFile: The file is no GGUF file, is damaged or cut, or is a part of a split one.
-        UnknownFormat: It holds a tensor type that is not described in zimage_core.formats.
+        BadFile: The file is no GGUF file, is damaged or cut, or is one part of a split model.
+        UnknownFormat: The file holds a tensor type that is not described in zimage_core.formats.
     """
 
     kind = "gguf"
@@ -91,7 +91,7 @@ class GGUFFile(WeightFile):
         self._check_original_shapes()
 
     def _order(self, head: bytes) -> tuple[str, int]:
-        """Byte order and version; the order is the one in which the version is a known one."""
+        """Byte order and version; the byte order is the one that gives a version this reader supports."""
         if len(head) < 8:
             fault = f"truncated: {len(head)} bytes, a GGUF header has at least 24"
             raise BadFile(self.path, fault, AGAIN)
@@ -184,7 +184,7 @@ class GGUFFile(WeightFile):
                 raise BadFile(self.path, f"tensors {names} overlap", AGAIN)
 
     def _q2_0_variant(self, table: list[_Row]) -> BlockFormat | None:
-        """Block under type number 42 in this file, told by its largest tensor; None without such tensors."""
+        """Block format of type number 42 in this file, decided by its largest such tensor, or None."""
         largest, rows, start = 0, 1, 0
         for _, shape, fmt, offset in table:
             weights = math.prod(shape)
@@ -196,7 +196,7 @@ class GGUFFile(WeightFile):
         return q2_0_variant(rows, largest, end - start)
 
     def _check_original_shapes(self) -> None:
-        """Refuse a true shape, as ComfyUI's converter notes it of a reshaped tensor, of another size."""
+        """Refuse original shapes, as ComfyUI's converter notes them, that do not match a tensor's size."""
         for key, value in self.metadata.items():
             info = self.tensors.get(key.removeprefix(_ORIGINAL_SHAPE))
             if not key.startswith(_ORIGINAL_SHAPE) or info is None:

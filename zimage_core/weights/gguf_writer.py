@@ -1,4 +1,4 @@
-"""Layout of a GGUF file to be written, version 3: its header, and where each tensor's data goes.
+"""Computes the layout of a new GGUF file (version 3): its header and the offset of each tensor's data.
 
 Source: ggml/docs/gguf.md. The reader is weights/gguf.py; weights/cursor.py has the value types for both.
 """
@@ -28,16 +28,16 @@ _FIRST_KEY = 24  # magic, version, two counts
 
 @dataclass(frozen=True)
 class RawValue:
-    """A metadata value as the bytes of a file, type number first."""
+    """A metadata value in the encoding of a GGUF file: its type number, then its bytes."""
 
     data: bytes
 
 
 class TypedArray(list[Any]):
-    """An array whose GGUF type is given, as Python's ints and an empty list do not tell it.
+    """A list with an explicit GGUF item type, which Python's ints or an empty list cannot show.
 
     Args:
-        items: Its values.
+        items: The values.
         item_type: GGUF's name of their type: "string", "i32", "f64"...
     """
 
@@ -48,7 +48,7 @@ class TypedArray(list[Any]):
 
 @dataclass(frozen=True)
 class Layout:
-    """Plan of a file: its first bytes and the place of each tensor.
+    """Plan of a file: its header and the position of each tensor.
 
     Args:
         header: Everything before the tensors' data.
@@ -110,7 +110,7 @@ def raw_keys(file: GGUFFile) -> dict[str, Any]:
     for _ in file.metadata:
         key = cursor.text("a metadata key")
         start = cursor.position
-        cursor.value(cursor.u32("a value type"), printable(key, 60))  # passes over it
+        cursor.value(cursor.u32("a value type"), printable(key, 60))  # skips the value
         found[key] = RawValue(bytes(file.source.read_at(start, cursor.position - start)))
     return found
 
@@ -145,7 +145,7 @@ def _value(key: str, value: Any) -> bytes:
         return value.data
     if isinstance(value, Sequence) and not isinstance(value, str):
         items = list(value)
-        stated = getattr(value, "item_type", "")  # a LazyArray or a TypedArray has one
+        stated = getattr(value, "item_type", "")  # only LazyArray and TypedArray have this attribute
         if stated and stated != TYPE_NAMES[ARRAY]:
             kind = stated
         else:

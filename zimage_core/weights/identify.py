@@ -62,17 +62,17 @@ VAE_ANCHORS = {
     ),
 }
 ENOUGH_ANCHORS = {"transformer": 5, "text_encoder": 3, "vae": 2}
-"""A file with so many of a network's anchors is that network, perhaps a damaged one."""
+"""Number of anchors from which on a file counts as that network, even if it turns out to be damaged."""
 
 DROPPED = {
     "transformer": ("norm_final.weight",),
     "text_encoder": ("norm.", "output_norm.", "lm_head.", "output."),
     "vae": (),
 }
-"""Tensors that the networks have in files and never use; beginnings of names for the text encoder."""
+"""Tensors that files hold and the networks never use; for the text encoder, prefixes of their names."""
 
 QUANT_CONVS = ("quant_conv.weight", "post_quant_conv.weight")
-"""Tensors of every VAE but FLUX.1's; FLUX.2's stand inside its encoder and decoder."""
+"""Tensors of every VAE but FLUX.1's; in FLUX.2's VAE these lie inside the encoder and the decoder."""
 
 FOREIGN_PREFIXES = (
     "model_ema.",
@@ -82,14 +82,14 @@ FOREIGN_PREFIXES = (
     "text_encoders.",
     "first_stage_model.",
 )
-"""Parts of all-in-one checkpoints beside the one being read."""
+"""Name prefixes of the other parts of an all-in-one checkpoint, which are ignored."""
 
 GLOBAL_TENSORS = ("scaled_fp8", "spiece_model", "tekken_model", "tokenizer_json")
-"""Marks and tokenisers that ComfyUI's files keep as tensors."""
+"""Flags and tokenizers that ComfyUI stores as tensors."""
 
 
 def find_prefix(all_names: Iterable[str], anchors: tuple[str, ...]) -> tuple[str, int]:
-    """The prefix under which most anchors stand (the shortest among equals), and how many stand there."""
+    """The prefix that most anchors have in the file (the shortest among equals), and the number of those."""
     hits: Counter[str] = Counter()
     for name in all_names:
         if name.endswith(anchors):
@@ -103,12 +103,12 @@ def find_prefix(all_names: Iterable[str], anchors: tuple[str, ...]) -> tuple[str
 
 
 def identify(file: WeightFile, wanted: str = "", stated: Mapping[str, Any] | None = None) -> ModelCard:
-    """What the file is; never raises for a file that could be opened.
+    """Find out what the file is; never raises for a file that could be opened.
 
     Args:
-        file: An open GGUF or safetensors file; only ComfyUI's short comfy_quant texts are read of its data.
-        wanted: Component to look for first, in a file that holds several.
-        stated: Parsed config.json that lies beside the file and must agree with it.
+        file: An open GGUF or safetensors file. Of its data only ComfyUI's short comfy_quant texts are read.
+        wanted: Component to look for first in a file that holds several.
+        stated: Parsed config.json from beside the file; it must agree with the tensors.
     """
     try:
         return _identify(file, wanted, stated)
@@ -158,7 +158,7 @@ def _architecture(metadata: Mapping[str, Any]) -> str | None:
 
 
 def _with_companions(card: ModelCard, cards: Mapping[str, ModelCard]) -> ModelCard:
-    """The card with what else the file holds, and what must come from other files."""
+    """The card, completed with the other components in the file and those that must come from other files."""
     present = {kind for kind, other in cards.items() if other.kind == kind}
     also = tuple(kind for kind in _DETECTORS if kind in present and kind != card.kind)
     needs = tuple(kind for kind in _DETECTORS if kind not in present and kind != card.kind)
@@ -177,7 +177,7 @@ def _under(shapes: Shapes, prefix: str) -> dict[str, infer.Shape]:
 
 
 def _compare(card: ModelCard, table: names.Table, shapes: Shapes, unused: Callable[[str], bool]) -> ModelCard:
-    """The card with the tensors that do not fit the table; `unused` tells known names that are not needed."""
+    """The card, completed with the tensors that do not fit the table; `unused` accepts names to ignore."""
     wanted = names.checkpoint_shapes(table)
     inside = _under(shapes, card.prefix)
     elsewhere = (*FOREIGN_PREFIXES, *_other_components(card.kind, shapes))
@@ -197,7 +197,7 @@ def _compare(card: ModelCard, table: names.Table, shapes: Shapes, unused: Callab
 
 
 def _other_components(kind: str, shapes: Shapes) -> list[str]:
-    """Prefixes under which an all-in-one checkpoint keeps the other networks."""
+    """Prefixes of the other networks in an all-in-one checkpoint."""
     found = []
     for other, groups in _ANCHORS.items():
         for anchors in groups if other != kind else ():
@@ -314,7 +314,7 @@ _DETECTORS = {"transformer": _transformer, "text_encoder": _text_encoder, "vae":
 
 
 def _best(kind: str, shapes: Shapes) -> tuple[str, str]:
-    """Layout and prefix with most anchors, or two empty strings."""
+    """The layout and prefix with the most anchors, or two empty strings."""
     groups = TEXT_ANCHORS if kind == "text_encoder" else VAE_ANCHORS
     hits = {layout: find_prefix(shapes, anchors) for layout, anchors in groups.items()}
     layout = max(hits, key=lambda name: hits[name][1])

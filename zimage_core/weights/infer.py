@@ -1,8 +1,8 @@
-"""Sizes of the three networks from tensor shapes and metadata, as a single file carries no config.
+"""Infers the sizes of the three networks from tensor shapes and metadata; a single file has no config.
 
-Shapes decide. Metadata, a config.json beside the file, and the defaults of the released models add only
-what shapes cannot tell: rotary axes, epsilons, head counts without head norms. Where two sources
-disagree the file is refused. Every number is checked against a limit before anything is built from it.
+Shapes decide. Metadata, a config.json beside the file, and the defaults of the released models supply only
+what shapes do not determine: rotary axes, epsilons, head counts without head norms. If two sources
+disagree, the file is refused. Every number is checked against a limit before anything is built from it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def count_layers(names: Iterable[str], stack: str) -> int:
     """Highest layer number + 1 among names `{stack}.{number}.{rest}`; 0 without any.
 
     Raises:
-        BadWeights: A number is beyond what any real model has.
+        BadWeights: A layer number is larger than that of any real model.
     """
     pattern = re.compile(re.escape(stack) + r"\.(\d+)\.")
     highest = -1
@@ -56,10 +56,10 @@ def squeezed(shape: Shape) -> Shape:
 
 
 def axes(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
-    """Shape of a tensor of rank `rank`; where the file has more axes, those of length 1 are dropped.
+    """Shape of a tensor that must have `rank` axes; if the file has more, axes of length 1 are dropped.
 
     Raises:
-        BadWeights: The tensor is missing, or has another rank or an axis of no sane length.
+        BadWeights: The tensor is missing, or has another rank or an axis of an impossible length.
     """
     shape = shapes.get(name)
     if shape is None:
@@ -88,7 +88,7 @@ def read_float(metadata: Mapping[str, Any], key: str, low: float, high: float) -
         raise BadWeights(f"metadata {key!r} is {printable(metadata[key], 60)!r}, wanted a number")
     if not low <= value <= high:
         raise BadWeights(f"metadata {key!r} is {value:g}, wanted {low:g} to {high:g}")
-    # GGUF stores float32: 1e-6 comes back as 9.99999997e-07, whose first 7 digits are what was meant
+    # GGUF stores float32: 1e-6 comes back as 9.99999997e-07; rounding to 7 digits restores it
     return float(f"{value:.7g}") if isinstance(value, float) else float(value)
 
 
@@ -101,7 +101,7 @@ def read_int(metadata: Mapping[str, Any], key: str, high: int) -> int | None:
 
 
 def parse_config(parse: Callable[[Mapping[str, Any]], ConfigT], data: Mapping[str, Any]) -> ConfigT:
-    """Parse a config.json of unknown origin; whatever is wrong with it becomes one BadWeights."""
+    """Parse a config.json of unknown origin; every fault in it becomes BadWeights."""
     try:
         return parse(data)
     except BadArgument as error:
@@ -111,7 +111,7 @@ def parse_config(parse: Callable[[Mapping[str, Any]], ConfigT], data: Mapping[st
 
 
 def agree(inferred: ConfigT, stated: ConfigT | None, names: tuple[str, ...]) -> None:
-    """Refuse a stated config that disagrees with the tensors in a field that shapes decide."""
+    """Refuse a config.json that disagrees with the tensors in one of the fields `names`."""
     if stated is None:
         return
     mine, theirs = asdict(inferred), asdict(stated)
@@ -124,7 +124,7 @@ def agree(inferred: ConfigT, stated: ConfigT | None, names: tuple[str, ...]) -> 
 
 
 def built(make: Callable[..., ConfigT], **fields: Any) -> ConfigT:
-    """A config of these fields; BadWeights where they do not belong together."""
+    """A config with these fields; BadWeights if they contradict each other."""
     try:
         return make(**fields)
     except BadArgument as error:
@@ -147,10 +147,10 @@ def transformer_config(
         metadata: Its keys `zimage.axes_dims`, `zimage.axes_lens` (arrays of 3), `zimage.rope_theta`,
             `zimage.norm_eps` and `zimage.t_scale` are read.
         layout: One of `names.TRANSFORMER_LAYOUTS`.
-        stated: Config of a config.json, which must agree with the shapes.
+        stated: Config from a config.json, which must agree with the shapes.
 
     Returns:
-        The config, and cautions: sentences on what was assumed or is odd.
+        The config, and cautions: sentences about assumptions and oddities.
 
     Raises:
         BadWeights: A tensor that decides the size is missing, or sizes contradict each other.
@@ -225,7 +225,7 @@ def _triple(metadata: Mapping[str, Any], key: str) -> tuple[int, int, int] | Non
 def _rotary_axes(
     head_dim: int, metadata: Mapping[str, Any], stated: TransformerConfig | None, cautions: list[str]
 ) -> tuple[int, int, int]:
-    """Rotary channels for (t, h, w): stated, or those of Z-Image, or its proportions 2:3:3."""
+    """Rotary channels for (t, h, w): as stated, else those of Z-Image, else in its proportions 2:3:3."""
     found = stated.axes_dims if stated else _triple(metadata, "zimage.axes_dims")
     if found is not None:
         if sum(found) != head_dim:
@@ -254,7 +254,7 @@ def text_encoder_config(
 ) -> tuple[TextEncoderConfig, list[str]]:
     """Sizes of a text encoder; arguments and result are those of `transformer_config`.
 
-    A GGUF's keys of llama.cpp are read, such as `qwen3.attention.head_count`.
+    In a GGUF, llama.cpp's keys are read, such as `qwen3.attention.head_count`.
 
     Raises:
         BadWeights: As `transformer_config` does; also where llama weights come without metadata.
@@ -344,7 +344,7 @@ def _text_layers(
     stated: TextEncoderConfig | None,
     block_count: int | None,
 ) -> int:
-    """Layers of the model; the last one may be missing from the file, as it is never run."""
+    """Number of layers; the last layer may be missing from the file, because it is never run."""
     present = count_layers(shapes, stack)
     total = stated.num_layers if stated else block_count
     if total is None:
@@ -429,7 +429,7 @@ def autoencoder_config(
 
 
 def _conv_axes(shapes: Mapping[str, Shape], name: str) -> Shape:
-    """The four axes of a convolution; a kernel of side 1 keeps its axes."""
+    """The four axes of a convolution's weight; a 1x1 kernel keeps its axes of length 1."""
     shape = shapes.get(name)
     if shape is None or len(shape) != 4 or not all(0 < n <= MAX_WIDTH for n in shape):
         raise BadWeights(f"the tensor {name!r} has shape {shape}, wanted the four axes of a convolution")

@@ -1,7 +1,7 @@
-"""What a file is, what it holds, and what it lacks to make an image, from headers alone.
+"""Describes a file from its headers: what it is, what it holds, and what it lacks to make an image.
 
-Takes model files (GGUF, safetensors, sharded or not), folders of them, tokenizer files and images made
-here. Loads neither torch nor NumPy unless the data itself is asked for (`full=True`).
+Accepts model files (GGUF, safetensors, sharded or not), folders of them, tokenizer files and images made
+by this library. Imports neither torch nor NumPy unless the data itself is to be read (`full=True`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zimage_core.weights.source import WeightFile
 
 PARTS = (*COMPONENTS, "tokenizer")
-"""What an image needs; a GGUF text encoder brings its own tokenizer."""
+"""What is needed to make an image; a GGUF text encoder contains its tokenizer."""
 MAX_FILES = 200  # of one folder
 MODEL_SUFFIXES = (".gguf", ".safetensors", ".safetensors.index.json")
 _HEAD = 1 << 16
@@ -37,9 +37,9 @@ class TypeCount:
 
     Args:
         format: Name, as in `zimage_core.formats`.
-        tensors: How many.
-        weights: Numbers stored, all tensors together.
-        nbytes: Bytes they take.
+        tensors: Number of tensors.
+        weights: Number of weights in all of them.
+        nbytes: Size of all of them in bytes.
     """
 
     format: str
@@ -55,15 +55,15 @@ class Inspection:
     Args:
         path: As given.
         container: "gguf", "safetensors", "tokenizer", "png" or "folder".
-        nbytes: Size on disk; for a folder, its model files together.
+        nbytes: Size on disk in bytes; for a folder, that of all its model files.
         kind: "transformer", "text_encoder", "vae", "lora", "tokenizer", "image", "pipeline", "other" ...
-        title: The kind in words, for a sentence.
-        usable: Whether this library can use it.
+        title: Noun phrase that says what the file is.
+        usable: Whether this library can use the file.
         problem: Why it cannot, or "".
         config: Sizes of the network, or other facts.
         types: Formats of the tensors, largest first.
         needs: Components that must come from other files before an image can be made.
-        notes: Sentences worth reading.
+        notes: Remarks for the user.
         warnings: Values that are not finite or do not fit float16 (only with `full`).
         metadata: Keys of the file, long values shortened; the settings of an image.
         tensors: name -> (format, shape, bytes).
@@ -99,8 +99,8 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
         full: Read all data too and warn of NaN, infinity and values outside float16.
 
     Raises:
-        BadFile: Damaged, truncated, or of no kind known here; the message says which.
-        UnknownFormat: It holds a tensor type that is not described here.
+        BadFile: The file is damaged, truncated, or of no kind known here; the message says which.
+        UnknownFormat: The file holds a tensor type that zimage_core.formats does not describe.
     """
     from zimage_core.weights.opened import identify_open, open_weights
     from zimage_core.weights.source import Source
@@ -114,10 +114,10 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
         if head.startswith(b"\x89PNG"):
             return _image(place)
         looks = head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and _TOKENIZER.search(head)
-        # a JSON file too damaged to look like anything is told what a tokenizer needs
+        # a JSON file too damaged to recognise is treated as a tokenizer, whose reader names the fault
         if looks or (place.suffix == ".json" and b'"weight_map"' not in head):
             return _tokenizer(place)
-        with open_weights(source) as file:  # not by its path again: another file may be there by now
+        with open_weights(source) as file:  # not by its path: another file may have been moved there
             return _weights(identify_open(file), full)
     finally:
         source.close()
@@ -148,7 +148,7 @@ def _weights(opened: Opened, full: bool) -> Inspection:
 
 
 def _has_tokenizer(file: WeightFile, kind: str) -> bool:
-    """A text encoder in GGUF carries its vocabulary; beside a safetensors file it may lie in the folder."""
+    """Whether the file has a tokenizer: inside it for a GGUF text encoder, else in its folder."""
     if kind != "text_encoder":
         return False
     if "tokenizer.ggml.tokens" in file.metadata:
@@ -183,7 +183,7 @@ def _warnings(file: WeightFile) -> Iterator[str]:
 
 
 def _short(value: object) -> Any:
-    """A metadata value for people: arrays as their length, text cut."""
+    """A metadata value for display: arrays as their length, long text cut."""
     if isinstance(value, (bool, int, float)) or value is None:
         return value
     if isinstance(value, str):
@@ -273,7 +273,7 @@ def _folder(path: Path, full: bool) -> Inspection:
 
 
 def _mismatch(parts: list[Inspection]) -> list[str]:
-    """Why the three networks, each sound, do not belong together."""
+    """Why the three networks, each of them usable, do not belong together."""
     from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
     from zimage_core.weights.card import check_compatible
 
@@ -296,9 +296,9 @@ def _listing(parts: list[Inspection]) -> str:
 
 
 def _places(path: Path) -> list[Path]:
-    """Model files of a folder and of the folders in it, and those folders, for their tokenizers.
+    """Model files of a folder and its subfolders, and the subfolders themselves, which may hold tokenizers.
 
-    Where an index lists shards it stands for them.
+    Shards that an index lists are left out in favour of the index.
     """
     from zimage_core.weights.safetensors import shard_names
 
@@ -319,7 +319,7 @@ def _places(path: Path) -> list[Path]:
 
 
 def dumps(inspections: list[Inspection], tensors: bool = False) -> str:
-    """JSON: one object for one file, a list for several; with the table of tensors if asked for."""
+    """JSON text: one object for one file, a list for several; with the table of tensors if `tensors`."""
     data = [_pruned(item.to_json(), tensors) for item in inspections]
     return json.dumps(data[0] if len(data) == 1 else data, ensure_ascii=True, indent=2, default=str)
 

@@ -1,4 +1,4 @@
-"""Build a network from an open file: on the meta device, then assign; nothing is initialised or copied twice.
+"""Builds a network from an open file: on the meta device first, then the file's tensors are assigned.
 
 Weights of Linear and Embedding stay packed, as views of the file, unless they are stored in the dtype of
 the computation already; norms, biases, pad tokens and convolutions become dense tensors of that dtype.
@@ -39,7 +39,7 @@ _TABLES: dict[type[nn.Module], Callable[..., names.Table]] = {
 
 
 def opened_file(network: nn.Module) -> Opened | None:
-    """The open file whose bytes a loaded network uses in place; None for one that was built in memory."""
+    """The open file whose bytes a loaded network uses in place; None for a network built in memory."""
     return cast("Opened | None", getattr(network, "opened", None))
 
 
@@ -64,9 +64,9 @@ def load_transformer(
     """Load an S3-DiT.
 
     Args:
-        path: See `open_component`.
+        path: A GGUF or safetensors file, an index of shards, a component's folder, or a diffusers folder.
         dtype: The dtype of the computation: float32, float16 or bfloat16. Packed weights keep their own type.
-        device: Where the model is put.
+        device: Device of the model.
         mmap: Use the weights in place; the file must not change meanwhile. False reads it into memory.
 
     Raises:
@@ -124,13 +124,13 @@ def _load(
 def load_network(
     kind: type[Network], opened: Opened, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Network:
-    """Build a network from a file that is open and was required to be one; the network keeps the file open.
+    """Build a network from an open file that passed `require`; the network keeps the file open.
 
     Args:
         kind: The network's class.
-        opened: Its file.
+        opened: The open file with its card.
         dtype: The dtype of the computation.
-        device: Where the network is put.
+        device: Device of the network.
 
     Raises:
         BadWeights: A dense tensor holds NaN or infinity, or does not fit float16.
@@ -142,9 +142,9 @@ def load_network(
         warnings.warn(f"{printable(file.path)}: {caution}", UserWarning, stacklevel=2)
     table = _TABLES[kind](card.config, card.layout)
     with torch.device("meta"), _Uninitialised():
-        model = kind(card.config)  # type: ignore[arg-type]  # `require` saw to the kind
-    model.to(dtype)  # what a layer's dtype is decides which weights stay packed
-    # the vision branch of an Omni checkpoint has no part in text to image
+        model = kind(card.config)  # type: ignore[arg-type]  # `require` has checked the kind
+    model.to(dtype)  # the dtype of a layer decides which weights stay packed
+    # text to image does not use the vision branch of an Omni checkpoint
     fill(model, file, tuple(e for e in table if not e.module.startswith("siglip_")), card.prefix, dtype)
     model.requires_grad_(False).eval()
     model.opened = opened
@@ -193,7 +193,7 @@ def _unpermuted(tensor: QuantTensor, heads: int) -> QuantTensor:
 
 
 def _dense(tensor: QuantTensor, dtype: torch.dtype, where: str) -> Tensor:
-    """The numbers in `dtype`, checked; small tensors only, the bulk is watched while it runs."""
+    """The dense numbers in `dtype`, checked. Only small tensors come here; packed weights are not checked."""
     dense: Tensor = tensor.dequantize(dtype)
     if not bool(torch.isfinite(dense).all()):
         stored = tensor.dequantize(torch.float32)

@@ -1,7 +1,7 @@
-"""Marks by which models that are not Z-Image are recognised, so that a refusal can say what the file is.
+"""Recognises models that are not Z-Image, so that the refusal can say what the file is.
 
-A sound model of a family has every one of the row's `marks` in its tensor names, or a GGUF of it states one
-of `architectures`. Rows are tried in order, the more specific first.
+A file belongs to a family if its tensor names contain every one of the row's `marks`, or if it is a GGUF that
+states one of `architectures`. Rows are tried in order, the more specific first.
 Sources: the published checkpoints' tensor names; ComfyUI's model_detection; llama.cpp's constants.py.
 """
 
@@ -16,7 +16,7 @@ class Lookalike:
 
     Args:
         family: Short name.
-        title: What the file is, for a sentence "this is {title}".
+        title: Noun phrase that completes the sentence "this is {title}".
         marks: Pieces of tensor names; all must occur. A piece that starts with a newline matches only
             at the start of a name.
         architectures: Values of a GGUF's general.architecture.
@@ -97,7 +97,7 @@ LOOKALIKES = (
 
 
 def recognise(joined_names: str, architecture: str | None) -> Lookalike | None:
-    """The first family whose marks all occur in the newline-joined names, or that the GGUF states."""
+    """The first family whose marks all occur in the newline-joined names, or whose architecture is stated."""
     for row in LOOKALIKES:
         if row.marks and all(mark in joined_names for mark in row.marks):
             return row

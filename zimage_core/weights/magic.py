@@ -1,4 +1,4 @@
-"""What a file is that is no model, told by its first bytes, and what to do about it."""
+"""Recognises files that are not models by their first bytes, and says what to do about them."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ _KNOWN: tuple[tuple[bytes, str, str], ...] = (
 
 
 def refuse_known(path: str, head: bytes) -> None:
-    """Refuse a file whose first bytes are those of something else; return where they tell nothing.
+    """Refuse a file whose first bytes are those of a known other kind of file.
 
     Raises:
-        BadFile: The sentence says what the file is and what to do.
+        BadFile: The message says what the file is and what to do.
     """
     if len(head) >= 8 and not head.strip(b"\x00"):
         raise BadFile(path, f"starts with {len(head)} zero bytes, no magic: an unfinished download", AGAIN)

@@ -1,4 +1,4 @@
-"""Tables from module names to checkpoint names, computed from the config, for each network and layout.
+"""Tables that map module names to checkpoint names, computed from the config for each network and layout.
 
 Module names are those of diffusers for the S3-DiT and the VAE, and those of transformers (without "model.")
 for the text encoder. A table is a tuple of `Entry`, one for each parameter of the module. Where a layout
@@ -31,9 +31,9 @@ class Entry:
         checkpoint: Tensor name in the file, without the file's prefix.
         shape: Shape of the parameter.
         rows: (start, stop) on axis 0 of the checkpoint's tensor, or None for all of it.
-        total_rows: Length of axis 0 of the checkpoint's tensor where rows is given.
-        heads: If positive, the rows of each of so many heads are stored with their two halves interleaved,
-            as llama.cpp does for architecture "llama", and must be put back.
+        total_rows: Length of axis 0 of the checkpoint's tensor; used only if `rows` is given.
+        heads: If positive, the number of heads whose rows are stored with their two halves interleaved, as
+            llama.cpp does for architecture "llama"; loading undoes that.
     """
 
     module: str
@@ -76,8 +76,8 @@ def _layout(wanted: str, known: tuple[str, ...]) -> None:
 def transformer_table(config: TransformerConfig, layout: str) -> Table:
     """Table of the S3-DiT in layout "split" (diffusers), "fused" (single file and GGUF) or "sdcpp".
 
-    Layout "sdcpp" is what stable-diffusion.cpp writes from diffusers' files: the names of the single file,
-    with q, k and v apart as qkv.weight, qkv.weight.1 and qkv.weight.2.
+    stable-diffusion.cpp writes layout "sdcpp" from diffusers' files: it has the names of the single file, but
+    q, k and v are separate tensors qkv.weight, qkv.weight.1 and qkv.weight.2.
     """
     _layout(layout, TRANSFORMER_LAYOUTS)
     entries = tuple(_transformer(config, fused=layout != "split"))

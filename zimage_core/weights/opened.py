@@ -1,7 +1,7 @@
-"""Model files opened, identified and checked once; whoever needs one afterwards takes it from here.
+"""Opens, identifies and checks each model file once; later steps use the open file.
 
-The name of a file says nothing: the first bytes decide, and what is not GGUF or safetensors is named
-and refused with the next step. Nothing that runs code (pickle) is ever unpacked.
+The first bytes of a file decide what it is, never its name. A file that is neither GGUF nor safetensors is
+refused; the message says what it is and what to do. Nothing that runs code (pickle) is ever unpacked.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def open_weights(path: str | PathLike[str] | Source, mmap: bool = True) -> Weigh
     Only headers are read. Nothing else in the library decides what a file is.
 
     Args:
-        path: The file or folder; its name does not matter. A Source is taken over: the file is opened
-            only once, so that another one moved to its place meanwhile cannot be half of what is read.
+        path: The file or folder; its name does not matter. An open Source is taken over instead of opening
+            its path again, where another file may have been moved meanwhile.
         mmap: Hand out tensors as views of the file, which then must not change while in use. False
             reads each tensor into its own memory. A Source keeps its own choice.
 
     Raises:
-        BadFile: Missing, not a model file (the message says what it is instead), damaged or cut.
-        UnknownFormat: A tensor of a type that zimage_core.formats does not describe.
+        BadFile: The file is missing, no model file (the message says what it is instead), damaged or cut.
+        UnknownFormat: A tensor has a type that zimage_core.formats does not describe.
     """
     if isinstance(path, Source):
         source = path
@@ -53,12 +53,13 @@ def open_weights(path: str | PathLike[str] | Source, mmap: bool = True) -> Weigh
 
 
 def _reader(source: Source) -> WeightFile:
-    """The reader that the first bytes ask for."""
+    """Choose the reader by the first bytes."""
     path, size = source.path, source.size
     head = bytes(source.read_at(0, min(_HEAD, size)))
     if head[:4] == b"GGUF"[: len(head)]:
         return GGUFFile(source)
-    # the header's length comes first and may look like any magic, even "{": so the brace behind it decides
+    # safetensors starts with the header's length, which may look like any magic number, even "{"; the
+    # brace after it decides
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and (length <= size or not head.startswith(b"{")):
         return SafetensorsFile(source)
@@ -66,7 +67,7 @@ def _reader(source: Source) -> WeightFile:
         return ShardedSafetensors(source)
     refuse_known(path, head)
     if size <= 8 or 2 <= length <= size - 8:
-        return SafetensorsFile(source)  # says what is wrong with the header
+        return SafetensorsFile(source)  # raises an error that says what is wrong with the header
     fault = f"not a model file: magic {printable(head[:8])} is neither GGUF nor safetensors"
     raise BadFile(path, fault, CONVERT)
 
@@ -75,7 +76,7 @@ def _is_folder(path: str) -> bool:
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):
-        return False  # Source says why
+        return False  # opening the Source raises an error that says why
 
 
 def _in_folder(path: str) -> str:
@@ -100,12 +101,12 @@ def _in_folder(path: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """An open model file and what it is.
+    """An open model file and its identification.
 
     Args:
         file: The file; its header is parsed, no tensor is read.
         card: What the file was identified as.
-        stated: The config.json beside the file that the card agrees with; None where there is none.
+        stated: The config.json beside the file, if there is one and the card agrees with it.
     """
 
     file: WeightFile
@@ -118,11 +119,11 @@ class Opened:
         return Path(self.file.path).name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Opened:
-        """A copy of a network reads the same open file."""
+        """Return self: a copy of a network reads the same open file."""
         return self
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """A pickled network has its weights with it and comes from no file."""
+        """Pickle as None: a pickled network contains its weights and belongs to no file."""
         return type(None), ()
 
 
@@ -131,8 +132,8 @@ def open_component(path: str | PathLike[str] | Opened, component: str = "", mmap
 
     Args:
         path: A GGUF or safetensors file, an index of shards, a component's folder, or a diffusers folder.
-            A file that is open and identified already is taken as it is, but for a config.json beside it.
-        component: "transformer", "text_encoder" or "vae"; "" takes the file as whatever it is.
+            An `Opened` is used as it is; only the config.json beside it may still be read.
+        component: "transformer", "text_encoder" or "vae"; "" accepts any model.
         mmap: Hand out tensors as views of the file.
 
     Returns:
@@ -149,25 +150,25 @@ def open_component(path: str | PathLike[str] | Opened, component: str = "", mmap
 
 
 def identify_open(file: WeightFile) -> Opened:
-    """Identify an open file as whatever it is, with the config.json beside it where the two agree."""
+    """Identify an open file as any model; a config.json beside it is used if it agrees with the tensors."""
     return _with_config(file, "", None, *_locate(file.path, "")[1:])
 
 
 def open_pipeline(paths: Mapping[str, str | PathLike[str] | Opened], mmap: bool = True) -> dict[str, Opened]:
-    """Open the files of a pipeline and refuse those that do not make one together, by their headers alone.
+    """Open the files of a pipeline and check by their headers that each is sound and that they fit together.
 
     Args:
-        paths: "transformer", "text_encoder" and "vae" -> file or folder, as for `open_component`; without a
-            transformer each is checked alone.
+        paths: "transformer", "text_encoder" and "vae" -> file or folder, as for `open_component`. Without a
+            transformer each file is checked alone.
         mmap: Hand out tensors as views of the files.
 
     Returns:
-        The open files, for the caller to close.
+        Component -> open file; the caller closes them.
 
     Raises:
         BadFile, UnknownFormat: A file cannot be opened.
-        WrongModel, BadWeights: It is another model or a damaged one; WrongModel also where each file is sound
-            and they do not fit each other.
+        WrongModel: A file is another model, or the files do not fit each other.
+        BadWeights: A file is damaged.
     """
     opened: dict[str, Opened] = {}
     try:
@@ -177,7 +178,7 @@ def open_pipeline(paths: Mapping[str, str | PathLike[str] | Opened], mmap: bool 
         configs = {component: part.card.config for component, part in opened.items()}
         if "transformer" in configs:
             places = {component: part.file.path for component, part in opened.items()}
-            check_compatible(**configs, paths=places)  # type: ignore[arg-type]  # `require` saw to their kinds
+            check_compatible(**configs, paths=places)  # type: ignore[arg-type]  # `require` checked the kinds
     except BaseException:
         for part in opened.values():
             part.file.close()
@@ -192,7 +193,7 @@ def _with_config(
     stated: Mapping[str, Any] | None,
     binding: bool,
 ) -> Opened:
-    """Identify a file, and follow a config.json that is binding or that the tensors agree with."""
+    """Identify a file together with its config.json, if that is binding or agrees with the tensors."""
     if not component:
         card = identify(file) if card is None else card
         component, stated = card.kind, stated if card.config is not None else None
@@ -201,7 +202,7 @@ def _with_config(
     agreed = identify(file, component, stated)
     if binding or not agreed.problem:
         return Opened(file, agreed, stated)
-    # a config.json beside a single file may be any model's; the tensors have the last word
+    # a config.json beside a single file may belong to another model; the tensors decide
     alone = card if card is not None else identify(file, component)
     if alone.problem:
         return Opened(file, agreed)
@@ -210,7 +211,7 @@ def _with_config(
 
 
 def _locate(path: str | PathLike[str], component: str) -> tuple[str, dict[str, Any] | None, bool]:
-    """What to open for a component, the config.json beside it, and whether that config is binding.
+    """Find the file of a component and the config.json beside it, and whether that config is binding.
 
     Args:
         path: A weight file, a folder of one component, or a folder with `component` as a subfolder
@@ -218,8 +219,8 @@ def _locate(path: str | PathLike[str], component: str) -> tuple[str, dict[str, A
         component: "transformer", "text_encoder" or "vae".
 
     Returns:
-        Path for `open_weights`; the parsed config.json or None; True where a folder was named, so that
-        its config.json must agree with the tensors. Beside a single file it may belong to another one.
+        Path for `open_weights`; the parsed config.json or None; True if a folder was named, whose config.json
+        must agree with the tensors. A config.json beside a single file may belong to another model.
 
     Raises:
         BadFile: The config.json of a named folder cannot be read.
@@ -235,12 +236,12 @@ def _locate(path: str | PathLike[str], component: str) -> tuple[str, dict[str, A
                 fspath(path), f"a model folder without the part {component!r}", f"download {component}/ to it"
             )
     except (OSError, ValueError):
-        return fspath(path), None, False  # open_weights says what is wrong with the path
+        return fspath(path), None, False  # open_weights raises an error that says what is wrong
     return str(place), _read_config(place / "config.json", binding=True), True
 
 
 def _read_config(path: Path, binding: bool) -> dict[str, Any] | None:
-    """The parsed file; None where there is none, or where it cannot be read and is not binding."""
+    """The parsed file; None if there is none, or if it cannot be read and is not binding."""
     try:
         if not path.is_file():
             return None

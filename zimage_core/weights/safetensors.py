@@ -1,7 +1,7 @@
 """Reader of safetensors files, single or in shards with an index.
 
-Layout: the header's length (u64), the header (JSON), the data. The tensors must fill the data exactly:
-no hole, no overlap, no rest.
+Layout: the header's length (u64), the header (JSON), the data. The tensors must fill the data exactly,
+without gaps, overlaps or trailing bytes.
 
 Source: https://github.com/huggingface/safetensors (README, "Format").
 """
@@ -28,7 +28,7 @@ MAX_INDEX = 32 << 20
 
 
 def _plain(name: str, code: str) -> BlockFormat:
-    """A type of counters, masks or shared exponents, which no weight has and GGUF lacks."""
+    """A type of counters, masks or shared exponents; no weight has it, and GGUF has no such type."""
     field = Field("w", code)
     return BlockFormat(name, None, 1, field.nbytes, (field,))
 
@@ -45,7 +45,7 @@ class SafetensorsFile(WeightFile):
     """One safetensors file; the header is read and checked, the data is not touched.
 
     Args:
-        path: The file; a Source is taken over.
+        path: The file, or an open Source that this object takes over.
         mmap: Hand out tensors as views of a private map; False reads each into its own memory.
         alone: False opens the file as one of several shards.
 
@@ -73,7 +73,7 @@ class SafetensorsFile(WeightFile):
             self._fail(f"truncated: {self.size} bytes, the header of a safetensors file has at least 10")
         length = int.from_bytes(self.source.read_at(0, 8), "little")
         if length > self.size - 8:
-            # a shard comes here without `open_weights` having looked at it
+            # `open_weights` does not look at shards
             refuse_known(self.path, bytes(self.source.read_at(0, min(64, self.size))))
             self._fail(f"truncated or damaged: header of length {length}, {self.size - 8} bytes remain")
         if not 2 <= length <= MAX_HEADER:
@@ -107,7 +107,7 @@ class SafetensorsFile(WeightFile):
         if fmt is None:
             fault = f"tensor {shown} has the unknown dtype {printable(dtype, 40)}"
             raise BadFile(self.path, fault, f"get the model in one of {', '.join(DTYPES)}")
-        # sizes that no array can have, even where another dimension of zero makes the product vanish
+        # refuse sizes that no array can have, even if a dimension of 0 makes the product 0
         if math.prod(size for size in shape if size) >= 1 << 60:
             self._fail(f"tensor {shown} has a shape whose size exceeds any file")
         nbytes = math.prod(shape) * fmt.nbytes
@@ -131,17 +131,17 @@ class SafetensorsFile(WeightFile):
             try:
                 shards = read_index(index)
             except BadFile:
-                continue  # a damaged index is not this file's fault
+                continue  # a damaged index says nothing about this file
             if len(shards) > 1 and any(set(names) == set(self.tensors) for names in shards.values()):
                 fault = f"incomplete: exactly one of the {len(shards)} shards of {printable(index.name)}"
                 raise BadFile(self.path, fault, hint)
 
 
 class ShardedSafetensors(WeightFile):
-    """Several safetensors files under one index; all are opened, and together hold what the index lists.
+    """Several safetensors files with one index; all are opened, and must hold exactly what the index lists.
 
     Args:
-        path: The index, `*.safetensors.index.json`; a Source is taken over.
+        path: The index, `*.safetensors.index.json`, or an open Source that this object takes over.
         mmap: Hand out tensors as views of a private map; False reads each into its own memory.
 
     Raises:
@@ -192,12 +192,12 @@ class ShardedSafetensors(WeightFile):
         return self.shards[self._shard_of[name]].source
 
     def check_unchanged(self) -> None:
-        """Refuse a shard that was written to or cut since it was opened, with BadFile."""
+        """Raise BadFile if a shard was written to or cut since it was opened."""
         for shard in self.shards.values():
             shard.check_unchanged()
 
     def close(self) -> None:
-        """Let all files go. Tensors that were handed out stay valid."""
+        """Close all files. Tensors that were handed out stay valid."""
         super().close()
         for shard in self.shards.values():
             shard.close()
@@ -207,7 +207,7 @@ def read_index(place: str | PathLike[str] | Source) -> dict[str, list[str]]:
     """Read an index of shards: name of a shard -> names of its tensors.
 
     Raises:
-        BadFile: The file is no such index, or an entry is not a plain file name.
+        BadFile: The file is no index of shards, or an entry is not a plain file name.
     """
     if not isinstance(place, Source):
         source = Source(place)
@@ -250,7 +250,7 @@ def read_index(place: str | PathLike[str] | Source) -> dict[str, list[str]]:
 
 
 def shard_names(index: str | PathLike[str]) -> set[str]:
-    """Names of the files that an index of shards lists; none where it cannot be read."""
+    """Names of the files that an index of shards lists; an empty set if it cannot be read."""
     try:
         return set(read_index(index))
     except BadFile:

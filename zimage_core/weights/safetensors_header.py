@@ -1,7 +1,8 @@
-"""Strict reading of the JSON in front of a safetensors file.
+"""Strict parser of a safetensors header, which is JSON.
 
-The header is an object of tensors and of one map from text to text. Duplicate keys, unknown fields, numbers
-that cannot be sizes and lone surrogates are refused, so that no two readers understand a file differently.
+The header is an object that maps names to tensors, and `__metadata__` to an object of strings. Duplicate
+keys, unknown fields, numbers that cannot be sizes and lone surrogates are refused, so that no two readers
+understand a file differently.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ MAX_TENSORS = 100_000
 MAX_NAME = 1024
 MAX_DIMENSIONS = 8
 MAX_BRACKETS = 5 * MAX_TENSORS
-"""Opening brackets in a header, those inside texts too. Two belong to a tensor; millions of empty lists would
-take gigabytes of memory before anything could be checked."""
+"""Most opening brackets in a header, including those inside strings. A tensor has two; millions of empty
+lists would take gigabytes of memory before anything could be checked."""
 MAX_QUOTES = 40 * MAX_TENSORS
-"""Quotation marks in a header. Ten belong to a tensor; the others leave room for metadata that is JSON."""
+"""Most quotation marks in a header. A tensor has ten; the others are for metadata that is itself JSON."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -32,7 +33,7 @@ class _Literal(str):
 
 
 class HeaderParser:
-    """Parser of one header; its objects stay tuples of pairs until checked, as a dict would hide duplicates.
+    """Parser of one header; JSON objects stay tuples of pairs until checked: a dict would hide duplicates.
 
     Args:
         path: The file, for messages.
@@ -50,10 +51,10 @@ class HeaderParser:
         raise BadFile(self.path, f"damaged header: {fault}", AGAIN)
 
     def parse(self) -> tuple[dict[str, str], dict[str, Entry]]:
-        """Read the metadata, and of each tensor (dtype, shape, data_offsets) by its name.
+        """Parse the header into its metadata and a dict: tensor name -> (dtype, shape, data_offsets).
 
         Raises:
-            BadFile: The header has any other structure; the sentence says where.
+            BadFile: The header has another structure; the message says where.
         """
         metadata: dict[str, str] | None = None
         tensors: dict[str, Entry] = {}
@@ -109,7 +110,7 @@ class HeaderParser:
         self._numbers += 1
         if self._numbers > MAX_TENSORS * (MAX_DIMENSIONS + 2):
             self._too_many_tensors()
-        # a minus is no digit: sizes are not negative
+        # isdigit() is false for a minus sign, so negative numbers are refused too
         return int(digits) if len(digits) <= MAX_DIGITS and digits.isdigit() else _Literal(digits)
 
     def _too_many_tensors(self) -> NoReturn:
@@ -167,7 +168,7 @@ class HeaderParser:
         return value
 
     def _check_unicode(self, text: str, where: str) -> None:
-        """Refuse lone surrogates, which an escape can spell."""
+        """Refuse lone surrogates, which JSON can write as an escape."""
         try:
             text.encode()
         except UnicodeEncodeError:

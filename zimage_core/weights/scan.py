@@ -1,8 +1,8 @@
-"""Read all data of a model file once and name bad values: NaN, infinity, and numbers beyond float16.
+"""Reads all data of a model file once and reports bad values: NaN, infinity, and numbers beyond float16.
 
-Floats are checked by their bits. Without the sign, these grow with the magnitude, so one integer maximum
-tells whether a chunk has a bad value. In packed blocks only the scales are checked; the largest weight that
-they allow follows from the format. That is 5 to 20 times as fast as dequantising the weights, and needs no
+Floats are checked by their bits: without the sign bit they grow with the magnitude, so one integer maximum
+shows whether a chunk has a bad value. In packed blocks only the scales are checked; the format gives the
+largest weight that a scale allows. That is 5 to 20 times as fast as dequantising the weights, and needs no
 torch.
 
 The data is read with `pread` into one buffer of 8 MiB, so a file that is cut meanwhile is an error, and no
@@ -38,7 +38,7 @@ class Finding:
         inf: Number that are infinite.
         range: Number that are finite and exceed float16, or blocks whose scales allow that.
         largest: Greatest finite magnitude that was found, or that the scales allow.
-        strange: Number that are no value of the type, such as a BOOL that is neither 0 nor 1.
+        strange: Number that are not valid in the type, such as a BOOL that is neither 0 nor 1.
     """
 
     tensor: str
@@ -101,8 +101,8 @@ _PLAIN: dict[str, tuple[int, int, int]] = {
     "F8_E5M2": (0x7F, 0x7C, 0x7B),
 }
 
-# packed blocks: factors of the greatest |scale| of each field, whose sum is the greatest |weight|;
-# each is the greatest sub-scale times the greatest level, from the formulas in reference/
+# packed blocks: field -> factor. The greatest |weight| is the sum of factor times greatest |scale| over the
+# fields; a factor is the greatest sub-scale times the greatest level, from the formulas in reference/
 _LARGEST: dict[str, dict[str, float]] = {
     "Q4_0": {"d": 8},
     "Q4_1": {"d": 15, "m": 1},
@@ -133,7 +133,7 @@ _LARGEST: dict[str, dict[str, float]] = {
 
 
 def _examine(file: WeightFile, info: TensorInfo, buffer: bytearray) -> Finding | None:
-    """Read one tensor; None where it has no bad values."""
+    """Check one tensor; None if it has no bad values."""
     fmt = info.format
     source = file.source_of(info.name)
     order = "swapped" if file.swapped else "native"
@@ -143,7 +143,7 @@ def _examine(file: WeightFile, info: TensorInfo, buffer: bytearray) -> Finding |
     for start in range(0, info.nbytes, step):
         part = memoryview(buffer)[: min(step, info.nbytes - start)]
         source.read_into(info.offset + start, part)
-        with np.errstate(all="ignore"):  # what overflows here is counted
+        with np.errstate(all="ignore"):  # overflows are counted, not warned about
             if fmt.name in _PLAIN:
                 found, peak = _plain(part, fmt, order)
             elif fmt.name in _LARGEST:
@@ -178,7 +178,7 @@ def _plain(data: memoryview, fmt: BlockFormat, order: str) -> tuple[NDArray[np.i
 
 
 def _value(bits: int, fmt: BlockFormat) -> float:
-    """The number with these bits, of a type that reaches beyond float16."""
+    """The number that these bits encode, in a type whose range exceeds float16."""
     if fmt.name == "F64":
         return float(np.array([bits], np.uint64).view(np.float64)[0])
     return float(np.array([bits << 16 if fmt.name == "BF16" else bits], np.uint32).view(np.float32)[0])
@@ -203,8 +203,8 @@ _Checked = tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]
 
 
 def _scales(data: memoryview, fmt: BlockFormat, field: str) -> _Checked:
-    """Greatest magnitude of one scale field, and whether it is NaN or infinite, [blocks] each."""
-    if fmt.name == "IQ1_M":  # a quarter of the float16 in the top of each of four words, lowest first
+    """Greatest magnitude of one scale field, whether it is NaN and whether it is infinite, [blocks] each."""
+    if fmt.name == "IQ1_M":  # the top nibble of each of four words is a quarter of the float16, lowest first
         words = _field(data, fmt, "scales") >> 12
         bits = words[:, 0] | words[:, 1] << 4 | words[:, 2] << 8 | words[:, 3] << 12
         scale = np.abs(bits.view(np.float16).astype(np.float32))

@@ -1,9 +1,9 @@
-"""A model file on disk, opened without trusting it, and what all kinds of model file have in common.
+"""Access to a model file on disk that is not trusted, and the base class of all model files.
 
-Headers and scans are read with `pread`: a file that is cut meanwhile gives a short read, and that an
-error. Tensors are handed out as views of one private map of the file by default, so that loading
-copies nothing; then the file must not change while they are in use (a cut file kills the process
-with SIGBUS, and no handler can prevent it). `mmap=False` reads every tensor into memory of its own.
+Headers and scans are read with `pread`: if the file is cut meanwhile, the short read becomes an error.
+Tensors are views of one private map of the file by default, so that loading copies nothing; the file must
+then not change while they are in use (a cut file kills the process with SIGBUS, and no handler can prevent
+it). `mmap=False` reads every tensor into memory of its own.
 
 Neither torch nor NumPy is imported before the first tensor is asked for.
 """
@@ -40,8 +40,8 @@ _KINDS = {
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
 }
-# Without it Linux counts every byte of a private writable map against the memory it may promise, and
-# refuses a 12 GB file on an 8 GB machine although no page of it is ever copied.
+# Without this flag Linux counts every byte of a private writable map as memory that may be needed, and
+# refuses to map a 12 GB file on an 8 GB machine although no page of it is ever copied.
 _NO_RESERVE = getattr(mmap_module, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 WHOLE_FILE = 64 << 20
 """Files of up to this many bytes are hashed whole; that takes about 0.1 s."""
@@ -51,13 +51,13 @@ _MOST_AT_ONCE = 1 << 30  # one read call moves less than 2 GiB
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies in its file and what its bytes mean; nothing is read for it.
+    """Position, shape and format of a tensor in its file; its data has not been read.
 
     Args:
-        name: As in the file.
-        shape: PyTorch's order; the last axis is the one that blocks run along.
-        format: Its type.
-        offset: First byte, from the start of the file.
+        name: Name in the file.
+        shape: Shape in PyTorch's order; blocks run along the last axis.
+        format: Format of the data.
+        offset: Offset of the first byte from the start of the file.
         nbytes: Bytes of data, without padding.
     """
 
@@ -69,16 +69,16 @@ class TensorInfo:
 
 
 def check_text(path: str, what: str, text: str, limit: int) -> str:
-    """A key or tensor name from a file: not empty, not too long, nothing that acts on a terminal.
+    """Check a key or tensor name from a file and return it.
 
     Raises:
-        BadFile: It is empty, longer than `limit` bytes or characters, or holds control characters.
+        BadFile: The text is empty, longer than `limit` characters, or holds control characters.
     """
     if not text:
         raise BadFile(path, f"a {what} is empty", AGAIN)
     if len(text) > limit:
         raise BadFile(path, f"a {what} has {len(text)} characters, at most {limit} are allowed", AGAIN)
-    # printable() leaves alone what can be shown as it is; it is slow, so plain text skips it
+    # printable() returns harmless text unchanged; it is slow, so plain text skips it
     if not text.isprintable():
         raise BadFile(path, f"the {what} {printable(text, 60)} holds control characters", AGAIN)
     return text
@@ -103,7 +103,7 @@ class Source:
         self._digests: dict[bool, str] = {}
         try:
             self._refuse_special(Path(self.path).stat().st_mode)
-            # O_NONBLOCK: should the path have become a FIFO since, opening it must not wait
+            # O_NONBLOCK: if the path has become a FIFO since, opening it must not block
             self._handle = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             status = os.fstat(self._handle)
             self._refuse_special(status.st_mode)
@@ -130,7 +130,7 @@ class Source:
         """Fill `target` with the bytes from `offset`.
 
         Raises:
-            BadFile: The file ends before, or cannot be read there.
+            BadFile: The file is too short, or cannot be read there.
             BadArgument: The file was closed.
         """
         if self._handle < 0:
@@ -149,21 +149,21 @@ class Source:
             done += count
 
     def advise_willneed(self, offset: int, count: int) -> None:
-        """Ask the system to bring these bytes into its page cache; a hint, no error where it is not taken."""
+        """Ask the system to read these bytes into its page cache; a hint that never raises."""
         self._advise(offset, count, "POSIX_FADV_WILLNEED")
 
     def advise_dontneed(self, offset: int, count: int) -> None:
-        """Tell the system that its page cache need not keep these bytes; a hint."""
+        """Tell the system that its page cache need not keep these bytes; a hint that never raises."""
         self._advise(offset, count, "POSIX_FADV_DONTNEED")
 
     def _advise(self, offset: int, count: int, advice: str) -> None:
-        if self._handle < 0 or not hasattr(os, "posix_fadvise"):  # macOS has none
+        if self._handle < 0 or not hasattr(os, "posix_fadvise"):  # macOS lacks it
             return
         with contextlib.suppress(OSError):
             os.posix_fadvise(self._handle, offset, count, getattr(os, advice))
 
     def read_at(self, offset: int, count: int) -> bytearray:
-        """`count` bytes from `offset`. The caller has checked that the file has them."""
+        """Read `count` bytes from `offset`; the caller has checked that the file has them."""
         data = bytearray(count)
         self.read_into(offset, memoryview(data))
         return data
@@ -181,7 +181,7 @@ class Source:
         return torch.frombuffer(self._map, dtype=torch.uint8, offset=offset, count=count)
 
     def _make_map(self) -> mmap_module.mmap:
-        """The whole file, copy on write: nothing that writes to a weight can reach the disk."""
+        """Map the whole file copy on write, so that writing to a weight never changes the file."""
         if self._handle < 0:
             raise BadArgument(f"{printable(self.path)}: the file was closed and can no longer be read")
         self.check_unchanged()
@@ -196,12 +196,12 @@ class Source:
             raise BadFile(self.path, f"cannot be mapped into memory: {reason}", "try mmap=False") from None
 
     def check_unchanged(self) -> None:
-        """Compare size and time of change with those at opening.
+        """Compare size and modification time with those at opening.
 
-        A file that was replaced or deleted is fine: what was opened lives on until it is let go.
+        A file that was replaced or deleted is no fault: the open file exists until it is closed.
 
         Raises:
-            BadFile: The file was written to or cut since.
+            BadFile: The file was written to or cut since it was opened.
         """
         try:
             status = os.fstat(self._handle) if self._handle >= 0 else Path(self.path).stat()
@@ -220,7 +220,7 @@ class Source:
         """SHA-256 in hexadecimal of the open file; each kind is computed once.
 
         Args:
-            whole: Read everything. Else hash the size as decimal text, the first MiB and the last MiB.
+            whole: Hash all data. False hashes the size as decimal text, the first MiB and the last MiB.
 
         Raises:
             BadFile: The file was changed, or cannot be read.
@@ -252,13 +252,13 @@ class Source:
 
 
 class WeightFile:
-    """What every kind of model file offers; a context manager that closes it.
+    """Base class of model files; as a context manager it closes the file at the end.
 
     Attributes:
-        path: As given.
+        path: Path as given.
         size: Bytes on disk.
-        metadata: The file's own key-values.
-        tensors: Name to TensorInfo, in the file's order.
+        metadata: Key -> value, as the file states them.
+        tensors: Name -> TensorInfo, in the file's order.
     """
 
     kind = ""
@@ -274,12 +274,12 @@ class WeightFile:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The files on disk that make it up."""
+        """The files on disk that the model consists of."""
         return (self.source,)
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Paths of the files on disk that make it up."""
+        """Paths of the files on disk that the model consists of."""
         return tuple(source.path for source in self.sources)
 
     def identity(self, full: bool = False) -> dict[str, Any]:
@@ -308,7 +308,7 @@ class WeightFile:
         return self.source
 
     def tensor(self, name: str) -> QuantTensor:
-        """The tensor's bytes under its format and shape; a view of the file where mmap is on.
+        """The tensor with its format and shape; a view of the file if mmap is on.
 
         Raises:
             BadFile: The file has no such tensor, or can no longer be read.
@@ -327,7 +327,7 @@ class WeightFile:
         return QuantTensor(data.view(*rows, info.format.row_bytes(k)), info.format, info.shape)
 
     def check_unchanged(self) -> None:
-        """BadFile where a file was written to or cut since it was opened; cheap, for the start of a run."""
+        """Raise BadFile if a file was written to or cut since it was opened; cheap enough for every run."""
         self.source.check_unchanged()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""How safetensors files store quantised weights: what is read, and what is refused by its name.
+"""Quantised weights in safetensors files: schemes that are read, and schemes that are refused by name.
 
 Float8 weights are read, plain or with a scale beside them (`X.scale_weight` in ComfyUI's older files,
 `X.weight_scale` with `X.comfy_quant` in its newer ones and in those of compressed-tensors). Other schemes
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 FP8 = ("F8_E4M3", "F8_E5M2")
 PLAIN = ("F32", "F16", "BF16")
 SCALED = (*FP8, *PLAIN)
-"""Types of weights that may have a scale; some files have one beside every layer, whatever its type."""
+"""Types of weights that may have a scale; some files have a scale beside every layer, whatever its type."""
 COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
-"""Endings of the tensor that the numbers of `X.weight` are multiplied by: `X` with one of these."""
+"""Endings of scale tensors: the numbers of `X.weight` are multiplied by the tensor `X` + ending."""
 
 BINDING_SUFFIXES = (*SCALE_SUFFIXES, ".comfy_quant")
-"""Endings of the tensors that decide how the numbers of `X.weight` are read."""
+"""Endings of the tensors that decide how `X.weight` is read."""
 
 COMPANION_SUFFIXES = (*BINDING_SUFFIXES, ".scale_input", ".input_scale")
-"""Endings of all tensors that describe a stored weight and are no weights; input scales are not needed."""
+"""Endings of all tensors that describe a weight and are not weights themselves; input scales are not used."""
 
 GLOBAL_MARKS = ("scaled_fp8",)
 
@@ -48,7 +48,7 @@ FOREIGN_STYLES = (
     (".qweight\n", "GPTQ, AWQ or Nunchaku"),
     (".biases\n", "MLX"),
 )
-"""Piece of a tensor name -> the quantisation whose files have it, not read here; a newline ends the name."""
+"""(Part of a tensor name, unsupported scheme whose files have it); a newline marks the end of a name."""
 
 WHOLE_NUMBERS = {
     "I8": "int8 (int8_tensorwise, convrot or another scheme)",
@@ -61,13 +61,13 @@ WHOLE_NUMBERS = {
     "U64": "integers",
     "BOOL": "truth values",
 }
-"""Type of a weight matrix -> the scheme that stores weights so, not read here."""
+"""Type of a weight matrix -> the unsupported scheme that stores weights in that type."""
 
 WAY_ROUND = "get the same model as GGUF, or as bf16 or fp8 safetensors"
 
 
 def storage_problem(file: WeightFile) -> str:
-    """Why the weights of a file cannot be read and what to get instead; "" where they can."""
+    """Why the weights of a file cannot be read and what to get instead; "" if they can be read."""
     tensors = file.tensors
     joined = "\n" + "\n".join(tensors) + "\n"
     for mark, style in FOREIGN_STYLES:
@@ -85,7 +85,7 @@ def storage_problem(file: WeightFile) -> str:
 
 
 def storage_notes(tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    """Sentences on the way the weights are stored, for people."""
+    """Remarks for the user on how the weights are stored."""
     if not any(info.format.name in FP8 for info in tensors.values()):
         return ()
     scaled = any(name.endswith(SCALE_SUFFIXES) for name in tensors)
@@ -100,7 +100,7 @@ def is_companion(name: str, names: Collection[str]) -> bool:
 
 
 def scaled_tensor(file: WeightFile, name: str) -> QuantTensor:
-    """The tensor `name` with the scale that lies beside it, if any; the file has no `storage_problem`.
+    """The tensor `name` with its scale, if it has one; the file must have no `storage_problem`.
 
     Raises:
         BadWeights: The scale holds NaN or infinity.
@@ -126,7 +126,7 @@ def _scale_name(file: WeightFile, stem: str) -> str | None:
 
 
 def _fault(file: WeightFile, stem: str) -> str:
-    """Why `{stem}.weight` cannot be read with the tensors beside it; "" where it can."""
+    """Why `{stem}.weight` cannot be read with its companion tensors; "" if it can."""
     if stem + ".comfy_quant" in file.tensors and (fault := _comfy_fault(file, stem + ".comfy_quant")):
         return fault
     scale = _scale_name(file, stem)
@@ -144,7 +144,7 @@ def _fault(file: WeightFile, stem: str) -> str:
 
 
 def _comfy_fault(file: WeightFile, name: str) -> str:
-    """Why a layer's comfy_quant, a short JSON text, cannot be followed; "" where it can."""
+    """Why a layer's comfy_quant, a short JSON text, is not supported; "" if it is."""
     info = file.tensors[name]
     if info.nbytes > 4096:
         return f"has a comfy_quant of {info.nbytes} bytes, wanted a short JSON text"
