@@ -13,6 +13,8 @@ import pytest
 
 from tests.helpers.tree import ROOT
 from zimage_core.cli import inspect
+from zimage_core.cli.main import build_parser
+from zimage_core.cli.model_options import call_arguments
 from zimage_core.errors import BadFile
 from zimage_core.files.png import read_metadata
 
@@ -34,6 +36,21 @@ def test_help_and_version_are_status_0(zimage):
     for verb in ("generate", "inspect", "doctor"):
         assert verb in zimage("--help").out
         assert zimage(verb, "--help").status == 0
+
+
+def test_options_of_an_image_are_arguments_of_the_call():
+    """An option under another name would be left out of the call without a word."""
+    drawn = [["generate", "a"], ["compare", "a", "b", "--prompt", "c"], ["imatrix"], ["sensitivity"]]
+    words = ["-W", 32, "-H", 48, "--steps", 2, "--negative", "n", "--max-length", 9, "--seed", 3]
+    wanted = {
+        "width": 32, "height": 48, "num_inference_steps": 2, "negative_prompt": "n",
+        "max_sequence_length": 9, "seed": 3,
+    }  # fmt: skip
+    for verb in drawn:
+        prompts = [] if len(verb) > 1 else ["--prompts", "p"]
+        for scale, name in (("--guidance", "guidance_scale"), ("--cfg", "cfg")):
+            args = build_parser().parse_args([*verb, *prompts, *map(str, words), scale, "1.5"])
+            assert call_arguments(args, ["a"]) == {**wanted, name: 1.5}, verb
 
 
 @pytest.mark.parametrize("words", [(), ("bogus",), ("inspect",), ("inspect", "--bogus", "x"), ("\x1b[31m",)])

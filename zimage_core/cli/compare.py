@@ -6,15 +6,15 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from zimage_core.cli.model_options import (
     DTYPES,
     add_image,
     add_model,
+    call_arguments,
     check_model,
-    image_arguments,
+    given,
     load_pipeline,
     read_prompts,
     warnings_as_lines,
@@ -26,7 +26,6 @@ from zimage_core.files.atomic import check_destination, write_atomically
 from zimage_core.files.units import in_seconds
 
 if TYPE_CHECKING:
-    from zimage_core.pipeline import ZImagePipeline
     from zimage_core.study.comparison import Comparison
 
 SAME = "default"
@@ -52,7 +51,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="transformer file of the reference, or default")
     parser.add_argument("b", metavar="B", help="transformer file that is judged, or default")
     words = parser.add_mutually_exclusive_group(required=True)
-    words.add_argument("--prompt", metavar="TEXT", help="what to draw")
+    words.add_argument("--prompt", dest="text", metavar="TEXT", help="what to draw")
     words.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
     add_model(parser, without=("transformer",))
     image = add_image(parser)
@@ -80,68 +79,56 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the arguments, compare, write the reports and print the figures."""
-    prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
-    _check(args, prompts)
+    prompts = [args.text] if args.text is not None else read_prompts(args.prompts)
+    call = call_arguments(args, prompts)
+    _check(args)
+    a = _side(args, args.a)
+    b = _side(args, args.b, dtype=args.b_dtype, text_encoder=args.b_text_encoder, vae=args.b_vae)
     for path in filter(None, (args.report, args.sheet)):
         check_destination(path, args.force)
 
     from zimage_core.study.compare import compare
+    from zimage_core.weights.opened import open_pipeline
 
-    _check_files(args)
+    for side in (a, b):  # before A draws
+        for part in open_pipeline(given(side, COMPONENTS)).values():
+            part.file.close()
     progress = Progress(quiet=args.quiet)
     progress.start("comparing")
-    seeds = [(args.seed + i) % 2**64 for i in range(args.count)]
+    first = call.pop("seed")
     later = {"num_inference_steps": args.b_steps, "guidance_scale": args.b_guidance}
     with warnings_as_lines():
         comparison = compare(
-            _loader(args, args.a),
-            _loader(args, args.b, args.b_dtype, text_encoder=args.b_text_encoder, vae=args.b_vae),
+            lambda: load_pipeline(a),
+            lambda: load_pipeline(b),
             prompts,
-            seeds,
+            [(first + i) % 2**64 for i in range(args.count)],
             labels=_labels(args),
             options_b={name: value for name, value in later.items() if value is not None},
             block_steps=args.block_steps,
             on_run=lambda done, total: progress.step(done, total, "runs", "a run"),
-            **image_arguments(args),
+            **call,
         )
     progress.finish()
     _write(args, comparison)
     return 0
 
 
-def _check(args: argparse.Namespace, prompts: list[str]) -> None:
+def _check(args: argparse.Namespace) -> None:
     from zimage_core.run import checks
 
     checks.whole("count", args.count, 1, MAX_SEEDS)
     checks.whole("block-steps", args.block_steps, 0, MAX_SEEDS)
-    checks.seed(args.seed, None)
-    checks.guidance(args.guidance, args.cfg, 0.0)
     checks.guidance(args.b_guidance, None, 0.0)
     if args.b_guidance is not None and args.cfg is not None:
         raise BadArgument("--b-guidance goes with --guidance; --cfg counts from 1")
-    for prompt in prompts:
-        checks.prompts("prompt", prompt)
-    for name in (args.a, args.b):
-        check_model(_parts(args, name))
 
 
-def _check_files(args: argparse.Namespace) -> None:
-    """Refuse unusable files of A and of B before A draws."""
-    from zimage_core.weights.opened import open_pipeline
-
-    later = {"text_encoder": args.b_text_encoder, "vae": args.b_vae}
-    for side in (_parts(args, args.a), _parts(args, args.b, **later)):
-        paths = {name: getattr(side, name) for name in COMPONENTS if getattr(side, name) is not None}
-        for part in open_pipeline(paths).values():
-            part.file.close()
-
-
-def _parts(args: argparse.Namespace, transformer: str, dtype: str | None = None, **parts: str | None) -> Any:
-    """The options of `load_pipeline` for one of the two models."""
-    given = {name: path for name, path in parts.items() if path is not None}
-    side = argparse.Namespace(**{**vars(args), **given})
+def _side(args: argparse.Namespace, transformer: str, **own: str | None) -> argparse.Namespace:
+    """The options of `load_pipeline` for one of the two models, whose own ones come before those of both."""
+    own_given = {name: value for name, value in own.items() if value is not None}
+    side = argparse.Namespace(**{**vars(args), **own_given})
     side.transformer = None if transformer == SAME else transformer
-    side.dtype = dtype or args.dtype
     if side.model is None:
         from zimage_core.run.sources import embedded
 
@@ -150,14 +137,8 @@ def _parts(args: argparse.Namespace, transformer: str, dtype: str | None = None,
         for name in COMPONENTS if alone else ("transformer",):
             if getattr(side, name) is None:
                 setattr(side, name, str(embedded().paths[name]))
+    check_model(side)
     return side
-
-
-def _loader(
-    args: argparse.Namespace, transformer: str, dtype: str | None = None, **parts: str | None
-) -> Callable[[], ZImagePipeline]:
-    side = _parts(args, transformer, dtype, **parts)
-    return lambda: load_pipeline(side)
 
 
 def _labels(args: argparse.Namespace) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from zimage_core.cli.progress import Work
+from zimage_core.cli.progress import Progress
 from zimage_core.files.units import in_bytes, parse_bytes
 
 EPILOG = """examples:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     shard_bytes = parse_bytes("--shard-size", args.shard_size)
     from zimage_core.export.converting import convert_file
 
-    progress = Work(args.quiet)
+    progress = Progress(args.quiet)
     progress.start("convert")
     try:
         done = convert_file(
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             prefix=args.prefix,
             shard_bytes=shard_bytes,
             overwrite=args.force,
-            progress=progress.work,
+            progress=progress.weights,
             log=progress.say,
         )
     finally:

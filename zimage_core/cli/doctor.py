@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from zimage_core import __version__
-from zimage_core.cli import dispatch_table
 from zimage_core.errors import ZImageError, printable
 from zimage_core.files.units import in_bytes
 from zimage_core.formats import FORMATS
-from zimage_core.quant.dispatch import HAS_TRITON, crossover
+from zimage_core.quant.dispatch import HAS_TRITON, choose, crossover
 
 NEEDED = ("torch", "numpy", "gguf", "safetensors", "tokenizers", "sentencepiece", "pillow")
 OPTIONAL = ("triton", "huggingface_hub")
+ROWS, WIDTH = 10240, 3840
+"""The widest matrix of S3-DiT, w1 and w3."""
+TOKENS = {"adaptive norms": 8, "short prompt": 32, "256 px": 288, "512 px": 1056, "1024 px": 4128}
+"""Rows of x: steps of a run, tokens of a caption, tokens of image and caption."""
 
 
 def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -53,28 +56,42 @@ def run(args: argparse.Namespace) -> int:
     facts = examine()
     if args.paths or args.architecture is not None or args.free is not None:
         return _paths(args, facts["devices"])
-    if args.json:
-        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
-    else:
-        sys.stdout.write("\n".join(_lines(facts)) + "\n")
+    sys.stdout.write((json.dumps(facts, indent=2) if args.json else "\n".join(_lines(facts))) + "\n")
     return 1 if facts["problems"] else 0
 
 
 def _paths(args: argparse.Namespace, devices: list[dict[str, Any]]) -> int:
-    """Print the table of paths of the GPU here, of one asked for, or of a CPU."""
+    """Print how each block format is multiplied on the GPU here, on one asked for, or on a CPU."""
     from zimage_core.run.checks import real
 
     gpu = devices[1] if len(devices) > 1 else {}
     architecture = args.architecture or gpu.get("architecture", "cpu")
-    free = real("--free", 8 if args.free is None else args.free, 0, 1e6) * 1e9
+    free = int(real("--free", 8 if args.free is None else args.free, 0, 1e6) * 1e9)
     if args.free is None and args.architecture is None:
         free = gpu.get("memory_free_bytes", free)
-    found = dispatch_table.paths(architecture, int(free))
+    found: list[dict[str, Any]] = []
+    for fmt in (each for each in FORMATS.values() if each.weights > 1):
+        choices = [choose(fmt.name, ROWS, WIDTH, m, architecture, free) for m in TOKENS.values()]
+        found.append(
+            {
+                "format": fmt.name,
+                "crossover": crossover(fmt, architecture),
+                "paths": dict(zip(TOKENS, (choice.path for choice in choices), strict=True)),
+                "reason": choices[-1].reason,
+                "nbytes": max(choice.nbytes for choice in choices),
+            }
+        )
     if args.json:
-        report = {"architecture": architecture, "free_bytes": int(free), "paths": found}
+        report = {"architecture": architecture, "free_bytes": free, "paths": found}
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
-    else:
-        sys.stdout.write("\n".join(dispatch_table.lines(architecture, int(free), found)) + "\n")
+        return 0
+    heads = "".join(f"{f'{what} ({m})':>21}" for what, m in TOKENS.items())
+    lines = [f"paths of a {ROWS} x {WIDTH} weight on {architecture}, {in_bytes(free)} free"]
+    lines.append(f"  {'format':<10}{heads}  why")
+    for row in found:
+        paths = "".join(f"{path:>21}" for path in row["paths"].values())
+        lines.append(f"  {row['format']:<10}{paths}  {row['reason']}")
+    sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from zimage_core.cli.model_options import (
     add_image,
     add_model,
+    call_arguments,
     check_model,
-    image_arguments,
     load_pipeline,
     read_prompts,
     read_text,
@@ -26,9 +26,6 @@ from zimage_core.files.atomic import check_destination
 from zimage_core.files.units import in_bytes
 
 if TYPE_CHECKING:
-    import torch
-
-    from zimage_core.pipeline import ZImagePipeline
     from zimage_core.run.result import ZImageResult
 
 MAX_COUNT = 100_000
@@ -50,9 +47,9 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "prompt", nargs="?", metavar="PROMPT", help="what to draw; - reads it from standard input"
+        "text", nargs="?", metavar="PROMPT", help="what to draw; - reads it from standard input"
     )
-    parser.add_argument("--prompt", dest="named_prompt", metavar="TEXT", help="the same as PROMPT")
+    parser.add_argument("--prompt", dest="named_text", metavar="TEXT", help="the same as PROMPT")
     parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
     model = add_model(parser)
     model.add_argument(
@@ -79,16 +76,18 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check what can be checked, load, draw, write."""
     prompts = _prompts(args)
-    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    _check(args, prompts, seed)
-    names = _names(args, len(prompts) * args.count, seed)
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**32)
+    call = call_arguments(args, prompts)
+    _check(args, len(prompts))
+    names = _names(args, len(prompts) * args.count)
     for name in names:
         check_destination(name, overwrite=args.force)
 
     records: list[dict[str, Any]] = []
     with warnings_as_lines():
         try:
-            _make(args, prompts, seed, names, records)
+            _make(args, prompts, call, names, records)
         finally:  # what was written before a failure is reported too
             if args.json:
                 sys.stdout.write(json.dumps(records, indent=2) + "\n")
@@ -96,14 +95,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make(
-    args: argparse.Namespace, prompts: list[str], seed: int, names: list[Path], records: list[dict[str, Any]]
+    args: argparse.Namespace,
+    prompts: list[str],
+    call: dict[str, Any],
+    names: list[Path],
+    records: list[dict[str, Any]],
 ) -> None:
     """Load the model, draw image after image, write each before the next and add its record."""
     progress = Progress(quiet=args.quiet)
+
+    def on_step(pipe: Any, step: int, _timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        progress.step(step + 1, pipe.num_timesteps)
+        return tensors
+
     pipeline = load_pipeline(args)
+    call["callback_on_step_end"] = on_step
     for number, path in enumerate(names):
         progress.start(f"image {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
-        result = _draw(pipeline, args, prompts[number // args.count], (seed + number) % 2**64, progress)
+        call["seed"] = (args.seed + number) % 2**64
+        result = cast("ZImageResult", pipeline(prompts[number // args.count], **call))
         progress.finish()
         result.save(path, force=args.force, metadata=not args.no_metadata)
         if args.profile is not None and result.memory is not None:
@@ -119,45 +129,37 @@ def _make(
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    if [args.prompt, args.named_prompt, args.prompts].count(None) != 2:
+    if [args.text, args.named_text, args.prompts].count(None) != 2:
         raise BadArgument("give one prompt, or - to read it from standard input, or --prompts FILE")
-    if args.named_prompt is not None:
-        return [args.named_prompt]
-    if args.prompt is not None:
-        if args.prompt != "-":
-            return [args.prompt]
-        text = read_text("-").rstrip("\r\n")
-        if not text:
-            raise BadArgument("standard input is empty; a prompt was expected there")
-        return [text]
-    return read_prompts(args.prompts)
+    if args.prompts is not None:
+        return read_prompts(args.prompts)
+    if args.text != "-":
+        return [args.named_text if args.text is None else args.text]
+    text = read_text("-").rstrip("\r\n")
+    if not text:
+        raise BadArgument("standard input is empty; a prompt was expected there")
+    return [text]
 
 
-def _check(args: argparse.Namespace, prompts: list[str], seed: int) -> None:
-    """What the pipeline would refuse after the model is loaded is refused here, before."""
-    from zimage_core.run import checks
+def _check(args: argparse.Namespace, prompts: int) -> None:
+    """Refuse options that do not go together, for a number of prompts."""
+    from zimage_core.run.checks import whole
 
-    checks.whole("count", args.count, 1, MAX_COUNT)
-    checks.seed(seed, None)
-    checks.guidance(args.guidance, args.cfg, 0.0)
-    for prompt in prompts:
-        checks.prompts("prompt", prompt)
-    if args.negative is not None:
-        checks.prompts("negative", args.negative)
-    if args.profile is not None and args.vram is None and args.ram is None:
-        raise BadArgument("--profile: without --vram or --ram nothing is moved; give one of them")
+    whole("count", args.count, 1, MAX_COUNT)
     if args.profile is not None:
-        if len(prompts) * args.count > 1:
+        if args.vram is None and args.ram is None:
+            raise BadArgument("--profile: without --vram or --ram nothing is moved; give one of them")
+        if prompts * args.count > 1:
             raise BadArgument("--profile shows one run; ask for one image")
         check_destination(args.profile, args.force)
     check_model(args)
 
 
-def _names(args: argparse.Namespace, count: int, seed: int) -> list[Path]:
+def _names(args: argparse.Namespace, count: int) -> list[Path]:
     """Where the images go, in order."""
     if args.output is None or args.output.endswith("/") or Path(args.output).is_dir():
         folder = Path(args.output or ".")
-        return [_free(folder, f"zimage-{(seed + i) % 2**64}", args.force) for i in range(count)]
+        return [_free(folder, f"zimage-{(args.seed + i) % 2**64}", args.force) for i in range(count)]
     target = Path(args.output)
     if target.suffix.lower() != ".png":
         raise BadArgument(
@@ -171,30 +173,11 @@ def _names(args: argparse.Namespace, count: int, seed: int) -> list[Path]:
 
 def _free(folder: Path, stem: str, force: bool) -> Path:
     """A name of our own choice that is not taken yet."""
-    names = _candidates(folder, stem)
-    return next(path for path in names if force or not (path.is_symlink() or path.exists()))
-
-
-def _candidates(folder: Path, stem: str) -> Iterator[Path]:
-    yield folder / f"{stem}.png"
-    for number in range(2, 1_000_000):
-        yield folder / f"{stem}-{number}.png"
-
-
-def _draw(
-    pipeline: ZImagePipeline, args: argparse.Namespace, prompt: str, seed: int, progress: Progress
-) -> ZImageResult:
-    def on_step(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        progress.step(step + 1, pipe.num_timesteps)
-        return tensors
-
-    result = pipeline(
-        prompt=prompt,
-        seed=seed,
-        callback_on_step_end=on_step,
-        **image_arguments(args),
-    )
-    return cast("ZImageResult", result)
+    path, number = folder / f"{stem}.png", 1
+    while not force and os.path.lexists(path):
+        number += 1
+        path = folder / f"{stem}-{number}.png"
+    return path
 
 
 def _record(result: ZImageResult, path: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.cli.model_options import (
     add_study,
+    call_arguments,
     check_model,
-    image_arguments,
     load_pipeline,
     read_prompts,
     warnings_as_lines,
@@ -24,6 +24,7 @@ from zimage_core.files.units import in_bytes
 
 if TYPE_CHECKING:
     from zimage_core.quantize.imatrix import Imatrix
+    from zimage_core.study.collect import OnPrompt
 
 FORMATS = ("gguf", "dat")
 _EPILOG = """\
@@ -63,21 +64,20 @@ def run(args: argparse.Namespace) -> int:
     """Check the arguments, load the model, collect, and write the file."""
     prompts = read_prompts(args.prompts)
     check_destination(args.output, args.force)
-    _check(args, prompts)
+    check_model(args)
+    call = call_arguments(args, prompts)
 
     from zimage_core.quantize.imatrix import read_imatrix, write_imatrix
 
     others = [read_imatrix(path) for path in args.merge]
     progress = Progress(quiet=args.quiet)
     began = time.perf_counter()
-    overwrite = args.force
 
     def write(imatrix: Imatrix) -> Imatrix:
-        nonlocal overwrite
         for other in others:
             imatrix = imatrix.merge(other)
-        write_imatrix(args.output, imatrix, args.format, overwrite)
-        overwrite = True  # the next one replaces our own
+        write_imatrix(args.output, imatrix, args.format, args.force)
+        args.force = True  # the next one replaces our own
         return imatrix
 
     def on_prompt(done: int, imatrix: Imatrix) -> None:
@@ -86,23 +86,18 @@ def run(args: argparse.Namespace) -> int:
             write(imatrix)
 
     with warnings_as_lines():
-        imatrix = write(_collect(args, prompts, progress, on_prompt))
+        imatrix = write(_collect(args, prompts, call, progress, on_prompt))
     _report(args, imatrix, time.perf_counter() - began, progress)
     return 0
 
 
-def _check(args: argparse.Namespace, prompts: list[str]) -> None:
-    """Refuse, before the model is loaded, what the pipeline would refuse afterwards."""
-    from zimage_core.run import checks
-
-    check_model(args)
-    checks.seed(args.seed, None)
-    checks.guidance(args.guidance, args.cfg, 0.0)
-    for prompt in prompts:
-        checks.prompts("prompt", prompt)
-
-
-def _collect(args: argparse.Namespace, prompts: list[str], progress: Progress, on_prompt: Any) -> Imatrix:
+def _collect(
+    args: argparse.Namespace,
+    prompts: list[str],
+    call: dict[str, Any],
+    progress: Progress,
+    on_prompt: OnPrompt,
+) -> Imatrix:
     from zimage_core.study.collect import COMPONENTS, collect_imatrix
 
     pipeline = load_pipeline(args)
@@ -112,11 +107,10 @@ def _collect(args: argparse.Namespace, prompts: list[str], progress: Progress, o
     imatrix = collect_imatrix(
         pipeline,
         prompts,
-        seed=args.seed,
         components=COMPONENTS if args.component == "both" else (args.component,),
         dataset="standard input" if args.prompts == "-" else Path(args.prompts).name,
         on_prompt=on_prompt,
-        **image_arguments(args),
+        **call,
     )
     progress.finish()
     return imatrix

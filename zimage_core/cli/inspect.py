@@ -11,8 +11,6 @@ from zimage_core.errors import ZImageError, printable
 from zimage_core.files.units import in_bytes, in_count
 from zimage_core.weights.inspection import Inspection, dumps, inspect_file
 
-_QUIET_KEYS = ("tokenizer.chat_template",)  # long and never used
-
 
 def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verb to the command line."""
@@ -41,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             inspection = inspect_file(path, full=args.full)
         except ZImageError as error:
-            if args.debug:
+            if args.traceback:
                 raise
             sys.stdout.flush()
             sys.stderr.write(f"error: {printable(error, 2000)}\n")
@@ -64,7 +62,11 @@ def describe(item: Inspection, tensors: bool = False, indent: str = "") -> list[
     if item.container == "png":
         lines += _settings(item)
     elif item.config:
-        facts = (f"{key}={_plain(value)}" for key, value in item.config.items() if value is not None)
+        facts = (
+            f"{key}={printable(list(value) if isinstance(value, tuple) else value, 100)}"
+            for key, value in item.config.items()
+            if value is not None
+        )
         lines.append(f"  config    {', '.join(facts)}")
     for entry in item.types:
         amount = f"{entry.tensors} tensors, {in_count(entry.weights)} weights, {in_bytes(entry.nbytes)}"
@@ -78,10 +80,10 @@ def describe(item: Inspection, tensors: bool = False, indent: str = "") -> list[
         lines.append(f"  to run    {_to_run(item)}")
     if tensors:
         width = min(60, max(map(len, item.tensors), default=0))
-        for name, (fmt, shape, nbytes) in item.tensors.items():
-            lines.append(
-                f"    {printable(name, 1024):<{min(width, 60)}}  {fmt:<8} {list(shape)}  {in_bytes(nbytes)}"
-            )
+        lines += [
+            f"    {printable(name, 1024):<{width}}  {fmt:<8} {list(shape)}  {in_bytes(nbytes)}"
+            for name, (fmt, shape, nbytes) in item.tensors.items()
+        ]
     for part in item.parts:
         lines += describe(part, tensors, "  ")
     return [indent + line for line in lines]
@@ -98,10 +100,9 @@ def _to_run(item: Inspection) -> str:
 def _metadata(item: Inspection) -> list[str]:
     if item.container == "png" or not item.metadata:
         return []
-    shown = [key for key in item.metadata if key.startswith("general.") and key not in _QUIET_KEYS]
-    pairs = ", ".join(f"{printable(key, 60)}={printable(item.metadata[key], 60)}" for key in shown[:12])
-    count = f"{len(item.metadata)} keys"
-    return [f"  metadata  {count}{': ' + pairs if pairs else ''}"]
+    shown = [key for key in item.metadata if key.startswith("general.")][:12]
+    pairs = ", ".join(f"{printable(key, 60)}={printable(item.metadata[key], 60)}" for key in shown)
+    return [f"  metadata  {len(item.metadata)} keys{': ' + pairs if pairs else ''}"]
 
 
 def _settings(item: Inspection) -> list[str]:
@@ -112,7 +113,3 @@ def _settings(item: Inspection) -> list[str]:
         shown = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, indent=2)
         lines += [f"    {printable(line, 20_000)}" for line in shown.split("\n")]
     return lines
-
-
-def _plain(value: object) -> str:
-    return printable(list(value) if isinstance(value, tuple) else value, 100)

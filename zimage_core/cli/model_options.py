@@ -1,20 +1,19 @@
-"""What the verbs that load a pipeline have in common: options that name a model, and prompts from a file."""
+"""Options of the verbs that load a pipeline: the model, the image and the prompts, and what they become."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, printable
 
 if TYPE_CHECKING:
-    import torch
-
     from zimage_core.pipeline import ZImagePipeline
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -51,24 +50,35 @@ def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) ->
 
 
 def add_image(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Options of size, steps and guidance."""
+    """Options of size, steps and guidance, each stored under the name that the pipeline's call gives it."""
     image = parser.add_argument_group("image")
     for letter, side in (("-W", "width"), ("-H", "height")):
         text = "pixels (default: the model's own size)"
         image.add_argument(letter, f"--{side}", type=int, metavar="N", help=text)
     image.add_argument(
-        "--steps", type=int, metavar="N", help="denoising steps (default: the model's own, Turbo 8)"
+        "--steps",
+        dest="num_inference_steps",
+        type=int,
+        metavar="N",
+        help="denoising steps (default: the model's own, Turbo 8)",
     )
     scale = image.add_mutually_exclusive_group()
     scale.add_argument(
-        "--guidance", type=float, metavar="X", help="guidance scale, 0 is none (default: the model's)"
+        "--guidance",
+        dest="guidance_scale",
+        type=float,
+        metavar="X",
+        help="guidance scale, 0 is none (default: the model's)",
     )
     scale.add_argument(
         "--cfg", type=float, metavar="X", help="the same counted from 1, as in ComfyUI: guidance + 1"
     )
-    image.add_argument("--negative", metavar="TEXT", help="what not to draw; only with guidance")
+    image.add_argument(
+        "--negative", dest="negative_prompt", metavar="TEXT", help="what not to draw; only with guidance"
+    )
     image.add_argument(
         "--max-length",
+        dest="max_sequence_length",
         type=int,
         metavar="N",
         help="prompt tokens that are read, template included, up to 1504 (default: 512)",
@@ -100,30 +110,43 @@ def add_study(parser: argparse.ArgumentParser, output: str) -> argparse._Argumen
     return group
 
 
-def image_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of the pipeline's call that `add_image` has values for."""
-    options = {
-        "height": args.height,
-        "width": args.width,
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance,
-        "cfg": args.cfg,
-        "negative_prompt": args.negative,
-        "max_sequence_length": args.max_length,
-    }
-    return {name: value for name, value in options.items() if value is not None}
+def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the named options that have a value."""
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def call_arguments(args: argparse.Namespace, prompts: Sequence[str]) -> dict[str, Any]:
+    """The arguments of the pipeline's call, but for the prompt: each one that an option has a value for.
+
+    Args:
+        args: The options; those of the call have its argument names.
+        prompts: The prompts, one of them for each call.
+
+    Raises:
+        BadArgument: The call would refuse an argument, after the model is loaded.
+    """
+    # these import torch, which a parser does not wait for
+    from zimage_core.run import checks
+    from zimage_core.run.request import Request
+
+    call = given(args, (field.name for field in fields(Request)))
+    checks.seed(call.get("seed"), None)
+    checks.guidance(call.get("guidance_scale"), call.get("cfg"), 0.0)
+    for prompt in (*prompts, call.get("negative_prompt", "")):
+        checks.prompts("prompt", prompt)
+    return call
 
 
 def check_model(args: argparse.Namespace) -> None:
     """Refuse some networks without the others, before anything is loaded."""
-    given = [name for name in COMPONENTS if getattr(args, name) is not None]
-    if args.model is None and 0 < len(given) < len(COMPONENTS):
-        missing = [name for name in COMPONENTS if name not in given]
+    parts = given(args, COMPONENTS)
+    if args.model is None and 0 < len(parts) < len(COMPONENTS):
+        missing = [name for name in COMPONENTS if name not in parts]
         raise BadArgument(
-            f"{' and '.join(map(option, given))} alone cannot draw: "
+            f"{' and '.join(map(option, parts))} alone cannot draw: "
             f"give {' and '.join(map(option, missing))} too, or --model FOLDER"
         )
-    if args.tokenizer is not None and args.model is None and not given:
+    if args.tokenizer is not None and args.model is None and not parts:
         raise BadArgument("--tokenizer goes with --model or with the files of the three networks")
 
 
@@ -136,28 +159,15 @@ def load_pipeline(args: argparse.Namespace) -> ZImagePipeline:
     """The pipeline that the options of `add_model` name; without any the embedded model."""
     from zimage_core.pipeline import ZImagePipeline
 
-    options: dict[str, Any] = {}
+    options = given(args, ("device", "vram", "ram"))
     if args.dtype != "auto":
-        options["torch_dtype"] = _dtype(args.dtype)
-    if args.device is not None:
-        options["device"] = args.device
-    for name in ("vram", "ram"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
-    parts = {
-        name: getattr(args, name) for name in (*COMPONENTS, "tokenizer") if getattr(args, name) is not None
-    }
+        options["dtype"] = args.dtype
+    parts = given(args, (*COMPONENTS, "tokenizer"))
     if args.model is not None:
         return ZImagePipeline.from_pretrained(args.model, **parts, **options)
     if not parts:
         return ZImagePipeline.from_default(**options)
     return ZImagePipeline.from_files(**parts, **options)
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 
 def read_prompts(name: str) -> list[str]:

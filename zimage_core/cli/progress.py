@@ -1,4 +1,4 @@
-"""Progress bars on stderr: one line that is redrawn on a terminal, a few plain lines elsewhere."""
+"""Progress on stderr: one line that is redrawn on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import time
 from zimage_core.files.units import in_count
 
 WIDTH = 24
+"""Characters of the bar."""
+PAUSE = 0.1
+"""Seconds between two bars of a job that is counted in weights."""
 
 
 class Progress:
-    """Steps of one or more images, with the time a step takes.
+    """Progress of one job after another, each counted in steps or in weights, with the time that is left.
 
     Args:
         quiet: Show nothing.
@@ -21,82 +24,57 @@ class Progress:
         self._out = None if quiet else sys.stderr
         self._terminal = not quiet and sys.stderr.isatty()
         self._label = ""
-        self._started = self._first = 0.0
+        self._started = self._first = self._shown = 0.0
+        self._quarter = 0
 
     def say(self, text: str) -> None:
-        """One plain line, such as what is being loaded."""
-        if self._out is not None:
-            self._clear()
-            self._out.write(f"{text}\n")
-            self._out.flush()
+        """Write one plain line, such as what is being loaded."""
+        self.finish()
+        self._write(f"{text}\n")
 
     def start(self, label: str) -> None:
-        """A new image begins."""
+        """Begin a job, such as the next image."""
         self._label = label
         self._started = self._first = time.perf_counter()
-        if self._terminal and self._out is not None:
-            self._out.write(f"\r\x1b[K{label} ...")
-            self._out.flush()
+        self._shown = 0.0
+        self._quarter = 0
+        if self._terminal:
+            self._write(f"\r\x1b[K{label} ...")
 
     def step(self, done: int, total: int, what: str = "steps", each: str = "a step") -> None:
-        """`done` of `total` steps (or what they are called) are finished."""
-        if self._out is None:
-            return
+        """Show that `done` of `total` steps, or whatever `what` names, are finished."""
         now = time.perf_counter()
         if done == 1:
             self._first = now  # the first step carries the text encoder and warm-up: not typical
         pace = (now - self._first) / (done - 1) if done > 1 else now - self._started
         text = f"{self._label} {done}/{total} {what}, {pace:.2f} s {each}"
-        if self._terminal:
-            filled = WIDTH * done // max(total, 1)
-            bar = "#" * filled + "." * (WIDTH - filled)
-            self._out.write(f"\r\x1b[K[{bar}] {text}, {pace * (total - done):.0f} s left")
-        elif done == total or done % max(1, total // 4) == 0:
-            self._out.write(f"{text}\n")
-        self._out.flush()
+        self._draw(done, total, text, f", {pace * (total - done):.0f} s left")
+
+    def weights(self, done: int, total: int, name: str) -> None:
+        """Show that `done` of `total` weights are finished, the last of them in tensor `name`."""
+        now = time.perf_counter()
+        if self._terminal and done < total and now - self._shown < PAUSE:
+            return
+        self._shown = now
+        left = (now - self._started) * (total - done) / max(done, 1)
+        text = f"{self._label} {in_count(done)} of {in_count(total)} weights"
+        self._draw(done, total, text, f", {left:.0f} s left  {name[-40:]}")
 
     def finish(self) -> None:
-        """The image is done; the bar makes room."""
-        self._clear()
-
-    def _clear(self) -> None:
-        if self._terminal and self._out is not None:
-            self._out.write("\r\x1b[K")
-            self._out.flush()
-
-
-class Work(Progress):
-    """A long job that is measured in weights.
-
-    Args:
-        quiet: Show nothing.
-    """
-
-    def __init__(self, quiet: bool = False) -> None:
-        super().__init__(quiet)
-        self._shown = 0.0
-        self._quarter = 0
-        self._skipped = -1
-
-    def work(self, done: int, total: int, name: str) -> None:
-        """`done` of `total` weights are finished, the last of them in tensor `name`."""
-        if self._out is None:
-            return
-        now = time.perf_counter()
-        if self._skipped < 0:
-            self._skipped = done  # what was there already says nothing about the pace
-            self._first = now
+        """Clear the bar for what is written next."""
         if self._terminal:
-            if now - self._shown < 0.1 and done < total:
-                return
-            self._shown = now
-            filled = WIDTH * done // max(total, 1)
-            bar = "#" * filled + "." * (WIDTH - filled)
-            pace = (done - self._skipped) / max(now - self._first, 1e-9)
-            left = f", {(total - done) / pace:.0f} s left" if pace else ""
-            text = f"{self._label} {in_count(done)} of {in_count(total)} weights{left}  {name[-40:]}"
-            self._out.write(f"\r\x1b[K[{bar}] {text}")
+            self._write("\r\x1b[K")
+
+    def _draw(self, done: int, total: int, text: str, rest: str) -> None:
+        """Show `text` at each quarter of a job, or, on a terminal, the bar with `text` and `rest`."""
+        if self._terminal:
+            filled = "#" * (WIDTH * done // max(total, 1))
+            self._write(f"\r\x1b[K[{filled:.<{WIDTH}}] {text}{rest}")
         elif 4 * done // max(total, 1) > self._quarter:
             self._quarter = 4 * done // max(total, 1)
-            self._out.write(f"{self._label} {in_count(done)} of {in_count(total)} weights\n")
-        self._out.flush()
+            self._write(f"{text}\n")
+
+    def _write(self, text: str) -> None:
+        if self._out is not None:
+            self._out.write(text)
+            self._out.flush()

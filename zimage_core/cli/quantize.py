@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from zimage_core.cli.progress import Work
+from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadArgument
 from zimage_core.files.atomic import check_destination
 from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.write_recipe is not None:
         check_destination(args.write_recipe, args.force)
 
-    progress = Work(args.quiet)
+    progress = Progress(args.quiet)
     progress.start("quantise")
     try:
         done = quantize_file(
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.force,
             requantize=args.requantize,
             allow_nonfinite=args.allow_nonfinite,
-            progress=progress.work,
+            progress=progress.weights,
             log=progress.say,
         )
     finally:

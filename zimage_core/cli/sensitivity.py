@@ -9,8 +9,8 @@ from typing import Any
 
 from zimage_core.cli.model_options import (
     add_study,
+    call_arguments,
     check_model,
-    image_arguments,
     load_pipeline,
     read_prompts,
     warnings_as_lines,
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     check_model(args)
     if args.vram is not None or args.ram is not None:
         raise BadArgument("sensitivity: weights are exchanged in place; leave out --vram and --ram")
+    call = call_arguments(args, prompts)
 
     from zimage_core.export.sensitivity import Sensitivity, write_sensitivity
     from zimage_core.export.sizing import FAST
@@ -71,19 +72,17 @@ def run(args: argparse.Namespace) -> int:
     check_types((*types, *([args.probe] if args.probe else [])))
     imatrix = None if args.imatrix is None else read_imatrix(args.imatrix)
     progress = Progress(quiet=args.quiet)
-    overwrite = args.force
 
     def write(sensitivity: Sensitivity) -> None:
-        nonlocal overwrite
-        write_sensitivity(sensitivity, args.output, overwrite)
-        overwrite = True  # the next one replaces our own
+        write_sensitivity(sensitivity, args.output, args.force)
+        args.force = True  # the next one replaces our own
 
     with warnings_as_lines():
         pipeline = load_pipeline(args)
         if not args.partial:
             progress.say(f"{printable(args.output)} is written at the end; Ctrl-C before writes nothing")
         progress.start("recording")
-        calls = record(pipeline, prompts, seed=args.seed, every=args.every, **image_arguments(args))
+        calls = record(pipeline, prompts, every=args.every, **call)
         progress.start("measuring")
         sensitivity = measure(
             pipeline,
@@ -96,10 +95,9 @@ def run(args: argparse.Namespace) -> int:
                 "prompts": "standard input" if args.prompts == "-" else Path(args.prompts).name,
                 "images": len(prompts),
                 "calls": len(calls),
-                "seed": args.seed,
                 "probe": args.probe,
                 "imatrix": None if args.imatrix is None else Path(args.imatrix).name,
-                **image_arguments(args),
+                **call,
             },
             on_tensor=lambda done, runs, name: progress.step(done, runs, name, "a run"),
             on_costs=write if args.partial else None,
