@@ -51,30 +51,19 @@ def dense_bytes(case: dict) -> int:
     return case["rows"] * case["width"] * (4 if case["dtype"] == "float32" else 2)
 
 
-def fused_is_possible(case: dict, free: int) -> bool:
-    """Said once more from the contract: planes, tensor cores, a half type, and memory unless planes exist."""
-    name, width = case["format_name"], case["width"]
-    if name not in dispatch.PLANAR_BITS or width % (128 if name == "Q2_0" else 64):
-        return False
-    if case["architecture"] == "cpu" or case["architecture"] in NO_TENSOR_CORES or case["dtype"] == "float32":
-        return False
-    return case["planes"] or dispatch.PLANAR_BITS[name] * case["rows"] * width <= 8 * free
-
-
 @given(case=cases)
 def test_every_case_has_a_path_that_it_can_take_or_a_refusal(case):
     found = answer(**case)
-    possible = fused_is_possible(case, case["free_bytes"])
     if isinstance(found, Unsupported):
         assert case["mode"] == "fused", "only what was asked for by name is refused"
         assert case["architecture"] != "cpu"
-        assert not possible
         return
     assert found.path in ("fused", "dequantise", "cpu")
     assert found.reason
     assert (found.path == "cpu") == (case["architecture"] == "cpu")
     if found.path == "fused":
-        assert possible
+        assert case["architecture"] not in NO_TENSOR_CORES
+        assert case["dtype"] != "float32"
         planes = dispatch.planar_bytes(FORMATS[case["format_name"]], case["rows"], case["width"])
         assert found.nbytes == (0 if case["planes"] else planes) <= case["free_bytes"]
     elif found.path == "cpu":
@@ -107,10 +96,12 @@ def test_more_memory_never_takes_a_path_away(case):
 
 
 @given(case=cases)
-def test_what_is_possible_and_asked_for_is_done(case):
-    case["mode"] = "fused"
-    if fused_is_possible(case, case["free_bytes"]) and FORMATS[case["format_name"]].weights > 1:
-        assert choose(**case).path == "fused"
+def test_asked_for_by_name_it_is_refused_exactly_where_it_is_never_chosen(case):
+    asked = answer(**{**case, "mode": "fused"})
+    chosen = choose(**{**case, "mode": "auto", "tokens": 0})
+    if case["architecture"] != "cpu" and FORMATS[case["format_name"]].weights > 1:
+        assert isinstance(asked, Unsupported) == (chosen.path == "dequantise")
+        assert isinstance(asked, Unsupported) or asked.path == "fused"
 
 
 @pytest.mark.parametrize("name", dispatch.PLANAR_BITS)
@@ -130,6 +121,7 @@ def test_memory_is_enough_to_the_byte(name):
         ({"architecture": "sm_75"}, "no tensor cores to offer on sm_75"),
         ({"free_bytes": 10}, r"planes need 8524800 bytes and 10 are free"),
         ({"width": 3872}, "rows of 3872 weights are no multiple of 64"),
+        ({"format_name": "Q2_0", "width": 3904}, "rows of 3904 weights are no multiple of 128"),
         ({"dtype": "float32"}, "float32 has no tensor cores"),
     ],
 )

@@ -53,19 +53,13 @@ def test_zeros_stay_zeros(name, zero):
 
 
 @every
-@pytest.mark.parametrize("value", [0.03, -0.03, 3.0])
-def test_constant_blocks(name, value):
-    x = np.full((1, 256), value, np.float32)
-    assert np.linalg.norm(decoded(x, name) / value - 1) / 16 < CONSTANT.get(name, 1.5e-3)
-
-
-@every
-@pytest.mark.parametrize("place", [0, 7, 100, 255])
-@pytest.mark.parametrize("value", [1.0, -1.0])
-def test_a_spike(name, place, value):
-    x = np.zeros((1, 256), np.float32)
-    x[0, place] = value
-    assert np.linalg.norm(decoded(x, name) - x) < SPIKE[name]
+@pytest.mark.parametrize(
+    ("x", "limits"),
+    [(np.full((1, 256), value, np.float32), CONSTANT) for value in (0.03, -0.03, 3.0)]
+    + [(sign * np.eye(1, 256, place, np.float32), SPIKE) for sign in (1, -1) for place in (0, 7, 100, 255)],
+)
+def test_one_number_everywhere_or_once(name, x, limits):
+    assert np.linalg.norm(decoded(x, name) - x) < limits.get(name, 1.5e-3) * np.linalg.norm(x)
 
 
 @every
@@ -77,19 +71,14 @@ def test_weights_below_the_reach_of_float16_become_small(name, size):
 
 @every
 @pytest.mark.parametrize("size", [1e8, 1e30, 1e38])
-def test_weights_beyond_the_reach_of_the_scale_become_the_largest(name, size):
-    """Of the right sign, but where an even number of minuses is asked for."""
-    x = np.where(np.arange(256) % 2, -1, 1).astype(np.float32)[None] * np.float32(size)
-    y = decoded(x, name)
-    assert (np.sign(y) == np.sign(x)).all()
+def test_weights_beyond_the_reach_of_the_scale_become_the_largest_and_keep_their_sign(name, size):
+    alternating = np.where(np.arange(256) % 2, -size, size).astype(np.float32)[None]
+    beside_ordinary_ones = weights("gaussian", (1, 512))
+    beside_ordinary_ones[0, 3] = size
+    y = decoded(alternating, name)
+    assert (np.sign(y) == np.sign(alternating)).all()
     assert np.abs(y).min() > 65504
-
-
-@every
-def test_a_large_weight_beside_ordinary_ones(name):
-    x = weights("gaussian", (1, 512))
-    x[0, 3] = 1e38
-    assert decoded(x, name)[0, 3] > 65504
+    assert decoded(beside_ordinary_ones, name)[0, 3] > 65504
 
 
 @every

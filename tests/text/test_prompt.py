@@ -7,7 +7,6 @@ import warnings
 import pytest
 
 from zimage_core.errors import BadArgument, Unsupported
-from zimage_core.text import prompt as module
 from zimage_core.text.prompt import prompt_ids, render
 from zimage_core.text.tokenizer import Tokenizer
 
@@ -121,9 +120,3 @@ def test_the_size_limit_is_inclusive_and_can_be_raised(qwen):
         prompt_ids(qwen, "a " * 8193, max_prompt_bytes=20_000)
     with pytest.raises(BadArgument, match="the limit is 3;"):
         prompt_ids(qwen, "abcd", max_prompt_bytes=3)
-
-
-def test_the_limits_fit_the_transformer():
-    last_caption = module.MAX_LENGTH  # positions 1..1504
-    assert module.MAX_LENGTH % 32 == 0
-    assert last_caption + 1 <= 1535 < last_caption + 1 + 32

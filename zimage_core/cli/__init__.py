@@ -1,1 +1,1 @@
-"""One file a verb; each a thin caller of a public function."""
+"""The command line: one file for each verb, which calls a public function."""

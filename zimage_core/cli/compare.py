@@ -125,7 +125,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _side(args: argparse.Namespace, transformer: str, **own: str | None) -> argparse.Namespace:
-    """The options of `load_pipeline` for one of the two models, whose own ones come before those of both."""
+    """The options of `load_pipeline` for one of the two models: those of both, replaced by its own."""
     own_given = {name: value for name, value in own.items() if value is not None}
     side = argparse.Namespace(**{**vars(args), **own_given})
     side.transformer = None if transformer == SAME else transformer

@@ -1,4 +1,4 @@
-"""`zimage doctor`: versions, devices, and what would run where."""
+"""`zimage doctor`: versions, devices, what would run where, and how each format is multiplied."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def _names(args: argparse.Namespace, count: int) -> list[Path]:
 
 
 def _free(folder: Path, stem: str, force: bool) -> Path:
-    """A name of our own choice that is not taken yet."""
+    """The first path that is not taken: STEM.png, STEM-2.png and so on; STEM.png with `force`."""
     path, number = folder / f"{stem}.png", 1
     while not force and os.path.lexists(path):
         number += 1
@@ -181,7 +181,7 @@ def _free(folder: Path, stem: str, force: bool) -> Path:
 
 
 def _record(result: ZImageResult, path: Path) -> dict[str, Any]:
-    """One image for --json."""
+    """What --json prints of one image."""
     timings = result.timings
     return {
         "path": str(path),

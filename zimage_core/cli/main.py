@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that answers a wrong command with one line, its text made safe to show."""
+    """An argument parser that answers a wrong command with one line, its text made safe to show."""
 
     def __init__(self, *words: Any, **options: Any) -> None:
         # argparse would complete a shortened option: `--prompt "a cat"` would open a file as --prompts
@@ -117,7 +117,7 @@ def _report(error: Exception, traceback: bool) -> int:
 
 
 def _handle_signals() -> None:
-    """Ctrl-C and SIGTERM end the process at once: no traceback, no unfinished file.
+    """Let Ctrl-C and SIGTERM end the process at once, without a traceback or an unfinished file.
 
     The process ends inside the handler. An exception instead would have to travel through foreign code
     (imports, callbacks, destructors) that prints or swallows it.
@@ -140,10 +140,10 @@ def _handle_signals() -> None:
 
 
 def _open_streams() -> None:
-    """Streams that the caller closed (cron, daemons) lead nowhere, and all of them take any character.
+    """Open the streams that the caller closed, as cron and daemons do, and let output hold any character.
 
-    A closed stream gets its own number back, so that no file of ours takes it. Prompts and names are shown
-    in a terminal of any encoding: what it lacks is escaped.
+    An opened stream leads nowhere and has its usual number, so that no file of ours takes that. Prompts and
+    names are shown in a terminal of any encoding: what it lacks is escaped.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -154,7 +154,7 @@ def _open_streams() -> None:
 
 
 def _drop_output() -> None:
-    """The reader of our output went away, as in `zimage inspect x | head`: say nothing more, nor at exit."""
+    """Discard what is written from now on: its reader went away, as in `zimage inspect x | head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -111,7 +111,7 @@ def add_study(parser: argparse.ArgumentParser, output: str) -> argparse._Argumen
 
 
 def given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Those of the named options that have a value."""
+    """The options among `names` that have a value, with their values."""
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
@@ -151,7 +151,7 @@ def check_model(args: argparse.Namespace) -> None:
 
 
 def option(name: str) -> str:
-    """The option of a part."""
+    """The option that names the file of a part: --text-encoder."""
     return "--" + name.replace("_", "-")
 
 
@@ -197,7 +197,7 @@ def read_text(name: str) -> str:
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Warnings of the library appear as one line each on stderr."""
+    """Show each warning of the library as one line on stderr."""
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # whatever PYTHONWARNINGS says: a warning is a line, not an error
         warnings.showwarning = _show_warning
@@ -205,6 +205,6 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **named: object) -> None:
-    """A warning of the library as one line; those of other packages are for developers."""
+    """Write a warning of the library as one line; those of other packages are for developers."""
     if issubclass(category, UserWarning):
         sys.stderr.write(f"warning: {printable(message, MAX_WARNING)}\n")
