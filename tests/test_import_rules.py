@@ -1,4 +1,4 @@
-"""The rooms of the house and the doors between them; docs/architecture.md has the drawing."""
+"""The allowed imports between the packages; docs/architecture.md has the drawing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from tests.helpers.tree import ROOT, imports, module_name, sources
 
-# room -> rooms it may import, besides itself and errors. Read upwards only: the table has no cycle.
-DOORS: dict[str, set[str]] = {
+# package -> packages it may import, besides itself and errors; the table has no cycle
+ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "formats": set(),
     "codebooks": set(),
@@ -38,13 +38,13 @@ DOORS: dict[str, set[str]] = {
     },
 }  # fmt: skip
 REACH_KERNELS = {"zimage_core.quant.dequantize", "zimage_core.quant.gpu", "zimage_core.nn.elementwise"}
-EVERYTHING = {"cli", "zimage_core"}  # the two ends of the house; zimage_core itself is __init__.py
+EVERYTHING = {"cli", "zimage_core"}  # may import every package; zimage_core stands for its __init__.py
 DATA_ONLY = {"errors", "formats", "codebooks", "config", "files", "cli"}
-"""Rooms that load the standard library alone; a third party's package waits inside a function."""
+"""Packages that import only the standard library at the top; other packages inside functions."""
 WITH_TENSORS = {"load", "scan"}
-"""The files of weights/ that compute; the others read headers, and `zimage inspect` loads them."""
+"""The files of weights/ that compute; the others only read headers, for `zimage inspect`."""
 PLANS = {"__init__", "activations", "plan", "planner", "rates", "residency", "sizes"}
-"""The files of memory/ that plan, for `zimage plan`; the others move weights."""
+"""The files of memory/ that only plan, for `zimage plan`; the others move weights."""
 NEVER = {
     "reference": {"torch", "triton"},
     "kernels": {"numpy"},
@@ -55,7 +55,7 @@ TEST_ONLY = {"diffusers", "transformers", "accelerate", "tiktoken", "pytest", "h
 files = pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     parts = module_name(path).split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 
@@ -71,35 +71,35 @@ def test_no_file_imports_itself_by_way_of_others():
 
 
 def test_the_table_has_no_cycle():
-    order = list(TopologicalSorter(DOORS).static_order())
-    assert set(order) == set(DOORS), "a door leads to a room that is not in the table"
+    order = list(TopologicalSorter(ALLOWED).static_order())
+    assert set(order) == set(ALLOWED), "a package may import one that is not in the table"
 
 
 @files
-def test_a_file_imports_only_through_doors(path):
-    room = room_of(path)
-    assert room in DOORS or room in EVERYTHING, f"{room} is a new room: give it a line in DOORS"
+def test_a_file_imports_only_what_its_package_may(path):
+    package = package_of(path)
+    assert package in ALLOWED or package in EVERYTHING, f"{package} is new: give it a line in ALLOWED"
     for item in imports(path):
         where = f"{path.relative_to(ROOT)}:{item.line}"
         assert not item.module.startswith("."), f"{where}: write the absolute import"
         top, *rest = item.module.split(".")
         assert top not in {"kernels", "reference", "tests", "benchmarks"}, f"{where}: imports {top}"
         assert top not in TEST_ONLY, f"{where}: {top} is for tests"
-        assert top not in NEVER.get(room, ()), f"{where}: {room} may not use {top}"
-        if top == "zimage_core" and rest and rest[0] not in (room, "errors") and room in DOORS:
-            assert rest[0] in DOORS[room], f"{where}: {room} has no door to {rest[0]}"
+        assert top not in NEVER.get(package, ()), f"{where}: {package} may not use {top}"
+        if top == "zimage_core" and rest and rest[0] not in (package, "errors") and package in ALLOWED:
+            assert rest[0] in ALLOWED[package], f"{where}: {package} may not import {rest[0]}"
         if top in {"triton"} or item.module.startswith("zimage_core.kernels"):
             reaches = module_name(path) in REACH_KERNELS and (item.lazy or item.typing)
-            assert room == "kernels" or reaches, (
+            assert package == "kernels" or reaches, (
                 f"{where}: only {REACH_KERNELS} reach kernels, and inside a function"
             )
 
 
 @files
 def test_headers_are_read_without_third_parties(path):
-    room = room_of(path)
-    header = room == "weights" and path.stem not in WITH_TENSORS
-    if room not in DATA_ONLY and not header and not (room == "memory" and path.stem in PLANS):
+    package = package_of(path)
+    header = package == "weights" and path.stem not in WITH_TENSORS
+    if package not in DATA_ONLY and not header and not (package == "memory" and path.stem in PLANS):
         return
     for item in imports(path):
         top = item.module.partition(".")[0]

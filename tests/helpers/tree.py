@@ -1,4 +1,4 @@
-"""The source files of the package and what they import, read without running them."""
+"""The source files of the package and their imports, found without running them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Import:
 
 @cache
 def sources() -> tuple[Path, ...]:
-    """Every Python file of the package, each once: the linked folders by their real place."""
+    """Every Python file of the package once; those of the linked folders under their real path."""
     found: list[Path] = []
     for top in TOPS:
         for path in sorted((ROOT / top).rglob("*.py")):
@@ -53,7 +53,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[Import]:
-    """Every import statement of a file, one item a name."""
+    """All imports of a file, one item per imported name."""
     yield from _walk(ast.parse(path.read_text("utf-8")), lazy=False, typing=False)
 
 
@@ -78,7 +78,7 @@ def _walk(node: ast.AST, *, lazy: bool, typing: bool) -> Iterator[Import]:
 
 
 def _target(module: str, name: str) -> str:
-    """`from zimage_core import run` means the module, `from zimage_core.nn.layers import f` its home."""
+    """The imported module: `from package import module` names it last, `from module import name` first."""
     place = ROOT / module.replace(".", "/")
     return f"{module}.{name}" if (place / f"{name}.py").exists() or (place / name).is_dir() else module
 

@@ -30,11 +30,11 @@ def step_bytes(config: TransformerConfig, height: int, width: int, caption: int,
     """Most bytes alive in `ZImageTransformer.step`, its arguments left out (see `kept_bytes`).
 
     Args:
-        config: Of the transformer.
-        height: Of the image in latents.
-        width: Likewise.
+        config: Config of the transformer.
+        height: Height of the image in latents.
+        width: Width of the image in latents.
         caption: Tokens of the caption, without pads.
-        dtype: Of the computation.
+        dtype: Dtype of the computation.
     """
     item, dim, hidden = ITEMSIZE[dtype], config.dim, config.hidden_dim
     patches = image_tokens(config, height, width)
@@ -79,14 +79,14 @@ def kept_bytes(
     """Bytes that live through all steps of a run: adaptive norms, rotations, captions, latents.
 
     Args:
-        config: Of the transformer.
-        height: Of the image in latents.
-        width: Likewise.
+        config: Config of the transformer.
+        height: Height of the image in latents.
+        width: Width of the image in latents.
         caption: Tokens of a caption, without pads.
-        dtype: Of the computation.
+        dtype: Dtype of the computation.
         images: Images of the run.
         captions: Different captions: 1, or 2 with guidance.
-        steps: Of the run.
+        steps: Steps of the run.
     """
     item = ITEMSIZE[dtype]
     joint = padded(image_tokens(config, height, width)) + padded(caption)
@@ -146,9 +146,9 @@ def decode_bytes(
     image are kept. What a library takes for itself inside a convolution comes on top.
 
     Args:
-        config: Of the VAE.
-        height: Of the latents.
-        width: Likewise.
+        config: Config of the VAE.
+        height: Height of the latents.
+        width: Width of the latents.
         tile: Latents a side of a tile; None decodes the image at once.
         apart: With tiles: the maps of the whole image are kept on the host.
     """

@@ -92,10 +92,11 @@ def stream_model(
             memory.
         resident: Indices in `model.blocks` of those that stay on the device.
         device: Where to compute.
-        slots: See `Stream`.
+        slots: Blocks on the device at a time, as for `Stream`.
         ring: Bytes of host memory between file and device, rounded down to a power of two; the CPU as a
             device needs none.
-        wrap: See `Stream`; default: a transformer runs many times, a text encoder once or twice.
+        wrap: Fetch the first blocks again after the last; default: only for a transformer, which runs many
+            times.
         refiner_stays: False brings a transformer's context refiner for each caption and takes it away again.
         page_cache: Bytes that the system's page cache may hold of the streamed blocks; None for all.
         through: What copies to the device, where another than the usual one is wanted.

@@ -41,9 +41,9 @@ class Rates:
     """What the expected times are computed from.
 
     Args:
-        flops: Of large 16-bit products with float32 sums, per second.
-        flops32: Of float32 convolutions and products, per second.
-        bandwidth: Of a copy within device memory, bytes read and written per second.
+        flops: Operations per second of large 16-bit products with float32 sums.
+        flops32: Operations per second of float32 convolutions and products.
+        bandwidth: Bytes read and written per second by a copy within device memory.
         link: From pinned host memory to the device, bytes per second.
         pageable: From ordinary host memory, bytes per second.
         disk: From the file to host memory, bytes per second.

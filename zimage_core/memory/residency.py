@@ -17,10 +17,10 @@ class Residency:
 
     Args:
         resident: Indices of the blocks that stay.
-        resident_bytes: Of those.
-        streamed_bytes: Of the others.
+        resident_bytes: Bytes of those blocks.
+        streamed_bytes: Bytes of the other blocks.
         slots: That the others pass through; 0 where all stay.
-        slot_bytes: Of one slot: the largest streamed block, rounded up.
+        slot_bytes: Bytes of one slot: the largest streamed block, rounded up.
     """
 
     resident: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Packaging, links and the habits that a linter does not see."""
+"""Packaging, links in documents, and rules for the source that the linter does not check."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ FORBIDDEN_MODULES = {
 files = pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize("room", ["kernels", "reference"])
-def test_a_linked_room_never_shadows_a_published_package(room):
-    link = ROOT / "zimage_core" / room
-    assert not list((ROOT / room).rglob("__init__.py")), f"{room}/ must stay a namespace"
-    assert link.is_symlink(), f"{link.name} must be a link to ../{room}"
-    assert link.readlink() == Path("..", room)
+@pytest.mark.parametrize("folder", ["kernels", "reference"])
+def test_a_linked_folder_never_shadows_a_published_package(folder):
+    link = ROOT / "zimage_core" / folder
+    assert not list((ROOT / folder).rglob("__init__.py")), f"{folder}/ must stay a namespace"
+    assert link.is_symlink(), f"{link.name} must be a link to ../{folder}"
+    assert link.readlink() == Path("..", folder)
     assert link.is_dir()
 
 
@@ -50,7 +50,7 @@ def test_packages_in_pyproject_are_the_folders_with_code():
     assert set(listed) == on_disk
 
 
-def test_only_linked_rooms_go_without_init():
+def test_only_linked_folders_go_without_init():
     for path in sources():
         if path.relative_to(ROOT).parts[0] == "zimage_core":
             assert (path.parent / "__init__.py").exists(), f"{path.parent} has no __init__.py"
@@ -123,7 +123,7 @@ def test_model_eval_is_not_mistaken():
 
 
 MOST_LINES = 450
-LONGER = {"codebooks": "tables of numbers", "pipeline": "the public calls with all that is said of them"}
+LONGER = {"codebooks": "tables of numbers", "pipeline": "the public calls with their documentation"}
 
 
 @files
@@ -132,6 +132,49 @@ def test_a_file_stays_readable(path):
     assert lines <= MOST_LINES or path.stem in LONGER, (
         f"{path.relative_to(ROOT)} has {lines} lines, {MOST_LINES} are enough"
     )
+
+
+FRAGMENT = re.compile(r"Of |Likewise\b|See there\b|The same\.|The same for\b|Passed already\b|And ")
+BARE_REFERENCE = re.compile(r"See [^.;:,]*\.?")
+DESCRIPTION = re.compile(r"\s+\*{0,2}\w+(?:, \*{0,2}\w+)*: (.*)")
+
+
+def fragments(tree: ast.AST) -> list[str]:
+    """Docstrings and argument descriptions that only make sense after the text before them."""
+    # a string that stands alone documents its module, class, function or the attribute before it
+    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Expr))
+    found = []
+    for text in (c.value for c in constants if isinstance(c, ast.Constant) and isinstance(c.value, str)):
+        described = [match[1] for line in text.splitlines() if (match := DESCRIPTION.fullmatch(line))]
+        found += [text.strip()] if FRAGMENT.match(text.strip()) else []
+        found += [text for text in described if FRAGMENT.match(text) or BARE_REFERENCE.fullmatch(text)]
+    return found
+
+
+@files
+def test_descriptions_are_not_fragments(path):
+    assert not fragments(ast.parse(path.read_text("utf-8"))), "begin with the thing that is described"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Of the transformer.", "Likewise.", "See there.", "The same.", "The same for the other side.",
+        "Passed already.", "And the bias.",
+    ],
+)  # fmt: skip
+def test_a_planted_fragment_is_found(text):
+    for source in (
+        f'"""{text}"""',
+        f'X = 1\n"""{text}"""',
+        f'"""Do it.\n\n    Args:\n        x: {text}\n"""',
+    ):
+        assert fragments(ast.parse(source)) == [text]
+
+
+def test_a_reference_needs_words_of_its_own():
+    for text, expected in (("See `record`.", ["See `record`."]), ("Size in bytes; see `record`.", [])):
+        assert fragments(ast.parse(f'"""Do it.\n\n    Args:\n        x: {text}\n"""')) == expected
 
 
 def texts() -> list[Path]:
@@ -143,11 +186,11 @@ def texts() -> list[Path]:
 
 
 def test_no_tracked_file_names_a_machine():
-    # in pieces, so that this file passes its own test
-    homes = "|".join(("ho" + "me", "Us" + "ers"))
+    # the words are split so that this file passes its own test
+    users = "|".join(("ho" + "me", "Us" + "ers"))
     tops = "|".join(("wo" + "rk", "ro" + "ot"))
     hosts = "|".join(("pypi" + r"\.org", "python" + "hosted", "download" + r"\.pytorch"))
-    pattern = re.compile(rf"(?<![\w.])/({homes})/\w|(?<![\w./])/({tops})/\w|{hosts}")
+    pattern = re.compile(rf"(?<![\w.])/({users})/\w|(?<![\w./])/({tops})/\w|{hosts}")
     for path in texts():
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
             assert not pattern.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
@@ -166,7 +209,7 @@ def test_links_in_the_docs_resolve():
 
 
 def test_continuous_integration_runs_what_the_readme_promises():
-    """.ci/run takes the command out of README.md; here it is made sure that there is one to take."""
+    """.ci/run extracts the commands from README.md; this checks that they are there."""
     readme = (ROOT / "README.md").read_text("utf-8")
     blocks = re.findall(r"<!-- command: (\w+) -->\n```sh\n(.*?)\n```", readme, re.S)
     commands = dict(blocks)
@@ -174,7 +217,7 @@ def test_continuous_integration_runs_what_the_readme_promises():
     for command in commands.values():
         assert "-c constraints.txt" in command
         assert len(command.splitlines()) == 1
-    # the script's own way of finding them, on the real file
+    # run the script's own function on the real file
     script = (ROOT / ".ci" / "run").read_text("utf-8")
     function = re.search(r"^readme_command\(\).*?^}$", script, re.S | re.M)[0]
     for name, command in commands.items():
