@@ -57,6 +57,7 @@ def test_the_exam_is_fixed_and_held_out():
 def test_masks_of_different_scenes_differ():
     known = templates()
     assert len(known.scenes) == len(known.masks) >= 4700
+    assert len({mask.tobytes() for mask in known.masks}) == len(known.masks)
     assert (known.squared > 0).all()
 
 
