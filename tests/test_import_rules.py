@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"config", "files"},
     "weights": {"config", "files", "formats", "models", "nn", "quant", "text"},
     "memory": {"config", "files", "formats", "models", "nn", "quant", "weights"},
-    "run": {"config", "files", "memory", "models", "nn", "quant", "sampling", "text", "weights"},
+    "run": {"assets", "config", "files", "memory", "models", "nn", "quant", "sampling", "text", "weights"},
     "pipeline": {"config", "files", "memory", "models", "run", "sampling", "text", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {"config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny
+from zimage_core.assets import NANO
 from zimage_core.errors import BadArgument, BadFile, NonFinite, Unsupported, WrongModel, ZImageError
 from zimage_core.files import hub
 from zimage_core.pipeline import ZImagePipeline
@@ -138,12 +139,12 @@ def test_the_embedded_model_loads_draws_and_is_told_apart_by_content():
     pipe = ZImagePipeline.from_default()
     image = pipe("a big red circle on a blue background", seed=1, num_inference_steps=1).images[0]
     assert image.size == (pipe.sample_size, pipe.sample_size) == (80, 80)
-    loose = sources.find(sources.ASSETS)
+    loose = sources.find(NANO)
     assert {name: path.name for name, path in loose.paths.items()} == {
         "transformer": "transformer.gguf", "text_encoder": "text_encoder.gguf", "vae": "vae.safetensors",
     }  # fmt: skip
     # a GGUF serves as the tokenizer's file as well
-    other = sources.find_tokenizer(sources.ASSETS / "text_encoder.gguf", None)
+    other = sources.find_tokenizer(NANO / "text_encoder.gguf", None)
     assert other.encode("red 红色") == pipe.tokenizer.encode("red 红色")
 
 

@@ -173,11 +173,11 @@ def _gpus(cpu: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _embedded_model() -> tuple[dict[str, Any] | None, str]:
     """The model inside the package: its parts, or what is wrong with them."""
+    from zimage_core.assets import NANO
     from zimage_core.weights.inspection import inspect_file
 
-    folder = Path(__file__).parent.parent / "assets" / "nano"
     try:
-        found = inspect_file(folder)
+        found = inspect_file(NANO)
     except ZImageError as error:
         return None, f"the embedded model cannot be used: {error}"
     if found.needs:

@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from zimage_core.assets import NANO
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, OverBudget
 from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
@@ -19,7 +19,6 @@ from zimage_core.memory.sizes import folder_files, read_sizes
 
 CARDS = (4, 6, 8, 12, 16, 24)
 """GiB of GPU memory of common cards, for the table without --vram."""
-EMBEDDED = Path(__file__).parent.parent / "assets" / "nano"
 MOST_SIDE, MOST = 8192, 1024
 SIGNS, ASCII = "█▓▒░·", "#=+-."
 """Weights, slots, activations, the rest (scratch, planes, workspace), free."""
@@ -115,7 +114,7 @@ def _paths(args: argparse.Namespace) -> dict[str, str]:
     if args.model is None and given:
         missing = " and ".join(f"--{n.replace('_', '-')}" for n in COMPONENTS if n not in given)
         raise BadArgument(f"a plan needs all three networks: give {missing} too, or --model FOLDER")
-    return {**folder_files(args.model or EMBEDDED), **given}
+    return {**folder_files(args.model or NANO), **given}
 
 
 def _shows(stream: Any, signs: str) -> bool:

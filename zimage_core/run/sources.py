@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zimage_core.assets import NANO
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, WrongModel, ZImageError, printable
 from zimage_core.files import hub
@@ -24,7 +25,6 @@ NAMING = (
     "ZImagePipeline.from_files(transformer=, text_encoder=, vae=), "
     "or --transformer FILE --text-encoder FILE --vae FILE on the command line"
 )
-ASSETS = Path(__file__).parent.parent / "assets" / "nano"
 _DEPTH = 3
 _MOST_FILES = 500
 
@@ -48,10 +48,10 @@ def embedded() -> Sources:
     """Sources of the model inside the package."""
     names = {"transformer": "transformer.gguf", "text_encoder": "text_encoder.gguf", "vae": "vae.safetensors"}
     for name in names.values():
-        if not (ASSETS / name).is_file():
+        if not (NANO / name).is_file():
             fault = "the embedded model is not installed"
-            raise BadFile(ASSETS / name, fault, "install zimage_core from its wheel again")
-    return Sources({component: ASSETS / name for component, name in names.items()})
+            raise BadFile(NANO / name, fault, "install zimage_core from its wheel again")
+    return Sources({component: NANO / name for component, name in names.items()})
 
 
 def find(
