@@ -117,6 +117,14 @@ def test_casts_and_moves_leave_packed_bytes_and_scales_alone():
     assert torch.equal(layer.weight.dequantize(), weight.dequantize())
 
 
+def test_packed_bytes_are_moved_once():
+    layer, moved = Linear(256, 4), []
+    layer.assign(quant("Q4_K", 4, 256))
+    layer._apply(lambda tensor: moved.append(tensor.clone()) or moved[-1])
+    assert sum(tensor.dtype == torch.uint8 for tensor in moved) == 1
+    assert layer.weight.packed is next(tensor for tensor in moved if tensor.dtype == torch.uint8)
+
+
 def test_a_layer_built_without_memory_takes_its_weight_from_the_file():
     with torch.device("meta"):
         layer, table = Linear(256, 4), Embedding(4, 256)

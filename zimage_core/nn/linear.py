@@ -77,10 +77,12 @@ class _Weighted(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        if isinstance(self.weight, QuantTensor):
-            moved = fn(self.weight.packed)
-            if moved is not self.weight.packed:
-                self.weight = self.weight.to(moved.device)
+        weight = self.weight
+        if isinstance(weight, QuantTensor):
+            moved = fn(weight.packed)
+            if moved is not weight.packed:
+                scale = None if weight.scale is None else weight.scale.to(moved.device)
+                self.weight = QuantTensor(moved, weight.format, weight.shape, scale)
         return self
 
     def _kind(self) -> str:
