@@ -10,12 +10,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from zimage_core.errors import BadArgument
@@ -162,8 +161,7 @@ class Stream:
     from the beginning, ring and thread from the first block that is read, until `close`.
 
     Args:
-        blocks: Those of the model, in the order of its loop.
-        resident: Indices of blocks that are on the device already; those without matrices are too.
+        blocks: The streamed blocks of the model, in the order of its loop; the others are on the device.
         ring: What bytes go to the device through.
         slots: Blocks on the device at a time, at least 1; with 1 nothing overlaps. Each slot has the size of
             the largest streamed block.
@@ -174,13 +172,12 @@ class Stream:
         put_back: Puts what of the network stays on the device back on the host.
 
     Raises:
-        BadArgument: There are too few slots, or a resident index is no block's.
+        BadArgument: There are too few slots.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
-        resident: Collection[int],
         ring: Ring,
         slots: int = SLOTS,
         wrap: bool = True,
@@ -189,10 +186,8 @@ class Stream:
     ) -> None:
         if slots < 1:
             raise BadArgument(f"stream: slots={slots}, wanted 1 slot or more")
-        if unknown := sorted(set(resident) - {block.index for block in blocks}):
-            raise BadArgument(f"stream: resident names block {unknown[0]}, blocks are 0 to {len(blocks) - 1}")
-        self._blocks = {b.index: b for b in blocks if b.segments and b.index not in set(resident)}
-        self.streamed = tuple(sorted(self._blocks))
+        self._blocks = {block.index: block for block in blocks}
+        self.streamed = tuple(self._blocks)
         """Indices of the blocks that are moved, in order."""
         self._ring, self._device, self._meter = ring, ring.device, Meter(ring.device)
         self._wrap, self._visit, self._put_back = wrap, visit, put_back
@@ -202,7 +197,6 @@ class Stream:
         self._free: list[Event] = [self._device.record("compute") for _ in self._slots]
         self.device_bytes = len(self._slots) * size
         """Bytes of the slots."""
-        self._views: dict[tuple[int, int], list[Weight]] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix=READER)
         self._submitting = threading.Lock()
         self._loads: deque[_Load] = deque()
@@ -250,7 +244,6 @@ class Stream:
         _end(self._reader, self._device, self._free)
         self._finalizer.detach()
         self._take_back()
-        self._views.clear()
         self._slots = []
 
     def restore(self) -> None:
@@ -277,19 +270,14 @@ class Stream:
         self._take_back()
         self._turn.acquire()
         try:
-            slots, begun = self._slots, self._device.record("compute")
+            slots, begun = self._slots, self._device.record("compute")  # `close` lets them go meanwhile
             held = self._held = self._take(index)
             self._device.order("compute", self._wait(held))
             self._begun = self._device.record("compute")
             self._meter.add("stall", index, begun, self._begun, index <= self._last)
             self._last = index
-            views = self._views.get((index, held.slot))
-            if views is None:
-                with torch.inference_mode(False):  # they outlive the caller's mode
-                    views = [s.view(slots[held.slot]) for s in self._blocks[index].segments]
-                self._views[index, held.slot] = views
-            for segment, view in zip(self._blocks[index].segments, views, strict=True):
-                segment.linear.set_weight(view)
+            for segment in self._blocks[index].segments:
+                segment.linear.set_weight(segment.view(slots[held.slot]))
         except BaseException:
             self._take_back()
             raise
