@@ -1,4 +1,4 @@
-"""What a plan says, in figures and words: published arithmetic, advice on a small budget, wrong arguments."""
+"""What a plan says, in figures and words: operations, advice on a small budget, wrong arguments."""
 
 from __future__ import annotations
 

@@ -143,14 +143,6 @@ def test_every_byte_moves_once_a_step_and_the_memory_is_what_was_said(dit, slots
     assert stream.traffic().overlap == 1
 
 
-def test_a_network_that_runs_once_is_not_read_again(encoder_path):
-    model = load_text_encoder(encoder_path)
-    with closing(streamed(model, (), slots=2)) as stream:
-        encode(model)
-        assert stream.traffic().loads == len(stream.streamed)
-        assert not stream._loads
-
-
 @pytest.mark.parametrize("slots", [1, 2, 3, 4])
 def test_while_a_block_computes_the_next_ones_are_read(dit, slots):
     """So a step takes the longer of computation and transfer; with one slot nothing overlaps."""

@@ -139,8 +139,8 @@ class PhaseManager:
         """Plan a run and follow that plan from now on.
 
         Args:
-            width: In pixels.
-            height: In pixels.
+            width: Pixels of an image.
+            height: Pixels of an image.
             images: Images of the run.
             caption_tokens: Tokens of the longest caption.
             guidance: Whether there is a negative side.
