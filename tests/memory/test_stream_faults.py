@@ -202,6 +202,7 @@ def test_after_the_end_it_says_so(dit, wanted):
     stream.close()
     assert not our_threads()
     assert not stream._slots
+    assert not stream._views
     with pytest.raises(BadArgument, match="it was closed"):
         draw(dit)
     assert stream.traffic().loads > 0

@@ -221,9 +221,8 @@ def _part(name: str, part: Opened, dtype: str) -> Part:
             inside[block].append(matrix)
             continue
         if entry.module == "embed_tokens.weight" or entry.module.startswith("encoder."):
-            host += (
-                nbytes  # few rows of a table are read, wherever it lies; images need a VAE's decoder alone
-            )
+            # few rows of a table are read, wherever it lies; images need a VAE's decoder alone
+            host += nbytes
             continue
         if block.startswith("context_refiner."):
             once[block] = once.get(block, 0) + nbytes

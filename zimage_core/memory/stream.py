@@ -15,6 +15,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from zimage_core.errors import BadArgument
@@ -197,6 +198,7 @@ class Stream:
         self._free: list[Event] = [self._device.record("compute") for _ in self._slots]
         self.device_bytes = len(self._slots) * size
         """Bytes of the slots."""
+        self._views: dict[tuple[int, int], list[Weight]] = {}  # (block, slot) -> its weights there
         self._reader = ThreadPoolExecutor(1, thread_name_prefix=READER)
         self._submitting = threading.Lock()
         self._loads: deque[_Load] = deque()
@@ -244,6 +246,7 @@ class Stream:
         _end(self._reader, self._device, self._free)
         self._finalizer.detach()
         self._release()
+        self._views.clear()
         self._slots = []
 
     def restore(self) -> None:
@@ -277,8 +280,12 @@ class Stream:
             self._begun = self._device.record("compute")
             self._meter.add("stall", index, begun, self._begun, index <= self._last)
             self._last = index
-            for segment in self._blocks[index].segments:
-                segment.linear.set_weight(segment.view(slots[held.slot]))
+            segments, key = self._blocks[index].segments, (index, held.slot)
+            if key not in self._views:
+                with torch.inference_mode(False):  # they outlive the caller's mode
+                    self._views[key] = [segment.view(slots[held.slot]) for segment in segments]
+            for segment, view in zip(segments, self._views[key], strict=True):
+                segment.linear.set_weight(view)
         except BaseException:
             self._release()
             raise
