@@ -67,15 +67,9 @@ def modulate_bytes(config: TransformerConfig, steps: int, dtype: str) -> int:
 
 
 def kept_bytes(
-    config: TransformerConfig,
-    height: int,
-    width: int,
-    caption: int,
-    dtype: str,
-    images: int = 1,
-    captions: int = 1,
-    steps: int = 8,
-) -> int:
+    config: TransformerConfig, height: int, width: int, caption: int, dtype: str, images: int = 1,
+    captions: int = 1, steps: int = 8,
+) -> int:  # fmt: skip
     """Bytes that live through all steps of a run: adaptive norms, rotations, captions, latents.
 
     Args:
@@ -99,15 +93,9 @@ def kept_bytes(
 
 
 def denoise_bytes(
-    config: TransformerConfig,
-    height: int,
-    width: int,
-    caption: int,
-    dtype: str,
-    images: int = 1,
-    captions: int = 1,
-    steps: int = 8,
-) -> int:
+    config: TransformerConfig, height: int, width: int, caption: int, dtype: str, images: int = 1,
+    captions: int = 1, steps: int = 8,
+) -> int:  # fmt: skip
     """Most bytes alive while a run denoises; arguments as for `kept_bytes`."""
     # all steps' adaptive norms are computed one by one and then stacked
     alone = modulate_bytes(config, steps, dtype)

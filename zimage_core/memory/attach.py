@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from zimage_core.models.block_source import RESIDENT, Resident
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Embedding, Linear
-from zimage_core.quant.tensor import PlaneCache, QuantTensor
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights.source import Source, WeightFile
 
 OUTSIDE = "adaLN_modulation"
@@ -34,38 +33,55 @@ Mapped = tuple[Source, int]
 """A file, and the address of its map."""
 
 
-@dataclass
-class Moved:
-    """What was put on a device, with what was there before."""
-
-    tensors: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
-    weights: list[tuple[Linear | Embedding, QuantTensor]] = field(default_factory=list)
+class Moved(list[tuple[nn.Module, str, Tensor | QuantTensor]]):
+    """What was put on a device: module, name of its tensor, and the tensor that was there before."""
 
     def restore(self) -> None:
         """Put everything back where it was."""
-        for module, name, tensor in self.tensors:
+        for module, name, tensor in self:
             setattr(module, name, tensor)
-        for layer, weight in self.weights:
-            layer.set_weight(weight)
-        self.tensors.clear()
-        self.weights.clear()
+        self.clear()
 
 
-def load(module: nn.Module, ring: Ring, file: WeightFile | None) -> Moved:
-    """Put a whole module on the device of a ring.
+def load(
+    modules: Iterable[nn.Module], ring: Ring, maps: Sequence[Mapped], streamed: Collection[nn.Module] = ()
+) -> Moved:
+    """Put the tensors of modules on the device of a ring, and tables of token embeddings in host memory.
 
     Args:
-        module: The module.
+        modules: The modules; those inside them are not looked at unless they are listed too.
         ring: What bytes go to the device through.
-        file: The file that its weights came from.
+        maps: Files that the tensors may be views of.
+        streamed: Layers whose weights stay where they are.
 
     Returns:
         What was moved; its `restore` takes it off the device again.
 
     Raises:
-        BadFile: The file was changed or cannot be read.
+        BadFile: A file was changed or cannot be read.
     """
-    return _load(module.modules(), (), ring, maps_of(file))
+    moved, device, host = Moved(), ring.device, Ring(Device(), RING)
+    device.order("copy", device.record("compute"))  # memory that was freed may still be read there
+    try:
+        for module in modules:
+            where = host if isinstance(module, Embedding) else ring
+            tensors: list[tuple[str, Tensor | QuantTensor]] = [
+                *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)
+            ]  # fmt: skip
+            if isinstance(weight := getattr(module, "weight", None), QuantTensor):
+                tensors.append(("weight", weight))
+            for name, tensor in tensors:
+                if name == "weight" and module in streamed:
+                    continue
+                copy = _copy(tensor, where, maps)
+                if copy is not None:
+                    moved.append((module, name, tensor))
+                    setattr(module, name, copy)
+        device.order("compute", device.record("copy"))
+    except BaseException:
+        moved.restore()
+        raise
+    return moved
 
 
 def stream_model(
@@ -76,7 +92,6 @@ def stream_model(
     *,
     slots: int = SLOTS,
     ring: int = RING,
-    wrap: bool | None = None,
     refiner_stays: bool = True,
     page_cache: int | None = None,
     through: Device | None = None,
@@ -95,8 +110,6 @@ def stream_model(
         slots: Blocks on the device at a time, as for `Stream`.
         ring: Bytes of host memory between file and device, rounded down to a power of two; the CPU as a
             device needs none.
-        wrap: Fetch the first blocks again after the last; default: only for a transformer, which runs many
-            times.
         refiner_stays: False brings a transformer's context refiner for each caption and takes it away again.
         page_cache: Bytes that the system's page cache may hold of the streamed blocks; None for all.
         through: What copies to the device, where another than the usual one is wanted.
@@ -111,8 +124,9 @@ def stream_model(
     """
     if not isinstance(model.stream, Resident):
         raise BadArgument("stream: this model is streamed already; unstream it first")
-    passage = Ring(through or device_for(device), ring)
-    maps = maps_of(file)
+    passage, maps, count = Ring(through or device_for(device), ring), maps_of(file), len(model.blocks)
+    if unknown := sorted(set(resident) - set(range(count))):
+        raise BadArgument(f"stream: resident names block {unknown[0]}, blocks are 0 to {count - 1}")
     blocks = blocks_of(model.blocks, maps, passage.device.device)
     moving = [block for block in blocks if block.segments and block.index not in set(resident)]
     for place in to_drop([block.payload for block in moving], page_cache):
@@ -125,7 +139,7 @@ def stream_model(
     @contextmanager
     def visit(block: nn.Module) -> Iterator[None]:
         with turn:  # a second thread's caption waits, as it does for a streamed block
-            moved = _load(block.modules(), (), passage, maps)
+            moved = load(block.modules(), passage, maps)
             try:
                 forbid_planes(block)
                 yield
@@ -134,13 +148,10 @@ def stream_model(
 
     staying = (module for module in model.modules() if module not in visiting)
     streamed = {segment.linear for block in moving for segment in block.segments}
-    moved = _load(staying, streamed, passage, maps)
+    moved = load(staying, passage, maps, streamed)
     try:
-        stream = Stream(
-            blocks, resident, passage, slots,
-            isinstance(model, ZImageTransformer) if wrap is None else wrap,
-            visit if visiting else None, moved.restore,
-        )  # fmt: skip
+        wrap = isinstance(model, ZImageTransformer)  # a text encoder runs once or twice
+        stream = Stream(moving, passage, slots, wrap, visit if visiting else None, moved.restore)
     except BaseException:
         moved.restore()
         raise
@@ -189,15 +200,12 @@ def blocks_of(modules: Sequence[nn.Module], maps: Sequence[Mapped], device: torc
                 continue
             if linear.device.type != "cpu":
                 raise BadArgument(f"block {index}: its weights are on {linear.device}, load it on the CPU")
-            home, scale = linear.weight, None
-            if isinstance(home, QuantTensor):
-                if not home.packed.is_contiguous():
-                    home = replace(home, packed=home.packed.contiguous(), planes=PlaneCache())
-                scale = None if home.scale is None else home.scale.to(device)
-            elif not home.is_contiguous():
-                home = nn.Parameter(home.contiguous(), requires_grad=False)
-            data = home.packed if isinstance(home, QuantTensor) else home.detach()
-            segments.append(Segment(linear, home, on_host(data, maps), scale, start))
+            home = linear.weight
+            packed, scale = (
+                (home.packed, home.scale) if isinstance(home, QuantTensor) else (home.detach(), None)
+            )
+            scale = None if scale is None else scale.to(device)
+            segments.append(Segment(linear, home, on_host(packed, maps), scale, start))
             start += aligned(home.nbytes)
         blocks.append(Block(index, segments))
     return blocks
@@ -205,9 +213,8 @@ def blocks_of(modules: Sequence[nn.Module], maps: Sequence[Mapped], device: torc
 
 def maps_of(file: WeightFile | None) -> list[Mapped]:
     """The files on disk that weights may be views of, and where each is mapped."""
-    sources = {} if file is None else {id(s): s for s in (file.source_of(name) for name in file.tensors)}
     found = []
-    for source in sources.values():
+    for source in set() if file is None else {file.source_of(name) for name in file.tensors}:
         try:
             if source.mapped:
                 found.append((source, source.tensor(0, 1, 1).data_ptr()))
@@ -225,41 +232,17 @@ def on_host(tensor: Tensor, maps: Sequence[Mapped]) -> Stored:
     return Stored(data, None, 0)
 
 
-def _load(
-    modules: Iterable[nn.Module], streamed: Collection[nn.Module], ring: Ring, maps: Sequence[Mapped]
-) -> Moved:
-    """Put modules on the device of a ring and tables of tokens in host memory; streamed weights stay."""
-    moved, device, host = Moved(), ring.device, Ring(Device(), RING)
-    device.order("copy", device.record("compute"))  # memory that was freed may still be read there
-    try:
-        for module in modules:
-            where = host if isinstance(module, Embedding) else ring
-            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for name, tensor in tensors:
-                if name == "weight" and module in streamed:
-                    continue
-                copy = _copy(tensor.detach(), where, maps)
-                if copy is not None:
-                    moved.tensors.append((module, name, tensor))
-                    dense = isinstance(tensor, nn.Parameter)
-                    setattr(module, name, nn.Parameter(copy, requires_grad=False) if dense else copy)
-            weight = getattr(module, "weight", None)
-            if not isinstance(module, (Linear, Embedding)) or not isinstance(weight, QuantTensor):
-                continue
-            copy = None if module in streamed else _copy(weight.packed, where, maps)
-            if copy is not None:
-                moved.weights.append((module, weight))
-                scale = None if weight.scale is None else weight.scale.to(copy.device)
-                module.set_weight(QuantTensor(copy, weight.format, weight.shape, scale))
-        device.order("compute", device.record("copy"))
-    except BaseException:
-        moved.restore()
-        raise
-    return moved
-
-
-def _copy(tensor: Tensor, ring: Ring, maps: Sequence[Mapped]) -> Tensor | None:
+def _copy(tensor: Tensor | QuantTensor, ring: Ring, maps: Sequence[Mapped]) -> Tensor | QuantTensor | None:
     """On the device of a ring, and no view of a file; None where the tensor is that already."""
+    if isinstance(tensor, QuantTensor):
+        packed = _copy(tensor.packed, ring, maps)
+        if not isinstance(packed, Tensor):
+            return None
+        scale = None if tensor.scale is None else tensor.scale.to(packed.device)
+        return QuantTensor(packed, tensor.format, tensor.shape, scale)
+    if isinstance(tensor, nn.Parameter):
+        copy = _copy(tensor.detach(), ring, maps)
+        return nn.Parameter(copy, requires_grad=False) if isinstance(copy, Tensor) else None
     device = ring.device.device
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return None if tensor.device == device else tensor.to(device)

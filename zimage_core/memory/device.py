@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -152,10 +153,8 @@ class Ring:
         if nbytes < 1:
             raise BadArgument(f"stream: ring={nbytes}, wanted 1 byte or more")
         self.device = device
-        self.nbytes = max(1 << (nbytes.bit_length() - 1), CHUNKS * ALIGN) if device.staged else 0
-        self._chunks: tuple[Tensor, ...] = ()
-        self._copied: list[Event] = []
-        self._next = 0
+        self._nbytes = max(1 << (nbytes.bit_length() - 1), CHUNKS * ALIGN)
+        self._chunks: deque[tuple[Tensor, Event]] = deque()  # with the end of the copy from it
         self._lock = threading.Lock()  # the reader of a stream and a thread that loads take turns
 
     def fill(self, target: Tensor, read: Callable[[int, Tensor], None]) -> None:
@@ -170,29 +169,21 @@ class Ring:
                 read(first, target[first : first + CHUNK])
             return
         with self._lock:
+            size = min(CHUNK, self._nbytes // CHUNKS)
             if not self._chunks:
-                size = min(CHUNK, self.nbytes // CHUNKS)
-                self._chunks = torch.split(self.device.host_memory(self.nbytes), size)
-                self._copied = [None] * len(self._chunks)
-            try:
-                self._fill(target, read)
-            except BaseException:
-                self._chunks = ()  # a copy may be on its way whose event nobody has
-                raise
+                memory = self.device.host_memory(self._nbytes)
+                self._chunks.extend((chunk, None) for chunk in torch.split(memory, size))
+            for first in range(0, len(target), size):
+                part = target[first : first + size]
+                chunk, copied = self._chunks.popleft()  # an error loses it: its copy may be on its way
+                if copied is not None:
+                    self.device.wait(copied)
+                host = chunk[: len(part)]
+                read(first, host)
+                self.device.copy(host, part)
+                self._chunks.append((chunk, self.device.record("copy")))
 
     def free(self) -> None:
         """Let the memory go; the next bytes take new memory."""
         with self._lock:
-            self._chunks = ()
-
-    def _fill(self, target: Tensor, read: Callable[[int, Tensor], None]) -> None:
-        size = len(self._chunks[0])
-        for first in range(0, len(target), size):
-            turn, part = self._next % len(self._chunks), target[first : first + size]
-            if self._copied[turn] is not None:
-                self.device.wait(self._copied[turn])
-            host = self._chunks[turn][: len(part)]
-            read(first, host)
-            self.device.copy(host, part)
-            self._copied[turn] = self.device.record("copy")
-            self._next = turn + 1
+            self._chunks.clear()

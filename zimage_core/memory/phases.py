@@ -16,7 +16,7 @@ from zimage_core.errors import BadArgument, OverBudget, Unsupported
 from zimage_core.files.atomic import write_atomically
 from zimage_core.files.units import in_bytes, parse_bytes
 from zimage_core.memory import page_cache, traffic
-from zimage_core.memory.attach import Moved, forbid_planes, load, stream_model, unstream
+from zimage_core.memory.attach import Moved, forbid_planes, load, maps_of, stream_model, unstream
 from zimage_core.memory.device import Ring, device_for
 from zimage_core.memory.plan import Component, Plan
 from zimage_core.memory.planner import RUNTIME, Job, plan_job
@@ -126,7 +126,8 @@ class PhaseManager:
         self._sizes = sizes_of(opened, str(networks["transformer"].dtype).removeprefix("torch."))
         self._plan: Plan | None = None
         self._planes = False
-        self._loaded: dict[str, tuple[Any, ...]] = {}  # network -> the part of the plan that it was loaded by
+        # network -> the part of the plan that it was loaded by; the rest of a plan does not move it
+        self._loaded: dict[str, tuple[Component, bool]] = {}
         self._decoder = Moved()
         self._traffic: dict[str, Traffic] = {}
         self._tile = vae.tile
@@ -138,8 +139,8 @@ class PhaseManager:
         """Plan a run and follow that plan from now on.
 
         Args:
-            width: In pixels.
-            height: In pixels.
+            width: Pixels of an image.
+            height: Pixels of an image.
             images: Images of the run.
             caption_tokens: Tokens of the longest caption.
             guidance: Whether there is a negative side.
@@ -149,9 +150,7 @@ class PhaseManager:
             OverBudget: The budget does not hold the least that this image needs.
         """
         rates = self._rates = self._rates or self._machine()
-        job = Job(
-            self._sizes, width, height, images, caption_tokens, rates=rates, guidance=guidance, steps=steps
-        )
+        job = Job(self._sizes, width, height, images, caption_tokens, rates, guidance, steps)
         vram, ram = self._amounts(job)
         if self.device.type == "cpu" and vram < job.floor():
             raise OverBudget(
@@ -169,7 +168,7 @@ class PhaseManager:
         # all planes that would be made or none: what makes them does not know the budget
         self._planes = plan.phase("encode").planes == job.planes()
         for name, key in list(self._loaded.items()):
-            if key != self._key(plan.component(name)):
+            if key != (plan.component(name), self._planes):
                 self._evict(name)
         self._vae.tile = self._tile if plan.tile is None else plan.tile
         self._traffic.clear()
@@ -217,25 +216,21 @@ class PhaseManager:
         found = {name: getattr(self._networks[name], "stream", None) for name in self._loaded}
         return {name: stream for name, stream in found.items() if isinstance(stream, Stream)}
 
-    def _key(self, component: Component) -> tuple[Any, ...]:
-        """What has to be the same for a network to stay as it is."""
-        return component.kept, component.resident_blocks, component.slots, component.once, self._planes
-
     def _load(self, component: Component, plan: Plan) -> None:
-        name, key = component.name, self._key(component)
+        name, key = component.name, (component, self._planes)
         if self._loaded.get(name) == key:
             return
         network, file = self._networks[name], self._opened[name].file
         if isinstance(network, (ZImageTransformer, TextEncoder)):
-            free = page_cache.available()
-            left = free if plan.ram is None else plan.ram - plan.ram_need
+            rooms = (page_cache.available(), None if plan.ram is None else plan.ram - plan.ram_need)
             stream_model(
                 network, file, component.resident_blocks, self.device, slots=max(1, component.slots),
-                ring=max(1, plan.ring), refiner_stays=component.once == 0,
-                page_cache=left if free is None or left is None else min(left, free),
+                ring=plan.ring, refiner_stays=component.once == 0,
+                page_cache=min((room for room in rooms if room is not None), default=None),
             )  # fmt: skip
         else:
-            self._decoder = load(self._vae.decoder, Ring(device_for(self.device), plan.ring), file)
+            ring = Ring(device_for(self.device), plan.ring)
+            self._decoder = load(self._vae.decoder.modules(), ring, maps_of(file))
         if not self._planes:
             forbid_planes(network)
         self._loaded[name] = key

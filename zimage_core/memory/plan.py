@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from zimage_core.files.units import in_bytes, in_seconds
@@ -74,10 +74,8 @@ class Phase:
     @property
     def peak(self) -> int:
         """All of it."""
-        return (
-            self.weights + self.others + self.slots + self.activations
-            + self.scratch + self.planes + self.workspace
-        )  # fmt: skip
+        _, *amounts = astuple(self)
+        return sum(amounts)
 
 
 @dataclass(frozen=True)

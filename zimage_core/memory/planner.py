@@ -5,7 +5,6 @@ The phases share the device: text encoder (encode), transformer (denoise), VAE (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from zimage_core.config import MIN_TILE, AutoencoderConfig, TextEncoderConfig, TransformerConfig
@@ -48,10 +47,6 @@ Way = tuple[int | None, bool]
 AT_ONCE: Way = (None, False)
 
 
-def _bytes(blocks: Sequence[Block]) -> list[int]:
-    return [block.nbytes for block in blocks]
-
-
 class Job:
     """One run to be planned, with the bytes and seconds that follow from it for any budget.
 
@@ -70,7 +65,7 @@ class Job:
     """
 
     def __init__(
-        self, sizes: Sizes, width: int, height: int, images: int = 1, caption_tokens: int = 128, *,
+        self, sizes: Sizes, width: int, height: int, images: int = 1, caption_tokens: int = 128,
         rates: Rates | None = None, guidance: bool = False, steps: int = 8,
     ) -> None:  # fmt: skip
         self.sizes, self.rates, self.dtype = sizes, rates or known("sm_86"), sizes.dtype
@@ -92,6 +87,7 @@ class Job:
             if side < 1 or side % self.multiple:
                 raise BadArgument(f"{name}: got {side}, wanted a multiple of {self.multiple}")
         self.rows, self.cols = height // vae.spatial_factor, width // vae.spatial_factor
+        self.flops_rate = self.rates.flops32 if self.dtype == "float32" else self.rates.flops
         self.scratch = max(part.scratch(sizes.dtype) for part in (self.net, self.encoder))
         gpu = self.rates.architecture != "cpu"
         self.workspace = WORKSPACE.get(family(self.rates.architecture), _WORKSPACE) if gpu else 0
@@ -102,6 +98,13 @@ class Job:
         # a caption alone, and an image of one patch beside it
         refine = denoise_bytes(net, net.patch_size, net.patch_size, *rest)
         self.visited_live = max(self.denoise_live, max(self.net.once, default=0) + refine)
+        # bytes on the device beside the blocks: the context refiner's blocks come one by one before the
+        # first step, in the memory of its activations, or stay beside the steps
+        self.encode_need = self.encoder.always + self.around + self.encode_live
+        self.denoise_need = self.net.always + self.around + self.visited_live
+        self.denoise_need_with_refiner = (
+            self.net.always + sum(self.net.once) + self.around + self.denoise_live
+        )
 
     def decode_live(self, way: Way) -> int:
         """Activations of decoding, finished images among them."""
@@ -114,29 +117,16 @@ class Job:
         sides = range((max(self.rows, self.cols) - 1) // 8 * 8, MIN_TILE - 1, -8)
         return [AT_ONCE, *((side, False) for side in sides), (MIN_TILE, True)]
 
-    def encode_room(self, vram: int) -> int:
-        """What of a budget is left for blocks of the text encoder."""
-        return vram - self.encoder.always - self.around - self.encode_live
-
-    def denoise_room(self, vram: int, refiner_stays: bool = False) -> int:
-        """What of a budget is left for blocks of the steps.
-
-        The context refiner stays beside the steps, or its blocks come one by one before the first of them,
-        in the room of their activations.
-        """
-        live = sum(self.net.once) + self.denoise_live if refiner_stays else self.visited_live
-        return vram - self.net.always - self.around - live
-
-    def decode_room(self, vram: int, way: Way) -> int:
-        """What of a budget is left beside the VAE."""
-        return vram - self.vae.always - self.around - self.decode_live(way)
+    def decode_need(self, way: Way) -> int:
+        """Bytes on the device while the VAE decodes."""
+        return self.vae.always + self.around + self.decode_live(way)
 
     def floors(self) -> dict[str, int]:
         """Least budget of each phase."""
         return {
-            "encode": residency.floor(_bytes(self.encoder.blocks), some=False) - self.encode_room(0),
-            "denoise": residency.floor(_bytes(self.net.blocks)) - self.denoise_room(0),
-            "decode": min(-self.decode_room(0, way) for way in self.ways()),
+            "encode": self.encode_need + residency.floor(self.encoder.block_bytes, some=False),
+            "denoise": self.denoise_need + residency.floor(self.net.block_bytes),
+            "decode": min(self.decode_need(way) for way in self.ways()),
         }
 
     def floor(self) -> int:
@@ -159,14 +149,14 @@ class Job:
 
     def encode_seconds(self) -> float:
         """Compute of all captions."""
-        flops = encode_flops(self.encoder_config, self.caption) / self._flops_rate()
+        flops = encode_flops(self.encoder_config, self.caption) / self.flops_rate
         return self.captions * (flops + self._unpacking(self.encoder.blocks) / self.rates.bandwidth)
 
     def step_seconds(self) -> float:
         """Compute of one step: all images and sides, one after the other."""
         args = (self.net_config, self.rows, self.cols, self.caption)
         moved = step_traffic(*args, ITEMSIZE[self.dtype]) + self._unpacking(self.net.blocks)
-        one = step_flops(*args) / self._flops_rate() + moved / self.rates.bandwidth
+        one = step_flops(*args) / self.flops_rate + moved / self.rates.bandwidth
         return self.images * self.captions * one
 
     def decode_seconds(self, way: Way) -> float:
@@ -181,9 +171,6 @@ class Job:
             one += MAP_PASSES * maps * ITEMSIZE["float32"] / self.rates.pageable
         return self.images * one
 
-    def _flops_rate(self) -> float:
-        return self.rates.flops32 if self.dtype == "float32" else self.rates.flops
-
     def _unpacking(self, blocks: tuple[Block, ...]) -> int:
         """Bytes read and written to make the weights of blocks dense, once each."""
         item = ITEMSIZE[self.dtype]
@@ -197,7 +184,7 @@ class Job:
         if smaller := self._largest_image(vram):
             fits.append("an image of {} x {} px".format(*smaller))
         if phase != "decode" and (most := self._largest_block(vram, floors["decode"])):
-            here = in_bytes(max(_bytes(self.net.blocks), default=0))
+            here = in_bytes(max(self.net.block_bytes, default=0))
             fits.append(f"a quantisation whose blocks have at most {in_bytes(most)} (here: {here})")
         hint = (
             f"what would fit is {' or '.join(fits)}" if fits else "give as much, no smaller image would fit"
@@ -217,10 +204,8 @@ class Job:
             return width, height
 
         def floor(width: int, height: int) -> int:
-            return Job(
-                self.sizes, width, height, self.images, self.caption,
-                rates=self.rates, guidance=self.guidance, steps=self.steps,
-            ).floor()  # fmt: skip
+            rest = (self.rates, self.guidance, self.steps)
+            return Job(self.sizes, width, height, self.images, self.caption, *rest).floor()
 
         low, high = 0, long // unit - 1  # low fits, or nothing does
         while low < high:
@@ -230,7 +215,7 @@ class Job:
 
     def _largest_block(self, vram: int, decode_floor: int) -> int:
         """Bytes of a block with which the image would fit; 0 where smaller blocks do not help."""
-        most = min(self.encode_room(vram), self.denoise_room(vram)) // 2 - residency.GRAIN
+        most = (vram - max(self.encode_need, self.denoise_need)) // 2 - residency.GRAIN
         weights = max((sum(m.weights for m in block.matrices) for block in self.net.blocks), default=0)
         return most if decode_floor <= vram and most >= weights * FINEST else 0
 
@@ -248,14 +233,14 @@ def make_plan(
     guidance: bool = False,
     steps: int = 8,
 ) -> Plan:
-    """Plan a run; arguments as of `Job` and `plan_job`.
+    """Plan a run; `Job` and `plan_job` describe the arguments.
 
     Raises:
         BadArgument: A size or number is out of range.
         OverBudget: vram or ram does not hold the least that this image needs; the message says what would
             fit.
     """
-    job = Job(sizes, width, height, images, caption_tokens, rates=rates, guidance=guidance, steps=steps)
+    job = Job(sizes, width, height, images, caption_tokens, rates, guidance, steps)
     return plan_job(job, vram, ram)
 
 
@@ -309,15 +294,15 @@ def _all_resident(job: Job, vram: int | None, floor: int) -> Plan | None:
 def _in_turn(job: Job, vram: int | None, floor: int, link: float) -> Plan:
     """Each network in its own phase: those that run once pass through, the steps keep what fits."""
     room = vram if vram is not None else job.sizes.nbytes + floor
-    texts, sizes = _bytes(job.encoder.blocks), _bytes(job.net.blocks)
+    texts, sizes = job.encoder.block_bytes, job.net.block_bytes
     # blocks that run once pass through three slots, or stay where that takes less
     through = residency.SLOTS[0] * residency.slot_for(max(texts, default=0))
-    encoder = residency.place(texts, min(job.encode_room(room), through), some=False)
-    blocks = residency.place(sizes, job.denoise_room(room, refiner_stays=True))
+    encoder = residency.place(texts, min(room - job.encode_need, through), some=False)
+    blocks = residency.place(sizes, room - job.denoise_need_with_refiner)
     stays = blocks is not None and not blocks.slots
     if not stays:
-        blocks = residency.place(sizes, job.denoise_room(room))
-    way = next((way for way in job.ways() if job.decode_room(room, way) >= 0), None)
+        blocks = residency.place(sizes, room - job.denoise_need)
+    way = next((way for way in job.ways() if job.decode_need(way) <= room), None)
     if encoder is None or blocks is None or way is None:  # below the floor
         raise job.over_budget(room)
     refiner = sum(job.net.once)
@@ -348,11 +333,11 @@ def _in_turn(job: Job, vram: int | None, floor: int, link: float) -> Plan:
 def _streamed_times(job: Job, blocks: Residency, way: Way, link: float) -> Times:
     """Seconds with so many bytes a second from the host, where blocks pass through slots or stay."""
     sides = job.images * job.captions
-    sizes = _bytes(job.net.blocks)
+    sizes = job.net.block_bytes
     compute, transfer = job.step_seconds(), sides * blocks.streamed_bytes / link
     fill = max((n for i, n in enumerate(sizes) if i not in blocks.resident), default=0) / link
     text = job.captions * job.encoder.streamable / link
-    first = max(_bytes(job.encoder.blocks), default=0) / link
+    first = max(job.encoder.block_bytes, default=0) / link
     load = (job.net.always + blocks.resident_bytes) / link
     refine = (sides if blocks.slots else 1) * sum(job.net.once) / link
     return Times(

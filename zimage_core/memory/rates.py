@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
@@ -41,12 +41,12 @@ class Rates:
     """What the expected times are computed from.
 
     Args:
-        flops: Operations per second of large 16-bit products with float32 sums.
-        flops32: Operations per second of float32 convolutions and products.
-        bandwidth: Bytes read and written per second by a copy within device memory.
-        link: From pinned host memory to the device, bytes per second.
-        pageable: From ordinary host memory, bytes per second.
-        disk: From the file to host memory, bytes per second.
+        flops: Operations a second in large 16-bit products with float32 sums.
+        flops32: Operations a second in float32 convolutions and products.
+        bandwidth: Bytes a second that a copy within device memory reads and writes.
+        link: Bytes a second from pinned host memory to the device.
+        pageable: Bytes a second from ordinary host memory to the device.
+        disk: Bytes a second from the file to host memory.
         architecture: As `quant.dispatch` knows it.
         source: "measured", or what they were taken from.
     """
@@ -102,52 +102,38 @@ def measure(device: str | torch.device, seconds: float = 0.05) -> Rates:
     import torch
 
     where = torch.device(device)
-    if where.type == "cuda":
-        return _measure_gpu(where, seconds)
-    source = torch.empty(32 << 20, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    copy = source.numel() / _timed(lambda: target.copy_(source), seconds, lambda: None)
-    side = 768
-    x = torch.ones(side, side)
-    product = 2 * side**3 / _timed(lambda: x @ x, seconds, lambda: None)
-    return Rates(product, product, 2 * copy, copy, copy, architecture="cpu", source="measured")
-
-
-def _measure_gpu(device: torch.device, seconds: float) -> Rates:
-    import torch
-
-    from zimage_core.quant.gpu import architecture
+    gpu = where.type == "cuda"
+    size, side = (64 << 20, 4096) if gpu else (32 << 20, 768)
+    target = torch.empty(size, dtype=torch.uint8, device=where)
 
     def wait() -> None:
-        torch.cuda.synchronize(device)
-
-    size = 64 << 20
-    on_device = torch.empty(size, dtype=torch.uint8, device=device)
-    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    ordinary = torch.empty(size, dtype=torch.uint8)
-    other = torch.empty_like(on_device)
-    half = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    side = 4096
+        if gpu:
+            torch.cuda.synchronize(where)
 
     def product(dtype: torch.dtype) -> float:
-        x = torch.ones(side, side, dtype=dtype, device=device)
+        x = torch.ones(side, side, dtype=dtype, device=where)
         return 2 * side**3 / _timed(lambda: x @ x, seconds, wait)
 
     def copy(source: torch.Tensor) -> float:
-        return size / _timed(lambda: on_device.copy_(source, non_blocking=True), seconds, wait)
+        return size / _timed(lambda: target.copy_(source, non_blocking=True), seconds, wait)
 
-    found = Rates(
-        flops=product(half),
-        flops32=product(torch.float32),
-        bandwidth=2 * copy(other),
-        link=copy(pinned),
-        pageable=copy(ordinary),
-        architecture=architecture(device),
+    ordinary, single = copy(torch.empty(size, dtype=torch.uint8)), product(torch.float32)
+    if not gpu:
+        return Rates(single, single, 2 * ordinary, ordinary, ordinary, architecture="cpu", source="measured")
+    from zimage_core.quant.gpu import architecture
+
+    name = architecture(where)
+    half = product(torch.bfloat16 if torch.cuda.get_device_capability(where)[0] >= 8 else torch.float16)
+    return Rates(
+        flops=half,
+        # convolutions use TF32 where there is one, plain products do not unless asked to
+        flops32=max(single, half * (known(name).flops32 / known(name).flops)),
+        bandwidth=2 * copy(torch.empty_like(target)),
+        link=copy(torch.empty(size, dtype=torch.uint8, pin_memory=True)),
+        pageable=ordinary,
+        architecture=name,
         source="measured",
     )
-    # convolutions use TF32 where there is one, plain products do not unless asked to
-    wide = known(found.architecture).flops32 / known(found.architecture).flops
-    return replace(found, flops32=max(found.flops32, found.flops * wide))
 
 
 def _timed(work: Callable[[], object], seconds: float, wait: Callable[[], None]) -> float:

@@ -17,9 +17,9 @@ class Residency:
 
     Args:
         resident: Indices of the blocks that stay.
-        resident_bytes: Bytes of those blocks.
-        streamed_bytes: Bytes of the other blocks.
-        slots: That the others pass through; 0 where all stay.
+        resident_bytes: Bytes of those.
+        streamed_bytes: Bytes of the others.
+        slots: How many slots the others pass through; 0 where all stay.
         slot_bytes: Bytes of one slot: the largest streamed block, rounded up.
     """
 
@@ -36,23 +36,23 @@ class Residency:
 
 
 def spread(count: int, chosen: int) -> list[int]:
-    """`chosen` of `count` places, as evenly as whole numbers allow (Bresenham), the first among them.
+    """Choose places out of `count`, as evenly as whole numbers allow (Bresenham), the first among them.
 
-    So each streamed block hides behind its resident neighbours, in front of it and, round the end, behind.
+    Each streamed block then hides behind its resident neighbours, before it and, round the end, after it.
     """
     return [i for i in range(count) if -(-(i + 1) * chosen // count) > -(-i * chosen // count)]
 
 
 def slot_for(nbytes: int) -> int:
-    """Bytes of a slot for a block of so many."""
+    """Bytes of a slot that holds a block of so many bytes."""
     return -(-nbytes // GRAIN) * GRAIN
 
 
 def place(sizes: Sequence[int], room: int, some: bool = True) -> Residency | None:
-    """The residency that streams least within so many bytes; None if the room is below `floor`.
+    """The residency that streams fewest bytes within a budget; None if the budget is below `floor`.
 
-    Among the ways that are tried, blocks larger than some bound stay, so that slots can be small, and so
-    many of the others, spread evenly. More room never streams more: it only adds ways.
+    Each candidate keeps all blocks larger than some bound, so that slots can be small, and a number of the
+    others, spread evenly. More room never streams more: it only adds candidates.
 
     Args:
         sizes: Bytes of each block, in the order in which they run.

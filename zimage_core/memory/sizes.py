@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 
@@ -102,10 +103,15 @@ class Part:
     matrices: tuple[tuple[str, Matrix], ...] = ()
     once: tuple[int, ...] = ()
 
+    @cached_property
+    def block_bytes(self) -> list[int]:
+        """Bytes of each block."""
+        return [block.nbytes for block in self.blocks]
+
     @property
     def streamable(self) -> int:
         """Bytes of all blocks."""
-        return sum(block.nbytes for block in self.blocks)
+        return sum(self.block_bytes)
 
     @property
     def nbytes(self) -> int:
@@ -215,9 +221,8 @@ def _part(name: str, part: Opened, dtype: str) -> Part:
             inside[block].append(matrix)
             continue
         if entry.module == "embed_tokens.weight" or entry.module.startswith("encoder."):
-            host += (
-                nbytes  # few rows of a table are read, wherever it lies; images need a VAE's decoder alone
-            )
+            # few rows of a table are read, wherever it lies; images need a VAE's decoder alone
+            host += nbytes
             continue
         if block.startswith("context_refiner."):
             once[block] = once.get(block, 0) + nbytes

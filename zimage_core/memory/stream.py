@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Segment:
         linear: Its layer.
         home: The weight as it lies on the host.
         stored: Its bytes there.
-        scale: That of an fp8 weight, on the device.
+        scale: The scale of an fp8 weight, on the device.
         start: First byte in a slot, a multiple of ALIGN.
     """
 
@@ -162,8 +162,7 @@ class Stream:
     from the beginning, ring and thread from the first block that is read, until `close`.
 
     Args:
-        blocks: Those of the model, in the order of its loop.
-        resident: Indices of blocks that are on the device already; those without matrices are too.
+        blocks: The streamed blocks of the model, in the order of its loop; the others are on the device.
         ring: What bytes go to the device through.
         slots: Blocks on the device at a time, at least 1; with 1 nothing overlaps. Each slot has the size of
             the largest streamed block.
@@ -171,43 +170,40 @@ class Stream:
             runs once.
         visit: Brings a block that runs once to the device for the length of a `with`; None where all such
             blocks stay.
-        put_back: Puts what of the network stays on the device back on the host.
+        restore_rest: Puts the rest of the network, which stays on the device, back on the host.
 
     Raises:
-        BadArgument: There are too few slots, or a resident index is no block's.
+        BadArgument: There are too few slots.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
-        resident: Collection[int],
         ring: Ring,
         slots: int = SLOTS,
         wrap: bool = True,
         visit: Callable[[nn.Module], AbstractContextManager[object]] | None = None,
-        put_back: Callable[[], None] | None = None,
+        restore_rest: Callable[[], None] | None = None,
     ) -> None:
         if slots < 1:
             raise BadArgument(f"stream: slots={slots}, wanted 1 slot or more")
-        if unknown := sorted(set(resident) - {block.index for block in blocks}):
-            raise BadArgument(f"stream: resident names block {unknown[0]}, blocks are 0 to {len(blocks) - 1}")
-        self._blocks = {b.index: b for b in blocks if b.segments and b.index not in set(resident)}
-        self.streamed = tuple(sorted(self._blocks))
+        self._blocks = {block.index: block for block in blocks}
+        self.streamed = tuple(self._blocks)
         """Indices of the blocks that are moved, in order."""
         self._ring, self._device, self._meter = ring, ring.device, Meter(ring.device)
-        self._wrap, self._visit, self._put_back = wrap, visit, put_back
+        self._wrap, self._visit, self._restore_rest = wrap, visit, restore_rest
         size = max((block.nbytes for block in self._blocks.values()), default=0)
         self._slots = [self._device.memory(size) for _ in range(min(slots, len(self.streamed)))]
         # memory that was freed by the computation may still be read there
         self._free: list[Event] = [self._device.record("compute") for _ in self._slots]
         self.device_bytes = len(self._slots) * size
         """Bytes of the slots."""
-        self._views: dict[tuple[int, int], list[Weight]] = {}
+        self._views: dict[tuple[int, int], list[Weight]] = {}  # (block, slot) -> its weights there
         self._reader = ThreadPoolExecutor(1, thread_name_prefix=READER)
         self._submitting = threading.Lock()
         self._loads: deque[_Load] = deque()
         self._next = 0  # place in `streamed` of the block to be read after those
-        self._turn = threading.RLock()  # of the thread that uses a block
+        self._user = threading.RLock()  # held by the thread that uses a block
         self._held: _Load | None = None
         self._begun: Event = None
         self._last = -1
@@ -241,7 +237,7 @@ class Stream:
         return found
 
     def close(self) -> None:
-        """End the thread and let the slots go. Again is allowed.
+        """End the thread and let the slots go; a second call does nothing.
 
         A block that this thread holds reads from the host again; one of another thread does when it is done.
         """
@@ -249,7 +245,7 @@ class Stream:
             self.closed = True
         _end(self._reader, self._device, self._free)
         self._finalizer.detach()
-        self._take_back()
+        self._release()
         self._views.clear()
         self._slots = []
 
@@ -257,8 +253,8 @@ class Stream:
         """Put the whole network back on the host, whoever holds a block."""
         for block in self._blocks.values():
             block.unbind()
-        if self._put_back is not None:
-            self._put_back()
+        if self._restore_rest is not None:
+            self._restore_rest()
 
     @contextmanager
     def _streaming(self, index: int) -> Iterator[None]:
@@ -267,40 +263,40 @@ class Stream:
             yield
         finally:
             if self._held is held:
-                self._take_back()
+                self._release()
 
     def _acquire(self, index: int) -> _Load:
         """Wait until the copy of a block is queued, let the computation wait for it, bind its layers.
 
         A block that this thread still holds is released: an exception that came at a bad moment left it.
         """
-        self._take_back()
-        self._turn.acquire()
+        self._release()
+        self._user.acquire()
         try:
-            slots, begun = self._slots, self._device.record("compute")
-            held = self._held = self._take(index)
+            slots = self._slots  # another thread may close the stream meanwhile
+            begun = self._device.record("compute")
+            held = self._held = self._load_for(index)
             self._device.order("compute", self._wait(held))
             self._begun = self._device.record("compute")
             self._meter.add("stall", index, begun, self._begun, index <= self._last)
             self._last = index
-            views = self._views.get((index, held.slot))
-            if views is None:
+            segments, key = self._blocks[index].segments, (index, held.slot)
+            if key not in self._views:
                 with torch.inference_mode(False):  # they outlive the caller's mode
-                    views = [s.view(slots[held.slot]) for s in self._blocks[index].segments]
-                self._views[index, held.slot] = views
-            for segment, view in zip(self._blocks[index].segments, views, strict=True):
+                    self._views[key] = [segment.view(slots[held.slot]) for segment in segments]
+            for segment, view in zip(segments, self._views[key], strict=True):
                 segment.linear.set_weight(view)
         except BaseException:
-            self._take_back()
+            self._release()
             raise
         return held
 
-    def _take_back(self) -> None:
-        """Release what this thread holds, the turn included; nothing where another thread has the turn.
+    def _release(self) -> None:
+        """Let go of the block that this thread holds and of the lock; do nothing where another thread has it.
 
         The computation of the block is queued: its layers go back to the host, its slot may be overwritten.
         """
-        if not self._turn.acquire(blocking=False):
+        if not self._user.acquire(blocking=False):
             return
         try:
             held = self._held
@@ -312,18 +308,18 @@ class Stream:
                 self._held = self._begun = None
                 self._read_ahead()
         finally:
-            with suppress(RuntimeError):  # raised when this thread has the turn no more
+            with suppress(RuntimeError):  # raised when this thread has the lock no more
                 while True:
-                    self._turn.release()
+                    self._user.release()
 
-    def _take(self, index: int) -> _Load:
+    def _load_for(self, index: int) -> _Load:
         """The load of a block, begun now if need be; what was fetched in vain before it is dropped."""
         while self._loads and self._loads[0].index != index:
             self._loads.popleft().copied.cancel()
         if not self._loads:
             self._next = self.streamed.index(index)
             self._read_ahead()
-        self._check()
+        self._raise_if_ended()
         return self._loads.popleft()
 
     def _wait(self, load: _Load) -> Event:
@@ -331,12 +327,12 @@ class Stream:
         try:
             return load.copied.result()
         except CancelledError:
-            self._check()
+            self._raise_if_ended()
             raise
         except Exception as error:
             self._fault = error
             self.close()
-            self._check()  # without the reader's frames, which hold on to slots
+            self._raise_if_ended()  # without the reader's frames, which hold on to slots
             raise
 
     def _read_ahead(self) -> None:
@@ -359,7 +355,7 @@ class Stream:
             taken.append(load)
             self._next += 1
 
-    def _check(self) -> None:
+    def _raise_if_ended(self) -> None:
         if self._fault is not None:
             raise self._fault.with_traceback(None)
         if self.closed:

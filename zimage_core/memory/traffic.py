@@ -77,8 +77,7 @@ class Meter:
     """Collects spans whose ends may lie in the future of the device."""
 
     def __init__(self, device: Device) -> None:
-        self._device = device
-        self._lock = threading.Lock()
+        self._device, self._lock = device, threading.Lock()
         self.clear()
 
     def clear(self) -> None:
@@ -137,17 +136,15 @@ def summary(name: str, traffic: Traffic) -> str:
 
 
 def page(traffic: Mapping[str, Traffic], reasons: tuple[str, ...] = ()) -> str:
-    """A page of HTML that needs nothing else, with a drawing for each network.
-
-    Time goes to the right, with a lane each for reading, copying, waiting and computing.
+    """A page of HTML that needs nothing else, with a drawing for each network; time goes to the right.
 
     Args:
         traffic: Network -> what was moved of it.
         reasons: Sentences of the plan, printed below.
     """
-    parts = [_drawing(name, each) for name, each in traffic.items() if each.timeline]
+    drawings = "".join(_drawing(name, each) for name, each in traffic.items() if each.timeline)
+    body = drawings or "<p>Nothing was streamed: all weights were on the device.</p>"
     notes = "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
-    body = "".join(parts) or "<p>Nothing was streamed: all weights were on the device.</p>"
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>streamed weights</title>'
         "<style>body{font:14px sans-serif;margin:2em}svg{border:1px solid #ccc}</style>"
@@ -156,22 +153,23 @@ def page(traffic: Mapping[str, Traffic], reasons: tuple[str, ...] = ()) -> str:
 
 
 def _drawing(name: str, traffic: Traffic) -> str:
-    start = min(span.start for span in traffic.timeline)
-    length = max(max(span.end for span in traffic.timeline) - start, 1e-9)
-    rows = list(LANES)
-    drawn = [f'<text x="4" y="{ROW * i + 18}">{lane}</text>' for i, lane in enumerate(rows)]
+    """A heading and a drawing with a lane each for reading, copying, waiting and computing."""
+    start, end = min(s.start for s in traffic.timeline), max(s.end for s in traffic.timeline)
+    length = max(end - start, 1e-9)
+    drawn, top = [], {lane: ROW * i for i, lane in enumerate(LANES)}
+    for lane, y in top.items():
+        drawn.append(f'<text x="4" y="{y + 18}">{lane}</text>')
     for span in traffic.timeline:
-        left = LEFT + WIDTH * (span.start - start) / length
-        width = max(0.5, WIDTH * (span.end - span.start) / length)
+        seconds = span.end - span.start
         drawn.append(
-            f'<rect x="{left:.1f}" y="{ROW * rows.index(span.lane) + 4}" width="{width:.1f}" '
-            f'height="{ROW - 8}" fill="{LANES[span.lane]}"><title>{span.lane} of block {span.block}: '
-            f"{1000 * (span.end - span.start):.1f} ms</title></rect>"
+            f'<rect x="{LEFT + WIDTH * (span.start - start) / length:.1f}" y="{top[span.lane] + 4}" '
+            f'width="{max(0.5, WIDTH * seconds / length):.1f}" height="{ROW - 8}" fill="{LANES[span.lane]}">'
+            f"<title>{span.lane} of block {span.block}: {1000 * seconds:.1f} ms</title></rect>"
         )
-    height = ROW * len(rows)
+    bottom, right = ROW * len(LANES) + 15, WIDTH + LEFT
     return (
         f"<h2>{escape(summary(name, traffic))}</h2>"
-        f'<svg width="{WIDTH + LEFT}" height="{height + 20}" font-size="12">{"".join(drawn)}'
-        f'<text x="{LEFT}" y="{height + 15}">0 s</text>'
-        f'<text x="{WIDTH + LEFT}" y="{height + 15}" text-anchor="end">{length:.2f} s</text></svg>'
+        f'<svg width="{right}" height="{bottom + 5}" font-size="12">{"".join(drawn)}'
+        f'<text x="{LEFT}" y="{bottom}">0 s</text>'
+        f'<text x="{right}" y="{bottom}" text-anchor="end">{length:.2f} s</text></svg>'
     )
