@@ -1,7 +1,7 @@
-"""Packed blocks to dense weights: one kernel body, a decoder for each format.
+"""Packed blocks to dense weights: one kernel body with a decoder for each format.
 
-A program reads a run of blocks as words, computes in float32 without contraction, so that every weight has
-the bits of the reference, and stores once, rounded to the result's dtype.
+A program reads a run of blocks as words and computes in float32 without contraction, so that every weight has
+the bits of the reference. It stores once, rounded to the result's dtype.
 Oracle: zimage_core.reference.dequantize. Tests: tests/kernels/test_dequantize.py.
 """
 

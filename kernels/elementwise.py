@@ -1,8 +1,8 @@
 """The element-wise steps of an S3-DiT block, each in one pass over memory.
 
-Norms: one program a row (a row of heads for q and k), the row is read once and stays in registers.
-Gate: one program a run of 2,048 elements. float32 inside, rounded once to the dtype of the result.
-Multiply-adds may be fused. `zimage_core.nn.elementwise` checks shapes before it calls.
+Norms: one program per row (per row of heads for q and k); the row is read once and stays in registers.
+Gate: one program per 2,048 elements. Arithmetic is float32, rounded once to the dtype of the result.
+Multiply-adds may be fused. `zimage_core.nn.elementwise` checks shapes before it calls these functions.
 Oracle: tests/helpers/fused.py, from zimage_core.reference.layers. Tests: tests/kernels/test_elementwise.py.
 """
 
@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 HEAD_TILE = 1024
-"""Elements of q in one program, and as many of k: eight heads of 128, one 128-bit access a thread."""
+"""Elements of q, and of k, in one program: eight heads of 128, one 128-bit access per thread."""
 RUN = 2048
-"""Elements of one program of the gate: two 128-bit accesses a thread in half precision."""
+"""Elements in one program of the gate: two 128-bit accesses per thread in half precision."""
 
 
 @triton.jit
@@ -64,8 +64,8 @@ def _gate_norm_residual_kernel(
 
 
 @triton.jit
-def _normed_and_turned(x, gain, cos, sin, size, eps, HEADS: tl.constexpr, SIZE: tl.constexpr):
-    """x / rms(x) * gain with channels (2j, 2j + 1) turned by angle j; float32 [HEADS, SIZE]."""
+def _norm_and_rotate(x, gain, cos, sin, size, eps, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    """x / rms(x) * gain with channels (2j, 2j + 1) rotated by angle j; float32 [HEADS, SIZE]."""
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / size + eps)
     y = x * inverse[:, None] * gain[None, :]
     a, b = tl.split(tl.reshape(y, (HEADS, SIZE // 2, 2)))
@@ -99,14 +99,14 @@ def _qk_norm_rope_kernel(
     at = row * stride_q + head.to(tl.int64)[:, None] * stride_qh + col[None, :]
     v = tl.load(q + at, mask=live, other=0.0).to(tl.float32)
     gain = tl.load(q_weight + col, mask=wide, other=0.0).to(tl.float32)
-    turned = _normed_and_turned(v, gain, c, s, size, eps, HEADS, SIZE)
-    tl.store(q_out + out, turned.to(q_out.dtype.element_ty), mask=live)
+    rotated = _norm_and_rotate(v, gain, c, s, size, eps, HEADS, SIZE)
+    tl.store(q_out + out, rotated.to(q_out.dtype.element_ty), mask=live)
 
     at = row * stride_k + head.to(tl.int64)[:, None] * stride_kh + col[None, :]
     v = tl.load(k + at, mask=live, other=0.0).to(tl.float32)
     gain = tl.load(k_weight + col, mask=wide, other=0.0).to(tl.float32)
-    turned = _normed_and_turned(v, gain, c, s, size, eps, HEADS, SIZE)
-    tl.store(k_out + out, turned.to(k_out.dtype.element_ty), mask=live)
+    rotated = _norm_and_rotate(v, gain, c, s, size, eps, HEADS, SIZE)
+    tl.store(k_out + out, rotated.to(k_out.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def _silu_gate_kernel(
     live = col < size
     g = tl.load(gate + row * stride_g + col, mask=live, other=0.0).to(tl.float32)
     u = tl.load(up + row * stride_u + col, mask=live, other=0.0).to(tl.float32)
-    # exp may become infinite, and the quotient 0, as it should
+    # exp may become infinite; the quotient is then 0, as it should be
     out = g / (1.0 + tl.exp(-g)) * u * factor
     tl.store(y + row * size + col, out.to(y.dtype.element_ty), mask=live)
 
@@ -171,7 +171,7 @@ def qk_norm_rope(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q, k [..., L, H, D], weights [D], cos and sin [L, D / 2] -> both normed and turned, contiguous."""
+    """q, k [..., L, H, D], weights [D], cos and sin [L, D / 2] -> both normed and rotated, contiguous."""
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     if q_out.numel():
@@ -207,7 +207,7 @@ def silu_gate(gate: torch.Tensor, up: torch.Tensor, factor: float) -> torch.Tens
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., D] -> [rows, D] with adjacent columns; a copy only where the strides demand one."""
+    """[..., D] -> [rows, D] with adjacent columns; copies only if the strides require it."""
     return _dense_rows(x.reshape(-1, x.shape[-1] if x.ndim else 1))
 
 
@@ -222,5 +222,5 @@ def _row_tile(size: int) -> dict[str, int | bool]:
 
 
 def _warps(elements: int, share: int) -> int:
-    """Warps of a program of `elements`, about `share` for each: a power of two up to eight."""
+    """Warps of a program of `elements`, about `share` elements per warp: a power of two up to eight."""
     return min(8, max(1, elements // share))

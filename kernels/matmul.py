@@ -1,8 +1,8 @@
-"""y = x W^T straight from the planes of a packed W: each weight is decoded once, next to the tensor cores.
+"""y = x W^T directly from the planes of a packed W, which is decoded inside the product.
 
-W stands on the left of the dot (y^T = W x^T): on the right every warp along M would decode it again. A step
-takes 64 or 128 weights of a row, as dots over 32. Weights are exact in float32, multiplied as x's dtype and
-summed in float32. With few tiles the steps are split among programs and their sums added in a fixed order.
+W is the left operand of the dot (y^T = W x^T); as right operand, every warp along M would decode it again. A
+step takes 64 or 128 weights of a row, as dots over 32. Weights are exact in float32, multiplied in x's dtype
+and summed in float32. With few tiles the steps are split among programs and their sums added in a fixed order.
 Oracle: float64 on the reference's weights. Tests: tests/kernels/test_matmul.py.
 """
 

@@ -1,8 +1,8 @@
-"""The layout of the fused kernel: codes, high bits and scales in planes, in the order in which tiles read them.
+"""The layout for the fused kernel: codes, high bits and scales in planes, in the order in which tiles read them.
 
-GGUF blocks start at odd addresses and hide six-bit scales among the codes; a matrix product would decode them
-again for every tile of x. One pass per weight sorts the same bits into planes, each [.., N, ..] with the rows
-of a tile next to each other:
+GGUF blocks start at odd addresses and mix six-bit scales with codes; a matrix product would have to decode them
+again for every tile of x. One pass per weight sorts the same bits into planes, each [.., N, ..] with the rows of
+a tile next to each other:
 
     codes   uint8 [K / 64, N, 32]   low nibbles k, high nibbles k + 32 of each 64 (codes of 4 to 6 bits)
             uint8 [K / 32, N, 32]   whole codes (8 bits)
@@ -31,12 +31,12 @@ from zimage_core.kernels.decode.table import DECODERS, words
 
 
 def step_weights(bits: int) -> int:
-    """Weights of a row that one step of the fused kernel takes: as many as a byte of the planes spreads over."""
+    """Weights of a row per step of the fused kernel: as many as one byte of the planes covers."""
     return 128 if bits in (2, 3, 6) else 64
 
 
 class Planes(NamedTuple):
-    """A weight [N, K] in planes; see the head of this file. Planes that a format lacks are empty."""
+    """A weight [N, K] in planes, as described at the top of this file; planes that a format lacks are empty."""
 
     codes: torch.Tensor
     two_bit: torch.Tensor

@@ -1,4 +1,4 @@
-"""Sizes that a launch chooses: weights a program, rows and columns of a tile, warps, stages."""
+"""Launch parameters: weights per program, rows and columns of a tile, warps, stages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ REPACK_WARPS = 4
 ORDER = 8
 """Tiles along N that run side by side and share a tile of x."""
 TABLE = Path(__file__).parent / "tiles.json"
-"""Written by hand from the analysis in docs/kernels.md, then by `python -m benchmarks.tune`."""
+"""File of the tiles: written from the analysis in docs/kernels.md, then by `python -m benchmarks.tune`."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """BM rows of x by BN rows of W, `splits` programs along K."""
+    """A tile of BM rows of x by BN rows of W, with `splits` programs along K."""
 
     bm: int
     bn: int
@@ -30,22 +30,22 @@ class Tile:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, where a program costs a millisecond whatever it does."""
+    """Whether kernels run in Triton's interpreter, where every program takes about a millisecond."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def dequantize_weights() -> int:
-    """Weights a program: 16 for each of 128 threads, so that stores are 128 bits wide."""
+    """Weights per program: 16 for each of 128 threads, so that stores are 128 bits wide."""
     return 1 << 16 if interpreted() else 2048
 
 
 def repack_weights() -> int:
-    """Weights a program of the repacking kernel."""
+    """Weights per program of the repacking kernel."""
     return 1 << 16 if interpreted() else 2048
 
 
 def sum_elements() -> int:
-    """Elements a program of the kernel that adds partial sums."""
+    """Elements per program of the kernel that adds partial sums."""
     return 1 << 16 if interpreted() else 1024
 
 
@@ -69,7 +69,7 @@ def architecture(device: torch.device) -> tuple[str, int]:
 def matmul_tile(count: int, arch: str) -> Tile:
     """The tile of the fused kernel for `count` rows of x: the first entry of the table that is tall enough.
 
-    Other AMD GPUs take the entries of a relative: their compiler fails on the stages that NVIDIA's wants.
+    AMD GPUs without entries use those of another AMD GPU, because AMD's compiler fails with NVIDIA's stages.
     """
     relative = "gfx942" if arch.startswith("gfx9") else "gfx1100" if arch.startswith("gfx") else "default"
     entries = _table().get(arch) or _table()[relative]
@@ -80,7 +80,7 @@ def matmul_tile(count: int, arch: str) -> Tile:
 def matmul(count: int, rows: int, width: int, device: torch.device) -> Tile:
     """Tile and splits for x [count, width] and W [rows, width].
 
-    Splits double until every multiprocessor has two programs, while each keeps 512 weights of a row or more.
+    Splits double until every multiprocessor has two programs, as long as each has 512 weights of a row or more.
     """
     arch, processors = architecture(device)
     tile = matmul_tile(count, arch)

@@ -1,6 +1,6 @@
-"""Packed bytes to float32 with plain NumPy: the specification that every fast path is held to.
+"""Packed bytes to float32 with plain NumPy: the specification that every fast path must match.
 
-Slow on purpose. Tests and tools import it; nothing on the way from a prompt to an image does.
+It is written to be read, not to be fast. Only tests and tools import it.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ DEQUANTIZERS: dict[str, Callable[[Blocks], Floats]] = {
 
 
 def dequantize(packed: Bytes, fmt: BlockFormat | str) -> Floats:
-    """Decode packed rows; NaN and infinite scales are not an error and come out as they do in ggml.
+    """Decode packed rows; NaN and infinite scales are no error and give the same results as in ggml.
 
     Args:
         packed: uint8 [..., row bytes].
         fmt: A format or its name ("Q4_K").
 
     Returns:
-        float32 [..., K], K being the row bytes over the bytes of a block times its weights.
+        float32 [..., K] with K = row bytes / block bytes * block weights.
 
     Raises:
         UnknownFormat: No format of that name.

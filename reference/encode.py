@@ -16,8 +16,8 @@ from zimage_core.formats import BlockFormat, by_name
 from zimage_core.reference.blocks import Blocks, Bytes, Floats, as_blocks, block_dtype
 from zimage_core.reference.dequantize import DEQUANTIZERS
 
-# Fields that carry an exponent and are not typed as floats: the bits to keep so that every byte
-# pattern is a finite number below 2. Fields of type float lose the same bit in finite_scales.
+# (format, field) -> mask, for fields that hold an exponent and are not typed as floats. The masked bits make
+# every byte pattern a finite number below 2; finite_scales clears the same bit in fields of type float.
 _KEEP: dict[tuple[str, str], int | tuple[int, ...]] = {
     ("BF16", "w"): 0xBFFF,
     ("F8_E4M3", "w"): 0xBF,
@@ -29,10 +29,10 @@ _FLOAT_KEEP = {"f2": 0xBFFF, "f4": 0xBFFFFFFF, "f8": 0xBFFFFFFFFFFFFFFF}
 
 
 def finite_scales(packed: Bytes, fmt: BlockFormat) -> Bytes:
-    """The same bytes with the top exponent bit of every float cleared, in a new array.
+    """A copy of the blocks in which the top exponent bit of every float is cleared.
 
-    Zeros, subnormals and both signs survive; scales are finite and below 2, so no comparison of
-    weights can pass on NaN == NaN and products do not overflow.
+    Zeros, subnormals and both signs remain. All scales are finite and below 2, so that no comparison of
+    weights passes because of NaN, and products do not overflow.
     """
     blocks = as_blocks(packed.copy(), fmt)
     for field in fmt.fields:
@@ -46,12 +46,11 @@ def finite_scales(packed: Bytes, fmt: BlockFormat) -> Bytes:
 def random_blocks(
     fmt: BlockFormat | str, shape: tuple[int, ...], rng: np.random.Generator, std: float = 0.02
 ) -> Bytes:
-    """Random valid weights: uniform bytes under scales that give mean 0 and the wanted deviation.
+    """Random valid weights: uniform bytes with scales that give mean 0 and the wanted standard deviation.
 
-    The scale varies from block to block by about a quarter, as it does in a trained network, and has
-    either sign where there is no minimum. Every weight is finite. The deviation is met within 10 per
-    cent on some hundred blocks (NVFP4, whose scales end at 2^-9, is coarser below 0.02); integers get
-    a deviation of at least 16.
+    The scale varies from block to block by about a quarter, as in a trained network, and has either sign if
+    there is no minimum. Every weight is finite. The deviation is met within 10 per cent on some hundred
+    blocks (NVFP4, whose scales end at 2^-9, is coarser below 0.02); integers get a deviation of at least 16.
 
     Args:
         fmt: A format or its name.
@@ -72,7 +71,7 @@ def random_blocks(
     if fmt.weights == 1:
         std = max(std, 16.0) if fmt.is_integer else std
         return encode((rng.standard_normal(shape) * std).astype(np.float32), fmt)
-    # bytes() and not integers(): ten times as fast, and the full-size models need gigabytes
+    # bytes() is ten times as fast as integers(), and the full-size models need gigabytes
     count = int(np.prod(shape[:-1], dtype=np.int64)) * row_bytes
     packed = np.frombuffer(bytearray(rng.bytes(count)), np.uint8).reshape(*shape[:-1], row_bytes)
     blocks = as_blocks(packed, fmt)
@@ -85,8 +84,8 @@ def random_blocks(
 
 
 def _set_scale(blocks: Blocks, fmt: BlockFormat, d: Floats, shift: float) -> None:
-    """Write the scale d [...] of each block in place, and the minimum `shift * d` where there is one."""
-    if fmt.name == "IQ1_M":  # a quarter of the float16 in the top nibble of each word
+    """Write the scale d [...] of each block in place, and the minimum `shift * d` if there is one."""
+    if fmt.name == "IQ1_M":  # the top nibble of each word holds a quarter of the float16
         bits = d.astype(np.float16).view(np.uint16)[..., None] >> np.array([0, 4, 8, 12], np.uint16)
         blocks["scales"] = (blocks["scales"] & 0x0FFF) | (bits << 12)
     elif fmt.name == "MXFP4":
@@ -112,20 +111,20 @@ def _unit_statistics(fmt: BlockFormat) -> tuple[float, float]:
         _set_scale(blocks, fmt, one, shift)
         return DEQUANTIZERS[fmt.name](blocks).astype(np.float64)
 
-    # weights are linear in the minimum, if there is one: two points give the zero of the mean
+    # weights are linear in the minimum, so two points give the minimum for which the mean is 0
     base, slope = weights(0).mean(), weights(1).mean() - weights(0).mean()
     shift = 0.0 if slope == 0 else float(-base / slope)
     return float(np.sqrt(np.mean(weights(shift) ** 2))), shift
 
 
 def encode(weights: Floats, fmt: BlockFormat | str) -> Bytes:
-    """Quantise by the textbook rule of the format: float32 [..., K] -> uint8 [..., row bytes].
+    """Quantise by the simplest rule of the format: float32 [..., K] -> uint8 [..., row bytes].
 
-    Numbers, Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0, with the rounding of ggml's reference code.
+    It supports plain numbers, Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0, with the rounding of ggml's reference code.
 
     Raises:
         BadShape: K is not a whole number of blocks.
-        Unsupported: No quantiser here; random_blocks makes weights of any format.
+        Unsupported: The format has no quantiser here; random_blocks makes weights of any format.
     """
     fmt = fmt if isinstance(fmt, BlockFormat) else by_name(fmt)
     encoder = ENCODERS.get(fmt.name)

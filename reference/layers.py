@@ -1,7 +1,7 @@
-"""The layers of the three networks in float64: what the torch modules are held to.
+"""The layers of the three networks in float64: the specification of the torch modules.
 
-Inputs of any dtype are widened first, so the result differs from the exact one by float64 rounding
-only, and a test can bound a float32 module by its own error alone.
+Inputs of any dtype are widened first, so that results differ from the exact ones only by float64 rounding,
+and a test can bound the error of a float32 module by that module's rounding alone.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Doubles:
 
 
 def softmax(x: Array) -> Doubles:
-    """Over the last axis; a row of -inf alone gives NaN."""
+    """softmax over the last axis; a row of only -inf gives NaN."""
     wide = x.astype(F64)
     weights = np.exp(wide - wide.max(axis=-1, keepdims=True))
     y: Doubles = weights / weights.sum(axis=-1, keepdims=True)

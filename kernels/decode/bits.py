@@ -1,7 +1,7 @@
-"""What the decoders share: where a field lies, and how bit fields of packed words become a row of codes.
+"""Helpers of the decoders: offsets of fields, and unpacking of bit fields into codes.
 
-Words are read as wide as every block of a format is aligned, so 2 bytes for Q6_K (210 bytes a block) and
-4 for Q4_K (144).
+Words are as wide as the alignment of a format's blocks: 2 bytes for Q6_K (210 bytes per block) and 4 bytes for
+Q4_K (144).
 """
 
 import triton
@@ -11,7 +11,7 @@ from zimage_core.formats import FORMATS
 
 
 def word_bytes(name: str) -> int:
-    """Bytes of the words in which blocks of a format are read: the widest of 4, 2, 1 that divides a block."""
+    """Bytes per word when blocks of a format are read: the largest of 4, 2, 1 that divides a block."""
     return next(width for width in (4, 2, 1) if FORMATS[name].nbytes % width == 0)
 
 

@@ -1,7 +1,7 @@
-"""IQ1_S to IQ3_S: rows of 4 or 8 weights from a codebook under a float16 scale and small odd integers.
+"""IQ1_S to IQ3_S: rows of 4 or 8 weights from a codebook, with a float16 scale and small odd integers.
 
-`table` holds int32 words of four int8 each, one word a row of 4, two a row of 8. No product of a scale and
-a value has more than 22 bits, so folding the reference's 1/2 + s into (2 s + 1) / 2 changes no weight.
+`table` holds int32 words of four int8 each: one word per row of 4, two words per row of 8. No product of a scale
+and a value has more than 22 bits, so computing the reference's 1/2 + s as (2 s + 1) / 2 changes no weight.
 Each format is a pair of functions; README.md of `kernels/` has the contract.
 """
 

@@ -1,4 +1,4 @@
-"""The one table of decoders: what a kernel needs to know of a format, beside its bytes."""
+"""The table of decoders: how a kernel decodes the blocks of each format."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Decoder:
         groups: Scales in a block.
         sub: Whether a group has a small scale of its own under the block's d.
         affine: Whether there is a minimum.
-        zero: level = code - zero.
-        lookup: level = table[code]; the table holds sixteen.
-        bits: Width of a code in the planar layout of the fused kernel; 0 where there is none.
-        exponent: d is a power of two beyond float16; bfloat16 holds it.
-        float_small: The small scales are float16 numbers, not integers.
+        zero: Code of level 0: level = code - zero.
+        lookup: Whether level = table[code], with a table of sixteen levels.
+        bits: Width of a code in the planar layout of the fused kernel; 0 if there is none.
+        exponent: Whether d is a power of two, which needs bfloat16 instead of float16.
+        float_small: Whether the small scales are float16 numbers instead of integers.
     """
 
     codes: Any
@@ -94,7 +94,7 @@ _WORDS = {4: torch.uint32, 2: torch.uint16, 1: torch.uint8}
 
 
 def words(packed: torch.Tensor, name: str) -> torch.Tensor:
-    """Packed bytes as the words that the decoders read; a copy where they are not aligned to them."""
+    """Packed bytes as the words that the decoders read; a copy if they are not aligned."""
     width = word_bytes(name)
     if not packed.is_contiguous() or packed.data_ptr() % width or packed.storage_offset() % width:
         packed = packed.clone(memory_format=torch.contiguous_format)
@@ -108,7 +108,7 @@ def lookup_table(name: str, device: torch.device) -> torch.Tensor | None:
     if book is None:
         return None
     found = codebook(book)
-    with torch.inference_mode(False):  # it outlives the caller's mode
+    with torch.inference_mode(False):  # the table is used after the caller's mode ends
         values = torch.frombuffer(bytearray(found.values), dtype=torch.int8)
         return (values.float() if found.width == 1 else values.view(torch.int32)).to(device)
 

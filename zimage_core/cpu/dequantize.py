@@ -1,8 +1,8 @@
 """`dequantize_into`: packed rows to float32 by torch, tile by tile.
 
-The decoder of a family works on one tile with scratch that the next tile reuses. Exact against
-`zimage_core.reference.dequantize` (tests/cpu/test_dequantize.py); timings come from
-`benchmarks.run dequant --device cpu`.
+A decoder works on one tile, with scratch memory that the next tile reuses. Results equal those of
+`zimage_core.reference.dequantize` exactly (tests/cpu/test_dequantize.py); `benchmarks.run dequant --device
+cpu` measures the time.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ Body = Callable[..., None]
 """(blocks [n, nbytes], out float32 [n, weights], scratch, *rows of the header) -> None."""
 
 CHUNK = 1 << 20
-"""Weights whose headers are read at once."""
+"""Number of weights whose block headers are decoded at once."""
 TILE = 1 << 19
-"""Weights a tile. Smaller ones would fit the second-level cache, but the calls cost more than that saves:
-10240x3840 of Q4_K take 52, 45, 39 and 38 ms with tiles of 2^17 to 2^20, of Q3_K 96, 59, 46 and 39."""
+"""Weights per tile. Smaller tiles would fit the second-level cache, but their calls cost more than that
+saves: 10240 x 3840 weights take 52, 45, 39 and 38 ms as Q4_K with tiles of 2^17 to 2^20, and 96, 59, 46 and
+39 ms as Q3_K."""
 
 DECODERS: dict[str, tuple[Header, Body]] = {
     "Q4_0": (legacy.scale_header, legacy.q4_0_body),
@@ -60,11 +61,11 @@ DECODERS: dict[str, tuple[Header, Body]] = {
     "F8_E4M3": (numbers.fp8_header, partial(numbers.fp8_body, "F8_E4M3")),
     "F8_E5M2": (numbers.fp8_header, partial(numbers.fp8_body, "F8_E5M2")),
 }
-"""Every block format and fp8; plain numbers are copied by torch."""
+"""Decoders of all block formats and fp8; torch copies plain numbers."""
 
 
 def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
-    """Dequantise rows into memory that is already there.
+    """Dequantise rows into an existing tensor.
 
     Args:
         out: float32 [..., K], contiguous.
@@ -85,7 +86,7 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
         return
     blocks, values = packed.reshape(-1, fmt.nbytes), out.view(-1, fmt.weights)
     if fmt.is_float or fmt.is_integer:
-        # torch's own copy rounds to nearest even where float32 is the narrower type
+        # torch's own copy rounds to nearest even if float32 is the narrower type
         values.copy_(_aligned(blocks, None).view(numbers.DTYPES[fmt.name]))
         return
     header, body = DECODERS[fmt.name]
@@ -111,7 +112,7 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
 
 
 def check_rows(packed: Tensor, fmt: BlockFormat) -> None:
-    """BadShape unless `packed` is uint8 and its last axis is a whole number of blocks."""
+    """Raise BadShape unless `packed` is uint8 and its last axis is a whole number of blocks."""
     if packed.dtype != torch.uint8 or not packed.ndim:
         raise BadShape(
             f"{fmt.name}: packed weights must be uint8 [..., row bytes], not {packed.dtype} of shape "
@@ -125,7 +126,7 @@ def check_rows(packed: Tensor, fmt: BlockFormat) -> None:
 
 
 def _aligned(blocks: Tensor, work: Workspace | None) -> Tensor:
-    """The blocks themselves, or a copy when numbers in them could not be read in place."""
+    """The blocks themselves, or a copy if their alignment does not allow to read numbers in place."""
     if blocks.storage_offset() % 8 == 0 and blocks.data_ptr() % 8 == 0:
         return blocks
     if work is None:

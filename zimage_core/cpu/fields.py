@@ -1,9 +1,9 @@
-"""Fields of blocks, scales and gathers, as at least two families of formats read them.
+"""Access to fields of blocks, scales and tables that at least two families of formats share.
 
-The file of a family has two functions a format. `x_header(blocks, work)` reads the scales and indices of
-many blocks at once, because an operation on a few bytes of each block costs mostly its call; it
-returns tensors with one row a block. `x_body(blocks, out, work, *header)` turns the weights of a
-tile that fits the core's cache into float32.
+The file of a family has two functions per format. `x_header(blocks, work)` reads the scales and indices of
+many blocks at once, because the cost of an operation on a few bytes per block is mostly that of the call; it
+returns tensors with one row per block. `x_body(blocks, out, work, *header)` converts the weights of a tile
+that fits the core's cache to float32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def word_columns(raw: Tensor) -> tuple[Tensor, ...]:
 
 
 def bytes_of_columns(columns: list[Tensor], work: Workspace) -> Tensor:
-    """m int32 [n] -> uint8 [n, 4 m], the reverse of `word_columns`."""
+    """m int32 [n] -> uint8 [n, 4 m], the inverse of `word_columns`."""
     return torch.stack(columns, 1, out=work.take(i32, len(columns[0]), len(columns))).view(u8)
 
 
@@ -62,7 +62,7 @@ def gather(name: str, index: Tensor, container: torch.dtype, work: Workspace) ->
 
 
 def gather_bytes(name: str, raw: Tensor, container: torch.dtype, work: Workspace) -> Tensor:
-    """`gather` by bytes: uint8 [n, m] -> [n, m * width]."""
+    """`gather` with bytes as indices: uint8 [n, m] -> [n, m * width]."""
     return gather(name, work.take(i32, *raw.shape).copy_(raw), container, work)
 
 
@@ -74,9 +74,9 @@ def nibbles(raw: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
 
 
 def levels(name: str, low_nibbles: Tensor, work: Workspace) -> Tensor:
-    """Sixteen-level table applied to uint8 [n, 2 m] of values below 16: float32 [n, 2 m].
+    """Look up uint8 [n, 2 m] of values below 16 in a table of sixteen levels: float32 [n, 2 m].
 
-    Two bytes make one index, because a gather costs the same for two answers as for one.
+    Two bytes make one index, because a gather of two results costs the same as a gather of one.
     """
     pairs = low_nibbles.view(i16)
     return gather(name, work.take(i32, *pairs.shape).copy_(pairs), f32, work)

@@ -1,8 +1,8 @@
 """IQ1_S to IQ4_XS: grid indices, sign indices, small scales.
 
-The header computes the scales and one index for four or eight weights; the body is one gather, which
-answers them as int8 with their signs where the table fits the second-level cache. All products fit
-float32's 24 bits, so the order of the factors is free.
+The header computes the scales and one index for four or eight weights. The body is one gather from a table of
+int8 values, which include the signs if the table then still fits the second-level cache. All products fit
+float32's 24 bits, so the order of the factors does not matter.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def iq4_xs_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
 
 
 def grid_body(name: str, blocks: Tensor, out: Tensor, work: Workspace, scales: Tensor, index: Tensor) -> None:
-    """scale * what the table `name` holds: grid * sign, or for IQ1 grid +- 1/8, in eighths."""
+    """scale * value of the table `name`: grid * sign, or for IQ1 grid +- 1/8 in eighths."""
     _scaled(gather(name, index, i8, work), scales, out)
 
 

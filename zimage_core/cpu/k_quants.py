@@ -1,9 +1,9 @@
 """Q2_K to Q6_K: 256 weights, sub-blocks of 16 or 32 with small integer scales under float16 ones.
 
-One bit plane at a time, converted straight to its place in the result; scale and minimum follow in
-place while the tile is in cache. Every product d * s * q fits float32's 24 bits, so rounding happens
-in one place only, the subtraction of the minimum. Views are chosen so that torch sees two axes: with
-three it falls back to short inner loops, three times as slow.
+Each bit plane is converted directly to its position in the result; scale and minimum are applied in place
+while the tile is in the cache. Every product d * s * q fits float32's 24 bits, so only the subtraction of the
+minimum rounds. Views are chosen so that torch sees two axes: with three it uses short inner loops, three
+times as slow.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The formats with one scale a block: Q4_0 to Q8_0, IQ4_NL, the 1 and 2-bit ones, and the 4-bit floats.
 
-Blocks of 32 weights are 17 to 34 bytes long, and torch pays for every short strided run. So the byte
-operations and the conversion run over the whole stream, scales included, and only the last multiplication
-picks the weights out of it.
+Blocks of 32 weights are 17 to 34 bytes long, and torch is slow on many short strided runs. The byte
+operations and the conversion therefore run over all bytes, including the scales, and only the last
+multiplication selects the weights.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def q1_0_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor) -> None:
 
 
 def q2_0_body(blocks: Tensor, out: Tensor, work: Workspace, d: Tensor) -> None:
-    """d * (two bits - 1), four to a byte; of 64 weights and, in a fork, of 128."""
+    """d * (two bits - 1), four to a byte; blocks have 64 weights, or 128 in a fork's format."""
     value = floats(gather_bytes("two_bit", blocks, i8, work), work)
     torch.mul(value[:, 8:], d, out=out)
 

@@ -15,12 +15,12 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in
 
 
 def fp8_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
-    """No columns: the one scale belongs to the whole tensor."""
+    """No header: fp8 blocks have no scale of their own."""
     return ()
 
 
 def fp8_body(name: str, blocks: Tensor, out: Tensor, work: Workspace) -> None:
-    """Two bytes to a gather: torch's own conversion from E4M3 takes ten times as long."""
+    """Convert two bytes per gather; torch's own conversion from E4M3 takes ten times as long."""
     raw, flat = blocks.view(-1), out.view(-1)
     even = len(raw) // 2 * 2
     if even:

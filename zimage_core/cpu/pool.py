@@ -1,9 +1,9 @@
-"""Threads that each do a whole share of a job with single-threaded torch operations.
+"""A pool of threads, each of which processes a range of rows with single-threaded torch operations.
 
-Torch splits every operation over its threads and waits for all of them at its end. A dequantiser is
-hundreds of operations of some ten microseconds, so the waiting costs more than the work, and all of
-it again when another process takes one of the cores. Here a thread takes a range of rows through
-dequantisation and multiplication alone, and there is one wait a matrix.
+Torch divides every operation among its threads and waits for all of them at its end. A dequantiser is
+hundreds of operations of some ten microseconds, so the waiting costs more than the work, and more still if
+another process uses one of the cores. Here one thread dequantises and multiplies a whole range of rows, and
+there is only one wait per matrix.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 
 MAX_WORKERS = 8
-"""Beyond this Python's own lock is the limit; each worker then gets several torch threads."""
+"""Most workers, because Python's own lock limits more of them; each then has several torch threads."""
 
 Task = Callable[[int, int], None]
-"""(start, stop) -> None: does the work of a range of rows."""
+"""(start, stop) -> None: processes a range of rows."""
 
 
 class _Inside(threading.local):
@@ -30,7 +30,7 @@ _inside = _Inside()
 
 
 class _Pool:
-    """An executor whose workers share out `threads` torch threads among them."""
+    """An executor whose workers have `threads` torch threads in total."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -39,8 +39,8 @@ class _Pool:
         everyone = threading.Barrier(self.workers)
 
         def settle() -> None:
-            # A thread takes the process's number at its first question and may then set its own. Setting
-            # it also changes the process's, which is put back below when all threads have theirs.
+            # A thread copies the process's number at its first query and may then set its own. Setting it
+            # also changes the process's number, which is restored below when all threads have theirs.
             torch.get_num_threads()
             torch.set_num_threads(threads // self.workers)
             _inside.worker = True
@@ -55,7 +55,7 @@ _pool: _Pool | None = None
 
 
 def _forget() -> None:
-    """Start anew in a forked child, where the threads are gone and the lock may have been held."""
+    """Start again in a forked child, which has no threads and whose lock may be held."""
     global _lock, _pool
     _lock, _pool = threading.Lock(), None
 
@@ -65,9 +65,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def _submit(share: Task, rows: int, multiple: int, threads: int) -> list[Future[None]]:
-    """Hand the ranges to the pool for that many threads: a new one after set_num_threads."""
+    """Submit the ranges to the pool; after set_num_threads, a new pool is made."""
     global _pool
-    with _lock:  # nobody retires the pool between here and the last submission
+    with _lock:  # no other thread may shut the pool down before the last submission
         if _pool is None or _pool.threads != threads:
             if _pool is not None:
                 _pool.executor.shutdown(wait=False)
@@ -79,16 +79,16 @@ def _submit(share: Task, rows: int, multiple: int, threads: int) -> list[Future[
 
 
 def in_parallel(task: Task, rows: int, multiple: int = 8) -> None:
-    """Run `task` over 0..rows, cut into one range for each thread; return when all are done.
+    """Run `task` over 0..rows, divided into one range per thread; return when all are done.
 
-    Ranges start at multiples of `multiple`. With one torch thread, and inside a task, the caller
-    runs all of it. The first exception of a task is raised here.
+    Ranges start at multiples of `multiple`. With one torch thread, or inside a task, the caller runs
+    everything itself. The first exception of a task is raised here.
     """
     threads = torch.get_num_threads()
     if threads == 1 or rows < 2 * multiple or _inside.worker:
         task(0, rows)
         return
-    inference = torch.is_inference_mode_enabled()  # modes belong to a thread
+    inference = torch.is_inference_mode_enabled()  # the mode is per thread, so it is passed on
 
     def share(start: int, stop: int) -> None:
         with torch.inference_mode(inference), torch.no_grad():

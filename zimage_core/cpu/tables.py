@@ -1,8 +1,8 @@
-"""Lookup tables that answer several weights at once, built from the codebooks on first use.
+"""Lookup tables whose entries hold several weights, built from the codebooks on first use.
 
-A gather costs the same for an entry of one byte as for one of eight, so an entry holds all the
-weights that one index decides. Several bytes travel as one number: an int64 entry is eight int8
-weights, a float64 entry two float32 weights (bits moved, never computed with).
+A gather of eight bytes costs the same as a gather of one, so an entry holds all the weights that one index
+decides, as a single number: an int64 entry is eight int8 weights, a float64 entry is two float32 weights (its
+bits are moved, never computed with).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _signs(count: int, width: int) -> Tensor:
 
 
 def _parity_signs() -> Tensor:
-    """int8 [128, 8]: seven sign bits and, as the eighth, their parity (even numbers of minus only)."""
+    """int8 [128, 8]: seven sign bits and, as the eighth, their parity (the number of minuses is even)."""
     index = torch.arange(128)
     parity = (index[:, None] >> torch.arange(7) & 1).sum(1) & 1
     return _signs(256, 8)[index | parity << 7]
@@ -51,7 +51,7 @@ def _build(name: str) -> Tensor:
             return _pack(-_signs(256, 8), torch.int64)
         case "bits_high0":  # byte -> 8 x int8, 16 where the bit is set, else 0
             return _pack((1 - _signs(256, 8)) * 8, torch.int64)
-        case "bits_high16":  # the same less 16
+        case "bits_high16":  # byte -> 8 x int8, 0 where the bit is set, else -16
             return _pack((1 - _signs(256, 8)) * 8 - 16, torch.int64)
         case "two_bit":  # byte -> its four 2-bit fields less 1, 4 x int8
             return _pack(_fields(256, [0, 2, 4, 6], 3, 0).to(torch.int8) - 1, torch.int32)
@@ -113,6 +113,6 @@ def _build(name: str) -> Tensor:
 
 @cache
 def table(name: str, device: torch.device) -> Tensor:
-    """A table [entries] on `device`, kept; `_build` says what each of them holds."""
-    with torch.inference_mode(False):  # it outlives the caller's mode
+    """The table [entries] of that name on `device`, cached; `_build` describes the tables."""
+    with torch.inference_mode(False):  # the table is used after the caller's mode ends
         return _build(name).to(device)

@@ -1,7 +1,7 @@
-"""Scratch memory of one thread, used over and over.
+"""Scratch memory of one thread, which is reused.
 
-Allocating megabytes for each of ten operations on each tile costs more than the arithmetic: the
-pages come back cold, or come back from the kernel. A workspace hands out pieces of one buffer.
+Allocating megabytes for each of ten operations on each tile costs more than the arithmetic, because the pages
+are not in the cache or have to be mapped again. A workspace hands out parts of one buffer instead.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _ALIGN = 64
 
 
 class Workspace:
-    """A bump allocator over one byte buffer; what it hands out is valid until it is released.
+    """A bump allocator over one byte buffer; a tensor that it hands out is valid until it is released.
 
-    The buffer grows to the largest need seen: an older piece keeps its own storage alive, so growing
-    in the middle of a tile is safe.
+    The buffer grows on demand. A tensor that was handed out keeps its own storage alive, so growing in the
+    middle of a tile is safe.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,16 +29,16 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Size of the buffer in bytes."""
         return self._buffer.numel()
 
     @property
     def mark(self) -> int:
-        """How much is handed out: for `release`."""
+        """Number of bytes handed out, for `release`."""
         return self._used
 
     def release(self, mark: int = 0) -> None:
-        """Take back everything handed out since `mark` was read."""
+        """Take back everything that was handed out since `mark()` returned this number."""
         self._used = mark
 
     def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -46,7 +46,7 @@ class Workspace:
         nbytes = math.prod(shape) * dtype.itemsize
         start, end = self._used, self._used + nbytes
         if end > self._buffer.numel():
-            with torch.inference_mode(False):  # it outlives the caller's mode and must stay writable
+            with torch.inference_mode(False):  # the buffer outlives the caller's mode and must stay writable
                 self._buffer = torch.empty(max(2 * end, 1 << 16), dtype=torch.uint8, device=self.device)
         self._used = -(-end // _ALIGN) * _ALIGN
         return self._buffer[start:end].view(dtype).view(shape)
@@ -61,7 +61,7 @@ _local = _Local()
 
 
 def workspace(use: str, device: torch.device) -> Workspace:
-    """This thread's workspace for one use ("tile", "slab"), so that two threads never share bytes."""
+    """This thread's workspace for one use ("tile", "slab"); threads never share one."""
     found = _local.by_use.get((use, device))
     if found is None:
         found = _local.by_use[(use, device)] = Workspace(device)

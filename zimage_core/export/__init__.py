@@ -1,1 +1,1 @@
-"""Checkpoints written: quantised GGUF files, and conversions between the layouts people have."""
+"""Writes checkpoints: quantised GGUF files, and conversions between the common layouts."""

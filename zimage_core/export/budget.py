@@ -1,10 +1,11 @@
-"""Which type for which tensor, so that the total cost is least under a total of bytes.
+"""Chooses a type for each tensor so that the total cost is least within a budget of bytes.
 
-This is the multiple-choice knapsack. A price for each byte makes the choices of tensors independent: each
-takes the type of least cost + price * bytes. Bisection finds the price at which the total crosses the
-budget; the best total over prices is a lower bound of the cost (the Lagrangian dual). The choice just under
-the budget is then filled up, the one just over it is cut down, and the better of the two is the answer. With
-hundreds of tensors it comes within a thousandth or two of the bound.
+This is the multiple-choice knapsack problem. A price per byte makes the tensors independent: each gets the
+type with the least cost + price * bytes. Bisection finds the price at which the total size crosses the
+budget; the best total over all prices is a lower bound of the cost (the Lagrangian dual). The choice just
+below the budget is then improved until the budget is used, the one just above it is reduced until it fits,
+and the better of the two is the result. With hundreds of tensors it is within one or two thousandths of the
+bound.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Option:
 
     Args:
         type: Name of a format.
-        nbytes: Bytes that the tensor then takes.
-        cost: What it then costs, in any unit that adds up over tensors; not negative.
+        nbytes: Size of the tensor in this type, in bytes.
+        cost: Cost of the choice, not negative, in any unit that adds up over tensors.
     """
 
     type: str
@@ -54,14 +55,14 @@ class Assignment:
 
 
 def assign(options: Mapping[str, Sequence[Option]], budget: int) -> Assignment:
-    """The types that cost least in total within `budget` bytes, or very nearly.
+    """Find types whose total cost is least, or very nearly, within `budget` bytes.
 
     Args:
         options: Tensor -> its choices, in any order.
         budget: Bytes for all tensors together.
 
     Raises:
-        BadArgument: A tensor without choices, or a cost that is negative or not finite.
+        BadArgument: A tensor has no choices, or a cost is negative or not finite.
         OverBudget: Even the smallest choices do not fit; the message has their size.
     """
     for name, choices in options.items():
@@ -93,7 +94,7 @@ Choice = NDArray[np.int64]
 
 
 class _Search:
-    """The options as tables; short rows are filled up with options of infinite cost.
+    """The options as tables; short rows are padded with options of infinite cost.
 
     Args:
         rows: The options of each tensor, smallest first.
@@ -128,7 +129,7 @@ class _Search:
         return min(found, key=lambda choice: self.total(self.cost, choice))
 
     def at(self, price: float) -> Choice:
-        """The cheapest choice where a byte costs `price`; of equally cheap ones the smallest."""
+        """The cheapest choice if a byte costs `price`; the smallest one among equals."""
         choice: Choice = (self.cost + price * self.nbytes).argmin(1)
         self.bound = max(self.bound, self.total(self.cost, choice) + price * self.excess(choice))
         return choice
@@ -142,10 +143,10 @@ class _Search:
         return self.total(self.nbytes, choice) - self.budget
 
     def improved(self, choice: Choice) -> Choice:
-        """Tensors change their option one by one, as long as that helps.
+        """Change the option of one tensor at a time, as long as that helps.
 
-        Above the budget the move of least cost for a freed byte is made; within it, the one of largest gain
-        that fits.
+        Above the budget, the next change is the one with the least cost per freed byte; within the budget,
+        the one with the largest gain that fits.
         """
         choice, here = choice.copy(), np.arange(len(choice))
         while True:

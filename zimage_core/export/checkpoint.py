@@ -1,8 +1,8 @@
-"""A checkpoint of any layout, read tensor by tensor under the names of any other layout.
+"""Reads a checkpoint of any layout tensor by tensor, with the names of any other layout.
 
-Two tables of weights/names.py, joined by module, tell which rows of which stored tensors make each tensor of
-the wanted layout: a fused qkv is made from three tensors, or three from one. Bytes are read with pread, slab
-by slab, since every touched page of a mapped file would count as memory of this process.
+Two tables of weights/names.py, joined by module, give the rows of stored tensors that make up each tensor of
+the wanted layout: one fused qkv from three tensors, or three from one. Bytes are read with pread, slab by
+slab, because every page of a mapped file that is used would count as memory of this process.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from zimage_core.weights.card import WANTED, require
 from zimage_core.weights.opened import open_component
 
 SLAB = 1 << 24
-"""Weights that are dense in memory at one time."""
+"""Number of weights that are dense in memory at once."""
 
 TEXT_ENDS = {"hf": ("norm.weight", "lm_head.weight"), "gguf": ("output_norm.weight", "output.weight")}
-"""Final norm and output matrix of a language model, which other programs need and an image does not."""
+"""Final norm and output matrix of a language model; other programs need them, this library does not."""
 
 MODEL_PREFIX = "model."
 """Hugging Face's prefix of every tensor of a language model except lm_head."""
@@ -37,7 +37,7 @@ MODEL_PREFIX = "model."
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a stored tensor: from start to stop, if it has `of` rows. 0 to 1 of 1 is the whole tensor."""
+    """Rows start..stop of a stored tensor that has `of` rows; 0 to 1 of 1 is the whole tensor."""
 
     name: str
     start: int = 0
@@ -74,13 +74,13 @@ class Checkpoint:
 
     Args:
         path: A GGUF or safetensors file, an index of shards, a folder of a component or of a pipeline.
-        component: "transformer", "text_encoder" or "vae". None takes the one that the file holds, or the
+        component: "transformer", "text_encoder" or "vae". None means the one that the file holds, or the
             transformer of a pipeline's folder.
 
     Raises:
-        BadFile, UnknownFormat: It cannot be opened.
-        WrongModel, BadWeights: Not a sound model of that network.
-        Unsupported: Weights stored in a way that is not read.
+        BadFile, UnknownFormat: The file cannot be opened.
+        WrongModel, BadWeights: The file is another model or a damaged one.
+        Unsupported: The weights are stored in a way that is not supported.
     """
 
     def __init__(self, path: str | PathLike[str], component: str | None = None) -> None:
@@ -117,10 +117,10 @@ class Checkpoint:
     def targets(self, layout: str, prefix: str = "") -> list[Target]:
         """The tensors of `layout` (one of weights/names.py), each made of stored tensors.
 
-        Tensors that no layout has a name for (norm_final) are left out.
+        Tensors without a name in the layouts (norm_final) are left out.
 
         Raises:
-            Unsupported: Rows would have to change places (a llama between Hugging Face and GGUF).
+            Unsupported: Rows would have to be reordered (a llama between Hugging Face and GGUF).
         """
         stored = {entry.module: entry for entry in _table(self.component, self.config, self.card.layout)}
         found: list[Target] = []
@@ -149,7 +149,7 @@ class Checkpoint:
         return found
 
     def format_of(self, target: Target) -> BlockFormat | None:
-        """The format of all parts, or None where they have several."""
+        """The format of all parts, or None if they have different ones."""
         found = {self.file.tensors[part.name].format.name: part for part in target.parts}
         return self.file.tensors[target.parts[0].name].format if len(found) == 1 else None
 
@@ -197,7 +197,7 @@ class Checkpoint:
         )
 
     def _scale(self, part: Part) -> Tensor | None:
-        """Scale of a part, float32: one number or one for each of its rows; None where it has none."""
+        """Scale of a part, float32: one number or one for each of its rows; None if it has no scale."""
         if part.name not in self._scaled:
             return None
         scale = storage.scaled_tensor(self.file, part.name).scale
@@ -224,7 +224,7 @@ class Checkpoint:
 
 
 def _agreeing(stated: Mapping[str, Any] | None, config: object) -> Mapping[str, Any] | None:
-    """The config.json beside the weights if it agrees with them: beside a single file it may be another's."""
+    """The config.json beside the weights if it agrees with them; it may belong to another file."""
     try:
         same = stated is not None and type(config).from_json(stated) == config  # type: ignore[attr-defined]
     except (ZImageError, TypeError, ValueError, AttributeError):
@@ -233,7 +233,7 @@ def _agreeing(stated: Mapping[str, Any] | None, config: object) -> Mapping[str, 
 
 
 def _table(component: str, config: object, layout: str) -> names.Table:
-    """The table of every parameter that a file of the network has a name for."""
+    """The table of all parameters that have a name in files of the network."""
     if component == "transformer" and isinstance(config, TransformerConfig):
         return names.transformer_table(config, layout)
     if component == "text_encoder" and isinstance(config, TextEncoderConfig):

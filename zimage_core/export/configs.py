@@ -21,13 +21,13 @@ _CLASSES = {"qwen3": "Qwen3Model", "qwen2": "Qwen2Model", "llama": "LlamaModel"}
 def config_json(
     config: Config, jobs: Sequence[Job], stated: Mapping[str, Any] | None = None, changed: bool = False
 ) -> dict[str, Any]:
-    """The config.json of a folder: the source's own where it has one, updated for the new weights.
+    """The config.json of a folder: the source's own if it has one, updated for the new weights.
 
     Args:
         config: Config with the sizes of the network.
         jobs: The tensors of the folder.
         stated: The source's config.json, or None.
-        changed: Whether any tensor gets another type than it had.
+        changed: Whether the type of any tensor changes.
     """
     if stated is not None:
         found = dict(stated)
@@ -85,7 +85,7 @@ def _text_encoder(c: TextEncoderConfig) -> dict[str, Any]:
         "num_key_value_heads": c.num_kv_heads,
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_theta,
-        "torch_dtype": "float32",  # until config_json has seen the weights
+        "torch_dtype": "float32",  # config_json replaces it by that of the weights
         "vocab_size": c.vocab_size,
     }
 

@@ -1,8 +1,9 @@
-"""A checkpoint from one layout to another, every number carried exactly.
+"""Converts a checkpoint from one layout to another, exactly.
 
-The layouts are diffusers' folder, ComfyUI's single safetensors file, and GGUF. Tensors are renamed, and
-fused or cut at row boundaries; their bytes are copied, packed blocks too. GGUF readers want norms, biases
-and pad tokens in float32: these are widened, which is exact, and narrowed to their old type on the way back.
+The layouts are diffusers' folder, ComfyUI's single safetensors file, and GGUF. Tensors are renamed, and fused
+or split at row boundaries; their bytes are copied, also those of packed blocks. GGUF readers expect norms,
+biases and pad tokens in float32, so these are widened, which is exact, and converted back to their old type
+in the other direction.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LAYOUTS = {
 """Component -> kind of file -> layout of weights/names.py."""
 KINDS = ("diffusers", "single", "gguf")
 FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
-"""Option -> type that packed weights are dequantised to."""
+"""Value of `dequantize` -> type that packed weights are dequantised to."""
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 SHARD_BYTES = 5 * 10**9
 NARROW_KEY = "zimage.float_type"
@@ -50,7 +51,7 @@ class Converted:
         path: The file or folder.
         nbytes: Size of the files of weights in bytes.
         types: Format -> number of tensors.
-        remarks: The sentences that the log was told.
+        remarks: The messages that were passed to `log`.
     """
 
     path: str
@@ -60,7 +61,7 @@ class Converted:
 
 
 def kind_of(out: str | PathLike[str]) -> str:
-    """The kind of file that a name asks for: .gguf, .safetensors, or else a folder."""
+    """The kind of file that a name stands for: .gguf, .safetensors, or else a folder."""
     return {".gguf": "gguf", ".safetensors": "single"}.get(Path(out).suffix.lower(), "diffusers")
 
 
@@ -82,24 +83,24 @@ def convert_file(
     Args:
         source: A checkpoint in any layout that the library reads.
         out: The file to write, or for "diffusers" a folder, which must be empty or not exist yet.
-        to: "diffusers", "single" or "gguf"; None goes by the name of `out`.
+        to: "diffusers", "single" or "gguf"; None decides by the name of `out`.
         component: "transformer", "text_encoder" or "vae", for a folder or file that holds several.
         dequantize: "bf16", "f16" or "f32": the type of floats that packed weights become.
         prefix: Text before each name of a single file, such as "model.diffusion_model.".
         shard_bytes: Most bytes of one file of a diffusers folder.
         overwrite: Replace an existing file (never a folder).
         progress: Called as progress(weights done, weights in all, tensor).
-        log: Called with sentences worth reading.
+        log: Called with messages for the user.
 
     Returns:
-        What was written: path, size, types and remarks.
+        Path, size, types and remarks of the file.
 
     Raises:
-        BadArgument: An unknown kind or type, or a prefix without single file.
+        BadArgument: A kind or type is unknown, or there is a prefix for something else than a single file.
         BadFile: The source cannot be read; `out` exists, is the source, or cannot be written.
-        Unsupported: Packed weights for safetensors without `dequantize`; a VAE as GGUF; parts of one tensor
-            in several types.
-        WrongModel, BadWeights: The source is not a sound model.
+        Unsupported: The source has packed weights, `out` is safetensors, and `dequantize` is missing; or a
+            VAE is to become a GGUF; or the parts of one tensor have different types.
+        WrongModel, BadWeights: The source is another model or a damaged one.
     """
     to = to or kind_of(out)
     if to not in KINDS:
@@ -142,7 +143,7 @@ def convert_file(
 
 
 def _float(source: Checkpoint, target: Target, dequantize: str | None) -> BlockFormat | None:
-    """The float type that a tensor must be converted to, or None where it can be copied as it is."""
+    """The float type that a tensor must be converted to, or None if its bytes can be copied."""
     stored = source.format_of(target)
     if stored is not None and stored.is_float and not source.is_scaled(target):
         return None
@@ -179,7 +180,7 @@ def _safetensors_job(source: Checkpoint, target: Target, dequantize: str | None)
 
 
 def _is_small(target: Target) -> bool:
-    """Norms, biases and pad tokens, which GGUF readers want in float32."""
+    """Whether the tensor is a norm, a bias or a pad token, which GGUF readers expect in float32."""
     return len(target.shape) < 2 or target.name.endswith("pad_token")
 
 
@@ -198,7 +199,7 @@ def _gguf_keys(source: Checkpoint, jobs: Sequence[Job], log: Log) -> dict[str, A
 
 
 def _file_type(source: Checkpoint, jobs: Sequence[Job]) -> int | None:
-    """llama.cpp's number of the mix: the source's own, or that of the commonest type of its matrices."""
+    """llama.cpp's number of the mix: the source's own, or that of the most frequent type of its matrices."""
     stated = source.file.metadata.get("general.file_type")
     if isinstance(stated, int) and _same_types(source, jobs):
         return stated
@@ -213,7 +214,7 @@ def _same_types(source: Checkpoint, jobs: Sequence[Job]) -> bool:
 
 
 def _is_changed(source: Checkpoint, jobs: Sequence[Job]) -> bool:
-    """Whether any tensor gets another type than it had."""
+    """Whether the type of any tensor changes."""
     return any(source.format_of(j.target) != j.format or source.is_scaled(j.target) for j in jobs)
 
 
@@ -239,7 +240,7 @@ def _write_folder(
     progress: Progress | None,
     log: Log,
 ) -> int:
-    """Write shards, index and config.json as a folder, and count the bytes of the shards."""
+    """Write shards, index and config.json as a folder; return the total size of the shards in bytes."""
     stem = STEMS[source.component]
     by_name = {job.target.name: job for job in jobs}
     parts = safetensors_file.shards(((j.target.name, j.target.shape, j.format) for j in jobs), shard_bytes)
@@ -262,5 +263,5 @@ def _write_folder(
 
 
 def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    """Turns the progress of one shard into that of the whole folder."""
+    """Convert the progress of one shard into that of the whole folder."""
     return lambda done, _, name: progress(before + done, total, name)

@@ -1,4 +1,4 @@
-"""Keys of the GGUF files that are written: the network, its origin and its vocabulary.
+"""Metadata keys of written GGUF files: the network, its origin and its vocabulary.
 
 Names are llama.cpp's (gguf-py/gguf/constants.py), except `zimage.*`, which other readers ignore.
 """
@@ -23,7 +23,7 @@ from zimage_core.weights.gguf import GGUFFile
 from zimage_core.weights.gguf_writer import QUANTIZATION_VERSION, TypedArray, raw_keys
 
 TRANSFORMER_ARCH = "lumina2"
-"""Architecture of every published Z-Image GGUF, the only name that ComfyUI-GGUF knows for it."""
+"""Architecture of every published Z-Image GGUF; ComfyUI-GGUF accepts no other name."""
 
 _TOLD = ("axes_dims", "axes_lens", "rope_theta", "norm_eps", "t_scale")
 """Fields of a transformer that do not follow from shapes; weights/infer.py reads them as `zimage.*`."""
@@ -42,9 +42,9 @@ def gguf_metadata(
 
     Args:
         source: The checkpoint. The keys of a GGUF text encoder are kept, including its tokenizer.
-        recipe: The recipe of the types; None where the source's own types were kept.
+        recipe: The recipe of the types; None if the source's types were kept.
         imatrix: Name of the importance matrix; "" for none.
-        file_type: llama.cpp's number for the mix; None where it has none.
+        file_type: llama.cpp's number for the mix; None if it has none.
 
     Raises:
         BadFile: The tokenizer beside the source is damaged.
@@ -93,12 +93,12 @@ def _provenance(source: Checkpoint, recipe: Recipe | None, imatrix: str) -> dict
 
 
 def recipe_keys(recipe: Recipe) -> dict[str, Any]:
-    """Keys with the recipe, so that the file can be made again."""
+    """Keys that hold the recipe, so that the file can be reproduced."""
     return {"zimage.recipe_name": recipe.name, "zimage.recipe": recipe.text()}
 
 
 def _transformer_keys(config: TransformerConfig) -> dict[str, Any]:
-    """Keys of fields that do not follow from shapes, where they differ from the released models."""
+    """Keys of fields that do not follow from shapes and differ from those of the released models."""
     usual = {field.name: field.default for field in fields(TransformerConfig)}
     found: dict[str, Any] = {}
     for name in _TOLD:
@@ -127,7 +127,7 @@ def _text_keys(c: TextEncoderConfig, stated: Mapping[str, Any] | None) -> dict[s
 
 
 def _tokenizer_keys(folder: Path, config: TextEncoderConfig) -> dict[str, Any]:
-    """llama.cpp's keys of the vocabulary beside a Hugging Face text encoder; empty where there is none."""
+    """llama.cpp's keys of the vocabulary beside a Hugging Face text encoder; empty if there is none."""
     for place in (folder, folder.parent / "tokenizer"):
         try:
             vocabulary = read_folder(place)
@@ -143,7 +143,7 @@ def vocabulary_keys(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
     """The keys `tokenizer.ggml.*` of a byte-level BPE, padded to the rows of the embedding.
 
     Raises:
-        BadFile: The vocabulary does not fit together, or has more tokens than the embedding has rows.
+        BadFile: The vocabulary is inconsistent, or has more tokens than the embedding has rows.
     """
     ids = vocabulary.checked()
     if max(ids.values()) >= rows:
@@ -176,7 +176,7 @@ def _token_type(text: str, added: bool) -> int:
 
 
 def _template(folder: Path) -> dict[str, Any]:
-    """The chat template as text for other programs; this library never runs it."""
+    """The chat template as text for other programs; this library never evaluates it."""
     from zimage_core.files.untrusted import read_json
 
     try:

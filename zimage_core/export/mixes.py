@@ -1,13 +1,13 @@
 """The standard mixes as recipes: the types of the published GGUF files.
 
-Transformers follow the image branch of ComfyUI-GGUF's patched llama-quantize (tools/lcpp.patch). It does not
-look at layers: qkv and the output of the feed-forward network get more bits in all of them. This gives the
-sizes of the published files to three digits: Q3_K_M 4.12, Q4_K_M 4.98, Q5_K_M 5.52 GB. It refuses IQ types;
-for those the higher types are chosen as for llama.cpp's language models.
+Transformers follow the image branch of ComfyUI-GGUF's patched llama-quantize (tools/lcpp.patch). It treats
+all layers alike: qkv and the output of the feed-forward network get more bits. This gives the sizes of the
+published files to three digits: Q3_K_M 4.12, Q4_K_M 4.98, Q5_K_M 5.52 GB. It refuses IQ types; here their
+higher types are those of llama.cpp's language models.
 
-Text encoders follow llama.cpp itself (src/llama-quant.cpp, llama_tensor_get_type_impl) for a model with four
-or more query heads per key head, such as Qwen3-4B. Where llama-quantize chooses other types with an
-importance matrix, its choice without one is taken, so that a mix does not depend on how it was calibrated.
+Text encoders follow llama.cpp (src/llama-quant.cpp, llama_tensor_get_type_impl) for a model with four or more
+query heads per key head, such as Qwen3-4B. If llama-quantize's types depend on whether there is an importance
+matrix, those without one are used, so that a mix does not depend on the calibration.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Mix:
     """A standard mix.
 
     Args:
-        file_type: llama.cpp's LLAMA_FTYPE number; None where it has none.
-        base: Type of every matrix that has no other one.
+        file_type: llama.cpp's LLAMA_FTYPE number; None if it has none.
+        base: Type of all matrices without a rule of their own.
         transformer: Higher types in a transformer.
         text: Higher types in a text encoder.
         output: Type of a text encoder's output matrix, or of the embedding that is used for it (tied).
@@ -130,7 +130,7 @@ MIXES: dict[str, Mix] = {
 """Name -> mix, best quality first."""
 
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
-"""Other names of mixes; llama-quantize, too, reads a bare K type as its M mix."""
+"""Other names of mixes; as in llama-quantize, a bare K type means its M mix."""
 
 
 def standard_mix(name: str, component: str, names: Mapping[str, object]) -> Recipe:
@@ -139,10 +139,10 @@ def standard_mix(name: str, component: str, names: Mapping[str, object]) -> Reci
     Args:
         name: Name of the mix, such as "Q4_K_M", in upper or lower case.
         component: "transformer" or "text_encoder".
-        names: Names of the tensors in the GGUF; embeddings get another type where there is no output matrix.
+        names: Names of the tensors in the GGUF; embeddings get another type if there is no output matrix.
 
     Raises:
-        BadArgument: No mix of that name; the message lists those there are.
+        BadArgument: There is no mix of that name; the message lists the names.
     """
     key = ALIASES.get(name.upper(), name.upper())
     mix = MIXES.get(key)

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout -> a quantised GGUF, one tensor at a time."""
+"""Quantises a checkpoint of any layout into a GGUF, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from zimage_core.quantize.imatrix import Imatrix, read_imatrix
 from zimage_core.weights import gguf_writer
 
 LAYOUTS = {"transformer": "fused", "text_encoder": "gguf"}
-"""Component -> layout of weights/names.py that a GGUF has."""
+"""Component -> layout of a GGUF in weights/names.py."""
 
 BLIND = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K")
 """Types that lose much without an importance matrix."""
@@ -38,7 +38,7 @@ class Quantized:
         nbytes: Its size in bytes.
         types: Format -> number of tensors.
         recipe: The recipe that was applied.
-        remarks: The sentences that the log was told.
+        remarks: The messages that were passed to `log`.
         seconds: Wall time.
     """
 
@@ -68,8 +68,8 @@ def quantize_file(
 ) -> Quantized:
     """Quantise a transformer or a text encoder into one GGUF file.
 
-    Memory stays bounded whatever the size of the model. `out` appears complete or not at all: a call that
-    fails or is interrupted leaves what stood there before, and the next call starts anew.
+    Memory is bounded for models of any size. `out` appears complete or not at all: a call that fails or is
+    interrupted leaves the previous file, and the next call starts from the beginning.
 
     Args:
         source: A checkpoint in any layout that the library reads: diffusers folder, single file, GGUF.
@@ -85,19 +85,20 @@ def quantize_file(
         requantize: Accept a source that is quantised already.
         allow_nonfinite: Encode NaN as 0 and infinity as the largest float16, instead of refusing them.
         progress: Called as progress(weights done, weights in all, tensor).
-        log: Called with sentences worth reading, such as fallbacks.
+        log: Called with messages for the user, such as fallbacks.
 
     Returns:
-        What was written: path, size, types, recipe, remarks and time.
+        Path, size, types, recipe, remarks and time of the file.
 
     Raises:
-        BadArgument: Not exactly one of type, recipe and size; an unknown type; a recipe without a rule for
-            some tensor.
+        BadArgument: Not exactly one of type, recipe and size is given; a type is unknown; or the recipe has
+            no rule for some tensor.
         BadFile: The source cannot be read; `out` exists, is the source, or cannot be written.
-        BadWeights: NaN or infinity (the message names tensor, count and place), or an incomplete model.
-        OverBudget: `size` is below the smallest possible, which the message states.
-        Unsupported: A quantised source without `requantize`, or a VAE.
-        WrongModel: Another model, or an imatrix of another model.
+        BadWeights: The weights hold NaN or infinity (the message names tensor, count and position), or the
+            model is incomplete.
+        OverBudget: `size` is below the smallest possible size, which the message states.
+        Unsupported: The source is quantised and `requantize` is not set, or it is a VAE.
+        WrongModel: The source is another model, or the imatrix belongs to another model.
     """
     if sum(choice is not None for choice in (type, recipe, size)) != 1:
         raise BadArgument("wanted exactly one of type (--type), recipe (--recipe) and size (--size)")
@@ -143,10 +144,10 @@ def quantize_file(
 
 
 def refuse_same_file(source: Checkpoint, out: str | PathLike[str]) -> None:
-    """Refuse to write over what is being read.
+    """Refuse to overwrite the source.
 
     Raises:
-        BadFile: `out` is one of the source's files, perhaps by another name.
+        BadFile: `out` is one of the source's files, possibly under another name.
     """
     for place in source.file.places:
         if Path(out).exists() and Path(out).samefile(place):
@@ -154,7 +155,7 @@ def refuse_same_file(source: Checkpoint, out: str | PathLike[str]) -> None:
 
 
 def _targets(source: Checkpoint, requantize: bool) -> list[Target]:
-    """The tensors of the GGUF; a source that should not be quantised is refused."""
+    """The tensors of the GGUF; refuses a source that should not be quantised."""
     path = printable(source.file.path)
     if source.component == "vae":
         raise Unsupported(

@@ -1,4 +1,4 @@
-"""A recipe says which type each tensor gets: lines `PATTERN [LAYERS] = TYPE`, the first match wins.
+"""Recipes give each tensor a type by lines `PATTERN [LAYERS] = TYPE`, of which the first match decides.
 
     # more bits where the residual stream is written
     cap_embedder.* = source
@@ -6,10 +6,11 @@
     *.attention.qkv.weight [0-3,29] = Q5_K
     * = Q4_K
 
-Patterns are whole tensor names with `*`, `?` and `[...]` of a shell, dots included. A type is a name of
-zimage_core.formats; `source` keeps what the checkpoint has (float32 becomes F16). LAYERS picks blocks by the
-number in the name: numbers and ranges, `first 1/N`, `last 1/N`, or `spread`: the first and the last eighth
-and every third between. Tensors of one dimension and pad tokens are always F32, whatever a recipe says.
+Patterns match whole tensor names, with `*`, `?` and `[...]` as in a shell, which also match dots. A type is a
+name of zimage_core.formats; `source` keeps the checkpoint's type (float32 becomes F16). LAYERS selects blocks
+by the number in the name: numbers and ranges, `first 1/N`, `last 1/N`, or `spread`: the first and the last
+eighth and every third block between. Tensors of one dimension and pad tokens are always F32; a recipe cannot
+change that.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from zimage_core.files.untrusted import read_text
 from zimage_core.formats import FORMATS, BlockFormat
 
 SOURCE = "source"
-"""The type of a rule that keeps what the checkpoint has."""
+"""The type of a rule that keeps the checkpoint's type."""
 SMALL = 1024
-"""Tensors of at most so many weights are F32, as in every published file."""
+"""Tensors of at most this many weights are F32, as in every published file."""
 
 NOT_STORED = ("F8_E4M3", "F8_E5M2", "Q2_0_128", "F64", "I8", "I16", "I32", "I64")
 TYPES = tuple(name for name in FORMATS if name not in NOT_STORED)
@@ -56,10 +57,10 @@ class Rule:
     Args:
         pattern: Shell pattern of tensor names.
         type: A name in `TYPES`, or "source".
-        layers: Which blocks, as written between the brackets; "" for all.
+        layers: Blocks, as written between the brackets; "" for all.
 
     Raises:
-        BadArgument: An unknown type, or layers that are none of the forms above.
+        BadArgument: The type is unknown, or `layers` has none of the forms above.
     """
 
     pattern: str
@@ -91,10 +92,10 @@ class Recipe:
     """Rules in order.
 
     Args:
-        name: A name for people and for the file's metadata, such as "Q4_K_M".
-        rules: The first that applies decides.
+        name: Name for display and for the file's metadata, such as "Q4_K_M".
+        rules: The rules; the first that applies decides.
         remarks: Comment lines at the top of the written file.
-        file_type: llama.cpp's number for the mix (`general.file_type`), where it has one.
+        file_type: llama.cpp's number for the mix (`general.file_type`), if it has one.
     """
 
     name: str
@@ -103,7 +104,7 @@ class Recipe:
     file_type: int | None = None
 
     def type_of(self, name: str, n_layers: int) -> str:
-        """The type of a tensor; BadArgument where no rule applies."""
+        """The type of a tensor; BadArgument if no rule applies."""
         for rule in self.rules:
             if rule.applies(name, n_layers):
                 return rule.type
@@ -113,7 +114,7 @@ class Recipe:
         )
 
     def text(self) -> str:
-        """The recipe as a file."""
+        """The recipe as the text of a file."""
         return "\n".join([*(f"# {line}" for line in self.remarks), *map(str, self.rules)]) + "\n"
 
     @classmethod
@@ -164,7 +165,7 @@ def read_recipe(path: str | PathLike[str]) -> Recipe:
     """Read a recipe file.
 
     Raises:
-        BadFile: It cannot be read, or a line is not a rule; the message has the line's number.
+        BadFile: The file cannot be read, or a line is not a rule; the message has the line's number.
     """
     text = read_text(path)
     if len(text) > MAX_RECIPE:
@@ -213,7 +214,7 @@ def write_recipe(recipe: Recipe, path: str | PathLike[str], overwrite: bool = Fa
 
 
 def _grouped(types: Mapping[str, str]) -> list[Rule]:
-    """A rule for each pair of block part and type, with its blocks; and a rule for each other tensor."""
+    """A rule for each pair of a part of a block and a type, and a rule for each tensor outside of blocks."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name, fmt in types.items():
         match = _LAYER.search(name)
@@ -252,23 +253,23 @@ FALLBACKS = {
     "Q6_K": "Q8_0",
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
 }
-"""Type -> the type with blocks of 32 that takes its place where its blocks do not divide a row.
-Source: llama.cpp, tensor_type_fallback; those of NVFP4 and Q1_0 are ours."""
+"""Type -> the type with blocks of 32 that replaces it if its blocks do not divide a row.
+Source: llama.cpp, tensor_type_fallback; NVFP4 and Q1_0 are added here."""
 
 
 def choose_formats(
     source: Checkpoint, targets: Sequence[Target], recipe: Recipe, log: Callable[[str], None] | None = None
 ) -> dict[str, BlockFormat]:
-    """Tensor -> the type that the recipe means for it, with a fallback where blocks do not divide the rows.
+    """Tensor -> its type by the recipe, or a fallback if the blocks of that type do not divide the rows.
 
     Args:
         source: The checkpoint.
-        targets: Its tensors under their names in a GGUF.
-        recipe: What decides.
-        log: Told of fallbacks.
+        targets: Its tensors, with their names in a GGUF.
+        recipe: The recipe.
+        log: Called with a message for each fallback.
 
     Raises:
-        BadArgument: No rule for a tensor.
+        BadArgument: There is no rule for a tensor.
     """
     numbers = [
         number for t in targets if (number := layer_of(t.name)) is not None and "refiner." not in t.name
@@ -289,7 +290,7 @@ def choose_formats(
 
 
 def choose_format(source: Checkpoint, target: Target, wanted: str) -> BlockFormat:
-    """The type of one tensor: `wanted` or its fallback, or for "source" what the checkpoint has."""
+    """The type of one tensor: `wanted` or its fallback, or for "source" the checkpoint's type."""
     if not is_matrix(target):
         return FORMATS["F32"]
     if wanted != SOURCE:
@@ -311,7 +312,7 @@ def is_matrix(target: Target) -> bool:
 
 
 def fitting(name: str, k: int) -> BlockFormat:
-    """The type of that name where its blocks divide rows of k weights, else its fallback, else F16."""
+    """The type of that name if its blocks divide rows of k weights, else its fallback, else F16."""
     for candidate in (name, FALLBACKS.get(name, "F16")):
         if k % FORMATS[candidate].weights == 0:
             return FORMATS[candidate]

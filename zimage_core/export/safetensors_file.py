@@ -1,4 +1,4 @@
-"""The header of a safetensors file that is written, and the index of shards.
+"""Computes the header of a new safetensors file, and the index of shards.
 
 Source: https://github.com/huggingface/safetensors (README, "Format"); the reader is weights/safetensors.py.
 """
@@ -25,10 +25,10 @@ def nbytes_of(row: Row) -> int:
 
 
 def lay_out(metadata: Mapping[str, str], tensors: Iterable[Row]) -> Layout:
-    """Header and places of a safetensors file, with wide types first, so that every tensor is aligned.
+    """Lay out a safetensors file, with wide types first so that every tensor is aligned.
 
     Raises:
-        Unsupported: A type that safetensors lacks.
+        Unsupported: safetensors has no such type.
     """
     rows = sorted(tensors, key=lambda row: -row[2].nbytes)  # stable: the given order within a type
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -53,7 +53,7 @@ def lay_out(metadata: Mapping[str, str], tensors: Iterable[Row]) -> Layout:
 
 
 def shards(tensors: Iterable[Row], limit: int) -> list[list[Row]]:
-    """Tensors in order, in parts of at most `limit` bytes; a tensor larger than that is alone in its part."""
+    """Divide tensors, in order, into parts of at most `limit` bytes; a larger tensor gets its own part."""
     found: list[list[Row]] = [[]]
     filled = 0
     for row in tensors:

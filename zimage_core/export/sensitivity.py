@@ -23,7 +23,7 @@ class Sensitivity:
 
     Args:
         costs: Tensor of the single-file layout -> type -> squared velocity error over squared velocity.
-        settings: How they were measured (prompts, steps, model), for people to read.
+        settings: Conditions of the measurement (prompts, steps, model), for the reader.
     """
 
     costs: dict[str, dict[str, float]]
@@ -48,7 +48,7 @@ def read_sensitivity(path: str | PathLike[str]) -> Sensitivity:
     """Read a file of `write_sensitivity`.
 
     Raises:
-        BadFile: It cannot be read, is another kind of file, or holds something else than costs.
+        BadFile: The file cannot be read, is of another kind, or holds something else than costs.
     """
     content = read_json(path)
     try:

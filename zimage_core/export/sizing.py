@@ -1,10 +1,9 @@
-"""How large a file may be (`--fit`), and which types bring it to that size (`--size`).
+"""The largest size of a file that fits a GPU (`--fit`), and the types for a wanted size (`--size`).
 
-Types are chosen by measured costs, or by a rule of thumb where nothing was measured. By that rule the cost
-of a tensor is its number of weights, times the mean square error of the type relative to the weights, times
-how much its part of a block is believed to matter. The errors are those of a Gaussian matrix. The factors
-are the judgement of the standard mixes: qkv, and above all the output of the feed-forward network, deserve
-more bits.
+Types are chosen by measured costs, or by a rule of thumb if nothing was measured. By that rule the cost of a
+tensor is its number of weights, times the mean square error of the type relative to the weights, times a
+factor for its part of a block. The errors are those of a Gaussian matrix. The factors follow the standard
+mixes: qkv, and above all the output of the feed-forward network, get more bits.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ RELATIVE_ERROR = {
 """Root mean square error of a type over the root mean square of Gaussian weights, without importance.
 Source: benchmarks/results/quality.json, `random`."""
 FAST = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-"""Types to choose among. The IQ types, which are slow to make, join them only where these do not fit."""
+"""Types to choose from. The IQ types, which are slow to encode, are added only if these do not fit."""
 
 FACTORS = {
     TRANSFORMER_PARTS["down"]: 4.0,
@@ -44,14 +43,14 @@ FACTORS = {
     "token_embd.weight": 4.0,
     "output.weight": 4.0,
 }
-"""Pattern of tensors -> factor by which an error there is believed to cost more."""
+"""Pattern of tensors -> estimated factor of the cost of their errors."""
 
 _ATTEMPTS = 4
 
 CAPTION = 128
-"""Tokens of a caption, as `zimage plan` supposes."""
+"""Tokens of a caption, as assumed by `zimage plan`."""
 STEPS = 8
-"""Steps of an image, as `zimage plan` supposes."""
+"""Steps of an image, as assumed by `zimage plan`."""
 
 
 def recipe_for_size(
@@ -61,9 +60,9 @@ def recipe_for_size(
 
     Args:
         source: The checkpoint.
-        targets: Its tensors under their names in a GGUF.
+        targets: Its tensors, with their names in a GGUF.
         size: Bytes of the whole file.
-        sensitivity: Measured costs; tensors that it lacks keep their type. None: by the rule of thumb.
+        sensitivity: Measured costs; tensors without costs keep their type. None uses the rule of thumb.
 
     Raises:
         WrongModel: The sensitivity was measured on another model.
@@ -76,7 +75,7 @@ def recipe_for_size(
     metadata = gguf_metadata(source)
 
     def layout(types: Mapping[str, str]) -> tuple[Recipe, gguf_writer.Layout]:
-        # the recipe stands in the header, whose size it so decides
+        # the header holds the recipe, so its size depends on the types
         recipe = Recipe.of_types(f"{size} bytes", types, (f"types for {in_bytes(size)}, {how}",))
         rows = [
             (t.name, t.shape, choose_format(source, t, recipe.type_of(t.name, 0) if is_matrix(t) else "F32"))
@@ -111,7 +110,7 @@ def _kept(source: Checkpoint, name: str) -> bool:
 def _measured(
     sensitivity: Sensitivity, source: Checkpoint, targets: Sequence[Target]
 ) -> dict[str, dict[str, float]]:
-    """Tensor -> type -> measured cost; costs of another model's tensors are refused."""
+    """Tensor -> type -> measured cost; refuses costs of another model."""
     if unknown := sorted(set(sensitivity.costs) - {t.name for t in targets}):
         raise WrongModel(
             source.file.path,
@@ -150,18 +149,19 @@ def largest_transformer(
 ) -> int:
     """Bytes of the largest transformer whose weights all stay on the GPU while it denoises one image.
 
-    What else a step holds is counted as `memory.plan` does: activations, one dense matrix at a time, and the
-    workspace of libraries. The text encoder and the VAE run before and after it (docs/memory.md).
+    The other memory of a step is counted as in `memory.plan`: activations, one dense matrix at a time, and
+    the workspace of libraries. The text encoder and the VAE are not in memory at the same time
+    (docs/memory.md).
 
     Args:
-        path: The checkpoint of a transformer, in any type: only the sizes of its network count.
+        path: The checkpoint of a transformer, in any type: only the sizes of its network are used.
         vram: Memory of the GPU in bytes.
         width: Width of the image in pixels.
         height: Height of the image in pixels.
         dtype: Type of the computation.
 
     Raises:
-        BadArgument: The checkpoint is no transformer, or a side is not a multiple of 16.
+        BadArgument: The checkpoint is no transformer, or width or height is not a multiple of 16.
         OverBudget: The steps alone need more memory.
     """
     with Checkpoint(path, "transformer") as checkpoint:

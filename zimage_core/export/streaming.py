@@ -1,7 +1,7 @@
-"""Tensors from a checkpoint into a file, one at a time, in slabs: memory does not grow with either.
+"""Writes the tensors of a checkpoint into a file, slab by slab, with bounded memory.
 
-A tensor whose stored type is the wanted one is copied byte for byte; any other is made float32 slab by slab
-and encoded. The floats are checked on the way, so that NaN and infinity are named and never quietly encoded.
+A tensor whose stored type is the wanted one is copied byte for byte; any other is converted to float32 slab
+by slab and encoded. The floats are checked, so that NaN and infinity are reported and never encoded silently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from zimage_core.weights.gguf_writer import Layout
 Progress = Callable[[int, int, str], None]
 """(weights done, weights in all, tensor) -> None."""
 Log = Callable[[str], None]
-"""Takes a sentence that is worth reading."""
+"""Function that is called with a message for the user."""
 NonFinite = Literal["raise", "replace", "keep"]
 """What to do about NaN and infinity: refuse them, encode 0 and the largest float16, or keep them.
 "keep" is for copies and plain floats, and refuses only finite numbers that would become infinite."""
@@ -37,9 +37,9 @@ class Job:
     """One tensor of the file to be written.
 
     Args:
-        target: What it is made from.
-        format: The type it gets.
-        importance: float32 [K], what an error in each input channel costs; None if all cost alike.
+        target: The tensor, with the stored parts that it is made of.
+        format: Its new type.
+        importance: Cost of an error in each input channel, float32 [K]; None if all costs are equal.
     """
 
     target: Target
@@ -59,13 +59,13 @@ def write_tensors(
     """Write the header and the tensors of a file.
 
     Args:
-        source: Where the tensors come from.
-        jobs: What to write.
-        layout: Where each tensor goes.
+        source: The checkpoint that is read.
+        jobs: The tensors to write.
+        layout: Header and position of each tensor.
         out: The file, `layout.nbytes` long.
         nonfinite: What to do about NaN and infinity.
         progress: Called after each slab.
-        log: Told of NaN and infinity that were allowed.
+        log: Called with messages about NaN and infinity that were allowed.
 
     Raises:
         BadWeights: NaN or infinity that is not allowed, or finite numbers beyond float16 in a tensor for F16.
@@ -117,12 +117,12 @@ def packed_rows(
 
 
 class _FiniteCheck:
-    """Counts what is not finite in a tensor, or too large for its new type.
+    """Counts the numbers of a tensor that are not finite, or too large for its new type.
 
     Args:
         path: The source, for messages.
         job: The tensor.
-        nonfinite: What is allowed.
+        nonfinite: What to do about NaN and infinity.
     """
 
     def __init__(self, path: str, job: Job, nonfinite: NonFinite) -> None:
@@ -133,7 +133,7 @@ class _FiniteCheck:
         self._limit = 65520.0 if job.format.name == "F16" else float("inf")
 
     def passes(self, slab: Tensor) -> bool:
-        """Whether the next rows can be encoded; counts those of their numbers that cannot."""
+        """Check the next rows: count the numbers that cannot be encoded; return whether to go on."""
         if slab.numel() and not bool(slab.abs().amax() < self._limit):
             flat = slab.flatten()
             bad = ~(flat.abs() < self._limit)
@@ -149,19 +149,19 @@ class _FiniteCheck:
         return not self.count or self.nonfinite == "replace"
 
     def rest(self, slabs: Iterator[Tensor]) -> None:
-        """Count in all slabs that are left."""
+        """Count in all remaining slabs."""
         for slab in slabs:
             self.passes(slab)
 
     def replaced(self, slab: Tensor) -> Tensor:
-        """The slab with numbers that every type can hold in place of NaN and infinity."""
+        """The slab with NaN and infinity replaced by numbers that every type can hold."""
         if not self.count:
             return slab
         finite = torch.nan_to_num(slab, nan=0.0, posinf=_F16_MAX, neginf=-_F16_MAX)
         return finite.clamp(-_F16_MAX, _F16_MAX) if self.job.format.name == "F16" else finite
 
     def report(self, log: Log | None, outcome: str = "") -> None:
-        """Refuse what was counted, or say it and what became of it where it is allowed."""
+        """Raise BadWeights if numbers were counted; if they are allowed, log their count and `outcome`."""
         if not self.count:
             return
         shape = self.job.target.shape

@@ -1,9 +1,9 @@
 """Scales and minima of sub-blocks as small integers under two float16 scales (Q2_K, Q4_K, Q5_K).
 
 `scale_search` gives each sub-block a scale and a minimum, which are real numbers; here both become integers.
-The super-block's scales start as those of several under which rounded scales cost least. Then, in turns, the
-scales are fitted by least squares to the integers, and each integer is compared with its neighbours, all
-weights rounded anew.
+The super-block's scales start at the candidates for which rounding the sub-blocks' scales costs least. Then
+two steps alternate: the super-block's scales are fitted to the integers by least squares, and each integer is
+compared with its neighbours, with all weights rounded again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class AffineSearch(SuperBlocks):
         return (wanted * reciprocal(dmin)).round_().clamp_(0, self.limit)
 
     def recode(self, m: Moments, wanted: Tensor, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Integers near the wanted scales, their minima, and the decrease of the error, for fixed weights."""
+        """Integers near the wanted scales, their minima, and the decrease of the error, for fixed codes."""
         wished = wanted * reciprocal(d)
 
         def tried(scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +94,7 @@ class AffineSearch(SuperBlocks):
         return as_half(d.clamp_(min=0), self.power), as_half(dmin.clamp_(min=0), self.power)
 
     def start(self, m: Moments, s: Tensor, beta: Tensor, divisors: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Integer scales and minima under the best d and dmin: the largest of each, over some divisor."""
+        """Integer scales and minima for the best d and dmin, which are the largest values / divisors."""
         over = torch.tensor(divisors, device=s.device)
         peak = s.view(-1, self.n).amax(0)
         floor = (-(beta + self.centre)).view(-1, self.n).amax(0).clamp_(min=0)
@@ -107,7 +107,7 @@ class AffineSearch(SuperBlocks):
     def neighbours(
         self, m: Moments, d: Tensor, dmin: Tensor, scale: Tensor, shifts: Sequence[int]
     ) -> tuple[Tensor, Tensor, Moments]:
-        """The best of each scale and its neighbours, with the weights rounded anew for each."""
+        """The best of each scale and its neighbours, with the weights rounded again for each."""
         wide_d, wide_m = self.wide(d), self.wide(dmin)
         best, least, gain, kept = scale, scale, torch.full_like(scale, -torch.inf), m
         for i, shift in enumerate(shifts):
@@ -129,7 +129,7 @@ class AffineSearch(SuperBlocks):
     def run(
         self, s: Tensor, beta: Tensor, divisors: Sequence[float], shifts: Sequence[int], rounds: int
     ) -> Affine:
-        """Finished super-blocks, from the scales and offsets that fit the runs."""
+        """The finished super-blocks, starting from scales and offsets that fit the runs."""
         m = self.runs.moments(self.runs.levels(s, beta, self.nearest))
         scale, least = self.start(m, s, beta, divisors)
         d, dmin = self.refit(m, scale, least)

@@ -1,7 +1,7 @@
-"""Tools of the encoders: their signature, bits into bytes, fields into blocks.
+"""Helpers of the encoders: their signature, packing of bits into bytes and of fields into blocks.
 
-They are the reverse of reference/bits.py and reference/blocks.py, in torch and on any device. Codes are uint8
-[n, count], one row for each block; docs/formats.md explains the layouts `planes` and `consecutive`.
+They are the inverse of reference/bits.py and reference/blocks.py, in torch and on any device. Codes are uint8
+[n, count], one row per block; docs/formats.md explains the layouts `planes` and `consecutive`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Encoder = Callable[[Tensor, Tensor | None], Tensor]
 """(weights float32 [n, K] contiguous, importance float32 [n, K] or [1, K] or None) -> uint8 [n, row bytes].
 
 K is a whole number of blocks, and blocks are encoded independently of each other. An encoder minimises
-sum(importance * (weights - decoded)^2), where None is ones. Finite weights give blocks that decode to finite
-numbers.
+sum(importance * (weights - decoded)^2), where None means ones. Finite weights give blocks that decode to
+finite numbers.
 """
 
 F16_MAX = 65504.0
@@ -53,7 +53,7 @@ def as_half(d: Tensor, power: Tensor) -> Tensor:
 
 
 def assemble(fmt: BlockFormat, **fields: Tensor) -> Tensor:
-    """Fields of n blocks, [n, count] or [n] of a type of the right width, -> bytes [n, nbytes]."""
+    """Fields of n blocks, [n, count] or [n] with elements of the right width -> bytes [n, nbytes]."""
     parts = []
     for field in fmt.fields:
         value = fields[field.name]
@@ -67,6 +67,6 @@ def rows_of(blocks: Tensor, x: Tensor) -> Tensor:
 
 
 def packed_rows(fmt: BlockFormat, x: Tensor, **fields: Tensor) -> Tensor:
-    """Fields of the blocks of x [n, K] -> rows uint8 [n, row bytes]; blocks of padding are left out."""
+    """Fields of the blocks of x [n, K] -> rows uint8 [n, row bytes]; padding blocks are dropped."""
     count = x.numel() // fmt.weights
     return rows_of(assemble(fmt, **{name: value[:count] for name, value in fields.items()}), x)

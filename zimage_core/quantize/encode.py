@@ -1,8 +1,8 @@
-"""Float weights to the bytes of any block format, slab by slab.
+"""Encodes float weights into any block format, slab by slab.
 
 A search makes tens of passes over its weights. A slab of a quarter of a million weights stays in a core's
-cache, and scratch is some megabytes however large the tensor is. Blocks are independent of each other, so
-where slabs begin and which thread takes them changes no bit.
+cache, and the scratch memory is some megabytes for a tensor of any size. Blocks are independent of each
+other, so the boundaries of slabs and the choice of thread do not change the result.
 """
 
 from __future__ import annotations
@@ -29,37 +29,36 @@ SLAB = 1 << 18
 """Weights in a slab on a CPU."""
 GPU_SLAB = 1 << 22
 """Weights in a slab on a GPU, where a launch costs as much as a million weights."""
-SLABS_A_TURN = 16
-"""Slabs between two moments at which Ctrl-C is noticed."""
+SLABS_PER_BATCH = 16
+"""Slabs that are encoded before Ctrl-C is noticed."""
 
 Box = tuple[slice, slice]
 """Rows and columns of a slab."""
 
 
 def encode(weights: Tensor, fmt: BlockFormat | str, importance: Tensor | None = None) -> Tensor:
-    """Encode rows of weights into a block format; `zimage_core.dequantize` is the way back.
+    """Encode rows of weights into a block format; `zimage_core.dequantize` is the inverse.
 
-    The encoder looks for the bytes that make sum(importance * (weights - decoded)^2) small. Without
-    importance the legacy formats (Q4_0 to Q8_0), TQ1_0, TQ2_0, MXFP4 and plain floats are the bytes that
-    `gguf.quants.quantize` gives; every other case is searched (docs/quantizing.md). Magnitudes beyond the
-    largest value of a block are encoded as that value.
+    The encoder searches for bytes that make sum(importance * (weights - decoded)^2) small. Without
+    importance, the legacy formats (Q4_0 to Q8_0), TQ1_0, TQ2_0, MXFP4 and plain floats are not searched: they
+    have the bytes of `gguf.quants.quantize` (docs/quantizing.md). Magnitudes beyond the largest value of a
+    block are encoded as that value.
 
     Args:
         weights: Floats of any type, [..., K], on any device; they are converted to float32 first.
         fmt: A format of `zimage_core.FORMATS`, or its name such as "Q4_K".
-        importance: Floats [K], finite and not negative: what an error in each input channel costs. Only their
-            ratios count. None: an error costs the same everywhere.
+        importance: Floats [K], finite and not negative: the cost of an error in each input channel. Only
+            their ratios matter. None means equal costs.
 
     Returns:
-        uint8 [..., row bytes] on the device of `weights`. The bits of a row do not depend on the rows beside
-        it.
+        uint8 [..., row bytes] on the device of `weights`. The bits of a row do not depend on other rows.
 
     Raises:
         UnknownFormat: There is no format of that name.
         Unsupported: The format has no encoder (integers, fp8).
         BadShape: K is not a whole number of blocks, or importance is not [K].
         BadArgument: weights or importance are not floats, or importance is negative or not finite.
-        BadWeights: There is NaN or infinity among the weights, or a number that F16 cannot hold.
+        BadWeights: The weights hold NaN or infinity, or for F16 a number that it cannot hold.
     """
     fmt = fmt if isinstance(fmt, BlockFormat) else by_name(fmt)
     encoder = ENCODERS.get(fmt.name)
@@ -132,21 +131,21 @@ def _encode_all(
         packed = encoder(x, None if costs is None else costs[:, columns])
         out[box[0], fmt.row_bytes(columns.start) : fmt.row_bytes(columns.stop)] = packed
 
-    for first in range(0, len(boxes), SLABS_A_TURN):
-        turn = boxes[first : first + SLABS_A_TURN]
+    for first in range(0, len(boxes), SLABS_PER_BATCH):
+        batch = boxes[first : first + SLABS_PER_BATCH]
 
-        def share(start: int, stop: int, turn: list[Box] = turn) -> None:
-            for box in turn[start:stop]:
+        def encode_range(start: int, stop: int, batch: list[Box] = batch) -> None:
+            for box in batch[start:stop]:
                 encode_box(box)
 
         if on_cpu:
-            in_parallel(share, len(turn), multiple=1)
+            in_parallel(encode_range, len(batch), multiple=1)
         else:
-            share(0, len(turn))
+            encode_range(0, len(batch))
 
 
 def _boxes(shape: torch.Size, fmt: BlockFormat, slab: int) -> list[Box]:
-    """Slabs of about `slab` weights: whole rows, or whole blocks of a row that is longer than that."""
+    """Slabs of about `slab` weights: whole rows, or whole blocks of a row if it is longer than a slab."""
     n, k = shape
     width = min(k, max(slab // fmt.weights, 1) * fmt.weights)
     height = max(slab // width, 1)
@@ -158,7 +157,7 @@ def _boxes(shape: torch.Size, fmt: BlockFormat, slab: int) -> list[Box]:
 
 
 def _bad_weights(rows: Tensor, limit: float, fmt: BlockFormat) -> BadWeights:
-    """The error that counts the values no block can hold; it goes row by row to stay within memory."""
+    """The error with the number of values that no block can hold, counted row by row to save memory."""
     count, first = 0, ""
     for i, row in enumerate(rows):
         bad = ~(row.to(torch.float32).abs() < limit)

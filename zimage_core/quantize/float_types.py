@@ -1,4 +1,4 @@
-"""Plain floats: F32, F16, BF16, rounded to nearest even. Importance makes no difference."""
+"""Encoders of plain floats: F32, F16, BF16, rounded to nearest even. Importance has no effect."""
 
 from __future__ import annotations
 

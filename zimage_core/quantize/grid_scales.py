@@ -1,13 +1,12 @@
-"""Super-blocks of the grid formats: rows of a codebook, scales of sub-blocks and the scale over them.
+"""Searches super-blocks of the grid formats: codebook rows, and scales of sub-blocks and super-blocks.
 
 w = d * unit * (1 + 2 * level[sub]) * row[group], where level is a small integer. The search has four steps.
-  1. Moments of each sub-block give a guess of its scale; the best of nine scales around it is improved by
-  least squares
-     for its rows.
-  2. d is chosen so that the levels come nearest to those scales, with errors weighted by what they cost.
-  3. Each sub-block takes the better of the two levels around its scale, after an exhaustive search for the
-  rows of both. 4. Rows are chosen, d is fitted by least squares, and signs and rows are chosen again under
-  the stored d.
+  1. The moments of each sub-block give a guess of its scale. The best of nine scales around the guess is
+     improved by least squares for its rows.
+  2. d is chosen so that the possible levels are nearest to those scales, with errors weighted by their cost.
+  3. Each sub-block gets the better of the two levels around its scale, after an exhaustive search for the
+     rows of both.
+  4. Rows are chosen, d is fitted by least squares, and signs and rows are chosen again for the stored d.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from zimage_core.quantize.grid import DELTA, Groups, grid
 from zimage_core.quantize.scale_search import TINY, block_costs, exponents, reciprocal
 
 _RATIOS = (-0.4, 0.5)
-"""Logarithms of the least and the largest scale that is tried, relative to the guess."""
+"""Logarithms of the smallest and the largest scale that are tried, relative to the guess."""
 _SPAN = (-0.5, 0.2)
-"""Logarithms of the least and the largest d that is tried, relative to the d that gives the largest scale
-the last level."""
+"""Logarithms of the smallest and the largest d that are tried, relative to the d for which the largest scale
+has the last level."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +35,11 @@ class Plan:
     Args:
         book: Name of the codebook.
         run: Number of weights in a sub-block.
-        levels: A scale is one of the odd numbers up to 2 * levels - 1.
+        levels: Number of levels: a scale is one of the odd numbers up to 2 * levels - 1.
         unit: Factor of d: the step of a sub-block is d * unit * (1 + 2 * level).
         signs: "free" (a bit for each), "even" (an even number of minuses in 8), "rows" (in the codebook).
         shared: Number of groups that use the same half of a shifted codebook.
-        peak: Influence of the large weights on the guess of a scale; 0 for their mean square alone.
+        peak: Influence of the large weights on the guess of a scale; 0 uses the mean square alone.
     """
 
     book: str
@@ -60,8 +59,8 @@ class Found:
         d: Scale of each super-block, float32 [n], a float16 number.
         level: Level of each sub-block, int64 [n, subs].
         index: Row of the codebook for each group, int64 [n, groups].
-        half: 1 where DELTA is subtracted from the row, int64 [n, groups].
-        minus: Whether a weight is negative, bool [n, 256]; all False where the codebook has the signs.
+        half: 1 if DELTA is subtracted from the row, else 0, int64 [n, groups].
+        minus: Whether a weight is negative, bool [n, 256]; all False if the codebook has the signs.
     """
 
     d: Tensor
@@ -96,7 +95,7 @@ class _Search:
         return (values if self.w is None else values * self.w).sum(-1)
 
     def _make_even(self, rises: Tensor) -> None:
-        """In each 8 weights with an odd number of minuses, turn the sign where `rises` is least."""
+        """Make the number of minuses in each 8 weights even by flipping the sign with the least `rises`."""
         odd = self.negative.view(-1, 8).sum(1, keepdim=True) % 2 == 1
         cheapest = rises.view(-1, 8).argmin(1, keepdim=True)
         wrong = torch.zeros_like(self.negative).view(-1, 8).scatter_(1, cheapest, odd).view(self.a.shape)
@@ -106,16 +105,15 @@ class _Search:
         self.groups.take(self.a)
 
     def settle_signs(self, step: Tensor) -> None:
-        """In each 8 weights with an odd number of minuses, turn the sign that costs least under these scales.
+        """Make the number of minuses in each 8 weights even by flipping the sign that costs least.
 
-        Until now the turned weight was the one of least w * |x|, a cost that leaves out the choice of the
-        row.
+        Before this call the flipped weight is the one with the least w * |x|, a cost that ignores the row.
         """
         self.groups.take(self.a.abs())
         self._make_even(self.groups.rises(step))
 
     def guess(self) -> Tensor:
-        """Scales [n, subs] from the mean square and, for heavy tails, the mean fourth power over it."""
+        """Guess scales [n, subs] from the mean square and, for heavy tails, the mean fourth power over it."""
         mass = self.plan.run if self.w is None else self.w.sum(-1)
         mean = self.energy / mass
         tail = self._sum(self.a.pow(4)) / self.energy.clamp(min=TINY)
@@ -138,7 +136,7 @@ class _Search:
         return torch.where(fitted > 0, fitted, best), mass
 
     def rough(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows like a, and errors like `Groups.cost`, as if the codebook had every row of -1, 0 and 1.
+        """Rows and errors as if the codebook had all rows of -1, 0 and 1: shaped like a and `Groups.cost`.
 
         The exact search among 4096 rows takes thirty times as long, and its best scales are almost the same.
         """
@@ -154,10 +152,10 @@ class _Search:
         return torch.where(second, rows[1], rows[0]), error.amin(0).sum(-1) * step.square() - self.energy
 
     def start(self, best: Tensor, mass: Tensor) -> Tensor:
-        """The d [n, 1] under which the levels come nearest to the best scales.
+        """The d [n, 1] for which the possible levels are nearest to the best scales.
 
-        For fixed rows, a step that is off by e costs mass * e^2. So the best d for a set of levels is a
-        least squares fit, and the set with the least remaining error is taken.
+        For fixed rows, an error e of a step costs mass * e^2. The best d for a set of levels is therefore a
+        least squares fit, and the set with the least remaining error is used.
         """
         over_last = best.amax(1, keepdim=True) / (2 * self.plan.levels - 1)
         tried = over_last * torch.linspace(*_SPAN, 24, device=best.device).exp()
@@ -169,11 +167,11 @@ class _Search:
 
     @staticmethod
     def level(step: Tensor, d: Tensor) -> Tensor:
-        """The level that gives a step, not yet rounded to an integer."""
+        """The level for a step, before rounding to an integer."""
         return (step * reciprocal(d) - 1) / 2
 
     def stored(self, d: Tensor) -> Tensor:
-        """d [n, 1], rounded as the file will hold it."""
+        """d [n, 1], rounded to float16 as in the file."""
         return as_half(d[:, 0] / self.plan.unit, self.power)[:, None] * self.plan.unit
 
     def levels(self, best: Tensor, d: Tensor) -> Tensor:
@@ -205,7 +203,7 @@ class _Search:
 
 
 def search(plan: Plan, x: Tensor, importance: Tensor | None) -> Found:
-    """Super-blocks of weights x [rows, K] with importance [rows, K], [1, K] or None."""
+    """Search the super-blocks of weights x [rows, K] with importance [rows, K], [1, K] or None."""
     blocks = x.view(-1, 256)
     power, inverse = exponents(blocks)
     costs = block_costs(x, importance, 256)

@@ -1,4 +1,4 @@
-"""IQ1_S to IQ3_S: the bytes of what `grid_scales` finds; reference/i_quants.py has the layouts."""
+"""Encoders of IQ1_S to IQ3_S: pack the result of `grid_scales`; reference/i_quants.py has the layouts."""
 
 from __future__ import annotations
 

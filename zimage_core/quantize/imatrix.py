@@ -1,11 +1,11 @@
-"""Importance matrices: how large the inputs of each weight matrix are, channel by channel.
+"""Importance matrices: the mean square of each input channel of each weight matrix.
 
-An encoder that knows the mean square of input channel k weighs the error of column k by it. For uncorrelated
-inputs that is the error of the product. The files are llama.cpp's, old and new (`imatrix_files.py`), so that
-its tools and ours can share them.
+An encoder weights the error of column k by the mean square of input channel k. For uncorrelated inputs the
+sum is the error of the product. The files have llama.cpp's formats, old and new (`imatrix_files.py`), so that
+they can be exchanged with its tools.
 
-Tensors are named as in a GGUF file: by the single-file names of an S3-DiT, where q, k and v are one tensor
-with one input, and by llama.cpp's names of a text encoder.
+Tensors have the names of a GGUF file: single-file names for an S3-DiT, where q, k and v are one tensor with
+one input, and llama.cpp's names for a text encoder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from zimage_core.quantize.imatrix_files import Sums
 
 FORMATS = ("gguf", "dat")
 _FEWEST_FOUND = 0.5
-"""Share of the tensors to encode that an imatrix must know to count as one of this model."""
+"""Least share of the tensors to encode that must be in an imatrix for it to count as one of this model."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Imatrix:
 
     Args:
         entries: Tensor name -> sums of squares and number of rows.
-        datasets: What the inputs were made from, such as names of prompt files.
-        chunks: Number of parts that the data came in; one of ours is an image.
-        path: The file that it was read from, for messages.
+        datasets: Sources of the inputs, such as names of prompt files.
+        chunks: Number of chunks of data; in files of this library a chunk is an image.
+        path: The file that the imatrix was read from, for messages.
     """
 
     entries: Mapping[str, Sums] = field(default_factory=dict)
@@ -44,15 +44,15 @@ class Imatrix:
     path: str = ""
 
     def importance(self, name: str) -> Tensor | None:
-        """Mean square of each input channel, float32 [K], of a tensor under its name in a GGUF file.
+        """Mean square of each input channel of a tensor, float32 [K]; None if there is no entry for it.
 
-        None for a tensor that nothing is known of.
+        `name` is the tensor's name in a GGUF file.
         """
         sums = self.entries.get(name)
         return (sums.squares / sums.count).float() if sums is not None and sums.count else None
 
     def merge(self, other: Imatrix) -> Imatrix:
-        """Both as if collected in one go.
+        """Combine two imatrices as if they had been collected together.
 
         Raises:
             WrongModel: A tensor has another number of input channels in `other`.
@@ -69,7 +69,7 @@ class Imatrix:
         )
 
     def missing(self, wanted: Iterable[str]) -> tuple[str, ...]:
-        """The wanted tensors that nothing is known of; they are encoded as if there were no imatrix."""
+        """The wanted tensors without an entry; they are encoded as if there were no imatrix."""
         return tuple(name for name in wanted if self.importance(name) is None)
 
     def check_fits(self, widths: Mapping[str, int], fewest: float = _FEWEST_FOUND) -> None:
@@ -77,10 +77,10 @@ class Imatrix:
 
         Args:
             widths: Tensor to encode -> number of its input channels.
-            fewest: Share of these tensors that must be known.
+            fewest: Least share of these tensors that must have an entry.
 
         Raises:
-            WrongModel: A tensor has another number of channels, or too few are known by name.
+            WrongModel: A tensor has another number of channels, or too few tensors have an entry.
         """
         for name, width in widths.items():
             sums = self.entries.get(name)
@@ -106,12 +106,12 @@ class Imatrix:
 def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
     """Read an importance matrix, GGUF or legacy; the first bytes decide which.
 
-    The prefix of stable-diffusion.cpp's names, `model.diffusion_model.`, is taken off.
+    The prefix of stable-diffusion.cpp's names, `model.diffusion_model.`, is removed.
 
     Raises:
-        BadFile: Not a regular file, cut, or damaged: counts and lengths are compared with the file's size
-            before anything is allocated for them, and sums that are negative or not finite are refused.
-        WrongModel: A GGUF file that holds a model.
+        BadFile: The file is not a regular file, is cut or damaged. Counts and lengths are compared with its
+            size before anything is allocated for them, and sums that are negative or not finite are refused.
+        WrongModel: The file is a GGUF that holds a model.
     """
     return Imatrix(*imatrix_files.read(path), os.fspath(path))
 
@@ -119,17 +119,17 @@ def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
 def write_imatrix(
     path: str | os.PathLike[str], imatrix: Imatrix, format: str | None = None, overwrite: bool = False
 ) -> None:
-    """Write an importance matrix, whole or not at all.
+    """Write a complete importance matrix, or nothing.
 
     Args:
         path: Destination.
-        imatrix: What to write.
-        format: "gguf", or "dat" for llama.cpp before July 2025, which keeps one dataset and no row counts;
-            None goes by the name, GGUF unless it ends in .dat.
+        imatrix: The importance matrix.
+        format: "gguf", or "dat" for llama.cpp before July 2025, which has one dataset and no row counts. None
+            decides by the name: GGUF unless it ends in .dat.
         overwrite: Replace an existing file.
 
     Raises:
-        BadArgument: An unknown format, or nothing to write.
+        BadArgument: The format is unknown, or the imatrix is empty.
         BadFile: The file exists or cannot be written.
     """
     format = format or ("dat" if os.fspath(path).endswith(".dat") else "gguf")
@@ -143,6 +143,6 @@ def write_imatrix(
 
 
 def flat(widths: Mapping[str, int]) -> Imatrix:
-    """An imatrix in which every channel counts the same, so that the error of the weights is minimised."""
+    """An imatrix with equal importance of all channels, for which the error of the weights is minimised."""
     ones = {name: Sums(torch.ones(width, dtype=torch.float64), 1) for name, width in widths.items()}
     return Imatrix(ones, ("flat",), 1)

@@ -1,10 +1,10 @@
-"""llama.cpp's two files of importance matrices, read without trust.
+"""Reads and writes llama.cpp's two file formats of importance matrices; files are not trusted.
 
 A GGUF (since July 2025) has `general.type` "imatrix", keys `imatrix.*`, and for each weight matrix, in
-float32, the sums of squares `NAME.in_sum2` [K] and the number of rows that went into them, `NAME.counts` [1].
+float32, the sums of squares `NAME.in_sum2` [K] and the number of rows in them, `NAME.counts` [1].
 
-A legacy file has counts and lengths as int32, and for each matrix the sums times ncall / rows; then come the
-number of chunks and the name of the data, which older files lack.
+A legacy file has counts and lengths as int32, and for each matrix the sums times ncall / rows. The number of
+chunks and the name of the data follow; older files lack these two.
 
 Source: llama.cpp, tools/imatrix/imatrix.cpp and common/imatrix-loader.cpp.
 """
@@ -32,7 +32,7 @@ MAX_ENTRIES = 65_536
 MAX_NAME = 1024
 MAX_DATASET = 65_535
 PREFIX = "model.diffusion_model."
-"""What stable-diffusion.cpp puts before the names of a single file."""
+"""Prefix that stable-diffusion.cpp adds to the names of a single file."""
 SUMS, COUNTS = ".in_sum2", ".counts"
 KIND, DATASETS = "general.type", "imatrix.datasets"
 CHUNKS, CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
@@ -40,7 +40,7 @@ CHUNKS, CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
 
 @dataclass(frozen=True)
 class Sums:
-    """What was seen of the inputs of one matrix.
+    """Statistics of the inputs of one matrix.
 
     Args:
         squares: Sum over rows of x^2, float64 [K].
@@ -52,7 +52,7 @@ class Sums:
 
     @property
     def width(self) -> int:
-        """Input channels K."""
+        """Number of input channels K."""
         return len(self.squares)
 
     def __add__(self, other: Sums) -> Sums:
@@ -60,15 +60,15 @@ class Sums:
 
 
 Content = tuple[Mapping[str, Sums], tuple[str, ...], int]
-"""What a file holds: entries, datasets and chunks, as in `imatrix.Imatrix`."""
+"""Contents of a file: entries, datasets and chunks, as in `imatrix.Imatrix`."""
 
 
 def read(path: str | os.PathLike[str]) -> Content:
-    """Read a file of either kind.
+    """Read a file of either format.
 
     Raises:
-        BadFile: Damaged, cut, or something else.
-        WrongModel: A GGUF file without importances.
+        BadFile: The file is damaged, cut, or of another kind.
+        WrongModel: The file is a GGUF without importances.
     """
     source = Source(path, mmap=False)
     try:
@@ -160,12 +160,12 @@ def to_gguf(entries: Mapping[str, Sums], datasets: Sequence[str], chunks: int) -
 
 
 def _sound(name: str) -> str:
-    """The name as UTF-8 can hold it, cut to the length that the reader accepts."""
+    """The name made valid UTF-8 and cut to the length that the reader accepts."""
     return name[:MAX_DATASET].encode("utf-8", "replace").decode()
 
 
 def _chunk_size(entries: Mapping[str, Sums], chunks: int) -> int:
-    """Number of rows that one chunk brings to the matrix that sees the most."""
+    """Number of rows per chunk for the matrix with the most rows."""
     most = max((sums.count for sums in entries.values()), default=0)
     return max(1, math.ceil(most / max(1, chunks)))
 
@@ -174,7 +174,7 @@ def _chunk_size(entries: Mapping[str, Sums], chunks: int) -> int:
 
 
 class _Reader:
-    """Reads on from a position; every length is compared with what is left before it is used."""
+    """Sequential reader that compares every length with the rest of the file before it is used."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.position = source, 0
@@ -222,7 +222,7 @@ def _from_dat(source: Source) -> Content:
             raise BadFile(source.path, f"{printable(name, 80)} has {width} values", AGAIN)
         data = reader.take(4 * width, f"the {width} sums of {printable(name, 80)}")
         sums = torch.frombuffer(data, dtype=torch.uint8).view(torch.float32)  # little endian, as we are
-        # without calls the numbers are means already
+        # if there are no calls, the numbers are means already
         entries[name] = Sums(_checked(source.path, name, sums), max(calls, 1))
     chunks = reader.number("the number of chunks") if reader.left else 0
     dataset = reader.text("the name of the data", MAX_DATASET) if reader.left else ""
@@ -242,6 +242,6 @@ def to_dat(entries: Mapping[str, Sums], datasets: Sequence[str], chunks: int) ->
 
 
 def _short(text: str) -> bytes:
-    # no character is cut in the middle
+    # "ignore" drops a character that the cut splits
     data = text.encode("utf-8", "replace")[:MAX_DATASET].decode("utf-8", "ignore").encode()
     return struct.pack("<i", len(data)) + data

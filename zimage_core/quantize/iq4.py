@@ -1,4 +1,4 @@
-"""IQ4_NL and IQ4_XS: 16 levels at unequal distances, searched as the integers of other formats are."""
+"""Encoders of IQ4_NL and IQ4_XS: 16 levels at unequal distances, with the searches of integer formats."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ from zimage_core.quantize.scale_search import (
 from zimage_core.quantize.signed_scales import SignedSearch
 
 _STARTS = (-127, 113, *range(-160, -94, 6), *range(90, 151, 10))
-"""Levels that the weight of largest magnitude is tried on: the first and the last, and numbers around
-them."""
+"""Levels tried for the weight of largest magnitude: the first and the last, and numbers around them."""
 
 
 @cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tables of the nearest level, float32, and its code, uint8; place i is for numbers from i / 2 - 128 on.
+    """Tables of the nearest level (float32) and its code (uint8); entry i begins at the number i / 2 - 128.
 
-    Levels are integers, so the points halfway between them are multiples of 1/2, the width of a place.
+    Levels are integers, so the points halfway between them are multiples of 1/2, the width of an entry.
     """
     book = codebook("iq4_nl")
-    with torch.inference_mode(False):  # it outlives the caller's mode
+    with torch.inference_mode(False):  # the tables are used after the caller's mode ends
         levels = torch.frombuffer(bytearray(book.values), dtype=torch.int8).float()
         centres = torch.arange(512)[:, None] / 2 - 127.75
         code = (centres - levels).abs().argmin(1)
@@ -46,12 +45,12 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _places(values: Tensor) -> Tensor:
-    """Places of numbers in the tables, int32 [...]; the values are overwritten."""
+    """Indices of numbers in the tables, int32 [...]; the values are overwritten."""
     return values.add_(128).mul_(2).clamp_(0, 511).to(torch.int32)
 
 
 def _nearest(device: torch.device) -> Nearest:
-    """The function that moves numbers to the nearest level, in place."""
+    """A function that moves numbers to the nearest level, in place."""
     levels, _ = _tables(device)
 
     def move(values: Tensor) -> Tensor:
@@ -61,7 +60,7 @@ def _nearest(device: torch.device) -> Nearest:
 
 
 def _codes(levels: Tensor) -> Tensor:
-    """Codes 0..15 of numbers that are levels."""
+    """Codes 0..15 of levels."""
     return _tables(levels.device)[1][_places(levels)]
 
 

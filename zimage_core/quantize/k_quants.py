@@ -1,4 +1,4 @@
-"""Q2_K to Q6_K: super-blocks of 256 weights whose sub-blocks have small integer scales."""
+"""Encoders of Q2_K to Q6_K: super-blocks of 256 weights whose sub-blocks have small integer scales."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class _Affine:
 
 @dataclass(frozen=True, slots=True)
 class _Signed:
-    """Search of a format with levels -half..half - 1 under signed scales; sub-blocks have 16 weights.
+    """Search of a format with levels -half..half - 1 and signed scales; sub-blocks have 16 weights.
 
     Args:
         half: Half the number of levels.
         limit: Scales are -limit..limit - 1.
-        starts: Levels that the weight of largest magnitude is tried on.
+        starts: Levels tried for the weight of largest magnitude.
         divisors: Divisors of `SignedSearch.start`.
     """
 
@@ -69,7 +69,7 @@ _SIGNED = {
     "Q6_K": _Signed(32, 128, PEAKS[6], (-128, -125, -121, -117, 127)),
 }
 _ROUNDS = 2
-"""Number of times that the scales of a super-block are fitted and everything is rounded anew."""
+"""Number of times that the scales of a super-block are fitted and everything is rounded again."""
 
 
 def _affine(

@@ -1,4 +1,4 @@
-"""Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: 32 weights under one float16 scale.
+"""Encoders of Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: blocks of 32 weights with one float16 scale.
 
 Without importance the bytes are those of gguf-py and of ggml's reference code, whose scale follows from the
 extreme weights alone. With importance the scale (and minimum) is searched.
@@ -39,7 +39,7 @@ Searched = Callable[[Tensor, int, Tensor], tuple[Tensor, ...]]
 
 
 def inverse_of(d: Tensor) -> tuple[Tensor, Tensor]:
-    """1 / d, or 0 where d is 0, and whether it is finite (for a subnormal d it may not be); both like d."""
+    """1 / d, or 0 where d is 0, and whether it is finite (1 / d of a subnormal d may not be); both like d."""
     inverse = torch.where(d == 0, 0.0, d.reciprocal())
     return inverse, inverse.isfinite()
 
@@ -85,7 +85,7 @@ def _pack(fmt: BlockFormat, x: Tensor, codes: Tensor, d: Tensor, m: Tensor | Non
 
 
 def _searched_symmetric(x: Tensor, bits: int, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and d of the least weighted error that the search finds."""
+    """Codes and d with the least weighted error found."""
     half = 1 << (bits - 1)
     runs, power = unit_runs(x, importance, 32, 32)
     nearest = nearest_integer(-half, half - 1)
@@ -95,7 +95,7 @@ def _searched_symmetric(x: Tensor, bits: int, importance: Tensor) -> tuple[Tenso
 
 
 def _searched_affine(x: Tensor, bits: int, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, d and m of the least weighted error that the search finds."""
+    """Codes, d and m with the least weighted error found."""
     top = (1 << bits) - 1
     runs, power = unit_runs(x, importance, 32, 32, centred=True)
     s, beta = fit_affine(runs, top, CUTS[bits], floor_at_zero=False)
@@ -126,7 +126,7 @@ def _plain_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _searched_bytes(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes -127..127 and d of the least weighted error that the search finds."""
+    """Codes -127..127 and d with the least weighted error found."""
     runs, power = unit_runs(x, importance, 32, 32)
     nearest = nearest_integer(-127, 127)
     d = as_half(fit_symmetric(runs, starting_scales(runs, PEAKS[8]), nearest), power)

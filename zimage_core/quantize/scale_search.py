@@ -1,7 +1,7 @@
-"""The best scale, or scale and minimum, for a run of weights: the search that every format shares.
+"""Searches the best scale, or scale and minimum, for a run of weights; most formats use it.
 
-Runs are columns: weight i of all runs of a slab is in row i of a [length, runs] tensor. Operations then go
-along memory, the scales of the runs broadcast without strides, and sums over runs vectorise.
+Runs are columns: row i of a [length, runs] tensor has weight i of all runs of a slab. Operations then access
+memory contiguously, the scales of the runs broadcast without strides, and sums over a run vectorise.
 
 For given codes q, the best s and b of x ~ s * q + b solve a two by two system of weighted sums; for given s
 and b, the best codes are the nearest ones. The search tries several starting points, solves the system for
@@ -20,11 +20,11 @@ from torch import Tensor
 FLOOR = 1e-9
 """Least importance of a weight, relative to the largest of its block, so that no sum of weights is 0."""
 PAD = 64
-"""Blocks are filled up to a multiple of this. Torch sums columns that fill its vectors in another order than
-the rest, and the bytes of a block must not depend on the blocks beside it."""
+"""The number of blocks is padded to a multiple of this. Torch sums columns in another order if they do not
+fill its vectors, and the bytes of a block must not depend on the other blocks."""
 TINY = 1e-30
 MARGIN = 1 + 2e-7
-"""Factor by which a later scale must be better, more than the rounding of sums. The first of several exact
+"""Factor by which a later scale must be better; it exceeds the rounding of sums. The first of several exact
 scales is kept, so that equal runs get equal scales."""
 
 Nearest = Callable[[Tensor], Tensor]
@@ -40,13 +40,13 @@ class Moments:
     qy: Tensor
 
     def take(self, other: Moments, mask: Tensor) -> None:
-        """Become `other` where the mask is 1.0, in place."""
+        """Copy the values of `other` where the mask is 1.0."""
         for mine, theirs in ((self.q, other.q), (self.qq, other.qq), (self.qy, other.qy)):
             mine.lerp_(theirs, mask)
 
 
 def nearest_integer(low: int, high: int) -> Nearest:
-    """The function that moves numbers to the integers low..high."""
+    """A function that moves numbers to the nearest of the integers low..high, in place."""
 
     def move(values: Tensor) -> Tensor:
         return values.round_().clamp_(low, high)
@@ -64,7 +64,7 @@ class Runs:
 
     Args:
         x: float32 [length, runs].
-        w: float32 like x, positive, or None for ones.
+        w: Importance with the shape of x, float32 and positive; None for ones.
         centred: Subtract the weighted mean of each run first, for formats with a minimum. Sums then do not
             cancel when a run is far from zero.
     """
@@ -78,7 +78,7 @@ class Runs:
         if centred:
             self.centre = self._sum(x) / self.weight
             self.y = x - self.centre
-            self.total = self._sum(self.y)  # what rounding left
+            self.total = self._sum(self.y)  # the rest that rounding leaves
 
     def _sum(self, values: Tensor) -> Tensor:
         return (values if self.w is None else torch.mul(values, self.w, out=self._one)).sum(0)
@@ -148,10 +148,10 @@ def peaks(x: Tensor) -> Tensor:
 
 
 def starting_scales(runs: Runs, levels: Sequence[float]) -> list[Tensor]:
-    """Scales [runs] that put the weight of largest magnitude on each of `levels`.
+    """Scales [runs] for which the weight of largest magnitude is exactly one of `levels`.
 
-    With importance, two more put the weight whose loss would cost most on the first level and on half of it.
-    Where this weight is small, the other scales are far from it.
+    With importance there are two more, for which the weight that is costliest to lose is the first level or
+    half of it. If this weight is small, the other scales are far from the best one.
     """
     peak = peaks(runs.x)
     starts = [peak / level for level in levels]
@@ -164,7 +164,7 @@ def starting_scales(runs: Runs, levels: Sequence[float]) -> list[Tensor]:
 
 
 def fit_symmetric(runs: Runs, starts: Sequence[Tensor], nearest: Nearest, rounds: int = 2) -> Tensor:
-    """The best scale of each run found from several starting scales, improved `rounds` times: [runs]."""
+    """The best scale [runs] of each run, found from several starting scales and improved `rounds` times."""
     best, gain = torch.zeros_like(runs.weight), torch.full_like(runs.weight, -TINY)
 
     def consider(start: Tensor) -> None:
@@ -195,7 +195,7 @@ def solve_affine(runs: Runs, m: Moments, *, floor_at_zero: bool) -> tuple[Tensor
     gain = s * slope
     if floor_at_zero:
         above = ((beta + centre) > 0).to(s.dtype)
-        through = (m.qy + centre * m.q) / m.qq.clamp(min=TINY)  # the line through 0
+        through = (m.qy + centre * m.q) / m.qq.clamp(min=TINY)  # slope of the line through 0
         s = s.lerp(through, above)
         beta = beta.lerp(-centre, above)
         gain = gain.lerp(lowering(runs, m, s, beta), above)
@@ -215,9 +215,9 @@ def fit_affine(
     Args:
         runs: Centred runs.
         top: The largest code.
-        cuts: Starting points, as numbers of steps to cut off the full range below and above.
+        cuts: Starting points: numbers of steps by which the full range is shortened at its two ends.
         floor_at_zero: Keep the offset beta + centre at 0 or below.
-        rounds: Number of times that the best is improved.
+        rounds: Number of times that the best result is improved.
     """
     low, high = runs.y.amin(0), runs.y.amax(0)
     if floor_at_zero:
@@ -257,14 +257,14 @@ def columns(blocks: Tensor, length: int) -> Tensor:
 
 
 def blocks_of(runs: Tensor, n: int) -> Tensor:
-    """The reverse of `columns`: [length, m * n] -> [n, m * length]."""
+    """The inverse of `columns`: [length, m * n] -> [n, m * length]."""
     return runs.view(len(runs), -1, n).permute(2, 1, 0).reshape(n, -1)
 
 
 def block_costs(x: Tensor, importance: Tensor | None, weights: int) -> Tensor | None:
     """Importance of each weight [blocks, weights], in units of a power of two near the largest of its block.
 
-    It is at least FLOOR, and a block of zeros becomes ones, so that no sum over a run is 0.
+    Values are at least FLOOR, and a block of zeros becomes ones, so that no sum over a run is 0.
     """
     if importance is None:
         return None

@@ -1,7 +1,6 @@
-"""Signed integer scales of sub-blocks under one float16 scale of the super-block (Q3_K, Q6_K, IQ4_XS).
+"""Signed integer scales of sub-blocks, times one float16 scale of the super-block (Q3_K, Q6_K, IQ4_XS).
 
-The search is that of `affine_scales` without minima: w = d * scale * level, with levels on both sides of
-zero.
+The search is like that of `affine_scales`, without minima: w = d * scale * level, with levels of both signs.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class SignedSearch(SuperBlocks):
         self.limit = limit
 
     def start(self, m: Moments, s: Tensor, divisors: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """The best d [n], which is the largest scale over one of the divisors, and the scales under it."""
+        """The best d [n], which is the largest scale / one of the divisors, and the integer scales for it."""
         over = torch.tensor(divisors, device=s.device)[:, None]
         d = as_half(peaks(s.view(-1, self.n)) / over, self.power)
         scale = self._integers(s, self.wide(d))
@@ -67,7 +66,7 @@ class SignedSearch(SuperBlocks):
         return as_half(d, self.power)
 
     def neighbours(self, d: Tensor, scale: Tensor, shifts: Sequence[int]) -> tuple[Tensor, Moments]:
-        """The best of each scale and its neighbours, with the weights rounded anew for each."""
+        """The best of each scale and its neighbours, with the weights rounded again for each."""
         wide = self.wide(d)
         best, kept, gain = scale, None, torch.full_like(scale, -torch.inf)
         for shift in shifts:
@@ -84,7 +83,7 @@ class SignedSearch(SuperBlocks):
         return best, kept or self.runs.moments(self.runs.levels(wide * best, None, self.nearest))
 
     def run(self, starts: Sequence[Tensor], divisors: Sequence[float], rounds: int) -> Signed:
-        """Finished super-blocks, from starting scales of the runs."""
+        """The finished super-blocks, from starting scales of the runs."""
         s = fit_symmetric(self.runs, starts, self.nearest)
         m = self.runs.moments(self.runs.levels(s, None, self.nearest))
         d, scale = self.start(m, s, divisors)

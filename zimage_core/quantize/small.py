@@ -1,8 +1,8 @@
-"""Formats of few levels: TQ1_0, TQ2_0, Q1_0, Q2_0, Q2_0_128, and the 4-bit floats MXFP4 and NVFP4.
+"""Encoders of formats with few levels: TQ1_0, TQ2_0, Q1_0, Q2_0, Q2_0_128, and the 4-bit floats.
 
-Without importance TQ1_0, TQ2_0 and MXFP4 are the bytes of gguf-py and ggml, whose scale follows from the
-largest weight alone. Everything else minimises the weighted error: exactly for ternary and one-bit weights,
-over all scales in reach for the 4-bit floats, and by search for Q2_0.
+Without importance TQ1_0, TQ2_0 and MXFP4 have the bytes of gguf-py and ggml, whose scale follows from the
+largest weight alone. All other cases minimise the weighted error: exactly for ternary and one-bit weights,
+over a range of scales for the 4-bit floats (MXFP4, NVFP4), and by search for Q2_0.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from zimage_core.quantize.scale_search import (
 
 _MXFP4_SHIFTS = (0, 1, -1)
 _MXFP4_MAX = 252
-"""The largest code under which 12, the largest level, is finite."""
+"""The largest scale code for which 12, the largest level, gives a finite weight."""
 _NVFP4_SHIFTS = tuple(range(-6, 5))
-"""Scales that are tried, as differences of code from the one that makes the largest weight the largest
+"""Scales that are tried, as offsets of their code from the one for which the largest weight is the largest
 level."""
 _NVFP4_MAX = 2688.0
 """The largest number that NVFP4 holds: 448 / 2 * 12."""
@@ -45,9 +45,9 @@ _NVFP4_MAX = 2688.0
 def _ternary_scale(x: Tensor, costs: Tensor) -> Tensor:
     """The best d [n] for levels -d, 0 and d; x and costs are [n, 256].
 
-    The weights that become d or -d are those of largest magnitude, so there are 256 such sets. The best d of
-    a set is its weighted mean, and running sums over the sorted magnitudes give the error of all sets at
-    once.
+    The weights that become d or -d are those of largest magnitude, so there are 256 possible sets. The best d
+    of a set is its weighted mean, and cumulative sums over the sorted magnitudes give the errors of all sets
+    at once.
     """
     magnitude, order = x.abs().sort(1, descending=True)
     weight = costs.gather(1, order)
@@ -75,7 +75,7 @@ def _ternary(x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _tq1_0(x: Tensor, importance: Tensor | None) -> Tensor:
-    """Five base-3 digits are a byte: the fraction digits / 243, rounded up to byte / 256."""
+    """Pack five base-3 digits into a byte: the fraction digits / 243, rounded up to byte / 256."""
     codes, d = _ternary(x, importance)
 
     def fractions(digits: Tensor, count: int) -> Tensor:
@@ -116,7 +116,7 @@ def _q2_0(name: str, x: Tensor, importance: Tensor | None) -> Tensor:
 
 
 def nearest_e2m1(values: Tensor) -> Tensor:
-    """Round magnitudes to 0, 1, 2, 3, 4, 6, 8 or 12, in place; halfway goes to the smaller one.
+    """Round magnitudes to 0, 1, 2, 3, 4, 6, 8 or 12, in place; ties go to the smaller one.
 
     The step between levels is half the power of two of the number, and 1 below 4.
     """
@@ -136,10 +136,10 @@ def e2m1_codes(levels: Tensor) -> Tensor:
 
 
 def _plain_exponent(x: Tensor) -> Tensor:
-    """MXFP4's code of the scale, int32 [n], before it is cut to a byte.
+    """MXFP4's code of the scale, int32 [n], before it is reduced to a byte.
 
-    The logarithm is rounded to float32 as in ggml, so a number just below a power of two counts as that
-    power.
+    The logarithm is rounded to float32 as in ggml, so that a number just below a power of two has the code of
+    that power.
     """
     peak = x.abs().amax(1)
     log = peak.double().log2().float().floor().nan_to_num_(0.0, 0.0, 0.0)
@@ -163,14 +163,14 @@ def _mxfp4(x: Tensor, importance: Tensor | None) -> Tensor:
         better = (found > gain).to(found.dtype)
         best, gain = best.lerp(tried, better), torch.maximum(gain, found)
     levels = runs.levels(scale(best), None, nearest_e2m1)
-    levels *= best >= 0  # a negative code wraps round in ggml; under that huge scale all weights are 0
+    levels *= best >= 0  # a negative code wraps around in ggml to a huge scale, for which all weights are 0
     codes = blocks_of(e2m1_codes(levels), len(power))
     e = (best.to(torch.int32) & 255).to(torch.uint8)
     return packed_rows(FORMATS["MXFP4"], x, e=e, qs=pack_planes(codes, 16, 4))
 
 
 def _nvfp4(x: Tensor, importance: Tensor | None) -> Tensor:
-    """The scale of least error among the E4M3 numbers around the one that fits the largest weight."""
+    """Encode with the best scale among the E4M3 numbers near the one that fits the largest weight."""
     blocks = padded(x.clamp(-_NVFP4_MAX, _NVFP4_MAX).view(-1, 64))
     costs = block_costs(x, importance, 64)
     runs = Runs(columns(blocks, 16), None if costs is None else columns(padded(costs).clamp_(min=FLOOR), 16))

@@ -1,9 +1,9 @@
-"""The points where the searches for a scale begin, as data.
+"""Starting points of the scale searches, as data.
 
-They were chosen one by one from fine grids. Each lowered the mean error of the runs most, given the points
-before it, on Gaussian and Student-t weights with and without importance; then each was exchanged for a
-better one if there was one. The whole range, (0, 0), is among the cuts, so that weights that lie on a grid
-are found exactly.
+They were chosen one by one from fine grids: each is the point that lowered the mean error of the runs most,
+given the points before it, on Gaussian and Student-t weights with and without importance. Then each was
+replaced by a better one if there was one. The full range, (0, 0), is among the cuts, so that weights that lie
+exactly on a grid are found exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CUTS: dict[int, Cuts] = {
     5: ((0, 0), (-2, -2), (-2, -1), (-2, -0.3), (-1, -1), (-1, 0), (-1, 0.3), (-0.3, -2), (-0.3, 0.3),
         (0, -0.3), (0, 0.3), (0, 1), (0.3, -1), (0.3, 0), (0.3, 0.3), (0.6, 0)),
 }
-"""Bits of a code -> pairs of steps to cut off the full range, below and above (`scale_search.fit_affine`)."""
+"""Bits of a code -> steps by which the range is shortened below and above (`scale_search.fit_affine`)."""
 
 PEAKS: dict[int, tuple[float, ...]] = {
     3: (-4.1, -5.4, -4.8, -4.4, -3.9, -3.65, -3.3, -3, 4.3),
@@ -28,6 +28,5 @@ PEAKS: dict[int, tuple[float, ...]] = {
     6: (-32.1, -33, -32.6, -31.7, -30.8, -29.4, -28, -27, -25.2, -23.8, -22.9, -22, 20.8, 26, 28.9, 30, 31.2),
     8: (-127, -127.3, -126.5, -126, -125, 127.2, 126.7, 126.3, 125.5, 124.5),
 }
-"""Bits of a code -> levels that the weight of largest magnitude is tried on
-(`scale_search.starting_scales`)."""
+"""Bits of a code -> levels tried for the weight of largest magnitude (`scale_search.starting_scales`)."""
 # fmt: on

@@ -1,8 +1,8 @@
-"""The errors of each block of a transformer: tensors of model A are kept on disk, and B is compared.
+"""Measures the errors of each block of a transformer: A's tensors are kept on disk, then B is compared.
 
-A block has two errors. `own` is that of B's block on the input that A's block had, relative to what A's
-block adds to this input; only the weights of this block cause it. `stream` is that of the residual stream
-after the block, where both models began the step with the same latents; the blocks before it contribute.
+A block has two errors. `own` is the error of B's block on the input of A's block, relative to what A's block
+adds to this input; only the weights of this block cause it. `stream` is the error of the residual stream
+after the block, if both models began the step with the same latents; the blocks before it contribute.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class BlockError:
 
 
 class Spool:
-    """Tensors kept on disk while a comparison runs; a context manager that removes them.
+    """Storage on disk for tensors during a comparison; a context manager that removes them.
 
-    They are in a folder where the system has its temporary files (TMPDIR).
+    The files are in a temporary folder of the system (TMPDIR).
     """
 
     def __init__(self) -> None:
@@ -98,14 +98,14 @@ class BlockWatch:
     Args:
         net: The transformer.
         steps: Steps in which blocks are compared.
-        spool: Where A's tensors are kept.
-        compare: False keeps the tensors of this model, True compares them with those that were kept.
+        spool: Storage of A's tensors.
+        compare: False stores the tensors of this model, True compares them with the stored ones.
     """
 
     def __init__(self, net: ZImageTransformer, steps: Collection[int], spool: Spool, compare: bool) -> None:
         self.errors: list[BlockError] = []
         self._net, self._steps, self._spool, self._compare = net, frozenset(steps), spool, compare
-        self._step = 0  # captions are refined ahead of the first step
+        self._step = 0  # captions are refined before the first step
         self._seen: set[str] = set()
         self._handles: list[Any] = []
 
@@ -133,7 +133,7 @@ class BlockWatch:
             if self._step not in self._steps or name in self._seen:
                 return
             self._seen.add(name)
-            # the input of a block is the output of the one before it, but for the first of a stack
+            # the input of a block is the output of the previous one, except for the first of a stack
             before = (self._step, f"{stack}.{index - 1}") if index else (self._step, stack)
             after = (self._step, name)
             if self._compare:
@@ -158,8 +158,8 @@ class BlockWatch:
             return
         start, end = self._spool.get(before), self._spool.get(after)
         if end.shape != out.shape:
-            return  # another caption has other tokens: nothing can be compared
-        # forward, not a call: the hooks must not see it
+            return  # captions of different length cannot be compared
+        # call forward directly, so that the hooks do not run
         own = block.forward(start.to(out.device, out.dtype), *args[1:], **kwargs).cpu().double()
         added = end.double() - start.double()
         error = BlockError(

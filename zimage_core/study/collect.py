@@ -1,11 +1,11 @@
-"""Importance matrices from the real denoising loop: sums over the inputs of every weight matrix.
+"""Collects importance matrices from the real denoising loop: sums over the inputs of every weight matrix.
 
-Forward hooks see the inputs of the `Linear` layers while the pipeline draws; an image drawn meanwhile is the
-same to the bit. What is kept is one number for each channel, never an activation.
+Forward hooks see the inputs of the `Linear` layers while the pipeline generates images, which stay bit for
+bit the same. Only one number per channel is kept, never an activation.
 
-The rows of the image and of the caption count. The learned pad tokens that fill a sequence up to a multiple
-of 32 are left out: all are the same token, and their share depends on the size of the image and the length
-of the prompt, not on the model.
+The rows of the image and of the caption are counted. The learned pad tokens that fill a sequence up to a
+multiple of 32 are left out: they are all the same token, and their share depends on the size of the image and
+the length of the prompt, not on the model.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ SHARED_INPUT = {
     "self_attn.v_proj": "self_attn.q_proj",
     "mlp.up_proj": "mlp.gate_proj",
 }
-"""Layer -> the layer beside it that has the same input and is observed in its place."""
+"""Layer -> a sibling layer with the same input, which is observed instead."""
 _TAKEN = ("prompt", "prompt_embeds", "seed", "generator", "latents", "output_type", "return_dict", "debug")
 _SLAB = 1 << 20
 
 OnPrompt = Callable[[int, Imatrix], None]
-"""(prompts done, what was collected so far)."""
+"""(number of prompts done, importance matrix collected so far) -> None."""
 Rows = Callable[[Tensor], Iterator[Tensor]]
-"""Input of a layer [L, K] -> those of its rows that count, in one or several pieces."""
+"""Input of a layer [L, K] -> the rows that are counted, in one or several pieces."""
 
 
 class Accumulator:
@@ -50,7 +50,7 @@ class Accumulator:
 
     Args:
         width: Number of input channels K.
-        device: Where the inputs are.
+        device: Device of the inputs.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -58,7 +58,7 @@ class Accumulator:
         self.count = 0
 
     def add(self, x: Tensor) -> None:
-        """Add rows [..., K] in slabs: temporaries stay small, and float32 sums only the rows of a slab."""
+        """Add rows [..., K] in slabs, so that temporaries are small and float32 sums few rows."""
         rows = x.detach().reshape(-1, x.shape[-1])
         step = max(1, _SLAB // rows.shape[-1])
         for start in range(0, len(rows), step):
@@ -67,7 +67,7 @@ class Accumulator:
 
 
 class Collector:
-    """Collects while a pipeline runs; a context manager that removes its hooks, whatever happens.
+    """Collects sums while a pipeline runs; a context manager that always removes its hooks.
 
         with Collector(pipe) as collector:
             pipe("a red circle", seed=1)
@@ -78,9 +78,9 @@ class Collector:
         components: "transformer", "text_encoder", or both.
 
     Raises:
-        BadArgument: An unknown component, or none.
-        Unsupported: The pipeline computes in float16, where parts of the branches run scaled, or replays its
-            steps as graphs, in which no hook runs.
+        BadArgument: A component is unknown, or there is none.
+        Unsupported: The pipeline computes in float16, where parts of the branches are scaled, or it replays
+            its steps as graphs, in which hooks do not run.
     """
 
     def __init__(self, pipe: ZImagePipeline, components: Sequence[str] = ("transformer",)) -> None:
@@ -95,7 +95,7 @@ class Collector:
         self._components = components
         self._sums: dict[str, Accumulator] = {}
         self._handles: list[Any] = []
-        self._image = self._caption = 0  # numbers of tokens without pads
+        self._image = self._caption = 0  # number of tokens without pads
 
     def __enter__(self) -> Collector:
         try:
@@ -115,7 +115,7 @@ class Collector:
         self._handles.clear()
 
     def imatrix(self, datasets: Sequence[str] = (), chunks: int = 1) -> Imatrix:
-        """What was collected so far.
+        """The importance matrix of everything collected so far.
 
         Args:
             datasets: Names of the sources of the prompts.
@@ -134,7 +134,7 @@ class Collector:
         Args:
             net: A network.
             table: Its tensors.
-            stacks: First part of a module's name -> which rows of its input count; elsewhere all do.
+            stacks: First part of a module's name -> rows of its input that are counted; default: all.
         """
         for module, names in observed(net, table).items():
             rows = None if "adaLN" in module else stacks.get(module.partition(".")[0])
@@ -157,7 +157,7 @@ class Collector:
 
     def _watch_transformer(self) -> None:
         net = self._pipe.transformer
-        # these come first: the hooks on layers use the lengths that they note
+        # these come first: they record the lengths that the hooks on layers use
         self._handles += [
             StepHook(net, before=self._begin_step),
             net.cap_embedder[1].register_forward_pre_hook(self._begin_caption),
@@ -183,14 +183,14 @@ class Collector:
         yield x[: self._caption]
 
     def _joint_rows(self, x: Tensor) -> Iterator[Tensor]:
-        """The joint sequence is image, its pads, caption, its pads."""
+        """Rows of image and caption in the joint sequence: image, its pads, caption, its pads."""
         start = self._image + pad_count(self._image)
         yield x[: self._image]
         yield x[start : start + self._caption]
 
 
 def observed(net: nn.Module, table: Table) -> dict[str, tuple[str, ...]]:
-    """Name of a Linear to observe -> the tensors of the file whose matrices have its input."""
+    """Name of a Linear to observe -> the tensors of the file whose matrices have the same input."""
     found: dict[str, dict[str, None]] = {}
     for module, name in linear_weights(net, table):
         head, _, tail = module.rpartition(".")
@@ -210,11 +210,11 @@ def collect_imatrix(
     on_prompt: OnPrompt | None = None,
     **options: Any,
 ) -> Imatrix:
-    """Draw an image of every prompt and collect how large the inputs of each matrix were.
+    """Generate an image of every prompt and collect the mean squares of the inputs of each matrix.
 
     Args:
         pipe: The model, with weights as close to the original ones as possible.
-        prompts: Prompts typical of what the model will be asked; some dozens are enough (docs/quantizing.md).
+        prompts: Prompts that are typical of the model's use; some dozens are enough (docs/quantizing.md).
         seed: Seed of the first image; each next image has the next seed.
         components: "transformer", "text_encoder", or both; without the transformer nothing is denoised.
         dataset: Name of the source of the prompts, for the file.
@@ -225,9 +225,9 @@ def collect_imatrix(
         Sums of squares for each tensor, float64 [K], under its name in a GGUF file.
 
     Raises:
-        BadArgument: No prompt, or an argument that the collection chooses itself. `Collector` and the
-            pipeline's call have more reasons.
-        Unsupported: As `Collector` does.
+        BadArgument: There is no prompt, or an argument is one that the collection sets itself. `Collector`
+            and the pipeline's call raise it too.
+        Unsupported: `Collector` cannot observe the pipeline.
     """
     if taken := [name for name in _TAKEN if name in options]:
         raise BadArgument(f"{taken[0]}: chosen by the collection itself; leave it out")

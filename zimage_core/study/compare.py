@@ -1,10 +1,10 @@
-"""Two models, or two settings of one, drawing the same images from the same noise.
+"""Compares two models, or two settings of one model, on the same images from the same noise.
 
-A draws first. Its images are kept, and its latents after every step (1 MiB each at 1024 px). The streams
+Model A runs first. Its images are kept, and its latents after every step (1 MiB each at 1024 px). The streams
 between its blocks are kept on disk for a few steps of the first image (`blocks.py`); at 1024 px in float32
 one step of the 6B model takes some 2 GB. Then A is released and B is loaded, so that two large models are
-never in memory together. B draws twice: freely, for its images and the drift of its latents, and
-teacher-forced, with A's latents in place of its own after every step, for the errors of its velocity and of
+never in memory together. B runs twice: freely, for its images and the drift of its latents, and
+teacher-forced, with A's latents instead of its own after every step, for the errors of its velocity and of
 its blocks at A's latents.
 """
 
@@ -28,9 +28,9 @@ from zimage_core.study.comparison import Comparison, ImagePair, StepError
 from zimage_core.study.metrics import decibels, mean_squared_error, ssim
 
 Model = ZImagePipeline | Callable[[], ZImagePipeline]
-"""A pipeline, or a function that makes one when it is needed; such a pipeline is released afterwards."""
+"""A pipeline, or a function that makes one on demand; a pipeline made so is released after use."""
 OnRun = Callable[[int], None]
-"""(runs of the pipeline done)."""
+"""(number of runs of the pipeline done) -> None."""
 RUNS = 3
 """Runs of pipelines for each image: A, B, B teacher-forced."""
 _TAKEN = ("prompt", "seed", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt",
@@ -39,7 +39,7 @@ _TAKEN = ("prompt", "seed", "generator", "latents", "output_type", "return_dict"
 
 @dataclass
 class _Traced:
-    """One run; its latents are the noise and those after each step, steps + 1 of [C, h, w]."""
+    """One run with its latents: the noise and the latents after each step, steps + 1 of [C, h, w]."""
 
     latents: list[Tensor]
     sigmas: tuple[float, ...]
@@ -48,25 +48,25 @@ class _Traced:
     files: Mapping[str, Any]
 
     def velocity(self, step: int, after: Tensor | None = None) -> Tensor:
-        """Velocity of a step that went from this run's latents to its next ones, or to another model's."""
+        """Velocity of a step from this run's latents to `after`, by default to its own next latents."""
         after = self.latents[step + 1] if after is None else after
         return (after.double() - self.latents[step].double()) / (self.sigmas[step + 1] - self.sigmas[step])
 
 
 class Reference:
-    """Model A's images, drawn once and compared with those of one or several other models; a context manager.
+    """Model A's images, generated once and compared with those of other models; a context manager.
 
     Args:
         model: Model A.
-        prompts: Prompts to draw.
-        seeds: Seeds of the noise; each prompt is drawn with each of them.
+        prompts: The prompts.
+        seeds: Seeds of the noise; each prompt is used with each seed.
         label: Name of A in reports.
         block_steps: Number of steps of the first image in which blocks are compared; 0 for none.
-        on_run: Called after each run of the pipeline with their number so far.
+        on_run: Called after each run of the pipeline with the number of runs so far.
         options: Arguments of the pipeline's call: size, steps, guidance.
 
     Raises:
-        BadArgument: An argument that the comparison chooses itself, or no prompt or seed.
+        BadArgument: An argument is one that the comparison sets itself, or there is no prompt or seed.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Reference:
             raise
 
     def _draw(self, model: Model, block_steps: int, on_run: OnRun | None) -> None:
-        """Draw all images; a pipeline that was made here is released when this call returns."""
+        """Generate all images; a pipeline that is made here is released when this call returns."""
         began = time.perf_counter()
         pipe, options = _made(model), self.options
         steps = options.get("num_inference_steps") or len(options.get("sigmas") or ()) or pipe.limits.steps
@@ -123,7 +123,7 @@ class Reference:
             The errors of B.
 
         Raises:
-            BadArgument: An argument that the comparison chooses itself, or images of another size.
+            BadArgument: An argument is one that the comparison sets itself, or the images differ in size.
         """
         _check(options)
         began = time.perf_counter()
@@ -151,7 +151,7 @@ class Reference:
         self.close()
 
     def close(self) -> None:
-        """Remove what is kept on disk."""
+        """Remove the tensors on disk."""
         self._spool.close()
 
 
@@ -167,12 +167,12 @@ def compare(
     on_run: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Comparison:
-    """Draw every prompt with every seed by two models, and measure how far apart they are.
+    """Run two models on every prompt with every seed, and measure the differences.
 
     Args:
         a: The reference.
-        b: The model that is judged; it may be `a` itself, with other options.
-        prompts: Prompts to draw.
+        b: The model to compare; it may be `a` itself, with other options.
+        prompts: The prompts.
         seeds: Seeds of the noise.
         labels: Names of A and B in reports.
         options_b: Arguments of the pipeline's call that differ for B.
@@ -184,11 +184,11 @@ def compare(
         The errors of B.
 
     Raises:
-        BadArgument: An argument that the comparison chooses itself, no prompt or seed, or images of two
-            sizes.
+        BadArgument: An argument is one that the comparison sets itself, there is no prompt or seed, or the
+            images differ in size.
     """
     count = len(prompts) * len(seeds)
-    _check(options_b or {})  # before A draws
+    _check(options_b or {})  # before A runs
 
     def ticks(before: int) -> OnRun | None:
         return None if on_run is None else lambda done: on_run(before + done, RUNS * count)
@@ -212,7 +212,7 @@ def _trace(
     pipe: ZImagePipeline, prompt: str, seed: int, options: Mapping[str, Any], output: str = "pil",
     forced: Sequence[Tensor] | None = None,
 ) -> _Traced:  # fmt: skip
-    """One run with its latents; those of `forced` take their place after every step."""
+    """One run with its latents, which are replaced by those of `forced` after every step, if given."""
     latents: list[Tensor] = []
 
     def step_end(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any] | None:
@@ -230,10 +230,10 @@ class _Second:
 
     Args:
         pipe: Model B.
-        config: Config of A's transformer; blocks of networks of other sizes are not compared.
+        config: Config of A's transformer; if B's has other sizes, blocks are not compared.
         references: The runs of A.
         probed: Steps in which blocks are compared.
-        spool: Where A's streams are kept.
+        spool: Storage of A's streams.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class _Second:
         self._velocity: list[list[tuple[float, float]]] = []  # [image][step]: |v_B - v_A|^2, |v_A|^2
 
     def draw(self, index: int, prompt: str, seed: int, options: Mapping[str, Any]) -> None:
-        """Draw freely, and then teacher-forced where both have the same noise levels."""
+        """Run freely, and then teacher-forced if both models have the same noise levels."""
         reference = self._references[index]
         trace = _trace(self._pipe, prompt, seed, options)
         self.traces.append(trace)
@@ -270,7 +270,7 @@ class _Second:
             ])  # fmt: skip
 
     def steps(self) -> tuple[StepError, ...]:
-        """Errors of each step over all images; empty where noise levels differ."""
+        """Errors of each step over all images; empty if the noise levels differ."""
         if len(self._velocity) < len(self._references):
             return ()
         sigmas = self._references[0].sigmas

@@ -15,7 +15,7 @@ from zimage_core.study.metrics import decibels
 
 @dataclass(frozen=True)
 class ImagePair:
-    """One prompt and seed, drawn by both models.
+    """The images of both models for one prompt and seed.
 
     Args:
         prompt: The prompt.
@@ -43,8 +43,8 @@ class StepError:
     Args:
         step: Number of the step, from 0.
         sigma: Noise level at the beginning of the step.
-        velocity: |v_B - v_A| / |v_A| where both saw A's latents (teacher-forced); guidance is included.
-        latents: |x_B - x_A| / |x_A| after the step, where both drew freely.
+        velocity: |v_B - v_A| / |v_A| with A's latents as input of both (teacher-forced), including guidance.
+        latents: |x_B - x_A| / |x_A| after the step, when both run freely.
     """
 
     step: int
@@ -60,9 +60,9 @@ class Comparison:
     Args:
         labels: Names of A and B.
         images: The images, in the order of prompts, and of seeds for each prompt.
-        steps: Errors of each step; empty where A and B have different noise levels.
-        blocks: Errors of the blocks in the first image; empty where they were not asked for, or where the
-            networks have different sizes.
+        steps: Errors of each step; empty if A and B have different noise levels.
+        blocks: Errors of the blocks in the first image; empty if they were not requested, or if the networks
+            have different sizes.
         settings: Settings of the first image of A and of B.
         files: Component -> name, size and hash of its file, for A and for B.
         seconds: Time of all runs of A and of B.
@@ -88,13 +88,13 @@ class Comparison:
 
     @property
     def velocity(self) -> float | None:
-        """Root mean square of the velocity errors of the steps; None where they could not be compared."""
+        """Root mean square of the velocity errors of the steps; None if they could not be compared."""
         if not self.steps:
             return None
         return math.sqrt(sum(s.velocity**2 for s in self.steps) / len(self.steps))
 
     def to_json(self) -> dict[str, Any]:
-        """All figures without the images; the infinite PSNR of equal images is null."""
+        """All numbers, without the images; the infinite PSNR of equal images is None."""
 
         def plain(value: float) -> float | None:
             return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""How far apart two results are: relative error of tensors, PSNR and SSIM of images."""
+"""Measures of the difference of two results: relative error of tensors, PSNR and SSIM of images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from zimage_core.errors import BadShape
 WINDOW, SIGMA = 11, 1.5
 """Side and standard deviation in pixels of SSIM's Gaussian window."""
 K1, K2 = 0.01, 0.03
-"""Constants of SSIM's two stabilisers, relative to the range of values."""
+"""SSIM's two stabilising constants, relative to the range of values."""
 
 
 def relative_error(result: Tensor, reference: Tensor) -> float:
-    """|result - reference| / |reference|, Euclidean norms over all elements, in float64; 0 for two zeros.
+    """|result - reference| / |reference| with Euclidean norms over all elements, in float64; 0 if both are 0.
 
     Raises:
         BadShape: The shapes differ.
@@ -38,7 +38,7 @@ def mean_squared_error(a: Tensor, b: Tensor) -> float:
 
 
 def decibels(mean_square: float, peak: float = 1.0) -> float:
-    """PSNR in dB of a mean squared error: 10 log10(peak^2 / error), infinite for no error."""
+    """PSNR in dB of a mean squared error: 10 log10(peak^2 / error); infinite if the error is 0."""
     return 10 * math.log10(peak**2 / mean_square) if mean_square else math.inf
 
 
@@ -59,8 +59,8 @@ def psnr(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
 def ssim(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
     """Structural similarity of two images: 1 if they are equal, about 0 if they are unrelated.
 
-    The window is a Gaussian of 11 x 11 pixels with sigma 1.5 at every place where it lies inside the image,
-    and moments are biased. The result is the mean over places and channels.
+    The window is a Gaussian of 11 x 11 pixels with sigma 1.5, at all positions inside the image; moments are
+    biased. The result is the mean over positions and channels.
 
     Args:
         a: An image [..., H, W], values from 0 to `peak`, H and W at least 11.
@@ -84,7 +84,7 @@ def ssim(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """Means over the window at every place inside: [N, 1, H, W] -> [N, 1, H - 10, W - 10]."""
+    """Means over the window at every position inside: [N, 1, H, W] -> [N, 1, H - 10, W - 10]."""
     offset = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
     weights = torch.exp(-offset.square() / (2 * SIGMA**2))
     weights = weights / weights.sum()

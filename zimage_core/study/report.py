@@ -1,4 +1,4 @@
-"""A comparison as a contact sheet, and as one page of HTML that loads nothing else."""
+"""Reports of a comparison: a contact sheet, and a self-contained page of HTML."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WIDTH, _HEIGHT, _LEFT = 640, 200, 70  # size of a chart in pixels, and the spac
 
 
 def contact_sheet(comparison: Comparison) -> Image:
-    """A, B and their difference (times 8, around grey) side by side, a row for each of 32 images."""
+    """A, B and their difference (times 8, around grey) side by side, one row per image, at most 32 rows."""
     from PIL import Image, ImageDraw
 
     pairs = comparison.images[:MOST_ROWS]
@@ -67,7 +67,7 @@ def sheet_png(comparison: Comparison) -> bytes:
 
 
 def html(comparison: Comparison) -> str:
-    """The page of HTML: figures, charts of steps and blocks, images."""
+    """The page of HTML: numbers, charts of steps and blocks, images."""
     title = " against ".join(reversed(comparison.labels))
     parts = [f"<h1>{escape(title)}</h1>", _figures(comparison)]
     if comparison.steps:
@@ -121,7 +121,7 @@ def _blocks(c: Comparison) -> str:
 
 
 def _chart(lines: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
-    """Curves as SVG over named places, on a logarithmic axis; points that are 0 or NaN are left out."""
+    """Curves as SVG over named positions, with a logarithmic axis; points that are 0 or NaN are left out."""
     values = [v for line in lines.values() for v in line if 0 < v < math.inf]
     if not values:
         return "<p>No difference.</p>"
@@ -168,7 +168,7 @@ def _db(value: float) -> str:
 
 
 def _fit(text: str, width: int) -> str:
-    """Cut to about `width` pixels, in characters that Pillow's built-in font has."""
+    """Text cut to about `width` pixels, with characters that Pillow's built-in font has."""
     most = max(4, width // 6)
     shown = text.encode("latin-1", "replace").decode("latin-1")
     return shown if len(shown) <= most else shown[: most - 3] + "..."

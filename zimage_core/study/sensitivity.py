@@ -1,9 +1,9 @@
-"""The measured error that quantising each tensor causes in the predicted velocity.
+"""Measures the error in the predicted velocity that quantising each tensor causes.
 
-One tensor at a time is stored in one type at a time while all others stay as they are, and the transformer
-answers calls that were recorded while images were drawn. The cost is the squared error of its answers over
-their square. Costs of several tensors add up as far as their errors are independent and small;
-docs/quantizing.md says how well that holds.
+One tensor at a time is stored in one type at a time, while all others are unchanged, and the transformer
+repeats calls that were recorded while images were generated. The cost is the squared error of the velocity
+divided by its square. Costs of several tensors add up if their errors are independent and small;
+docs/quantizing.md shows how well that holds.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from zimage_core.study.swap import dense, encode_layers, importance_of, matrices
 from zimage_core.study.velocity import Call, check_whole, velocity_error
 
 OnTensor = Callable[[int, int, str], None]
-"""(measurements done, in all, tensor)."""
+"""(measurements done, measurements in all, tensor) -> None."""
 OnCosts = Callable[[Sensitivity], None]
-"""Takes what was measured so far."""
+"""Function that is called with the costs measured so far."""
 
 
 def candidates(pipe: ZImagePipeline, every_tensor: bool = False) -> dict[str, tuple[Linear, ...]]:
-    """Tensors that a search may choose types for, and their layers.
+    """Tensors whose type a search may choose -> their layers.
 
     Args:
         pipe: The pipeline with the transformer.
-        every_tensor: Include the tensors that the standard mixes keep: embedders, refiners, the final layer.
+        every_tensor: Include the tensors that standard mixes do not quantise: embedders, refiners, final
+            layer.
     """
 
     def kept(name: str) -> bool:
@@ -48,7 +49,7 @@ def candidates(pipe: ZImagePipeline, every_tensor: bool = False) -> dict[str, tu
 
 
 def check_types(types: Sequence[str]) -> None:
-    """Refuse, with BadArgument, a name that is no type of a GGUF."""
+    """Raise BadArgument for a name that is no type of a GGUF."""
     for name in types:
         if name not in TYPES:
             raise BadArgument(f"unknown type {printable(name, 40)!r}; known are {', '.join(TYPES)}")
@@ -69,15 +70,15 @@ def measure(
     """Measure the cost of each type for each tensor.
 
     Args:
-        pipe: The model that the calls were recorded from, in memory as a whole.
+        pipe: The model that the calls were recorded from; all of it must be in memory.
         calls: Calls from `velocity.record`.
         types: Names of formats; one whose blocks do not divide a tensor's rows is measured as its fallback.
         imatrix: Importance for the encoders, as it will be used for the file.
-        probe: Measure this type alone, and take the others by the ratio of their weight errors, weighted
-            with the importance. A model of 180 tensors then needs 180 measurements instead of 180 for each
-            type.
-        every_tensor: Include the tensors that the standard mixes keep.
-        settings: Remarks for people, kept in the file.
+        probe: Measure only this type, and scale its cost to the others by the ratio of their weight errors,
+            weighted with the importance. A model of 180 tensors then needs 180 measurements instead of 180
+            for each type.
+        every_tensor: Include the tensors that the standard mixes do not quantise.
+        settings: Conditions of the measurement, written into the file.
         on_tensor: Called before each measurement; an exception in it ends the work.
         on_costs: Called after each tensor.
 
@@ -85,9 +86,9 @@ def measure(
         The costs of all tensors.
 
     Raises:
-        BadArgument: An unknown type, or no calls.
+        BadArgument: A type is unknown, or there are no calls.
         Unsupported: The pipeline has a memory limit or captured steps.
-        WrongModel: The imatrix is that of another model.
+        WrongModel: The imatrix belongs to another model.
     """
     check_types((*types, *(() if probe is None else (probe,))))
     if not calls or not types:
@@ -111,7 +112,7 @@ def measure(
             with stored_as(encode_layers(layers, fmt, importance_of(imatrix, name))):
                 return velocity_error(pipe.transformer, calls)
 
-        # the type that its rows allow; several may fall back to the same
+        # the type that the rows allow; several types may have the same fallback
         stored = {fmt: fitting(fmt, layers[0].in_features).name for fmt in types}
         if probe is None:
             for fmt in stored.values():

@@ -1,4 +1,4 @@
-"""A hook on the steps of a transformer, like the hooks that torch has on calls of modules."""
+"""A hook on the steps of a transformer, like torch's hooks on calls of modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StepHook:
     """Calls functions before and after each `step` of a transformer, until it is removed.
 
     Args:
-        transformer: The transformer, which has no other such hook.
+        transformer: The transformer, which must have no other StepHook.
         before: Called before a step as before(latent, prepared, step, caption).
         after: Called after a step as after(latent, prepared, step, caption, estimate).
     """

@@ -1,4 +1,4 @@
-"""Weights of a loaded transformer stored in another format for a while."""
+"""Temporarily replaces weights of a loaded transformer by the same weights in another format."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def linear_weights(net: nn.Module, table: Table) -> Iterator[tuple[str, str]]:
 def matrices(transformer: ZImageTransformer) -> dict[str, tuple[Linear, ...]]:
     """GGUF tensor -> the layers whose weights it holds, in the order of its rows.
 
-    It is one layer for each matrix, except for the q, k and v of an attention, which GGUF files keep in one.
+    Each tensor belongs to one layer, except for q, k and v of an attention, which are one tensor in GGUF
+    files.
     """
     found: dict[str, list[Any]] = {}
     for module, name in linear_weights(transformer, transformer_table(transformer.config, "fused")):
@@ -56,10 +57,10 @@ def encode_layers(
     Args:
         layers: Layers whose weights have the same number of columns.
         fmt: Name of the format.
-        importance: Float [in_features], as `zimage_core.encode` takes it.
+        importance: Float [in_features], as for `zimage_core.encode`.
 
     Raises:
-        BadShape, BadWeights, Unsupported: As `zimage_core.encode` does.
+        BadShape, BadWeights, Unsupported: `zimage_core.encode` refuses the weights or the format.
     """
     found = {}
     for layer in layers:
@@ -72,9 +73,10 @@ def encode_layers(
 def encode_all(
     transformer: ZImageTransformer, types: Mapping[str, str], imatrix: Imatrix | None = None
 ) -> dict[Linear, QuantTensor]:
-    """Every tensor in `types` as a file would hold it, with importance where the imatrix knows it.
+    """Encode every tensor in `types` as for a file, with the importance from the imatrix if it has an entry.
 
-    A type whose blocks do not divide the rows is replaced, as in a file, and "source" leaves a tensor alone.
+    As in a file, a type whose blocks do not divide the rows is replaced, and "source" leaves a tensor
+    unchanged.
     """
     layers, found = matrices(transformer), {}
     for name, wanted in types.items():
@@ -85,13 +87,13 @@ def encode_all(
 
 
 def importance_of(imatrix: Imatrix | None, name: str) -> Tensor | None:
-    """Importance of a tensor, float32 [K]; None where nothing is known of it."""
+    """Importance of a tensor, float32 [K]; None if there is no entry for it."""
     return None if imatrix is None else imatrix.importance(name)
 
 
 @contextmanager
 def stored_as(weights: Stored) -> Iterator[None]:
-    """A block in which layers compute with other weights; afterwards they have their own again."""
+    """Context in which layers use other weights; their own are restored at the end."""
     own: dict[Linear, nn.Parameter | QuantTensor] = {}
     try:
         for layer, quant in weights.items():

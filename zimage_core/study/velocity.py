@@ -1,4 +1,4 @@
-"""The error of the predicted velocity under other weights, on calls recorded from the real denoising loop."""
+"""The error of the predicted velocity with other weights, on calls recorded in the real denoising loop."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from zimage_core.study.step_hook import StepHook
 
 @dataclass(frozen=True)
 class Call:
-    """One step of the transformer for one image, and its answer.
+    """Inputs and output of one step of the transformer for one image.
 
     Args:
         latent: The latent of the image, [C, h, w].
-        time: Time that the network is given, a float32 value.
+        time: The network's time, a float32 value.
         caption: Features of the caption, [L, cap_feat_dim].
-        velocity: The answer, [C, h, w].
+        velocity: The output, [C, h, w].
     """
 
     latent: Tensor
@@ -52,21 +52,21 @@ def check_whole(pipe: ZImagePipeline) -> None:
 def record(
     pipe: ZImagePipeline, prompts: Sequence[str], *, seed: int = 0, every: int = 1, **options: Any
 ) -> list[Call]:
-    """Draw each prompt once and keep the transformer's inputs and outputs.
+    """Generate an image of each prompt and record the transformer's inputs and outputs.
 
     Args:
         pipe: The model, with weights as close to the original ones as possible.
-        prompts: Prompts typical of what the model will be asked.
+        prompts: Prompts that are typical of the model's use.
         seed: Seed of the first image; each next image has the next seed.
-        every: Keep one call of so many. It begins elsewhere in each image, so that all noise levels take
-            part.
+        every: Keep one of this many calls. Each image starts at another offset, so that all noise levels are
+            covered.
         options: Further arguments of the pipeline's call: size, steps, guidance.
 
     Returns:
         The calls, in the order in which they were made.
 
     Raises:
-        BadArgument: No prompt, or `every` below 1.
+        BadArgument: There is no prompt, or `every` is below 1.
         Unsupported: The weights cannot be exchanged in place (`check_whole`).
     """
     if not prompts:
@@ -92,7 +92,7 @@ def record(
 
 
 def velocity_error(transformer: ZImageTransformer, calls: Sequence[Call]) -> float:
-    """Squared error of the velocity over its square, summed over calls; 0 with the recorded weights."""
+    """Squared error of the velocity divided by its square, each summed over calls; 0 for equal weights."""
     wrong = 0.0
     with torch.inference_mode():
         for call in calls:
