@@ -1,4 +1,4 @@
-"""Importing the package loads nothing heavy, and every public name resolves to its home."""
+"""Importing the package loads nothing heavy, and every public name resolves."""
 
 from __future__ import annotations
 

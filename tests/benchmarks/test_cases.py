@@ -1,4 +1,4 @@
-"""The shapes that are timed are those of the networks, and add up to what is known of them."""
+"""The timed shapes are those of the networks, and add up to their known sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run checks before it times, refuses what is wrong, and writes what it found."""
+"""A benchmark run checks results before it times them, refuses wrong ones, and writes rows."""
 
 from __future__ import annotations
 

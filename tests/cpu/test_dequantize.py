@@ -63,11 +63,13 @@ def test_tile_borders_do_not_show(fmt, monkeypatch):
 @pytest.mark.parametrize("shift", [1, 2, 4])
 def test_rows_may_start_at_any_address(fmt, shift):
     packed = random_rows(fmt, 3, 3)
-    room = torch.zeros(packed.size + shift, dtype=torch.uint8)
-    room[shift:] = torch.from_numpy(packed).view(-1)
+    buffer = torch.zeros(packed.size + shift, dtype=torch.uint8)
+    buffer[shift:] = torch.from_numpy(packed).view(-1)
     # once as a view of a longer tensor, once as memory that itself starts there, as a mapped file gives
-    inner = room[shift:].view(3, -1)
-    mapped = torch.frombuffer(bytearray(room.numpy().tobytes()), dtype=torch.uint8, offset=shift).view(3, -1)
+    inner = buffer[shift:].view(3, -1)
+    mapped = torch.frombuffer(bytearray(buffer.numpy().tobytes()), dtype=torch.uint8, offset=shift).view(
+        3, -1
+    )
     for odd in (inner, mapped):
         assert_same_bits(fast(odd, fmt), reference(packed, fmt.name), fmt)
         dense = dequantize(odd, fmt.name)

@@ -1,4 +1,4 @@
-"""Defends: every row is visited once, by threads that do not multiply, whatever happens in them."""
+"""Defends: every row is processed once, and the number of threads stays bounded, also after errors."""
 
 from __future__ import annotations
 

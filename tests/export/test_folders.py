@@ -1,4 +1,4 @@
-"""A converted folder appears complete or not at all, and takes nobody's place but that of an empty one."""
+"""A converted folder appears complete or not at all, and replaces nothing but an empty folder."""
 
 from __future__ import annotations
 

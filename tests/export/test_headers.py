@@ -1,4 +1,4 @@
-"""Headers that are written here are read as they were meant, by our strict readers and by others'."""
+"""Written headers are read back correctly by our strict readers and by other libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files made here follow the rules of the programs that people load them with."""
+"""Written files follow the rules of the other programs that load them."""
 
 from __future__ import annotations
 

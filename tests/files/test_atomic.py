@@ -1,4 +1,4 @@
-"""A file that is written is the old one or the complete new one, whatever happens meanwhile."""
+"""A written file is either the old one or the complete new one, after any failure."""
 
 from __future__ import annotations
 

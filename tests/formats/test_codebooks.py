@@ -1,4 +1,4 @@
-"""The tables are the ones that files are made with, whatever gguf package is installed."""
+"""The tables are those that files are made with, for every installed version of gguf."""
 
 import dataclasses
 import sys

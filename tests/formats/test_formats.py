@@ -1,4 +1,4 @@
-"""formats.py says what ggml says: numbers, sizes and offsets; and refuses what it cannot describe."""
+"""formats.py agrees with ggml on numbers, sizes and offsets, and refuses unknown types."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Packed blocks for property tests, derived from the descriptors: a new format needs nothing here."""
+"""Packed blocks for property tests, derived from the descriptors: a new format needs no change here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small GGUF writer for tests: any format as raw blocks, any metadata, and every field can lie.
+"""A small GGUF writer for tests: any format as raw blocks, any metadata, and every field can be falsified.
 
     GGUFWriter().key("general.architecture", "qwen3").tensor("a.weight", array).write(path)
     write_gguf(path, {"a.weight": array, "b.weight": random_packed("Q4_K", (8, 256), rng)}, {"x.y": 3})

@@ -1,4 +1,4 @@
-"""Files that are nothing but their header: full-size models cost nothing to identify."""
+"""Files that consist of a header only, so that full-size models are cheap to identify."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ def assert_product(
         exact, size = exact + bias.cpu().double(), size + bias.cpu().double().abs()
     once = {torch.float32: 2.0**-24, HALF: 2.0**-11, torch.bfloat16: 2.0**-7}[x.dtype]
     sums = 2.0**-24 if x.device.type == "cpu" or x.dtype == torch.float32 else 2.0**-22
-    room = (2.5 * once + (x.shape[-1] + 2) * sums) * size + 2.0**-24
-    wrong = ~((got.cpu().double() - exact).abs() <= room)
+    allowed = (2.5 * once + (x.shape[-1] + 2) * sums) * size + 2.0**-24
+    wrong = ~((got.cpu().double() - exact).abs() <= allowed)
     assert not wrong.any(), (
         f"{weight.format.name} {x.dtype}: {int(wrong.sum())} of {wrong.numel()} elements are off, "
         f"the first at {wrong.nonzero()[0].tolist()}"

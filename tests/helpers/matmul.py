@@ -58,11 +58,11 @@ def run(
 
     `tile` takes the place of what the table says.
     """
-    rooms: list[torch.Tensor] = []
+    buffers: list[torch.Tensor] = []
 
     def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        rooms.append(torch.full((math.prod(shape) + TAIL,), float("nan"), dtype=dtype, device=device))
-        return rooms[-1][:-TAIL].view(shape)
+        buffers.append(torch.full((math.prod(shape) + TAIL,), float("nan"), dtype=dtype, device=device))
+        return buffers[-1][:-TAIL].view(shape)
 
     planes = repack(torch.from_numpy(packed).to(x.device), fmt)
     with pytest.MonkeyPatch.context() as patch:
@@ -72,8 +72,8 @@ def run(
         y = matmul(x, planes, fmt, len(packed), None if bias is None else bias.to(x.device))
     assert y.shape == (len(x), len(packed))
     assert y.dtype == x.dtype
-    for room in rooms:
-        assert room[-TAIL:].isnan().all(), f"{fmt.name}: something was written behind the result"
+    for buffer in buffers:
+        assert buffer[-TAIL:].isnan().all(), f"{fmt.name}: something was written after the result"
     return y.cpu()
 
 
@@ -102,18 +102,18 @@ def check(
     unit = 2.0**-22 if device.type == "cuda" and dtype != torch.float32 else 2.0**-24
     roundings = (width + 2) * unit
     # the last term: numbers below float32's normal ones, which a GPU and the interpreter's bfloat16 lack
-    room = roundings / (1 - roundings) * size + 2.0**-126 * (width + x.abs().sum(1, keepdim=True))
+    allowed = roundings / (1 - roundings) * size + 2.0**-126 * (width + x.abs().sum(1, keepdim=True))
     if dtype == torch.float16:
-        room += 2.0**-11 * (exact.abs() + room) + 2.0**-25
+        allowed += 2.0**-11 * (exact.abs() + allowed) + 2.0**-25
     elif dtype == torch.bfloat16:
-        room += (2.0**-8 if device.type == "cuda" else 2.0**-7) * (exact.abs() + room)
-    wrong = ~((got.double() - exact).abs() <= room)
+        allowed += (2.0**-8 if device.type == "cuda" else 2.0**-7) * (exact.abs() + allowed)
+    wrong = ~((got.double() - exact).abs() <= allowed)
     if wrong.any():
         m, n = (int(i) for i in wrong.nonzero()[0])
         raise AssertionError(
             f"{fmt.name} {dtype}: {int(wrong.sum())} of {wrong.numel()} elements are off, the first in "
             f"row {m}, column {n}: got {got[m, n].item()!r}, "
-            f"wanted {exact[m, n].item()!r} +- {room[m, n].item():.3g}"
+            f"wanted {exact[m, n].item()!r} +- {allowed[m, n].item():.3g}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Write small model files in every layout that the wild has, with known weights."""
+"""Writes small model files in every published layout, with known weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that a quantiser is judged on, and how it is judged."""
+"""Test weights for quantisers, and measures of their error."""
 
 from __future__ import annotations
 

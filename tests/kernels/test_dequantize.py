@@ -1,4 +1,4 @@
-"""Defends: the kernel gives the weights of the reference, bit for bit, whatever the bytes and their place."""
+"""Defends: the kernel gives the weights of the reference, bit for bit, for any bytes at any address."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def run(
     """The kernel's result, on the CPU, written over NaN into a longer buffer whose rest must stay NaN."""
     shape = (*packed.shape[:-1], packed.shape[-1] // fmt.nbytes * fmt.weights)
     count = int(np.prod(shape))
-    room = torch.full((count + TAIL,), POISON, dtype=dtype, device=packed.device)
+    padded = torch.full((count + TAIL,), POISON, dtype=dtype, device=packed.device)
     with pytest.MonkeyPatch.context() as patch:
         if weights_a_program:
             patch.setattr(tiles, "dequantize_weights", lambda: weights_a_program)
-        dequantize_into(room[:count].view(shape), packed, fmt)
-    assert room[count:].isnan().all(), f"{fmt.name}: weights were written behind the last block"
-    return room[:count].view(shape).cpu()
+        dequantize_into(padded[:count].view(shape), packed, fmt)
+    assert padded[count:].isnan().all(), f"{fmt.name}: weights were written after the last block"
+    return padded[:count].view(shape).cpu()
 
 
 def check(packed: np.ndarray, fmt: BlockFormat, device: torch.device, weights_a_program: int | None = None):
@@ -125,9 +125,9 @@ def test_last_program_may_be_part_empty(fmt, device, programs):
 @every_decoder
 def test_rows_may_start_at_an_odd_address(fmt, device):
     packed = random_rows(fmt, 3, 3)
-    room = torch.zeros(packed.size + 1, dtype=torch.uint8, device=device)
-    room[1:] = torch.from_numpy(packed).view(-1).to(device)
-    got = run(room[1:].view(3, -1), fmt, weights_a_program=1024)
+    padded = torch.zeros(packed.size + 1, dtype=torch.uint8, device=device)
+    padded[1:] = torch.from_numpy(packed).view(-1).to(device)
+    got = run(padded[1:].view(3, -1), fmt, weights_a_program=1024)
     assert_same_bits(got.numpy(), reference(packed, fmt), fmt)
 
 

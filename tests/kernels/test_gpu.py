@@ -100,9 +100,9 @@ def test_nothing_times_something_is_nothing(name, device):
 
 def test_plain_numbers_may_start_at_an_odd_address(device):
     weight = quant("F16", 8, 64, device)
-    room = torch.zeros(weight.nbytes + 1, dtype=torch.uint8, device=device)
-    room[1:] = weight.packed.view(-1)
-    odd = QuantTensor(room[1:].view(8, -1), weight.format, weight.shape)
+    buffer = torch.zeros(weight.nbytes + 1, dtype=torch.uint8, device=device)
+    buffer[1:] = weight.packed.view(-1)
+    odd = QuantTensor(buffer[1:].view(8, -1), weight.format, weight.shape)
     x = random_x(3, 64, device=device)
     assert torch.equal(ops.linear(x, odd), ops.linear(x, weight))
 

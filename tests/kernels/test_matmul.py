@@ -1,4 +1,4 @@
-"""Defends: the product from planes is that with the reference's weights, whatever the bytes and dtypes.
+"""Defends: the product from planes is that with the reference's weights, for all bytes and dtypes.
 
 The bound stands at the head of tests/helpers/matmul.py.
 """

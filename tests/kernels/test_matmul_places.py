@@ -1,4 +1,4 @@
-"""Defends: the product is the same whatever tile, split and strides, and each row stands for itself.
+"""Defends: the product does not depend on tile, split and strides, and rows are independent.
 
 The bound stands at the head of tests/helpers/matmul.py.
 """

@@ -1,4 +1,4 @@
-"""Defends: planes hold the bits of the blocks in the places that the head of kernels/planar.py says."""
+"""Defends: planes hold the bits of the blocks in the order that kernels/planar.py describes."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_no_rows_are_empty_planes(fmt, device):
 
 @every_planar
 def test_bytes_are_counted_without_making_planes(fmt, device):
-    """In kernels/planar.py from the shapes, in paths.py from a table that no kernel is imported for."""
+    """kernels/planar.py counts by shapes, quant/dispatch.py by a table that needs no import of kernels."""
     width = unit_width(fmt)
     planes = run(torch.from_numpy(random_rows(fmt, 5, width)).to(device), fmt)
     assert planes.nbytes == sum(p.numel() * p.element_size() for p in planes)

@@ -1,4 +1,4 @@
-"""A device that lags behind its host, as a GPU does: reads of weights see their bytes, no wait is idle."""
+"""With a device that lags behind its host, weights are complete when read, and no wait is superfluous."""
 
 from __future__ import annotations
 

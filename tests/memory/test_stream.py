@@ -1,4 +1,4 @@
-"""Streamed weights give the bits of resident ones, whatever order and thread; each byte moves once a step."""
+"""Streamed weights give the bits of resident ones in any order and thread, and move once per step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's steps have in common is prepared once, and is what each step would compute alone."""
+"""The values that the steps of a run share are computed once, and equal those of single steps."""
 
 from __future__ import annotations
 

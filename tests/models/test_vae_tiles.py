@@ -1,4 +1,4 @@
-"""The decoder in tiles is the whole decoder, to rounding and without a seam, in the memory foretold."""
+"""The decoder in tiles equals the whole decoder up to rounding, and needs the predicted memory."""
 
 from __future__ import annotations
 

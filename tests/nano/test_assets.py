@@ -1,4 +1,4 @@
-"""The model in the package is the one that the benchmarks describe, and it draws what it is told."""
+"""The model in the package is the one that the benchmarks describe, and it draws what the prompt says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replayed steps: inputs are copied in, results are the caller's own, one graph for each set of shapes."""
+"""Replayed steps copy their inputs, return results of their own, and have one graph per set of shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Defends: a layer does not show whether its weight is dense or packed, and no cast touches packed bytes."""
+"""Defends: a layer behaves alike with a dense and a packed weight, and casts leave packed bytes alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our error against ggml's: figures of ggml that benchmarks/quantize.py keeps, and ggml itself where it is.
+"""Our error against ggml's: recorded by benchmarks/quantize.py, or measured if ggml is installed.
 
 The bar of 1.01 is that of the format's best quantiser, with a matrix of ones or by its own measure,
 whichever errs less.

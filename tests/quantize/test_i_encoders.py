@@ -1,4 +1,4 @@
-"""The I formats: rows and signs are the best there are, scales near the best, bytes what was found."""
+"""The I formats: rows and signs are optimal, scales nearly so, and the bytes hold them."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_iq4_levels_are_exact_at_ties_and_edges(name):
 
 @every
 def test_what_was_decoded_is_encoded_again_without_loss(name):
-    """The search is not told where the grid of the weights lies, and finds it in all but a block or two."""
+    """The search does not know the grid of the weights, and finds it in all but a block or two."""
     decoded = dequantize(encode_array(weights("gaussian", (8, 1024)), name), name)
     packed = encode_array(decoded, name)
     assert (dequantize(packed, name) == decoded).reshape(-1, 256).all(1).mean() > 0.9

@@ -1,4 +1,4 @@
-"""The I formats on blocks that searches stumble over, and that rows and slabs do not see each other."""
+"""The I formats on difficult blocks; rows and slabs are encoded independently."""
 
 from __future__ import annotations
 

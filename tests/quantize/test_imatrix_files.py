@@ -1,4 +1,4 @@
-"""Files of importance matrices: ours come back, llama.cpp's are read, lies are refused in one sentence."""
+"""Files of importance matrices: ours and llama.cpp's are read, false ones are refused in one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The noise levels are those of the published table; other grids are bent as in diffusers, or refused."""
+"""The noise levels are those of the published table; other grids are shifted as in diffusers, or refused."""
 
 import math
 from itertools import pairwise

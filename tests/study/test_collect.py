@@ -1,4 +1,4 @@
-"""Collected sums are those of the inputs; the pipeline neither notices nor keeps anything."""
+"""Collected sums are those of the inputs; the pipeline's results and state do not change."""
 
 from __future__ import annotations
 

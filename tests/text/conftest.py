@@ -1,4 +1,4 @@
-"""The real Qwen vocabulary, built once a session from each of the files it comes in."""
+"""The real Qwen vocabulary, built once per session from each kind of file."""
 
 from __future__ import annotations
 

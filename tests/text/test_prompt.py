@@ -1,4 +1,4 @@
-"""The prompt string is Qwen3's, nothing of the prompt is touched, and what is cut off is said."""
+"""The prompt string is Qwen3's, the prompt is not changed, and a warning shows text that is cut off."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a tokenizer file only vocabulary, merges and added tokens are taken; the rest is refused by name."""
+"""Tokenizer files give vocabulary, merges and added tokens; any other setting is refused by name."""
 
 from __future__ import annotations
 

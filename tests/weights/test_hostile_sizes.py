@@ -1,4 +1,4 @@
-"""Shapes, metadata and configs that lie: one of our errors with a sentence, at once, and nothing built."""
+"""False shapes, metadata and configs are refused with one of our errors before anything is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Z-Image uses is known by its tensors at any size, and parts that do not fit are kept apart."""
+"""Components of Z-Image are identified by their tensors at any size; those that do not fit are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of a model file is what was opened, whatever lies under its name by now."""
+"""Name, size and hash are those of the file that was opened, even if its path holds another by now."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file that is something else is named, and the sentence says which file to get."""
+"""Another model is recognised, and the message says which file to get."""
 
 from __future__ import annotations
 

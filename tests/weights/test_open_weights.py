@@ -1,4 +1,4 @@
-"""What is not a model file is named and refused in one sentence, by its content and never by its name."""
+"""Other files are recognised by their content, never by their name, and refused in one sentence."""
 
 from __future__ import annotations
 
