@@ -158,8 +158,8 @@ class _Load:
 class Stream:
     """A `models.block_source.BlockSource` that feeds the streamed blocks of one model.
 
-    One block at a time is used; a second thread waits until the first one's block is done. Slots are there
-    from the beginning, ring and thread from the first block that is read, until `close`.
+    One block at a time is used; a second thread waits until the first one's block is done. Slots, ring and
+    thread are there from the first block that is read until `close`.
 
     Args:
         blocks: The streamed blocks of the model, in the order of its loop; the others are on the device.
@@ -193,10 +193,10 @@ class Stream:
         self._ring, self._device, self._meter = ring, ring.device, Meter(ring.device)
         self._wrap, self._visit, self._restore_rest = wrap, visit, restore_rest
         size = max((block.nbytes for block in self._blocks.values()), default=0)
-        self._slots = [self._device.memory(size) for _ in range(min(slots, len(self.streamed)))]
-        # memory that was freed by the computation may still be read there
-        self._free: list[Event] = [self._device.record("compute") for _ in self._slots]
-        self.device_bytes = len(self._slots) * size
+        self._slot_count, self._slot_bytes = min(slots, len(self.streamed)), size
+        self._slots: list[Tensor] = []
+        self._free: list[Event] = []
+        self.device_bytes = self._slot_count * size
         """Bytes of the slots."""
         self._views: dict[tuple[int, int], list[Weight]] = {}  # (block, slot) -> its weights there
         self._reader = ThreadPoolExecutor(1, thread_name_prefix=READER)
@@ -273,8 +273,8 @@ class Stream:
         self._release()
         self._user.acquire()
         try:
-            slots = self._slots  # another thread may close the stream meanwhile
             begun = self._device.record("compute")
+            slots = self._allocated()  # another thread may close the stream meanwhile
             held = self._held = self._load_for(index)
             self._device.order("compute", self._wait(held))
             self._begun = self._device.record("compute")
@@ -290,6 +290,15 @@ class Stream:
             self._release()
             raise
         return held
+
+    def _allocated(self) -> list[Tensor]:
+        """The slots, made for the first block: blocks that run once have the memory until then."""
+        with self._submitting:
+            if not self._slots and not self.closed:
+                self._slots = [self._device.memory(self._slot_bytes) for _ in range(self._slot_count)]
+                # memory that was freed by the computation may still be read there
+                self._free[:] = [self._device.record("compute") for _ in self._slots]
+            return self._slots
 
     def _release(self) -> None:
         """Let go of the block that this thread holds and of the lock; do nothing where another thread has it.
