@@ -85,6 +85,23 @@ def test_dense_exactly_when_the_file_has_the_wanted_dtype(stored, wanted, is_den
         assert layer(torch.randn(2, 32).to(wanted)).dtype == wanted
 
 
+def test_a_state_dict_holds_the_packed_bytes():
+    layer, other = Linear(256, 4), Linear(256, 4)
+    layer.assign(quant("Q4_K", 4, 256))
+    own = layer.weight.packed.flip(0)
+    other.assign(QuantTensor(own.clone(), FORMATS["Q4_K"], (4, 256)))
+    state = layer.state_dict()
+    assert set(state) == {"packed"}
+    with pytest.raises(RuntimeError, match=r"Missing key.*packed"):
+        other.load_state_dict({})
+    with pytest.raises(RuntimeError, match=r"packed is torch.uint8 of shape \(1, 144\), this layer's Q4_K"):
+        other.load_state_dict({"packed": own[:1]})
+    assert torch.equal(other.weight.packed, own)
+    other.load_state_dict(state)
+    assert torch.equal(other.weight.packed, layer.weight.packed)
+    assert other.weight.packed.data_ptr() != layer.weight.packed.data_ptr()
+
+
 def test_a_second_assign_replaces_the_first():
     layer = Linear(256, 4)
     layer.assign(quant("Q4_K", 4, 256))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from tests.helpers import tiny
-from zimage_core.errors import BadArgument
+from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.nn.linear import Linear
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.quant.tensor import QuantTensor
@@ -77,3 +79,11 @@ def test_a_compiled_transformer_runs_compiled():
     want, got = plain("a", **arguments).images, compiled("a", **arguments).images
     assert graphs, "the steps went past the compiler"
     assert torch.equal(got, want)
+
+
+def test_a_copied_network_belongs_to_no_file():
+    pipe = ZImagePipeline.from_default()
+    pipe.transformer = copy.deepcopy(pipe.transformer)
+    assert set(pipe.files()) == {"text_encoder", "vae"}
+    with pytest.raises(Unsupported, match="transformer came from none"):
+        pipe.limit_memory(ram="2GiB")

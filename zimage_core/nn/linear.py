@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ class _Weighted(nn.Module):
     """A module with one matrix `weight`: a Parameter if it is dense, a QuantTensor if it is packed.
 
     `.to` changes `dtype` as it would change that of a dense weight; packed bytes are moved, never converted.
+    A state dict holds the packed bytes as `packed`. Format and scale are not in it: the module that loads it must
+    have the same.
     """
 
     weight: Weight
@@ -73,6 +75,40 @@ class _Weighted(nn.Module):
     def device(self) -> torch.device:
         """The device of the weight, dense or packed."""
         return self.weight.device
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self.weight, QuantTensor):
+            destination[f"{prefix}packed"] = self.weight.packed
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        own, key = self.weight, f"{prefix}packed"
+        if not isinstance(own, QuantTensor):
+            return
+        found = state_dict.get(key)
+        if found is None:
+            missing_keys.append(key)
+        elif found.shape != own.packed.shape or found.dtype != own.packed.dtype:
+            error_msgs.append(
+                f"{key} is {found.dtype} of shape {tuple(found.shape)}, this layer's {own.format.name} "
+                f"weight is {own.packed.dtype} of shape {tuple(own.packed.shape)}"
+            )
+        else:
+            self.weight = QuantTensor(found.to(own.device, copy=True), own.format, own.shape, own.scale)
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

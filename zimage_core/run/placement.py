@@ -110,7 +110,7 @@ class Placement:
             )
         if not self._as_loaded:
             raise Unsupported(
-                "limit_memory: weights were made resident or cast, so a plan from the files would be wrong; "
+                "limit_memory: weights were dequantised or cast, so a plan from the files would be wrong; "
                 "open the pipeline anew with vram= or ram="
             )
         found = {name: opened_file(network) for name, network in networks.items()}

@@ -89,7 +89,7 @@ class ZImageResult:
         interrupted: Whether the callback stopped the run, so that the images are unfinished.
         memory: With a memory budget, the plan of the run and what was streamed; else None.
         files: Component -> name, size and hash of its file; see `WeightFile.identity`.
-        opened: Component -> its file, still open.
+        opened: Component -> that file. It stays open for as long as the result lives.
     """
 
     images: list[Image] | np.ndarray[Any, Any] | torch.Tensor

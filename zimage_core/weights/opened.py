@@ -118,12 +118,8 @@ class Opened:
         """The file's name without its folder."""
         return Path(self.file.path).name
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Opened:
-        """Return self: a copy of a network reads the same open file."""
-        return self
-
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Pickle as None: a pickled network contains its weights and belongs to no file."""
+        """Copy and pickle as None: a copied network may be changed, so it belongs to no file."""
         return type(None), ()
 
 
