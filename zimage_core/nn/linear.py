@@ -20,8 +20,8 @@ class _Weighted(nn.Module):
     """A module with one matrix `weight`: a Parameter if it is dense, a QuantTensor if it is packed.
 
     `.to` changes `dtype` as it would change that of a dense weight; packed bytes are moved, never converted.
-    A state dict holds the packed bytes as `packed`. Format and scale are not in it: the module that loads it must
-    have the same.
+    A state dict holds the packed bytes as `packed`. Format and scale are not in it: they must be those of the
+    module that loads it.
     """
 
     weight: Weight
