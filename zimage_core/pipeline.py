@@ -392,6 +392,7 @@ class ZImagePipeline:
         mmap: bool = True,
         vram: int | str | None = None,
         ram: int | str | None = None,
+        variant: str | None = None,
         **others: Any,
     ) -> Self:
         """Build a pipeline from a folder, or from a repository of the Hugging Face Hub.
@@ -414,6 +415,7 @@ class ZImagePipeline:
             mmap: Use the weights in place, as views of the files.
             vram: Limit of GPU memory; see `limit_memory`.
             ram: Limit of host memory, in the same form.
+            variant: Variant of the files in diffusers' layout, such as "fp16"; default: those without one.
             others: Further arguments of diffusers. `low_cpu_mem_usage` and `use_safetensors` are ignored,
                 since they ask for what is always done here; `revision`, `cache_dir`, `token` and
                 `local_files_only` go to the Hub. Any other argument with a value is refused.
@@ -425,7 +427,7 @@ class ZImagePipeline:
         named = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         given = {name: path for name, path in named.items() if path is not None}
         paths, tokenizer, scheduler = find_components(
-            pretrained_model_name_or_path, given, tokenizer, scheduler, mmap, others
+            pretrained_model_name_or_path, given, tokenizer, scheduler, mmap, variant, others
         )
         return cls.from_files(
             **paths,  # type: ignore[arg-type]  # some are open files already

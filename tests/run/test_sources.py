@@ -19,6 +19,7 @@ from zimage_core.pipeline import ZImagePipeline
 from zimage_core.run import sources
 from zimage_core.run.checks import read_dtype
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
+from zimage_core.weights.folder import loose_models
 
 FILE = {"transformer": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors",
         "vae": "diffusion_pytorch_model.safetensors"}  # fmt: skip
@@ -252,8 +253,8 @@ def test_online_the_chosen_files_are_downloaded(cache, saved, monkeypatch):
 
 
 def test_what_means_nothing_here_is_refused_by_name(saved):
-    with pytest.raises(Unsupported, match="variant='fp16' means nothing here; leave it out"):
-        ZImagePipeline.from_pretrained(saved, variant="fp16")
+    with pytest.raises(Unsupported, match="revive='x' means nothing here; leave it out"):
+        ZImagePipeline.from_pretrained(saved, revive="x")
     assert ZImagePipeline.from_pretrained(pretrained_model_name_or_path=saved, low_cpu_mem_usage=False)
 
 
@@ -328,10 +329,10 @@ def test_a_folder_without_models_says_what_is_missing(tmp_path):
 
 def test_shards_are_one_candidate(tmp_path):
     tiny.write_json(tmp_path / "m.safetensors.index.json", {"weight_map": {"a": "m-1.safetensors"}})
-    for name in ("m-1.safetensors", "m-2.safetensors", ".hidden.gguf"):
+    for name in ("m-1.safetensors", "m-2.safetensors", "._m-2.safetensors"):
         (tmp_path / name).write_bytes(b"x")
-    found = [p.name for p in sources._candidates(tmp_path)]
-    assert found == [".hidden.gguf", "m-2.safetensors", "m.safetensors.index.json"]
+    found = [model.name for model in loose_models(tmp_path)]
+    assert found == ["m-2.safetensors", "m.safetensors.index.json"]
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])

@@ -164,7 +164,7 @@ def test_a_diffusers_folder_of_shards(tmp_path):
         model = load_transformer(path)
         assert model.config.axes_lens == (64, 32, 32)
         assert_same(model, content.values())
-    with pytest.raises(BadFile, match="without the part 'vae'"):
+    with pytest.raises(BadFile, match="has no folder vae; download"):
         load_vae(tmp_path)
 
 

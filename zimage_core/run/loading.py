@@ -82,6 +82,7 @@ def find_components(
     tokenizer: PathLike | Tokenizer | None,
     scheduler: FlowMatchEulerScheduler | None,
     mmap: bool,
+    variant: str | None,
     others: Mapping[str, Any],
 ) -> tuple[dict[str, PathLike | Opened], PathLike | Tokenizer | None, FlowMatchEulerScheduler | None]:
     """Find the files of a folder or repository, for `ZImagePipeline.from_pretrained`.
@@ -92,6 +93,7 @@ def find_components(
         tokenizer: The caller's tokenizer; if None, the folder's is used together with its text encoder.
         scheduler: The caller's scheduler; None uses the folder's.
         mmap: Use the weights in place, as views of the files.
+        variant: The variant of the files, such as "fp16"; None for those without one.
         others: Further arguments: those of the Hub, and those of diffusers that can be ignored.
 
     Returns:
@@ -105,7 +107,7 @@ def find_components(
         if value is not None and name not in (*ALWAYS, *HUB_OPTIONS):
             raise Unsupported(f"from_pretrained: {name}={shown(value)} means nothing here; leave it out")
     hub_options = {name: others[name] for name in HUB_OPTIONS if others.get(name) is not None}
-    found = sources.find(source, given, hub_options, mmap)
+    found = sources.find(source, given, hub_options, mmap, variant)
     if tokenizer is None and "text_encoder" not in given:
         tokenizer = found.tokenizer
     return {**found.paths, **given}, tokenizer, scheduler or found.scheduler

@@ -81,6 +81,10 @@ FOREIGN_PREFIXES = (
     "denoiser.",
     "text_encoders.",
     "first_stage_model.",
+    "cond_stage_model.",
+    "conditioner.",
+    "clip_vision.",
+    "vae_approx.",
 )
 """Name prefixes of the other parts of an all-in-one checkpoint, which are ignored."""
 
@@ -124,8 +128,11 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
         for kind, detect in _DETECTORS.items()
         if (card := detect(shapes, metadata, stated if wanted == kind else None)) is not None
     }
-    if wanted in cards and cards[wanted].sound:
-        found = _with_companions(cards[wanted], cards)
+    real = {kind: card for kind, card in cards.items() if card.kind == kind}
+    own = real.get(wanted) or (None if wanted in _DETECTORS else next(iter(real.values()), None))
+    # in a file with several components each is judged by its own tensors, whatever else is there
+    if own is not None and (own.sound or any(card.sound for card in real.values() if card is not own)):
+        found = _with_companions(own, cards)
     else:
         found = _adapter_or_lookalike(shapes, metadata) or (
             _with_companions(cards.get(wanted) or next(iter(cards.values())), cards)
@@ -180,13 +187,22 @@ def _compare(card: ModelCard, table: names.Table, shapes: Shapes, unused: Callab
     """The card, completed with the tensors that do not fit the table; `unused` accepts names to ignore."""
     wanted = names.checkpoint_shapes(table)
     inside = _under(shapes, card.prefix)
-    elsewhere = (*FOREIGN_PREFIXES, *_other_components(card.kind, shapes))
-    strangers = []
+    others = _other_components(card.kind, shapes)
+    elsewhere = (*FOREIGN_PREFIXES, *others)
+    strangers: list[str] = []
+    foreign: list[str] = []
+    # a vision tower beside a language model makes it another model, so that is no foreign content
+    in_one = card.kind != "text_encoder" or others or card.prefix.startswith("text_encoder")
     for full in shapes:
         name = full.removeprefix(card.prefix)
         ours = full.startswith(card.prefix) and (name in wanted or storage.is_companion(name, inside))
-        if not ours and not unused(name) and not full.startswith(elsewhere) and full not in GLOBAL_TENSORS:
-            strangers.append(full)
+        if ours or unused(name) or full.startswith(elsewhere) or full in GLOBAL_TENSORS:
+            continue
+        (foreign if in_one and not full.startswith(card.prefix) else strangers).append(full)
+    if foreign:
+        some = ", ".join(printable(name, 80) for name in foreign[:3]) + (", ..." if foreign[3:] else "")
+        caution = f"{len(foreign)} tensors of the file belong to no part of Z-Image and are ignored: {some}"
+        card = replace(card, cautions=(*card.cautions, caution))
     misshapen = tuple(
         f"{card.prefix}{name} is {inside[name]}, wanted {shape}"
         for name, shape in wanted.items()

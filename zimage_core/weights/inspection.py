@@ -17,15 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, ZImageError, printable
+from zimage_core.weights.folder import folders_below, has_tokenizer, loose_models
+from zimage_core.weights.opened import (
+    Opened,
+    check_pipeline_class,
+    identify_open,
+    open_model,
+    open_parts,
+    open_pipeline,
+    open_weights,
+)
+from zimage_core.weights.source import Source
 
 if TYPE_CHECKING:
-    from zimage_core.weights.opened import Opened
     from zimage_core.weights.source import WeightFile
 
 PARTS = (*COMPONENTS, "tokenizer")
 """What is needed to make an image; a GGUF text encoder contains its tokenizer."""
-MAX_FILES = 200  # of one folder
-MODEL_SUFFIXES = (".gguf", ".safetensors", ".safetensors.index.json")
 _HEAD = 1 << 16
 _TOKENIZER = re.compile(rb'"(added_tokens|normalizer|pre_tokenizer|post_processor|decoder|model|merges)"\s*:')
 _MAX_TEXT = 2000
@@ -63,6 +71,7 @@ class Inspection:
         config: Sizes of the network, or other facts.
         types: Formats of the tensors, largest first.
         needs: Components that must come from other files before an image can be made.
+        also: Other components in the same file.
         notes: Remarks for the user.
         warnings: Values that are not finite or do not fit float16 (only with `full`).
         metadata: Keys of the file, long values shortened; the settings of an image.
@@ -80,6 +89,7 @@ class Inspection:
     config: dict[str, Any] = field(default_factory=dict)
     types: tuple[TypeCount, ...] = ()
     needs: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -102,9 +112,6 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
         BadFile: The file is damaged, truncated, or of no kind known here; the message says which.
         UnknownFormat: The file holds a tensor type that zimage_core.formats does not describe.
     """
-    from zimage_core.weights.opened import identify_open, open_weights
-    from zimage_core.weights.source import Source
-
     place = Path(path)
     if "\0" not in fspath(path) and place.is_dir():
         return _folder(place, full)
@@ -140,6 +147,7 @@ def _weights(opened: Opened, full: bool) -> Inspection:
         config={} if card.config is None else asdict(card.config),
         types=_types(file),
         needs=tuple(needs),
+        also=card.also,
         notes=card.notes + card.cautions + tuple(f"holds a {other} too" for other in card.also),
         warnings=tuple(_warnings(file)) if full else (),
         metadata={key: _short(value) for key, value in file.metadata.items()},
@@ -153,13 +161,8 @@ def _has_tokenizer(file: WeightFile, kind: str) -> bool:
         return False
     if "tokenizer.ggml.tokens" in file.metadata:
         return True
-    folder = Path(file.path) if Path(file.path).is_dir() else Path(file.path).parent
-    return any(_holds_tokenizer(place) for place in (folder, folder.parent / "tokenizer"))
-
-
-def _holds_tokenizer(folder: Path) -> bool:
-    names = ("vocab.json", "merges.txt")
-    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in names)
+    folder = Path(file.path).parent
+    return any(has_tokenizer(place) for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"))
 
 
 def _types(file: WeightFile) -> tuple[TypeCount, ...]:
@@ -235,87 +238,66 @@ def _image(path: Path) -> Inspection:
 
 
 def _folder(path: Path, full: bool) -> Inspection:
-    """A diffusers folder, a folder with a sharded model, or a folder of single files."""
+    """A folder of any kind: what is in it, and whether `generate` would draw with it."""
     parts: list[Inspection] = []
     broken: list[str] = []
-    for place in _places(path):
+    for place in folders_below(path):
         try:
-            if place.is_dir() and _holds_tokenizer(place):
+            if has_tokenizer(place):
                 parts.append(_tokenizer(place))
-            if not place.is_dir():
-                parts.append(inspect_file(place, full))
+        except ZImageError as error:
+            broken.append(str(error))
+    for model in loose_models(path):
+        try:
+            with open_model(model, mmap=False) as file:
+                parts.append(_weights(identify_open(file), full))
         except ZImageError as error:
             broken.append(str(error))
     if not parts and broken:
         raise BadFile(path, f"a directory in which nothing can be read: {broken[0]}")
     if not parts:
         raise BadFile(path, "a directory without model files", "name a model file or its folder")
-    have = {part.kind for part in parts if part.usable}
-    needs = [name for name in COMPONENTS if name not in have]
-    encoders = [part for part in parts if part.kind == "text_encoder"]
-    if "tokenizer" not in have and all("tokenizer" in part.needs for part in encoders):
-        needs.append("tokenizer")
-    if not needs:
-        broken += _mismatch(parts)
-    whole = not needs and not broken
+    needs, problem = _verdict(path, parts)
+    whole = not needs and not problem
     return Inspection(
         path=fspath(path),
         container="folder",
         nbytes=sum(part.nbytes for part in parts),
         kind="pipeline" if whole else "collection",
         title="all parts of a Z-Image pipeline" if whole else f"a folder with {_listing(parts)}",
-        usable=not broken,
-        problem="; ".join(broken),
+        usable=not problem and (whole or not broken),
+        problem=problem or ("" if whole else "; ".join(broken)),
         needs=tuple(needs),
+        notes=tuple(f"cannot be read and is left out: {fault}" for fault in broken) if whole else (),
         warnings=tuple(f"{Path(part.path).name}: {text}" for part in parts for text in part.warnings),
         parts=tuple(parts),
     )
 
 
-def _mismatch(parts: list[Inspection]) -> list[str]:
-    """Why the three networks, each of them usable, do not belong together."""
-    from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
-    from zimage_core.weights.card import check_compatible
-
-    found = {part.kind: part for part in reversed(parts) if part.usable}
+def _verdict(path: Path, parts: list[Inspection]) -> tuple[list[str], str]:
+    """Components that the folder lacks, and the reason why a run would refuse those that it has, or ""."""
+    have = {kind for part in parts for kind in (part.kind, *part.also)}
+    needs = [name for name in COMPONENTS if name not in have]
+    if "tokenizer" not in have and all("tokenizer" in p.needs for p in parts if p.kind == "text_encoder"):
+        needs.append("tokenizer")
+    if needs:
+        return needs, ""
+    opened: dict[str, Opened] = {}
     try:
-        check_compatible(
-            TransformerConfig(**found["transformer"].config),
-            TextEncoderConfig(**found["text_encoder"].config),
-            AutoencoderConfig(**found["vae"].config),
-            {kind: part.path for kind, part in found.items()},
-        )
+        check_pipeline_class(path)
+        opened = open_parts(path, mmap=False)
+        open_pipeline(opened)
     except ZImageError as error:
-        return [str(error)]
-    return []
+        return [], str(error)
+    finally:
+        for part in opened.values():
+            part.file.close()
+    return [], ""
 
 
 def _listing(parts: list[Inspection]) -> str:
     counts = Counter(part.kind.replace("_", " ") for part in parts)
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
-
-
-def _places(path: Path) -> list[Path]:
-    """Model files of a folder and its subfolders, and the subfolders themselves, which may hold tokenizers.
-
-    Shards that an index lists are left out in favour of the index.
-    """
-    from zimage_core.weights.safetensors import shard_names
-
-    places: list[Path] = []
-    try:
-        inside = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-        for folder in (path, *inside[:MAX_FILES]):
-            files = sorted(p for p in folder.iterdir() if p.name.endswith(MODEL_SUFFIXES) and not p.is_dir())
-            listed = {s for p in files if p.name.endswith(".index.json") for s in shard_names(p)}
-            places += [folder, *(p for p in files if p.name not in listed)]
-    except OSError as error:
-        raise BadFile(path, f"a directory that cannot be read: {error.strerror}") from None
-    if len(places) > 2 * MAX_FILES:
-        raise BadFile(
-            path, f"a directory with {len(places)} model files and folders, more than {2 * MAX_FILES}"
-        )
-    return places
 
 
 def dumps(inspections: list[Inspection], tensors: bool = False) -> str:

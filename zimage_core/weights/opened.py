@@ -7,26 +7,34 @@ refused; the message says what it is and what to do. Nothing that runs code (pic
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from zimage_core.errors import BadFile, printable
-from zimage_core.weights.card import ModelCard, check_compatible, require
+from zimage_core.config import COMPONENTS
+from zimage_core.errors import BadFile, WrongModel, ZImageError, printable
+from zimage_core.files.hub import quant_tag
+from zimage_core.files.untrusted import read_json
+from zimage_core.weights.card import WANTED, ModelCard, check_compatible, require
+from zimage_core.weights.folder import Model, chosen, component_folder, listed, loose_models, models_in
 from zimage_core.weights.gguf import GGUFFile
 from zimage_core.weights.identify import identify
 from zimage_core.weights.magic import CONVERT, refuse_known
 from zimage_core.weights.safetensors import SafetensorsFile, ShardedSafetensors
 from zimage_core.weights.source import Source, WeightFile
 
+NAMING = (
+    "ZImagePipeline.from_files(transformer=, text_encoder=, vae=), "
+    "or --transformer FILE --text-encoder FILE --vae FILE on the command line"
+)
 MAX_CONFIG_BYTES = 1 << 20
 _HEAD = 512
 
 
 def open_weights(path: str | PathLike[str] | Source, mmap: bool = True) -> WeightFile:
-    """Open a GGUF file, a safetensors file, an index of shards, or a folder with one of them.
+    """Open a GGUF file, a safetensors file, an index of shards, or a folder with one model.
 
     Only headers are read. Nothing else in the library decides what a file is.
 
@@ -44,7 +52,9 @@ def open_weights(path: str | PathLike[str] | Source, mmap: bool = True) -> Weigh
         source = path
     else:
         path = fspath(path)
-        source = Source(_in_folder(path) if _is_folder(path) else path, mmap)
+        if _is_folder(path):
+            return open_model(_only_model(path), mmap)
+        source = Source(path, mmap)
     try:
         return _reader(source)
     except BaseException:
@@ -79,24 +89,33 @@ def _is_folder(path: str) -> bool:
         return False  # opening the Source raises an error that says why
 
 
-def _in_folder(path: str) -> str:
-    """The one model in a folder: its index of shards, else its only weight file."""
-    try:
-        names = sorted(entry.name for entry in Path(path).iterdir())
-    except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
-        raise BadFile(path, f"a directory that cannot be read: {reason}") from None
-    for ending in (".safetensors.index.json", ".safetensors", ".gguf"):
-        found = [name for name in names if name.endswith(ending) and not name.startswith(".")]
-        if len(found) == 1:
-            return str(Path(path) / found[0])
-        if found:
-            listed = ", ".join(
-                [*(printable(name, 60) for name in found[:4]), *(["..."] if found[4:] else [])]
-            )
-            raise BadFile(path, f"a directory with {len(found)} models: {listed}", "name one of them")
-    fault = "a directory without model file: no *.safetensors.index.json, *.safetensors or *.gguf in it"
-    raise BadFile(path, fault, "name the file, or the folder of one component")
+def open_model(model: Model, mmap: bool) -> WeightFile:
+    """Open a model that was found in a folder."""
+    if model.missing:
+        count = len(model.shards) + len(model.missing)
+        lacking = ", ".join(printable(name, 80) for name in model.missing[:3])
+        fault = f"one of {count} shards, of which {len(model.missing)} are missing: {lacking}"
+        raise BadFile(model.path, fault, "download them to the same folder")
+    return (
+        ShardedSafetensors(model.shards[0], mmap, model.shards)
+        if model.shards
+        else open_weights(model.path, mmap)
+    )
+
+
+def _only_model(path: str, variant: str | None = None) -> Model:
+    """The one model of a folder.
+
+    Raises:
+        BadFile: There is none, or there are several.
+    """
+    found = chosen(models_in(path), variant, component=True)
+    if not found:
+        fault = "a directory without model file: no *.safetensors.index.json, *.safetensors or *.gguf in it"
+        raise BadFile(path, fault, "name the file, or the folder of one component")
+    if len(found) > 1:
+        raise BadFile(path, f"a directory with {len(found)} models: {listed(found)}", "name one of them")
+    return found[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,31 +142,207 @@ class Opened:
         return type(None), ()
 
 
-def open_component(path: str | PathLike[str] | Opened, component: str = "", mmap: bool = True) -> Opened:
+def open_component(
+    path: str | PathLike[str] | Opened, component: str = "", mmap: bool = True, variant: str | None = None
+) -> Opened:
     """Open the file of a component and identify it; headers only.
 
     Args:
-        path: A GGUF or safetensors file, an index of shards, a component's folder, or a diffusers folder.
-            An `Opened` is used as it is; only the config.json beside it may still be read.
-        component: "transformer", "text_encoder" or "vae"; "" accepts any model.
+        path: A GGUF or safetensors file, an index of shards, or a folder: of the component, of a pipeline in
+            diffusers' layout, or of loose files. An `Opened` of the component is used as it is.
+        component: "transformer", "text_encoder" or "vae"; "" accepts any model, and of a folder with several
+            the transformer.
         mmap: Hand out tensors as views of the file.
+        variant: In a folder, the variant of the files, such as "fp16"; None for those without one.
 
     Returns:
         The open file with its card, which may be another model's; `require` refuses that.
 
     Raises:
-        BadFile: The path holds no model file that can be opened.
+        BadFile: The path holds no model file that can be opened, or several that could be meant.
     """
     if isinstance(path, Opened):
-        return _with_config(path.file, component, path.card, *_locate(path.file.path, component)[1:])
-    place, stated, binding = _locate(path, component)
-    file = open_weights(place, mmap=mmap)
-    return _with_config(file, component, None, stated, binding)
+        if not component or component == path.card.kind:
+            return path
+        return _with_config(path.file, component, None, _config_beside(path.file.path), binding=False)
+    if not _is_folder(fspath(path)):
+        file = open_weights(path, mmap)
+        return _with_config(file, component, None, _config_beside(fspath(path)), binding=False)
+    folder = Path(fspath(path))
+    if component:
+        return open_parts(folder, (component,), mmap, variant)[component]
+    parts = [name for name in COMPONENTS if component_folder(folder, name)]
+    if parts:
+        return open_component(folder, parts[0], mmap, variant)
+    if len(chosen(models_in(folder), variant, component=True)) == 1:
+        return _in_component_folder(folder, "", mmap, variant)
+    survey = _Survey(folder, mmap, variant)
+    try:
+        kinds = [name for name in COMPONENTS if survey.candidates(name)]
+        return survey.choose(kinds[:1] or COMPONENTS[:1], None)[(kinds or COMPONENTS)[0]]
+    finally:
+        survey.close_others()
+
+
+def open_parts(
+    folder: str | PathLike[str],
+    wanted: Sequence[str] = COMPONENTS,
+    mmap: bool = True,
+    variant: str | None = None,
+    tag: str | None = None,
+) -> dict[str, Opened]:
+    """Open the components in a folder: the one rule of what a folder means.
+
+    The subfolder of a component (diffusers' layout) is taken first. Other components are looked for among all
+    model files of the folder, by their contents; a file that holds several serves each of them.
+
+    Args:
+        folder: The folder, of a pipeline or of one component.
+        wanted: The components to open.
+        mmap: Hand out tensors as views of the files.
+        variant: The variant of the files, such as "fp16"; None for those without one.
+        tag: A quantisation, such as "Q4_K_M": among several files of a component the one of that name.
+
+    Returns:
+        Component -> open file; the caller closes them.
+
+    Raises:
+        BadFile: A component is missing, cannot be opened, or there are several of one kind.
+    """
+    folder = Path(fspath(folder))
+    found = {} if tag else {part: component_folder(folder, part) for part in wanted}
+    places = {part: place for part, place in found.items() if place is not None}
+    varied = {part for part, place in places.items() if variant in {m.variant for m in models_in(place)}}
+    opened: dict[str, Opened] = {}
+    try:
+        for part, place in places.items():
+            # as in diffusers, components without files of the variant give their plain ones
+            wish = variant if part in varied or not varied else None
+            opened[part] = _in_component_folder(place, part, mmap, wish)
+        rest = [part for part in wanted if part not in opened]
+        if len(rest) == 1 and not opened and len(chosen(models_in(folder), variant, component=True)) == 1:
+            return {rest[0]: _in_component_folder(folder, rest[0], mmap, variant)}
+        if rest:
+            survey = _Survey(folder, mmap, variant)
+            try:
+                opened |= survey.choose(rest, tag)
+            finally:
+                survey.close_others()
+    except BaseException:
+        for each in opened.values():
+            each.file.close()
+        raise
+    return opened
+
+
+def check_pipeline_class(folder: Path) -> None:
+    """Refuse a folder whose model_index.json names another pipeline.
+
+    Raises:
+        BadFile: The file cannot be read.
+        WrongModel: The message names the pipeline.
+    """
+    index = folder / "model_index.json"
+    if index.exists():
+        name = read_json(index).get("_class_name")
+        if not (isinstance(name, str) and name.startswith("ZImage")):
+            fault = f"model_index.json names {printable(name, 60)}, ZImagePipeline is wanted"
+            raise WrongModel(folder, fault, "get a Z-Image folder")
+
+
+def _in_component_folder(folder: Path, component: str, mmap: bool, variant: str | None) -> Opened:
+    """Open the model in the folder of one component; the config.json in it must agree with the tensors."""
+    models = chosen(models_in(folder), variant, component=True)
+    if variant and not any(model.variant == variant for model in models):
+        found = sorted({model.variant for model in models_in(folder)})
+        names = ", ".join(printable(name, 40) or "one without a variant" for name in found)
+        raise BadFile(folder, f"has no files of the variant {printable(variant, 40)!r}; it has {names}")
+    if len(models) > 1 and component:
+        survey = _Survey(folder, mmap, variant)
+        try:
+            return survey.choose((component,), None)[component]
+        finally:
+            survey.close_others()
+    file = open_model(_only_model(str(folder), variant), mmap)
+    try:
+        return _with_config(file, component, None, _read_config(folder / "config.json", binding=True), True)
+    except BaseException:
+        file.close()
+        raise
+
+
+class _Survey:
+    """All model files of a folder, open and identified, of which some are chosen and the others closed."""
+
+    def __init__(self, folder: Path, mmap: bool, variant: str | None) -> None:
+        self.folder = folder
+        self.opened: list[Opened] = []
+        self.refused: list[str] = []
+        self._kept: set[int] = set()
+        try:
+            for model in loose_models(folder, variant):
+                try:
+                    file = open_model(model, mmap)
+                except ZImageError as error:
+                    self.refused.append(str(error))
+                    continue
+                self.opened.append(Opened(file, identify(file)))
+        except BaseException:
+            self.close_others()
+            raise
+
+    def candidates(self, part: str) -> list[Opened]:
+        """The files that are the component, else those that hold it beside another one; sound ones first."""
+        found = [each for each in self.opened if each.card.kind == part]
+        found = found or [each for each in self.opened if part in each.card.also]
+        return [each for each in found if each.card.sound] or found
+
+    def choose(self, parts: Sequence[str], tag: str | None) -> dict[str, Opened]:
+        """Choose a file for each component; names only decide between quantisations of one model.
+
+        Raises:
+            BadFile: There is no file for a component, or more than one.
+        """
+        chosen_files = {}
+        for part in parts:
+            several = self.candidates(part)
+            several = [each for each in several if tag and quant_tag(each.name) == tag.upper()] or several
+            if len(several) > 1:
+                names = ", ".join(printable(each.name, 60) for each in several[:6])
+                fault = f"has {len(several)} files that are {WANTED[part][0]}: {names}"
+                raise BadFile(self.folder, fault, _naming(part))
+            if several:
+                chosen_files[part] = several[0]
+        if missing := [part for part in parts if part not in chosen_files]:
+            kinds = " and ".join(WANTED[part][0] for part in missing)
+            also = f" (unreadable: {self.refused[0]})" if self.refused else ""
+            if (self.folder / "model_index.json").is_file():
+                fault = f"has no folder {' and '.join(missing)}{also}"
+                raise BadFile(self.folder, fault, "download the whole repository")
+            raise BadFile(self.folder, f"has no file that is {kinds}{also}", _naming(missing[0]))
+        found = {}
+        for part, each in chosen_files.items():
+            stated = _config_beside(each.file.path)
+            found[part] = _with_config(
+                each.file, part, each.card if each.card.kind == part else None, stated, False
+            )
+        self._kept |= {id(each.file) for each in chosen_files.values()}
+        return found
+
+    def close_others(self) -> None:
+        """Close the files that were not chosen."""
+        for each in self.opened:
+            if id(each.file) not in self._kept:
+                each.file.close()
+
+
+def _naming(part: str) -> str:
+    return f"{WANTED[part][1]}, or name the files: {NAMING}"
 
 
 def identify_open(file: WeightFile) -> Opened:
     """Identify an open file as any model; a config.json beside it is used if it agrees with the tensors."""
-    return _with_config(file, "", None, *_locate(file.path, "")[1:])
+    return _with_config(file, "", None, _config_beside(file.path), binding=False)
 
 
 def open_pipeline(paths: Mapping[str, str | PathLike[str] | Opened], mmap: bool = True) -> dict[str, Opened]:
@@ -206,34 +401,9 @@ def _with_config(
     return Opened(file, replace(alone, cautions=(*alone.cautions, caution)))
 
 
-def _locate(path: str | PathLike[str], component: str) -> tuple[str, dict[str, Any] | None, bool]:
-    """Find the file of a component and the config.json beside it, and whether that config is binding.
-
-    Args:
-        path: A weight file, a folder of one component, or a folder with `component` as a subfolder
-            (diffusers' layout).
-        component: "transformer", "text_encoder" or "vae".
-
-    Returns:
-        Path for `open_weights`; the parsed config.json or None; True if a folder was named, whose config.json
-        must agree with the tensors. A config.json beside a single file may belong to another model.
-
-    Raises:
-        BadFile: The config.json of a named folder cannot be read.
-    """
-    place = Path(fspath(path))
-    try:
-        if not place.is_dir():
-            return fspath(path), _read_config(place.parent / "config.json", binding=False), False
-        if component and (place / component).is_dir():
-            place = place / component
-        elif (place / "model_index.json").is_file():
-            raise BadFile(
-                fspath(path), f"a model folder without the part {component!r}", f"download {component}/ to it"
-            )
-    except (OSError, ValueError):
-        return fspath(path), None, False  # open_weights raises an error that says what is wrong
-    return str(place), _read_config(place / "config.json", binding=True), True
+def _config_beside(path: str) -> dict[str, Any] | None:
+    """The config.json beside a file, which may belong to another model."""
+    return _read_config(Path(path).parent / "config.json", binding=False)
 
 
 def _read_config(path: Path, binding: bool) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,7 +39,7 @@ _OTHERS = {"F8_E8M0": "u1", "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "
 DTYPES: dict[str, BlockFormat] = {name: FORMATS[name] for name in _SHARED}
 DTYPES |= {name: _plain(name, code) for name, code in _OTHERS.items()}
 
-_SHARD = re.compile(r"-(\d{3,6})-of-(\d{3,6})\.safetensors$")
+_SHARD = re.compile(r"-(\d{3,6})-of-(\d{3,6})(?:\.[a-z]\w{0,31})?\.(?:safetensors|sft)$", re.IGNORECASE)
 
 
 class SafetensorsFile(WeightFile):
@@ -138,30 +139,54 @@ class SafetensorsFile(WeightFile):
 
 
 class ShardedSafetensors(WeightFile):
-    """Several safetensors files with one index; all are opened, and must hold exactly what the index lists.
+    """Several safetensors files that are one model.
+
+    With an index, the shards must hold exactly the tensors that it lists.
 
     Args:
-        path: The index, `*.safetensors.index.json`, or an open Source that this object takes over.
+        path: The index, `*.safetensors.index.json`, or an open Source that this object takes over. Without
+            an index, the first shard.
         mmap: Hand out tensors as views of a private map; False reads each into its own memory.
+        shards: Paths of all shards in one folder, if no index lists them.
 
     Raises:
-        BadFile: A shard is missing or damaged, the index and the shards disagree on a tensor, or an
-            entry of the index is a path instead of the name of a file in the same folder.
+        BadFile: A shard is missing or damaged, the index and the shards disagree on a tensor, two shards hold
+            the same tensor, or an entry of the index is a path instead of the name of a file in the same
+            folder.
     """
 
     kind = "safetensors"
 
-    def __init__(self, path: str | PathLike[str] | Source, mmap: bool = True) -> None:
+    def __init__(
+        self, path: str | PathLike[str] | Source, mmap: bool = True, shards: Sequence[str] = ()
+    ) -> None:
         super().__init__(path, mmap)
         self.shards: dict[str, SafetensorsFile] = {}
         self._shard_of: dict[str, str] = {}
+        self._indexed = not shards
         try:
-            for shard, names in read_index(self.source).items():
-                self._add(shard, names, self.source.mapped)
+            if self._indexed:
+                for shard, names in read_index(self.source).items():
+                    self._add(shard, names, self.source.mapped)
+            for place in shards:
+                self._join(place, self.source.mapped)
         except BaseException:
             self.close()
             raise
         self.size = sum(shard.size for shard in self.shards.values())
+
+    def _join(self, place: str, mmap: bool) -> None:
+        shard = Path(place).name
+        file = self.shards[shard] = SafetensorsFile(place, mmap, alone=False)
+        if twice := self.tensors.keys() & file.tensors.keys():
+            fault = f"tensor {printable(min(twice), 80)} is in an earlier shard, too"
+            raise BadFile(place, fault, "download all shards again, from one revision")
+        self._take(shard, file)
+
+    def _take(self, shard: str, file: SafetensorsFile) -> None:
+        self.tensors |= file.tensors
+        self._shard_of |= dict.fromkeys(file.tensors, shard)
+        self.metadata = {**file.metadata, **self.metadata}
 
     def _add(self, shard: str, names: list[str], mmap: bool) -> None:
         place = os.path.join(os.path.dirname(self.path), shard)  # noqa: PTH118, PTH120 - bytes-exact
@@ -178,14 +203,13 @@ class ShardedSafetensors(WeightFile):
             extra = next(name for name in file.tensors if name not in set(names))
             fault = f"holds tensor {printable(extra, 80)}, which the index does not place in it"
             raise BadFile(place, fault, "download index and shards again, from one revision")
-        self.tensors |= file.tensors
-        self._shard_of |= dict.fromkeys(names, shard)
-        self.metadata = {**file.metadata, **self.metadata}
+        self._take(shard, file)
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The index and its shards."""
-        return (self.source, *(shard.source for shard in self.shards.values()))
+        """The index, if there is one, and the shards."""
+        index = (self.source,) if self._indexed else ()
+        return (*index, *(shard.source for shard in self.shards.values()))
 
     def source_of(self, name: str) -> Source:
         """The shard that holds the tensor's bytes."""
@@ -239,7 +263,11 @@ def read_index(place: str | PathLike[str] | Source) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     for name, shard in places.items():
         check_text(path, "tensor name", name, MAX_NAME)
-        plain = isinstance(shard, str) and shard.isprintable() and shard.endswith(".safetensors")
+        plain = (
+            isinstance(shard, str)
+            and shard.isprintable()
+            and shard.lower().endswith((".safetensors", ".sft"))
+        )
         if not plain or shard.startswith(".") or not {"/", "\\", ":"}.isdisjoint(shard) or len(shard) > 255:
             fault = f"the index places a tensor in {printable(shard, 80)}, a name in its own folder is wanted"
             raise BadFile(path, fault, AGAIN)
