@@ -397,12 +397,13 @@ class ZImagePipeline:
     ) -> Self:
         """Build a pipeline from a folder, or from a repository of the Hugging Face Hub.
 
-        A folder has diffusers' layout, or holds single files that are identified by their contents. A
-        repository is "org/repo", or "org/repo:Q4_K_M" to choose one quantisation; it needs the package
-        huggingface_hub (`pip install zimage_core[hub]`), and nothing is downloaded if HF_HUB_OFFLINE is set.
+        A folder has diffusers' layout, or holds single files that are identified by their contents; one file
+        that holds all three networks serves as well. A repository is "org/repo", or "org/repo:Q4_K_M" to
+        choose one quantisation; it needs the package huggingface_hub (`pip install zimage_core[hub]`), and
+        nothing is downloaded if HF_HUB_OFFLINE is set.
 
         Args:
-            pretrained_model_name_or_path: Folder or repository.
+            pretrained_model_name_or_path: Folder, file with all components, or repository.
             transformer: Path of a transformer to use instead.
             text_encoder: Path of a text encoder to use instead. A repository that holds only quantised
                 transformers needs the other components from elsewhere.

@@ -17,9 +17,10 @@ from zimage_core.memory import residency
 from zimage_core.memory.plan import PHASES
 from zimage_core.memory.planner import RING, RUNTIME, make_plan
 from zimage_core.memory.rates import known
-from zimage_core.memory.sizes import Block, Matrix, Part, Sizes, folder_files, read_sizes
+from zimage_core.memory.sizes import Block, Matrix, Part, Sizes, read_sizes
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.quant.dispatch import PLANES_MARGIN
+from zimage_core.weights.opened import open_parts
 
 GIB = 1 << 30
 Q4_K_M, Q3_K_S = full_size(q4_k_m), full_size(q3_k_s)
@@ -179,7 +180,7 @@ def test_the_embedded_model_weighs_what_it_weighs_when_loaded():
     from zimage_core.nn.linear import Embedding, tensors_of
 
     pipe = ZImagePipeline.from_default(dtype="bfloat16")
-    sizes = read_sizes(folder_files(ROOT / "zimage_core" / "assets" / "nano"))
+    sizes = read_sizes(open_parts(ROOT / "zimage_core" / "assets" / "nano"))
 
     def held(module):
         return sum(tensor.nbytes for tensor in tensors_of(module))
@@ -203,7 +204,7 @@ def test_what_is_streamed_is_what_the_stream_streams():
     from zimage_core.weights.load import opened_file
 
     pipe = ZImagePipeline.from_default(dtype="bfloat16")
-    sizes = read_sizes(folder_files(ROOT / "zimage_core" / "assets" / "nano"))
+    sizes = read_sizes(open_parts(ROOT / "zimage_core" / "assets" / "nano"))
     for part, model in ((sizes.transformer, pipe.transformer), (sizes.text_encoder, pipe.text_encoder)):
         found = blocks_of(model.blocks, maps_of(opened_file(model).file), torch.device("cpu"))
         assert [block.payload for block in found] == [block.nbytes for block in part.blocks]

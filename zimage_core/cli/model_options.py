@@ -31,6 +31,7 @@ def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) ->
     """
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="DIR", help="model folder, or a repository org/repo[:Q4_K_M]")
+    model.add_argument("--variant", metavar="NAME", help="of the files in DIR, such as fp16 (default: none)")
     files = {"transformer": "GGUF or safetensors", "text_encoder": "GGUF or safetensors"}
     for part, text in {**files, "vae": "safetensors or GGUF"}.items():
         if part not in without:
@@ -146,6 +147,8 @@ def check_model(args: argparse.Namespace) -> None:
             f"{' and '.join(map(option, parts))} alone cannot draw: "
             f"give {' and '.join(map(option, missing))} too, or --model FOLDER"
         )
+    if args.variant is not None and args.model is None:
+        raise BadArgument("--variant goes with --model: it chooses among the files of a folder")
     if args.tokenizer is not None and args.model is None and not parts:
         raise BadArgument("--tokenizer goes with --model or with the files of the three networks")
 
@@ -164,7 +167,7 @@ def load_pipeline(args: argparse.Namespace) -> ZImagePipeline:
         options["dtype"] = args.dtype
     parts = given(args, (*COMPONENTS, "tokenizer"))
     if args.model is not None:
-        return ZImagePipeline.from_pretrained(args.model, **parts, **options)
+        return ZImagePipeline.from_pretrained(args.model, **parts, **options, variant=args.variant)
     if not parts:
         return ZImagePipeline.from_default(**options)
     return ZImagePipeline.from_files(**parts, **options)

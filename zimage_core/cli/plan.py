@@ -15,7 +15,8 @@ from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
 from zimage_core.memory.plan import Plan
 from zimage_core.memory.planner import make_plan
 from zimage_core.memory.rates import known
-from zimage_core.memory.sizes import folder_files, read_sizes
+from zimage_core.memory.sizes import read_sizes
+from zimage_core.weights.opened import Opened, open_parts
 
 CARDS = (4, 6, 8, 12, 16, 24)
 """GiB of GPU memory of common cards, for the table without --vram."""
@@ -106,7 +107,7 @@ def _write(found: dict[str, Any] | list[str]) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _paths(args: argparse.Namespace) -> dict[str, str]:
+def _paths(args: argparse.Namespace) -> dict[str, str | Opened]:
     """The file or folder of each network."""
     given = {name: getattr(args, name) for name in COMPONENTS if getattr(args, name) is not None}
     if len(given) == len(COMPONENTS):
@@ -114,7 +115,8 @@ def _paths(args: argparse.Namespace) -> dict[str, str]:
     if args.model is None and given:
         missing = " and ".join(f"--{n.replace('_', '-')}" for n in COMPONENTS if n not in given)
         raise BadArgument(f"a plan needs all three networks: give {missing} too, or --model FOLDER")
-    return {**folder_files(args.model or NANO), **given}
+    wanted = [name for name in COMPONENTS if name not in given]
+    return {**open_parts(args.model or NANO, wanted), **given}
 
 
 def _shows(stream: Any, signs: str) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 
 from zimage_core.config import COMPONENTS, AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, BadWeights, printable
@@ -138,11 +137,11 @@ class Sizes:
         return self.transformer.nbytes + self.text_encoder.nbytes + self.vae.nbytes
 
 
-def read_sizes(paths: Mapping[str, str | PathLike[str]], dtype: str = "bfloat16") -> Sizes:
+def read_sizes(paths: Mapping[str, str | PathLike[str] | Opened], dtype: str = "bfloat16") -> Sizes:
     """Sizes from files.
 
     Args:
-        paths: "transformer", "text_encoder" and "vae" -> file or folder, as for loading.
+        paths: "transformer", "text_encoder" and "vae" -> file or folder, as for loading, or the open file.
         dtype: Dtype of the computation.
 
     Raises:
@@ -166,29 +165,6 @@ def sizes_of(parts: Mapping[str, Opened], dtype: str = "bfloat16") -> Sizes:
     if dtype not in ITEMSIZE:
         raise BadArgument(f"dtype: got {printable(dtype, 40)!r}, wanted one of {', '.join(ITEMSIZE)}")
     return Sizes(**{name: _part(name, parts[name], dtype) for name in COMPONENTS}, dtype=dtype)
-
-
-def folder_files(folder: str | PathLike[str]) -> dict[str, str]:
-    """The three networks of a folder: diffusers' layout, or loose files told apart by their contents.
-
-    Raises:
-        BadFile: The folder cannot be read; BadArgument: one of the networks is not there, or twice.
-    """
-    from zimage_core.weights.inspection import inspect_file
-
-    place = Path(folder)
-    if all((place / name).is_dir() for name in COMPONENTS):
-        return {name: str(place / name) for name in COMPONENTS}
-    parts = inspect_file(place).parts
-    found: dict[str, str] = {}
-    for name in COMPONENTS:
-        paths = [part.path for part in parts if part.kind == name]
-        if len(paths) != 1:
-            what = name.replace("_", " ")
-            state = "no" if not paths else f"{len(paths)}"
-            raise BadArgument(f"{printable(place)} holds {state} {what}; wanted one: give its file instead")
-        found[name] = paths[0]
-    return found
 
 
 def _part(name: str, part: Opened, dtype: str) -> Part:

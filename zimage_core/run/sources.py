@@ -10,13 +10,20 @@ from typing import Any
 
 from zimage_core.assets import NANO
 from zimage_core.config import COMPONENTS
-from zimage_core.errors import BadArgument, BadFile, printable
+from zimage_core.errors import BadArgument, BadFile, ZImageError, printable
 from zimage_core.files import hub
 from zimage_core.files.untrusted import read_json
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.folder import has_tokenizer
-from zimage_core.weights.opened import NAMING, Opened, check_pipeline_class, open_parts, open_weights
+from zimage_core.weights.opened import (
+    NAMING,
+    Opened,
+    check_pipeline_class,
+    open_component,
+    open_parts,
+    open_weights,
+)
 from zimage_core.weights.source import WeightFile
 
 
@@ -52,12 +59,12 @@ def find(
     mmap: bool = True,
     variant: str | None = None,
 ) -> Sources:
-    """Sources of a folder, or of a repository "org/repo" or "org/repo:Q4_K_M" (see `hub`).
+    """Sources of a folder, a file with all components, or a repository "org/repo" or "org/repo:Q4_K_M".
 
     A folder that exists is taken before a repository of the same name.
 
     Args:
-        source: Folder or repository.
+        source: Folder, file or repository.
         given: Components that the caller has from elsewhere; they may be missing here.
         hub_options: Options for `hub.fetch`.
         mmap: Whether files that are opened hand out tensors as views of a map.
@@ -71,10 +78,35 @@ def find(
     if os.fspath(source) and path.is_dir():  # "" would be the working folder
         return _in_folder(path, None, given, mmap, variant)
     if os.fspath(source) and path.exists():
-        raise BadFile(path, "is a file, not a folder", f"name all files instead: {NAMING}")
+        return _in_file(path, given, mmap)
     tag = hub.REPO_ID.fullmatch(os.fspath(source))
     folder = hub.fetch(os.fspath(source), **(hub_options or {}))
     return _in_folder(folder, tag["tag"] if tag else None, given, mmap, variant)
+
+
+def _in_file(path: Path, given: Collection[str], mmap: bool) -> Sources:
+    """Sources of one file that holds all components; tokenizer and scheduler may lie beside it."""
+    wanted = [part for part in COMPONENTS if part not in given]
+    opened = None
+    try:
+        opened = open_component(path, mmap=mmap)
+        held = (opened.card.kind, *opened.card.also)
+        missing = [part.replace("_", " ") for part in wanted if part not in held]
+        fault = f"is {opened.card.title} without {' and '.join(missing)}, and no folder" if missing else ""
+    except ZImageError:
+        fault = "is a file, not a folder"
+    if fault or opened is None:
+        if opened is not None:
+            opened.file.close()
+        raise BadFile(path, fault, f"name all files instead: {NAMING}")
+    found = {part: open_component(opened, part) for part in wanted}
+    return Sources(dict(found), None, _scheduler(path.parent))
+
+
+def _scheduler(folder: Path) -> FlowMatchEulerScheduler | None:
+    """The schedule that a folder states."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    return FlowMatchEulerScheduler.from_json(read_json(path)) if path.is_file() else None
 
 
 def _in_folder(
@@ -82,11 +114,10 @@ def _in_folder(
 ) -> Sources:
     if tag is None:
         check_pipeline_class(folder)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
     return Sources(
         dict(open_parts(folder, [part for part in COMPONENTS if part not in given], mmap, variant, tag)),
         next((place for place in (folder / "tokenizer", folder) if has_tokenizer(place)), None),
-        FlowMatchEulerScheduler.from_json(read_json(scheduler)) if scheduler.is_file() else None,
+        _scheduler(folder),
     )
 
 
