@@ -60,7 +60,7 @@ def copy(saved, tmp_path):
 
 
 def latents(source) -> torch.Tensor:
-    """Latents of one step; from memory, since the last bits of float32 sums depend on the alignment in a file."""
+    """Latents of one step; read into memory, since the last bits of float32 sums depend on alignment."""
     pipe = (
         source if isinstance(source, ZImagePipeline) else ZImagePipeline.from_pretrained(source, mmap=False)
     )
