@@ -141,8 +141,11 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
         )
     if found.kind not in _DETECTORS:
         return found
-    problem = storage.storage_problem(file) or found.problem
-    return replace(found, problem=problem, notes=found.notes + storage.storage_notes(file.tensors))
+    # a part is judged by its own tensors, whatever else lies in the file
+    elsewhere = (*FOREIGN_PREFIXES, *_other_components(found.kind, shapes))
+    problem = storage.storage_problem(file, found.prefix, elsewhere) or found.problem
+    notes = storage.storage_notes(storage.own_tensors(file, found.prefix, elsewhere))
+    return replace(found, problem=problem, notes=found.notes + notes)
 
 
 def _adapter_or_lookalike(shapes: Shapes, metadata: Mapping[str, Any]) -> ModelCard | None:
