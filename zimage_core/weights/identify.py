@@ -306,11 +306,11 @@ def _vae(shapes: Shapes, metadata: Mapping[str, Any], stated: Mapping[str, Any] 
     latent = inside.get("decoder.conv_in.weight", ())
     if any(name.removeprefix(side) in QUANT_CONVS for name in inside for side in ("encoder.", "decoder.")):
         channels = latent[1] if len(latent) == 4 else 0
-        which = {4: "a Stable Diffusion 1, 2 or XL VAE", 32: "a FLUX.2 VAE"}.get(
-            channels, "another model's VAE"
-        )
+        which = {4: "a Stable Diffusion 1, 2 or XL VAE", 32: "a FLUX.2 VAE"}
+        title = which.get(channels, "another model's VAE")
+        title += f" ({channels} latent channels, and quant_conv layers, which FLUX.1's VAE does not have)"
         return ModelCard(
-            "other", "vae", f"{which} ({channels} latent channels)", problem="Z-Image uses FLUX.1's VAE"
+            "other", "vae", title, problem="Z-Image uses FLUX.1's VAE, without quant_conv layers"
         )
     if len(latent) == 5:
         return ModelCard("other", "video-vae", "a video VAE", problem="Z-Image uses FLUX.1's VAE")
