@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
-from zimage_core.errors import BadArgument
+from zimage_core.errors import BadArgument, printable
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
 """The three networks of a pipeline, by the names of their folders in diffusers' layout."""
@@ -32,13 +32,80 @@ def _positive(owner: str, **values: object) -> None:
             raise BadArgument(f"{owner}: {name} is {value!r}, wanted a positive whole number")
 
 
-def _field(owner: str, data: Mapping[str, Any], name: str, *default: Any) -> Any:
-    """Value of a config.json; if it is absent or null, the default, or BadArgument without one."""
-    if name in data and data[name] is not None:
-        return data[name]
-    if default:
-        return default[0]
-    raise BadArgument(f"{owner}: the config has no {name!r}; it is not a config of this network")
+MOST = 1 << 24
+"""Largest whole number in a config of any real network; it bounds what is allocated."""
+
+
+class Fields:
+    """Values of a config.json, checked by kind. A field that is null is absent: it has its default.
+
+    Args:
+        owner: What the config describes, for messages.
+        data: The parsed file.
+
+    Every method takes the name of a field and its default, and raises BadArgument where the value is of
+    another kind; without a default it does so where the field is absent.
+    """
+
+    def __init__(self, owner: str, data: Mapping[str, Any]) -> None:
+        self.owner = owner
+        self.data = data
+
+    def get(self, name: str, *default: Any) -> Any:
+        """The value of any kind."""
+        value = self.data.get(name)
+        if value is not None:
+            return value
+        if default:
+            return default[0]
+        raise BadArgument(f"{self.owner}: the config has no {name!r}; it is not a config of this network")
+
+    def whole(self, name: str, *default: int, low: int = 1) -> int:
+        """A whole number from `low` to `MOST`."""
+        value = self.get(name, *default)
+        if not _is_number(value) or value != value // 1 or not low <= value <= MOST:
+            self.refuse(name, f"a whole number from {low} to {MOST}")
+        return int(value)
+
+    def number(self, name: str, *default: float, low: float, high: float) -> float:
+        """A number from `low` to `high`."""
+        value = self.get(name, *default)
+        if not _is_number(value) or not low <= value <= high:
+            self.refuse(name, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """true or false."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, "true or false")
+        return value
+
+    def wholes(self, name: str, *default: tuple[int, ...], count: int = 0) -> tuple[int, ...]:
+        """A list of whole numbers above 0, `count` of them if that is not 0."""
+        value = self.get(name, *default)
+        what = f"a list of {count or 'some'} whole numbers"
+        if not isinstance(value, (list, tuple)) or not value or (count and len(value) != count):
+            self.refuse(name, what)
+        if not all(_is_number(n) and n == n // 1 and 0 < n <= MOST for n in value):
+            self.refuse(name, what)
+        return tuple(int(n) for n in value)
+
+    def only(self, name: str, *allowed: object) -> None:
+        """Refuse a value that asks for arithmetic which this library does not have."""
+        value = self.get(name, None)
+        if value is not None and not any(type(value) is type(each) and value == each for each in allowed):
+            self.refuse(name, " or ".join(map(repr, allowed)) or "none", "; other values are not supported")
+
+    def refuse(self, name: str, wanted: str, rest: str = "") -> NoReturn:
+        """Raise BadArgument, naming the field, its value and what was wanted."""
+        raise BadArgument(
+            f"{self.owner}: {name} is {printable(repr(self.data.get(name)), 80)}, wanted {wanted}{rest}"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 @dataclass(frozen=True)
@@ -122,33 +189,29 @@ class TransformerConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TransformerConfig:
         """Config of diffusers' transformer/config.json; BadArgument says what is missing or not supported."""
-        me = "S3-DiT config"
-        get = partial(_field, me, data)
-        dim = int(get("dim"))
-        patches, frames = get("all_patch_size", [2]), get("all_f_patch_size", [1])
-        if len(patches) != 1 or list(frames) != [1]:
-            raise BadArgument(f"{me}: patch sizes {patches} x {frames}; wanted one patch size and one frame")
-        heads = int(get("n_heads"))
-        if int(get("n_kv_heads", heads)) != heads:
-            raise BadArgument(f"{me}: n_kv_heads differs from n_heads {heads}; S3-DiT has no grouped heads")
-        siglip = data.get("siglip_feat_dim")
-        t, h, w = get("axes_dims", cls.axes_dims)
-        lt, lh, lw = get("axes_lens", cls.axes_lens)
-        return cls(
+        read = Fields("S3-DiT config", data)
+        dim = read.whole("dim")
+        patches = read.wholes("all_patch_size", (2,), count=1)
+        if read.wholes("all_f_patch_size", (1,)) != (1,):
+            read.refuse("all_f_patch_size", "[1], one frame")
+        read.only("qk_norm", True)
+        t, h, w = read.wholes("axes_dims", cls.axes_dims, count=3)
+        lt, lh, lw = read.wholes("axes_lens", cls.axes_lens, count=3)
+        return cls(  # diffusers ignores n_kv_heads: an S3-DiT has no grouped heads
             dim=dim,
-            n_layers=int(get("n_layers")),
-            n_refiner_layers=int(get("n_refiner_layers", cls.n_refiner_layers)),
-            n_heads=heads,
-            cap_feat_dim=int(get("cap_feat_dim")),
+            n_layers=read.whole("n_layers"),
+            n_refiner_layers=read.whole("n_refiner_layers", cls.n_refiner_layers, low=0),
+            n_heads=read.whole("n_heads"),
+            cap_feat_dim=read.whole("cap_feat_dim"),
             hidden_dim=int(dim / 3 * 8),
-            in_channels=int(get("in_channels", cls.in_channels)),
-            patch_size=int(patches[0]),
-            norm_eps=float(get("norm_eps", cls.norm_eps)),
-            rope_theta=float(get("rope_theta", cls.rope_theta)),
-            axes_dims=(int(t), int(h), int(w)),
-            axes_lens=(int(lt), int(lh), int(lw)),
-            t_scale=float(get("t_scale", cls.t_scale)),
-            siglip_feat_dim=None if siglip is None else int(siglip),
+            in_channels=read.whole("in_channels", cls.in_channels),
+            patch_size=patches[0],
+            norm_eps=read.number("norm_eps", cls.norm_eps, low=0, high=0.1),
+            rope_theta=read.number("rope_theta", cls.rope_theta, low=1, high=1e9),
+            axes_dims=(t, h, w),
+            axes_lens=(lt, lh, lw),
+            t_scale=read.number("t_scale", cls.t_scale, low=1e-3, high=1e6),
+            siglip_feat_dim=read.whole("siglip_feat_dim") if read.get("siglip_feat_dim", None) else None,
         )
 
 
@@ -208,32 +271,82 @@ class TextEncoderConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TextEncoderConfig:
         """Config of transformers' config.json; its model_type must be in `TEXT_ARCHITECTURES`."""
-        me = "text encoder config"
-        get = partial(_field, me, data)
-        arch = str(get("model_type"))
-        hidden, heads = int(get("hidden_size")), int(get("num_attention_heads"))
-        scaling = data.get("rope_scaling") or data.get("rope_parameters") or {}
-        theta = data.get("rope_theta")
-        if isinstance(scaling, Mapping):
-            if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-                raise BadArgument(
-                    f"{me}: rope scaling {scaling!r} is not supported; the encoders of Z-Image use none"
-                )
-            theta = theta or scaling.get("rope_theta")
+        read = Fields("text encoder config", data)
+        if (arch := read.get("model_type")) not in TEXT_ARCHITECTURES:
+            read.refuse("model_type", f"one of {', '.join(TEXT_ARCHITECTURES)}")
+        hidden, heads = read.whole("hidden_size"), read.whole("num_attention_heads")
+        layers = read.whole("num_hidden_layers")
+        for name, allowed in _ENCODER_FIXED.items():
+            read.only(name, *allowed)
+        _refuse_windows(read, layers - 1)
         return cls(
             arch=arch,
             hidden_size=hidden,
-            num_layers=int(get("num_hidden_layers")),
+            num_layers=layers,
             num_heads=heads,
-            num_kv_heads=int(get("num_key_value_heads", heads)),
-            head_dim=int(get("head_dim", hidden // heads)),
-            intermediate_size=int(get("intermediate_size")),
-            vocab_size=int(get("vocab_size")),
-            rope_theta=float(theta or 10000.0),
-            rms_norm_eps=float(get("rms_norm_eps", cls.rms_norm_eps)),
+            num_kv_heads=read.whole("num_key_value_heads", heads),
+            head_dim=read.whole("head_dim", max(1, hidden // heads)),
+            intermediate_size=read.whole("intermediate_size"),
+            vocab_size=read.whole("vocab_size"),
+            rope_theta=_rotary_base(read),
+            rms_norm_eps=read.number("rms_norm_eps", cls.rms_norm_eps, low=0, high=0.1),
             qk_norm=arch == "qwen3",
-            attention_bias=bool(get("attention_bias", arch == "qwen2")),
+            # transformers' Qwen2 always has these biases, whatever its config says
+            attention_bias=arch == "qwen2" or read.flag("attention_bias", False),
         )
+
+
+_ENCODER_FIXED: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1, 1.0),
+    "attn_logit_softcapping": (),
+    "embedding_multiplier": (1, 1.0),
+    "residual_multiplier": (1, 1.0),
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+    "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
+}
+"""Field of a text encoder's config -> its values that need no other arithmetic than the library's."""
+
+
+def _refuse_windows(read: Fields, layers: int) -> None:
+    """Refuse attention over a window of the prompt, in one of the layers that are run."""
+    kinds = read.get("layer_types", [])
+    if not isinstance(kinds, (list, tuple)):
+        read.refuse("layer_types", "a list of words")
+    if any(kind not in ("full_attention", "sliding_attention") for kind in kinds[:layers]):
+        read.refuse("layer_types", "full_attention in every layer", "; other kinds are not supported")
+    # max_window_layers may leave layers out; no real encoder asks for a short window in some of them
+    if not read.flag("use_sliding_window", False) and "sliding_attention" not in kinds[:layers]:
+        return
+    longest = TransformerConfig().max_caption
+    if read.get("sliding_window", None) is None or read.whole("sliding_window") < longest:
+        rest = "; attention over a part of the prompt (use_sliding_window, layer_types) is not supported"
+        read.refuse("sliding_window", f"{longest} or more", rest)
+
+
+def _rotary_base(read: Fields) -> float:
+    """The base of the rotary frequencies; scaled ones are refused."""
+    bases = {read.number("rope_theta", low=1, high=1e12)} if read.get("rope_theta", None) else set()
+    for name in ("rope_scaling", "rope_parameters"):
+        found = read.get(name, {})
+        if isinstance(found, Mapping) and isinstance(found.get("full_attention"), Mapping):
+            found = found["full_attention"]  # transformers 5 may state them for each kind of layer
+        if not isinstance(found, Mapping):
+            read.refuse(name, "a table of settings")
+        inner = Fields(f"{read.owner}: {name}", found)
+        kind = inner.get("rope_type", inner.get("type", "default"))
+        if kind != "default" or inner.get("factor", 1) != 1:
+            read.refuse(name, "'default'", "; the encoders of Z-Image do not scale their rotary frequencies")
+        inner.only("partial_rotary_factor", 1, 1.0)
+        if inner.get("rope_theta", None) is not None:
+            bases.add(inner.number("rope_theta", low=1, high=1e12))
+    if len(bases) > 1:
+        read.refuse("rope_theta", "one base", f", and not both {' and '.join(map(str, sorted(bases)))}")
+    return bases.pop() if bases else 10000.0
 
 
 @dataclass(frozen=True)
@@ -279,19 +392,29 @@ class AutoencoderConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AutoencoderConfig:
         """Config of diffusers' vae/config.json; BadArgument says what is missing or not supported."""
-        me = "VAE config"
-        get = partial(_field, me, data)
-        if get("use_quant_conv", False) or get("use_post_quant_conv", False):
-            raise BadArgument(
-                f"{me}: it has quant_conv layers, so it is not a Flux-style VAE; get Flux's ae.safetensors"
-            )
+        read = Fields("VAE config", data)
+        for name in ("use_quant_conv", "use_post_quant_conv"):
+            if read.flag(name, False):
+                rest = "; FLUX.1's VAE has no quant_conv layers, get its ae.safetensors"
+                read.refuse(name, "false", rest)
+        read.only("act_fn", "silu", "swish")
+        read.only("mid_block_add_attention", True)
+        for name in ("latents_mean", "latents_std"):
+            read.only(name)
+        for name, kind in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
+            blocks = read.get(name, [])
+            if not isinstance(blocks, (list, tuple)) or any(block != kind for block in blocks):
+                read.refuse(name, f"{kind} only", "; other blocks are not supported")
         return cls(
-            block_out_channels=tuple(int(c) for c in get("block_out_channels")),
-            layers_per_block=int(get("layers_per_block", cls.layers_per_block)),
-            latent_channels=int(get("latent_channels", cls.latent_channels)),
-            norm_num_groups=int(get("norm_num_groups", cls.norm_num_groups)),
-            scaling_factor=float(get("scaling_factor", cls.scaling_factor)),
-            shift_factor=float(get("shift_factor", cls.shift_factor)),
-            in_channels=int(get("in_channels", cls.in_channels)),
-            out_channels=int(get("out_channels", cls.out_channels)),
+            block_out_channels=read.wholes("block_out_channels"),
+            layers_per_block=read.whole("layers_per_block", cls.layers_per_block),
+            latent_channels=read.whole("latent_channels", cls.latent_channels),
+            norm_num_groups=read.whole("norm_num_groups", cls.norm_num_groups),
+            scaling_factor=read.number("scaling_factor", cls.scaling_factor, low=1e-4, high=1e4),
+            shift_factor=read.number("shift_factor", cls.shift_factor, low=-100, high=100),
+            in_channels=read.whole("in_channels", cls.in_channels),
+            out_channels=read.whole("out_channels", cls.out_channels),
         )

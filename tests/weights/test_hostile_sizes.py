@@ -122,7 +122,7 @@ def test_a_config_of_no_heads_is_refused():
     """Its head_dim would be a division by zero."""
     stated = {"model_type": "qwen3", "hidden_size": 2560, "num_attention_heads": 0, "num_hidden_layers": 36}
     card = identify(header(encoder()), "text_encoder", stated)
-    assert card.problem.startswith("config.json holds a value of the wrong kind")
+    assert card.problem.startswith("config.json does not fit: text encoder config: num_attention_heads is 0")
 
 
 def test_many_strange_names_are_counted_and_a_few_are_shown():

@@ -91,6 +91,18 @@ def test_an_all_in_one_file_tells_all_its_parts():
     assert identify(header(both), "vae").kind == "vae"
 
 
+@pytest.mark.parametrize("nested", ["", "model."])
+def test_a_part_is_judged_by_its_own_tensors(nested):
+    """The encoder's nvfp4 is no fault of the parts beside it, even where its prefix encloses theirs."""
+    packed = {f"{nested}layers.0.mlp.up_proj.weight_scale_2": (1,), "spare.qweight": (4, 4)}
+    both = encoder("hf", prefix=nested) | packed | vae(prefix="model.vae.")
+    assert not identify(header(both), "vae").problem
+    assert "nvfp4" in identify(header(both), "text_encoder").problem
+    aio = dit(prefix="model.diffusion_model.") | encoder("hf", prefix="te.") | {"te.x.SCB": (1,)}
+    assert not identify(header(aio), "transformer").problem
+    assert "bitsandbytes" in identify(header(aio), "text_encoder").problem
+
+
 # --- compatibility ------------------------------------------------------------------------
 
 

@@ -141,8 +141,11 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
         )
     if found.kind not in _DETECTORS:
         return found
-    problem = storage.storage_problem(file) or found.problem
-    return replace(found, problem=problem, notes=found.notes + storage.storage_notes(file.tensors))
+    # a part is judged by its own tensors, whatever else lies in the file
+    elsewhere = (*FOREIGN_PREFIXES, *_other_components(found.kind, shapes))
+    problem = storage.storage_problem(file, found.prefix, elsewhere) or found.problem
+    notes = storage.storage_notes(storage.own_tensors(file, found.prefix, elsewhere))
+    return replace(found, problem=problem, notes=found.notes + notes)
 
 
 def _adapter_or_lookalike(shapes: Shapes, metadata: Mapping[str, Any]) -> ModelCard | None:
@@ -303,11 +306,11 @@ def _vae(shapes: Shapes, metadata: Mapping[str, Any], stated: Mapping[str, Any] 
     latent = inside.get("decoder.conv_in.weight", ())
     if any(name.removeprefix(side) in QUANT_CONVS for name in inside for side in ("encoder.", "decoder.")):
         channels = latent[1] if len(latent) == 4 else 0
-        which = {4: "a Stable Diffusion 1, 2 or XL VAE", 32: "a FLUX.2 VAE"}.get(
-            channels, "another model's VAE"
-        )
+        which = {4: "a Stable Diffusion 1, 2 or XL VAE", 32: "a FLUX.2 VAE"}
+        title = which.get(channels, "another model's VAE")
+        title += f" ({channels} latent channels, and quant_conv layers, which FLUX.1's VAE does not have)"
         return ModelCard(
-            "other", "vae", f"{which} ({channels} latent channels)", problem="Z-Image uses FLUX.1's VAE"
+            "other", "vae", title, problem="Z-Image uses FLUX.1's VAE, without quant_conv layers"
         )
     if len(latent) == 5:
         return ModelCard("other", "video-vae", "a video VAE", problem="Z-Image uses FLUX.1's VAE")

@@ -21,6 +21,7 @@ from zimage_core.config import (
     TransformerConfig,
 )
 from zimage_core.errors import BadArgument, BadWeights, printable
+from zimage_core.weights.encoder_keys import refuse_other_arithmetic
 from zimage_core.weights.names import TIME_CHANNELS
 
 MAX_LAYERS = 512
@@ -278,7 +279,11 @@ def text_encoder_config(
         raise BadWeights(
             f"architecture {arch!r} {'has no' if qk_norm else 'needs'} norms on q and k, the tensors differ"
         )
-    _refuse_rope_scaling(shapes, metadata, str(arch))
+    if "rope_freqs.weight" in shapes:
+        raise BadWeights(
+            "the encoder scales its rotary frequencies (tensor rope_freqs.weight), "
+            "which no encoder of Z-Image does; get Qwen3-4B"
+        )
     heads = stated.num_heads if stated else read_int(metadata, f"{arch}.attention.head_count", 4096)
     if qk_norm:
         (head_dim,) = axes(shapes, f"{stack}.0.{norm}.weight", 1)
@@ -295,6 +300,7 @@ def text_encoder_config(
         )
     if head_dim < 2 or q_rows % head_dim or k_rows % head_dim:
         raise BadWeights(f"heads of {head_dim} channels do not divide {q_rows} query and {k_rows} key rows")
+    refuse_other_arithmetic(metadata, str(arch), head_dim, k_rows // head_dim)
     if heads and heads != q_rows // head_dim:
         raise BadWeights(
             f"the metadata says {heads} heads, the tensors hold {q_rows // head_dim} of {head_dim} channels"
@@ -357,14 +363,6 @@ def _text_layers(
     if present not in (total, total - 1):
         raise BadWeights(f"the metadata says {total} layers, the tensors hold {present}")
     return total
-
-
-def _refuse_rope_scaling(shapes: Mapping[str, Shape], metadata: Mapping[str, Any], arch: str) -> None:
-    scaling = metadata.get(f"{arch}.rope.scaling.type", "none")
-    if "rope_freqs.weight" in shapes or scaling not in ("none", ""):
-        raise BadWeights(
-            "the encoder scales its rotary frequencies, which no encoder of Z-Image does; get Qwen3-4B"
-        )
 
 
 # --- VAE -----------------------------------------------------------------------------

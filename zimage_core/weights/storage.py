@@ -66,9 +66,28 @@ WHOLE_NUMBERS = {
 WAY_ROUND = "get the same model as GGUF, or as bf16 or fp8 safetensors"
 
 
-def storage_problem(file: WeightFile) -> str:
-    """Why the weights of a file cannot be read and what to get instead; "" if they can be read."""
-    tensors = file.tensors
+def own_tensors(file: WeightFile, prefix: str, elsewhere: tuple[str, ...] = ()) -> dict[str, TensorInfo]:
+    """The tensors of one part of a file: those under its prefix, without those of parts nested in it.
+
+    Args:
+        file: An open file.
+        prefix: Prefix of the part's tensor names.
+        elsewhere: Prefixes of the other parts.
+    """
+    inner = tuple(other for other in elsewhere if other.startswith(prefix) and other != prefix)
+    return {
+        name: info
+        for name, info in file.tensors.items()
+        if name.startswith(prefix) and not name.startswith(inner)
+    }
+
+
+def storage_problem(file: WeightFile, prefix: str = "", elsewhere: tuple[str, ...] = ()) -> str:
+    """Why the weights of one part of a file cannot be read and what to get instead; "" if they can be read.
+
+    Arguments are those of `own_tensors`.
+    """
+    tensors = own_tensors(file, prefix, elsewhere)
     joined = "\n" + "\n".join(tensors) + "\n"
     for mark, style in FOREIGN_STYLES:
         if mark in joined:
@@ -85,7 +104,7 @@ def storage_problem(file: WeightFile) -> str:
 
 
 def storage_notes(tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    """Remarks for the user on how the weights are stored."""
+    """Remarks for the user on how the weights of a part are stored."""
     if not any(info.format.name in FP8 for info in tensors.values()):
         return ()
     scaled = any(name.endswith(SCALE_SUFFIXES) for name in tensors)
