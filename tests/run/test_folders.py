@@ -152,7 +152,9 @@ def test_a_damaged_component_leaves_the_others_usable(beside, states):
     assert load_transformer(beside).config.dim == 32
     with pytest.raises(ZImageError):
         ZImagePipeline.from_pretrained(beside)
-    assert inspect_file(beside).kind == "collection"
+    found = inspect_file(beside)
+    assert found.kind == "collection"
+    assert any("text_encoder too, which cannot be used" in note for note in found.parts[-1].notes)
 
 
 def test_a_language_model_with_a_vision_tower_is_another_model(states, tmp_path):

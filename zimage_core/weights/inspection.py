@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, ZImageError, printable
 from zimage_core.weights.folder import folders_below, has_tokenizer, loose_models
+from zimage_core.weights.identify import identify
 from zimage_core.weights.opened import (
     Opened,
     check_pipeline_class,
@@ -148,11 +149,18 @@ def _weights(opened: Opened, full: bool) -> Inspection:
         types=_types(file),
         needs=tuple(needs),
         also=card.also,
-        notes=card.notes + card.cautions + tuple(f"holds a {other} too" for other in card.also),
+        notes=card.notes + card.cautions + tuple(_beside(file, other) for other in card.also),
         warnings=tuple(_warnings(file)) if full else (),
         metadata={key: _short(value) for key, value in file.metadata.items()},
         tensors={name: (t.format.name, t.shape, t.nbytes) for name, t in file.tensors.items()},
     )
+
+
+def _beside(file: WeightFile, component: str) -> str:
+    """A remark on another component in the file, and why it cannot be used."""
+    card = identify(file, component)
+    reason = "" if card.sound else f", which cannot be used: {card.problem or card.faults()}"
+    return f"holds a {component} too{reason}"
 
 
 def _has_tokenizer(file: WeightFile, kind: str) -> bool:
