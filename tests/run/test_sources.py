@@ -176,6 +176,17 @@ def test_of_a_diffusers_repository_the_components_are_fetched():
     ]  # fmt: skip
 
 
+def test_of_several_variants_one_is_fetched():
+    rest = ["model_index.json", "vae/config.json"]
+    plain = ["vae/model.safetensors", "transformer/model.safetensors.index.json",
+             "transformer/model-00001-of-00002.safetensors"]  # fmt: skip
+    fp16 = ["vae/model.fp16.safetensors", "transformer/model.safetensors.index.fp16.json",
+            "transformer/model.fp16-00001-of-00002.safetensors"]  # fmt: skip
+    alone = ["text_encoder/model.safetensors"]
+    assert hub.select([*rest, *plain, *fp16, *alone], None, "o/r") == [*rest, *plain, *alone]
+    assert hub.select([*rest, *plain, *fp16, *alone], None, "o/r", "fp16") == [*rest, *fp16, *alone]
+
+
 def test_of_many_quantisations_the_named_one_is_fetched():
     assert hub.select(QUANTS, "q4_k_m", "o/r") == ["z-Q4_K_M.gguf", "config.json"]
     with pytest.raises(BadArgument, match=r"choose one, e.g. o/r:Q4_K_M; Q4_K_M, Q8_0, UD-IQ2_XXS"):

@@ -10,6 +10,7 @@ from typing import Any
 
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
+from zimage_core.files.model_names import SUFFIXES, parse
 
 REPO_ID = re.compile(r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?::(?P<tag>[\w.-]{1,64}))?")
 """org/repo, or org/repo:Q4_K_M as llama.cpp and Ollama write it."""
@@ -19,7 +20,6 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _FOLDERS = (*COMPONENTS, "tokenizer", "scheduler")
-_WEIGHTS = (".safetensors", ".gguf")
 _TEXTS = (".json", ".txt", ".model")
 
 
@@ -29,7 +29,7 @@ def quant_tag(name: str) -> str | None:
     return str(found[-1]).upper() if found else None
 
 
-def select(files: Sequence[str], tag: str | None, repo: str) -> list[str]:
+def select(files: Sequence[str], tag: str | None, repo: str, variant: str | None = None) -> list[str]:
     """Choose the files of a repository that a pipeline needs.
 
     From a diffusers repository these are the folders of its components; from any other, its safetensors
@@ -39,15 +39,18 @@ def select(files: Sequence[str], tag: str | None, repo: str) -> list[str]:
         files: Names of all files of the repository.
         tag: The wanted quantisation, e.g. "Q4_K_M"; None if there is only one.
         repo: The repository, for messages.
+        variant: The wanted variant of a diffusers repository, e.g. "fp16"; None for files without one.
 
     Raises:
         BadArgument: There are several quantisations and no tag, or none has that tag; the message lists them.
     """
-    weights = [f for f in files if f.endswith(_WEIGHTS)]
+    weights = [f for f in files if f.lower().endswith(SUFFIXES)]
     if tag is None and "model_index.json" in files:
-        inside = [f for f in files if f.split("/")[0] in _FOLDERS and f.endswith((*_WEIGHTS, *_TEXTS))]
-        return ["model_index.json", *inside]
-    tags = sorted({t for f in weights if f.endswith(".gguf") and (t := quant_tag(f))})
+        inside = [
+            f for f in files if f.split("/")[0] in _FOLDERS and f.lower().endswith((*SUFFIXES, *_TEXTS))
+        ]
+        return ["model_index.json", *_of_variant(inside, variant)]
+    tags = sorted({t for f in weights if f.lower().endswith(".gguf") and (t := quant_tag(f))})
     if tag is None and len(tags) > 1:
         raise BadArgument(
             f"{repo} has {len(tags)} quantisations: choose one, e.g. {repo}:{tags[0]}; {_listed(tags)}"
@@ -55,8 +58,26 @@ def select(files: Sequence[str], tag: str | None, repo: str) -> list[str]:
     if tag is not None and tag.upper() not in {quant_tag(f) for f in weights}:
         raise BadArgument(f"{repo} has no file of quantisation {tag}; it has {_listed(tags) or 'none'}")
     wanted = (None, tag.upper() if tag else None)
-    chosen = [f for f in weights if tag is None or not f.endswith(".gguf") or quant_tag(f) in wanted]
+    chosen = [f for f in weights if tag is None or not f.lower().endswith(".gguf") or quant_tag(f) in wanted]
     return chosen + [f for f in files if f.endswith(_TEXTS)]
+
+
+def _of_variant(files: Sequence[str], variant: str | None) -> list[str]:
+    """The files without the weights of other variants; a folder without the variant keeps its plain ones."""
+    variants: dict[str, set[str]] = {}
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        if (parsed := parse(name)) is not None:
+            variants.setdefault(folder, set()).add(parsed.variant)
+    found = []
+    for file in files:
+        folder, _, name = file.rpartition("/")
+        parsed = parse(name)
+        have = variants.get(folder, set())
+        wish = variant if variant in have else "" if "" in have else None
+        if parsed is None or wish is None or parsed.variant == wish:
+            found.append(file)
+    return found
 
 
 def fetch(
@@ -65,6 +86,7 @@ def fetch(
     cache_dir: str | PathLike[str] | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    variant: str | None = None,
 ) -> Path:
     """Download the files of a pipeline into the cache, unless they are there, and return their folder.
 
@@ -76,6 +98,7 @@ def fetch(
         cache_dir: Folder to use instead of the Hub's own cache.
         token: Access token of a user who may read the repository.
         local_files_only: Download nothing, as if HF_HUB_OFFLINE were set.
+        variant: The variant of the files, as for `select`.
 
     Raises:
         Unsupported: The package huggingface_hub is not installed.
@@ -113,7 +136,7 @@ def fetch(
             fault = f"is not in the cache and the Hub gave: {reason}"
             raise BadFile(repo, fault, "check the name, the network and your token") from error
         return local
-    chosen = select(files, tag, repo)
+    chosen = select(files, tag, repo, variant)
     try:
         patterns = [_escape(f) for f in chosen]
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, token=token, **where))

@@ -80,7 +80,7 @@ def find(
     if os.fspath(source) and path.exists():
         return _in_file(path, given, mmap)
     tag = hub.REPO_ID.fullmatch(os.fspath(source))
-    folder = hub.fetch(os.fspath(source), **(hub_options or {}))
+    folder = hub.fetch(os.fspath(source), **(hub_options or {}), variant=variant)
     return _in_folder(folder, tag["tag"] if tag else None, given, mmap, variant)
 
 

@@ -14,34 +14,12 @@ from pathlib import Path
 
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, printable
+from zimage_core.files.model_names import OWN_STEMS, ModelName, parse
 from zimage_core.weights.safetensors import shard_names
-
-SUFFIXES = (".safetensors", ".sft", ".gguf")
-"""Endings of model files, in any case; they decide which files of a folder are opened, not what they are."""
 
 MOST_FILES = 500
 DEPTH = 3
 """Levels of subfolders that are searched for loose files."""
-
-OWN_STEMS = ("diffusion_pytorch_model", "model")
-"""Names under which diffusers and transformers save the weights of a component."""
-
-_VARIANT = r"(?:\.(?P<{0}>[A-Za-z]\w{{0,31}}))?"
-_INDEX = re.compile(
-    r"(?P<stem>.+?)\.(?:safetensors|sft)"
-    + _VARIANT.format("v1")
-    + r"\.index"
-    + _VARIANT.format("v2")
-    + r"\.json",
-    re.IGNORECASE,
-)
-_SHARD = re.compile(
-    r"(?P<stem>.+?)"
-    + _VARIANT.format("v1")
-    + r"-(?P<number>\d{3,6})-of-(?P<count>\d{3,6})"
-    + _VARIANT.format("v2")
-)
-_PLAIN = re.compile(r"(?P<stem>.+?)" + _VARIANT.format("v1"))
 
 
 @dataclass(frozen=True)
@@ -68,11 +46,6 @@ class Model:
         return Path(self.path).name
 
 
-def is_model_file(name: str) -> bool:
-    """Whether a file is opened when a folder is searched for models."""
-    return name.lower().endswith(SUFFIXES) or _INDEX.fullmatch(name) is not None
-
-
 def models_in(folder: str | os.PathLike[str]) -> list[Model]:
     """The models that lie directly in a folder, in the order of their names.
 
@@ -80,58 +53,53 @@ def models_in(folder: str | os.PathLike[str]) -> list[Model]:
         BadFile: The folder cannot be read, or holds too many model files.
     """
     try:
-        names = sorted(
+        inside = sorted(
             entry.name
             for entry in Path(folder).iterdir()
-            if not entry.name.startswith(".") and is_model_file(entry.name) and not entry.is_dir()
+            if not entry.name.startswith(".") and not entry.is_dir()
         )
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
         raise BadFile(folder, f"a directory that cannot be read: {reason}") from None
+    names = [parsed for parsed in map(parse, inside) if parsed is not None]
     if len(names) > MOST_FILES:
         _refuse_many(folder)
     base = Path(folder)
     found: list[Model] = []
     covered: set[str] = set()
     indexed: set[tuple[str, str]] = set()
-    for name in names:
-        if match := _INDEX.fullmatch(name):
-            model = Model(str(base / name), match["stem"], match["v1"] or match["v2"] or "")
-            found.append(model)
-            indexed.add((model.stem, model.variant))
-            covered |= shard_names(model.path)
-    sets: dict[tuple[str, str, int], dict[int, str]] = {}
-    for name in names:
-        if name in covered or _INDEX.fullmatch(name):
+    for each in names:
+        if each.index:
+            found.append(Model(str(base / each.name), each.stem, each.variant))
+            indexed.add((each.stem, each.variant))
+            covered |= shard_names(base / each.name)
+    shards: dict[tuple[str, str, int, bool], list[ModelName]] = {}
+    for each in names:
+        if each.index or each.name in covered:
             continue
-        stem, _, suffix = name.rpartition(".")
-        gguf = suffix.lower() == "gguf"
-        if (match := _SHARD.fullmatch(stem)) and int(match["count"]) > 1:
-            key = (match["stem"], match["v1"] or match["v2"] or "")
-            if gguf:  # the first file of a split GGUF stands for all
-                if key not in indexed:
-                    found.append(Model(str(base / name), stem))
-                indexed.add(key)
-            elif key not in indexed:  # else these are shards that a damaged index fails to list
-                sets.setdefault((*key, int(match["count"])), {})[int(match["number"])] = name
-            continue
-        plain = None if gguf else _PLAIN.fullmatch(stem)
-        found.append(
-            Model(str(base / name), plain["stem"] if plain else stem, plain["v1"] or "" if plain else "")
-        )
-    found += [_shard_set(base, stem, variant, count, have) for (stem, variant, count), have in sets.items()]
+        if each.number == 0:
+            found.append(Model(str(base / each.name), each.stem, each.variant))
+        elif (each.stem, each.variant) not in indexed:  # else a shard that a damaged index fails to list
+            shards.setdefault((each.stem, each.variant, each.count, each.gguf), []).append(each)
+    found += [_shard_set(base, sorted(have, key=lambda shard: shard.number)) for have in shards.values()]
     return sorted(found, key=lambda model: model.name)
 
 
-def _shard_set(base: Path, stem: str, variant: str, count: int, have: dict[int, str]) -> Model:
-    pattern = next(iter(have.values()))
-    width = len(re.findall(r"-(\d+)-of-", pattern)[-1])
-    head, tail = re.split(r"-\d+-of-", pattern)[0], re.split(r"-\d+(?=-of-)", pattern)[-1]
-    missing = tuple(
-        f"{head}-{n:0{width}}{tail}" for n in range(1, min(count, MOST_FILES) + 1) if n not in have
+def _shard_set(base: Path, have: list[ModelName]) -> Model:
+    first = have[0]
+    if first.gguf:  # a split GGUF is opened by its first file
+        return Model(str(base / first.name), first.stem)
+    there = {shard.number for shard in have}
+    *_, number, tail = re.split(r"(?<=-)(\d+)(?=-of-)", first.name)
+    prefix = first.name.removesuffix(number + tail)
+    missing = [n for n in range(1, min(first.count, MOST_FILES) + 1) if n not in there]
+    return Model(
+        str(base / first.name),
+        first.stem,
+        first.variant,
+        tuple(str(base / shard.name) for shard in have),
+        tuple(f"{prefix}{n:0{len(number)}}{tail}" for n in missing),
     )
-    shards = tuple(str(base / have[number]) for number in sorted(have))
-    return Model(shards[0], stem, variant, shards, missing)
 
 
 def chosen(models: Sequence[Model], variant: str | None = None, component: bool = False) -> list[Model]:
