@@ -23,7 +23,8 @@ from zimage_core.formats import BlockFormat
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names, storage
 from zimage_core.weights.card import WANTED, require
-from zimage_core.weights.opened import open_component
+from zimage_core.weights.facts import facts, schedule_facts
+from zimage_core.weights.opened import Opened, open_component
 
 SLAB = 1 << 24
 """Number of weights that are dense in memory at once."""
@@ -73,9 +74,15 @@ class Checkpoint:
     """An open model of one network; a context manager that closes it.
 
     Args:
-        path: A GGUF or safetensors file, an index of shards, a folder of a component or of a pipeline.
+        path: A GGUF or safetensors file, an index of shards, a folder of a component or of a pipeline; or an
+            open file, which `close` closes too.
         component: "transformer", "text_encoder" or "vae". None means the one that the file holds, or the
             transformer of a pipeline's folder.
+
+    Attributes:
+        facts: Image size and schedule, as `weights.facts` reads them.
+        folder: The folder named, or that of the file.
+        stated: The source's config.json if it agrees with the weights.
 
     Raises:
         BadFile, UnknownFormat: The file cannot be opened.
@@ -83,8 +90,9 @@ class Checkpoint:
         Unsupported: The weights are stored in a way that is not supported.
     """
 
-    def __init__(self, path: str | PathLike[str], component: str | None = None) -> None:
-        if component is None and (Path(fspath(path)) / "model_index.json").is_file():
+    def __init__(self, path: str | PathLike[str] | Opened, component: str | None = None) -> None:
+        place = Path(path.file.path if isinstance(path, Opened) else fspath(path))
+        if component is None and (place / "model_index.json").is_file():
             component = "transformer"
         opened = open_component(path, component or "")
         self.file, self.card = opened.file, opened.card
@@ -96,8 +104,8 @@ class Checkpoint:
                 raise WrongModel(self.file.path, f"this is {self.card.title}{problem}", wanted)
             require(self.card, self.component, self.file.path)
             self.stated = _agreeing(opened.stated, self.card.config)
-            place = Path(fspath(path))
             self.folder = place if place.is_dir() else place.parent
+            self.facts = self._facts(opened) if self.component == "transformer" else {}
         except BaseException:
             self.file.close()
             raise
@@ -108,6 +116,13 @@ class Checkpoint:
             if name.endswith(suffix)
         )
         self._scaled = set(scaled) & set(self.file.tensors)
+
+    def _facts(self, opened: Opened) -> dict[str, Any]:
+        """Image size and schedule; a scheduler's folder beside the weights comes before the file's own."""
+        places = [self.folder, Path(self.file.path).parent]
+        places += [place.parent for place in places if (place.parent / "model_index.json").is_file()]
+        beside = (schedule_facts(place) for place in places)
+        return facts(opened) | next(filter(None, beside), {})
 
     @property
     def config(self) -> Any:
@@ -122,9 +137,9 @@ class Checkpoint:
         Raises:
             Unsupported: Rows would have to be reordered (a llama between Hugging Face and GGUF).
         """
-        stored = {entry.module: entry for entry in _table(self.component, self.config, self.card.layout)}
+        stored = {entry.module: entry for entry in table_of(self.component, self.config, self.card.layout)}
         found: list[Target] = []
-        for name, entries in names.sources(_table(self.component, self.config, layout)).items():
+        for name, entries in names.sources(table_of(self.component, self.config, layout)).items():
             mine = [stored[entry.module] for entry in entries]
             if any(self.card.prefix + entry.checkpoint not in self.file.tensors for entry in mine):
                 continue  # the last layer of a text encoder, which is never run
@@ -161,7 +176,16 @@ class Checkpoint:
         """Whether a separate scale multiplies the numbers of a part (fp8)."""
         return any(part.name in self._scaled for part in target.parts)
 
-    def raw(self, target: Target) -> Iterator[bytearray]:
+    @property
+    def path(self) -> str:
+        """The file or index that is read."""
+        return self.file.path
+
+    def check_unchanged(self) -> None:
+        """Raise BadFile if a file was written to or cut since it was opened."""
+        self.file.check_unchanged()
+
+    def raw(self, target: Target) -> Iterator[bytearray | memoryview]:
         """The stored bytes, little-endian, in pieces of whole rows."""
         for part in target.parts:
             info = self.file.tensors[part.name]
@@ -232,7 +256,7 @@ def _agreeing(stated: Mapping[str, Any] | None, config: object) -> Mapping[str, 
     return stated if same else None
 
 
-def _table(component: str, config: object, layout: str) -> names.Table:
+def table_of(component: str, config: object, layout: str) -> names.Table:
     """The table of all parameters that have a name in files of the network."""
     if component == "transformer" and isinstance(config, TransformerConfig):
         return names.transformer_table(config, layout)

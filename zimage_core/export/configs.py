@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
-from zimage_core.export.checkpoint import TEXT_ENDS
+from zimage_core.export.checkpoint import TEXT_ENDS, Checkpoint
+from zimage_core.export.metadata import context_length
 from zimage_core.export.streaming import Job
 from zimage_core.formats import DTYPE_NAMES, FORMATS
+from zimage_core.weights.facts import FIELD
 from zimage_core.weights.infer import Config
 
 HEAD = TEXT_ENDS["hf"][1]
@@ -18,16 +20,32 @@ HEAD = TEXT_ENDS["hf"][1]
 _CLASSES = {"qwen3": "Qwen3Model", "qwen2": "Qwen2Model", "llama": "LlamaModel"}
 
 
-def config_json(
-    config: Config, jobs: Sequence[Job], stated: Mapping[str, Any] | None = None, changed: bool = False
+def config_json(source: Checkpoint, jobs: Sequence[Job], changed: bool) -> dict[str, Any]:
+    """The config.json of a folder made from a checkpoint: its own if it has one, updated for the new weights.
+
+    Args:
+        source: The checkpoint.
+        jobs: The tensors of the folder.
+        changed: Whether the type of any tensor changes.
+    """
+    found = new_config(source.config, jobs, source.stated, source.facts)
+    if changed:
+        found.pop("quantization_config", None)
+    if source.component == "text_encoder" and (longest := context_length(source)) is not None:
+        found.setdefault("max_position_embeddings", longest)
+    return found
+
+
+def new_config(
+    config: Config, jobs: Sequence[Job], stated: Mapping[str, Any] | None, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The config.json of a folder: the source's own if it has one, updated for the new weights.
+    """The config.json of a network.
 
     Args:
         config: Config with the sizes of the network.
         jobs: The tensors of the folder.
-        stated: The source's config.json, or None.
-        changed: Whether the type of any tensor changes.
+        stated: An older config.json of the same sizes, whose other fields are kept; or None.
+        facts: What `weights.facts` reads again: image size and schedule.
     """
     if stated is not None:
         found = dict(stated)
@@ -35,8 +53,8 @@ def config_json(
         found = _transformer(config)
     else:
         found = _text_encoder(config) if isinstance(config, TextEncoderConfig) else _autoencoder(config)
-    if changed:
-        found.pop("quantization_config", None)
+    if facts:
+        found[FIELD] = dict(facts)
     weights: Counter[str] = Counter()
     for job in jobs:
         weights[job.format.name] += job.target.weights

@@ -8,7 +8,6 @@ in the other direction.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +19,14 @@ from zimage_core.errors import BadArgument, Unsupported, printable
 from zimage_core.export import safetensors_file
 from zimage_core.export.checkpoint import MODEL_PREFIX, Checkpoint, Target
 from zimage_core.export.configs import config_json
-from zimage_core.export.metadata import gguf_metadata
+from zimage_core.export.folders import SHARD_BYTES, write_component, write_layout
+from zimage_core.export.metadata import gguf_metadata, safetensors_metadata
 from zimage_core.export.mixes import MIXES
 from zimage_core.export.quantizing import refuse_same_file
-from zimage_core.export.streaming import Job, Log, Progress, write_tensors
-from zimage_core.files.atomic import atomic_file, atomic_folder, write_atomically
+from zimage_core.export.streaming import Job, Log, Progress
+from zimage_core.export.vocabularies import TOKENS_KEY, copied_files, tokenizer_files, tokenizer_folder
 from zimage_core.formats import FORMATS, BlockFormat
+from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights import gguf_writer
 
 LAYOUTS = {
@@ -37,8 +38,6 @@ LAYOUTS = {
 KINDS = ("diffusers", "single", "gguf")
 FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 """Value of `dequantize` -> type that packed weights are dequantised to."""
-STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
-SHARD_BYTES = 5 * 10**9
 NARROW_KEY = "zimage.float_type"
 """Key of a GGUF: the type that its F32 norms, biases and pad tokens had before they were widened."""
 
@@ -122,22 +121,35 @@ def convert_file(
             where = printable(checkpoint.file.path)
             raise Unsupported(f"{where}: a VAE is not kept as GGUF; write it as safetensors")
         refuse_same_file(checkpoint, out)
+        others: dict[str, bytes] = {}
         if checkpoint.component == "text_encoder" and to != "gguf":
             prefix = prefix or MODEL_PREFIX
-            if "tokenizer.ggml.tokens" in checkpoint.file.metadata:
-                say("the tokenizer inside the GGUF is not written; get the tokenizer's folder too")
+            others = _tokenizer(checkpoint, to, say)
         targets = checkpoint.targets(layout, prefix)
         make = _gguf_job if to == "gguf" else _safetensors_job
         jobs = [make(checkpoint, target, dequantize) for target in targets]
+        rows = [(job.target.name, job.target.shape, job.format) for job in jobs]
         if to == "diffusers":
-            nbytes = _write_folder(checkpoint, jobs, Path(out), shard_bytes, progress, say)
+            config = config_json(checkpoint, jobs, _is_changed(checkpoint, jobs))
+            metadata = safetensors_metadata(checkpoint)
+            nbytes = write_component(
+                checkpoint,
+                jobs,
+                checkpoint.component,
+                config,
+                metadata,
+                out,
+                shard_bytes=shard_bytes,
+                others=others,
+                progress=progress,
+                log=say,
+            )
         else:
-            rows = [(job.target.name, job.target.shape, job.format) for job in jobs]
             if to == "gguf":
                 laid_out = gguf_writer.lay_out(_gguf_keys(checkpoint, jobs, say), rows)
             else:
-                laid_out = safetensors_file.lay_out({"format": "pt"}, rows)
-            nbytes = _write(checkpoint, jobs, laid_out, out, overwrite, progress, say)
+                laid_out = safetensors_file.lay_out(safetensors_metadata(checkpoint), rows)
+            nbytes = write_layout(checkpoint, jobs, laid_out, out, overwrite, progress, say)
     types = Counter(job.format.name for job in jobs)
     return Converted(fspath(out), nbytes, dict(types), tuple(remarks))
 
@@ -218,50 +230,20 @@ def _is_changed(source: Checkpoint, jobs: Sequence[Job]) -> bool:
     return any(source.format_of(j.target) != j.format or source.is_scaled(j.target) for j in jobs)
 
 
-def _write(
-    source: Checkpoint,
-    jobs: Sequence[Job],
-    layout: gguf_writer.Layout,
-    out: str | PathLike[str],
-    overwrite: bool,
-    progress: Progress | None,
-    log: Log,
-) -> int:
-    with atomic_file(out, overwrite, layout.nbytes) as file:
-        write_tensors(source, jobs, layout, file, "keep", progress, log)
-    return layout.nbytes
-
-
-def _write_folder(
-    source: Checkpoint,
-    jobs: Sequence[Job],
-    out: Path,
-    shard_bytes: int,
-    progress: Progress | None,
-    log: Log,
-) -> int:
-    """Write shards, index and config.json as a folder; return the total size of the shards in bytes."""
-    stem = STEMS[source.component]
-    by_name = {job.target.name: job for job in jobs}
-    parts = safetensors_file.shards(((j.target.name, j.target.shape, j.format) for j in jobs), shard_bytes)
-    total, before, nbytes = sum(job.target.weights for job in jobs), 0, 0
-    wanted = sum(safetensors_file.nbytes_of(row) for part in parts for row in part)
-    with atomic_folder(out, wanted) as folder:
-        for number, part in enumerate(parts, 1):
-            mine = [by_name[name] for name, _, _ in part]
-            layout = safetensors_file.lay_out({"format": "pt"}, part)
-            place = folder / safetensors_file.shard_name(stem, number, len(parts))
-            tell = None if progress is None else _shifted(progress, before, total)
-            nbytes += _write(source, mine, layout, place, False, tell, log)
-            before += sum(job.target.weights for job in mine)
-        if len(parts) > 1:
-            index = safetensors_file.index_text(stem, parts).encode()
-            write_atomically(folder / f"{stem}.safetensors.index.json", index)
-        config = config_json(source.config, jobs, source.stated, _is_changed(source, jobs))
-        write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    return nbytes
-
-
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
-    """Convert the progress of one shard into that of the whole folder."""
-    return lambda done, _, name: progress(before + done, total, name)
+def _tokenizer(source: Checkpoint, to: str, log: Log) -> dict[str, bytes]:
+    """The files of the tokenizer for a folder; what is not carried over is logged."""
+    where = printable(source.file.path)
+    inside = TOKENS_KEY in source.file.metadata
+    folder = tokenizer_folder(source.folder) or tokenizer_folder(Path(source.file.path).parent)
+    if to == "single":
+        place = where if inside else folder and printable(folder)
+        if place:
+            log(f"a safetensors file holds no tokenizer; give this one beside it: --tokenizer {place}")
+        return {}
+    try:
+        if inside:
+            return tokenizer_files(Tokenizer.from_gguf(source.file), source.file.metadata)
+        return {} if folder is None else copied_files(folder)
+    except Unsupported as error:
+        log(f"the tokenizer is not in the output: {error}")
+        return {}

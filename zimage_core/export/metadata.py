@@ -1,42 +1,58 @@
-"""Metadata keys of written GGUF files: the network, its origin and its vocabulary.
+"""Metadata of written files: the network, its origin and its vocabulary.
 
-Names are llama.cpp's (gguf-py/gguf/constants.py), except `zimage.*`, which other readers ignore.
+Names are llama.cpp's (gguf-py/gguf/constants.py), except `zimage.*`, which other readers ignore. In a
+safetensors file every value is text: JSON where it is no text of itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from zimage_core import __version__
-from zimage_core.config import TextEncoderConfig, TransformerConfig
-from zimage_core.errors import BadFile, ZImageError
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.errors import printable
 from zimage_core.export.checkpoint import Checkpoint
 from zimage_core.export.recipes import Recipe
-from zimage_core.text.gguf_vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED
-from zimage_core.text.pretokenizers import PRE_TOKENIZERS
-from zimage_core.text.tokenizer_json import read_folder
-from zimage_core.text.vocabulary import Vocabulary
+from zimage_core.export.vocabularies import folder_keys, tokenizer_folder
+from zimage_core.weights.cursor import MAX_KEY
+from zimage_core.weights.facts import PREFIX
 from zimage_core.weights.gguf import GGUFFile
 from zimage_core.weights.gguf_writer import QUANTIZATION_VERSION, TypedArray, raw_keys
 
 TRANSFORMER_ARCH = "lumina2"
 """Architecture of every published Z-Image GGUF; ComfyUI-GGUF accepts no other name."""
 
-_TOLD = ("axes_dims", "axes_lens", "rope_theta", "norm_eps", "t_scale")
-"""Fields of a transformer that do not follow from shapes; weights/infer.py reads them as `zimage.*`."""
+_TOLD: dict[type, tuple[str, ...]] = {
+    TransformerConfig: ("axes_dims", "axes_lens", "rope_theta", "norm_eps", "t_scale"),
+    AutoencoderConfig: ("norm_num_groups", "scaling_factor", "shift_factor"),
+}
+"""Fields of a config that do not follow from shapes; weights/infer.py reads them as `zimage.*`."""
 _REPLACED = (
     "general.file_type", "general.quantization_version", "general.alignment", "quantize.", "split.",
-    "comfy.gguf.orig_shape.",
+    "comfy.gguf.orig_shape.", "zimage.version", "zimage.source",
 )  # fmt: skip
 """Prefixes of a source's keys that are written anew or do not apply to the new file."""
-_MAX_TEMPLATE = 1 << 20
+_OF_GGUF = ("general.architecture", "tokenizer.", "zimage.float_type", "zimage.recipe")
+"""Prefixes of keys that say something of a GGUF alone."""
+_OF_SAFETENSORS = (
+    "format", "quantization", "_quantization", "modelspec.hash", "modelspec.quant", "sshs_", "total_size",
+)  # fmt: skip
+"""Prefixes of keys that describe the bytes of a safetensors file, or are read by its readers alone."""
+_MAX_ITEMS = 1000
+"""Longest array that is carried from a GGUF to safetensors."""
+Log = Callable[[str], None]
 
 
 def gguf_metadata(
-    source: Checkpoint, recipe: Recipe | None = None, imatrix: str = "", file_type: int | None = None
+    source: Checkpoint,
+    recipe: Recipe | None = None,
+    imatrix: str = "",
+    file_type: int | None = None,
+    log: Log | None = None,
 ) -> dict[str, Any]:
     """All keys for a GGUF made from `source`, in order.
 
@@ -45,20 +61,23 @@ def gguf_metadata(
         recipe: The recipe of the types; None if the source's types were kept.
         imatrix: Name of the importance matrix; "" for none.
         file_type: llama.cpp's number for the mix; None if it has none.
+        log: Called with a message if a text encoder gets no tokenizer.
 
     Raises:
         BadFile: The tokenizer beside the source is damaged.
     """
-    keys: dict[str, Any] = {}
+    config, is_gguf = source.config, isinstance(source.file, GGUFFile)
     if isinstance(source.file, GGUFFile):
         keys = {k: v for k, v in raw_keys(source.file).items() if not k.startswith(_REPLACED)}
-    config = source.config
+    else:
+        keys = {k: _typed(k, v) for k, v in _foreign(source).items() if 0 < len(k.encode()) <= MAX_KEY}
     if isinstance(config, TransformerConfig):
         keys = {"general.architecture": TRANSFORMER_ARCH, **_without(keys, "general.architecture")}
-        keys |= _transformer_keys(config)
-    elif isinstance(config, TextEncoderConfig) and "general.architecture" not in keys:
-        keys = {"general.architecture": config.arch, **keys, **_text_keys(config, source.stated)}
-        keys |= _tokenizer_keys(source.folder, config)
+        keys |= _told_keys(config) | _fact_keys(source.facts)
+    elif isinstance(config, TextEncoderConfig) and not (is_gguf and "general.architecture" in keys):
+        keys = {"general.architecture": config.arch, **keys, **_text_keys(source, config)}
+        if not any(key.startswith("tokenizer.") for key in keys):
+            keys |= _tokenizer_keys(source, config, log)
     keys.setdefault("general.name", _name(source))
     if file_type is not None:
         keys["general.file_type"] = file_type
@@ -66,12 +85,62 @@ def gguf_metadata(
     return keys | _provenance(source, recipe, imatrix)
 
 
+def safetensors_metadata(source: Checkpoint, facts: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The metadata of a safetensors file made from `source`, as texts; `facts` replace the source's own."""
+    config = source.config
+    keys = {k: v for k, v in _foreign(source).items() if not k.startswith(_OF_GGUF)}
+    if isinstance(config, TextEncoderConfig):
+        keys |= _text_keys(source, config)
+    else:
+        keys |= _told_keys(config)
+    known = source.facts if facts is None else facts
+    keys |= _fact_keys(known) | _provenance(source, None, "")
+    texts = {key: _text(value) for key, value in keys.items()}
+    return {"format": "pt"} | {key: text for key, text in texts.items() if text is not None}
+
+
+def _foreign(source: Checkpoint) -> dict[str, Any]:
+    """The source's own keys, without those that describe its bytes, its sizes or its tokenizer."""
+    drop = (*_REPLACED, *(() if isinstance(source.file, GGUFFile) else _OF_SAFETENSORS))
+    if isinstance(source.config, TextEncoderConfig):
+        drop += (f"{source.config.arch}.",)
+    return {k: v for k, v in source.file.metadata.items() if not k.startswith(drop)}
+
+
+def _typed(key: str, text: str) -> Any:
+    """The value for a GGUF of a key of a safetensors file, all of whose values are texts."""
+    if key.startswith(("general.", PREFIX)) and (text[:1] == "[" or key.endswith(".count")):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return text
+        if isinstance(value, list) and value and len({type(item) for item in value}) == 1:
+            return TypedArray(value, "string") if isinstance(value[0], str) else value
+        return value if type(value) is int and 0 <= value < 1 << 32 else text
+    return text
+
+
+def _text(value: Any) -> str | None:
+    """A value as text, as `json.loads` or this text itself gives it back; None for a long array."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.7g}"  # a GGUF holds float32, which has no more digits
+    if isinstance(value, (bool, int)):
+        return json.dumps(value)
+    items = list(value) if len(value) <= _MAX_ITEMS else [value]
+    return json.dumps(items) if all(isinstance(item, (str, bool, int, float)) for item in items) else None
+
+
 def _without(keys: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {k: v for k, v in keys.items() if k != name}
 
 
 def _name(source: Checkpoint) -> str:
-    """The name of the model: that of its folder, or of its file."""
+    """The name of the model: what its file says, else that of its folder or its file."""
+    stated = source.file.metadata.get("modelspec.title")
+    if isinstance(stated, str) and stated:
+        return stated
     place = Path(source.file.path)
     folder = source.folder
     if folder.is_dir() and (folder / "model_index.json").is_file():
@@ -82,11 +151,13 @@ def _name(source: Checkpoint) -> str:
 
 
 def _provenance(source: Checkpoint, recipe: Recipe | None, imatrix: str) -> dict[str, Any]:
+    identity = source.file.identity()
     keys: dict[str, Any] = {
         "zimage.version": __version__,
         "zimage.source": Path(source.file.path).name,
         "zimage.source_bytes": source.file.size,
     }
+    keys |= {f"zimage.source_{k}": v for k, v in identity.items() if k in ("sha256", "fingerprint")}
     if recipe is not None:
         keys |= recipe_keys(recipe)
     return keys | ({"quantize.imatrix.file": Path(imatrix).name} if imatrix else {})
@@ -97,18 +168,26 @@ def recipe_keys(recipe: Recipe) -> dict[str, Any]:
     return {"zimage.recipe_name": recipe.name, "zimage.recipe": recipe.text()}
 
 
-def _transformer_keys(config: TransformerConfig) -> dict[str, Any]:
+def _fact_keys(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of the image size and the schedule."""
+    return {
+        PREFIX + name: json.dumps(value) if isinstance(value, Mapping) else value
+        for name, value in facts.items()
+    }
+
+
+def _told_keys(config: TransformerConfig | AutoencoderConfig) -> dict[str, Any]:
     """Keys of fields that do not follow from shapes and differ from those of the released models."""
-    usual = {field.name: field.default for field in fields(TransformerConfig)}
+    usual = {field.name: field.default for field in fields(config)}
     found: dict[str, Any] = {}
-    for name in _TOLD:
+    for name in _TOLD[type(config)]:
         value = getattr(config, name)
         if value != usual[name]:
-            found[f"zimage.{name}"] = list(value) if isinstance(value, tuple) else value
+            found[PREFIX + name] = list(value) if isinstance(value, tuple) else value
     return found
 
 
-def _text_keys(c: TextEncoderConfig, stated: Mapping[str, Any] | None) -> dict[str, Any]:
+def _text_keys(source: Checkpoint, c: TextEncoderConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "block_count": c.num_layers,
         "embedding_length": c.hidden_size,
@@ -120,68 +199,26 @@ def _text_keys(c: TextEncoderConfig, stated: Mapping[str, Any] | None) -> dict[s
         "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
         "rope.freq_base": c.rope_theta,
     }
-    longest = (stated or {}).get("max_position_embeddings")
-    if isinstance(longest, int) and 0 < longest < 1 << 32:
+    if (longest := context_length(source)) is not None:
         keys["context_length"] = longest
     return {f"{c.arch}.{name}": value for name, value in keys.items()}
 
 
-def _tokenizer_keys(folder: Path, config: TextEncoderConfig) -> dict[str, Any]:
+def context_length(source: Checkpoint) -> int | None:
+    """The longest text of a language model in tokens, as its file or config.json states it."""
+    key = f"{source.config.arch}.context_length"
+    found = (source.stated or {}).get("max_position_embeddings", source.file.metadata.get(key))
+    if isinstance(found, str) and found.isdecimal() and len(found) < 12:
+        found = int(found)
+    return found if type(found) is int and 0 < found < 1 << 32 else None
+
+
+def _tokenizer_keys(source: Checkpoint, config: TextEncoderConfig, log: Log | None) -> dict[str, Any]:
     """llama.cpp's keys of the vocabulary beside a Hugging Face text encoder; empty if there is none."""
-    for place in (folder, folder.parent / "tokenizer"):
-        try:
-            vocabulary = read_folder(place)
-        except BadFile as error:
-            if "no tokenizer in this folder" in str(error):
-                continue
-            raise
-        return vocabulary_keys(vocabulary, config.vocab_size) | _template(Path(vocabulary.path).parent)
+    folder = tokenizer_folder(source.folder) or tokenizer_folder(Path(source.file.path).parent)
+    if folder is not None:
+        return folder_keys(folder, config.vocab_size)
+    if log is not None:
+        where = printable(source.file.path)
+        log(f"there is no tokenizer beside {where}, so the output has none; pass one to `zimage generate`")
     return {}
-
-
-def vocabulary_keys(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
-    """The keys `tokenizer.ggml.*` of a byte-level BPE, padded to the rows of the embedding.
-
-    Raises:
-        BadFile: The vocabulary is inconsistent, or has more tokens than the embedding has rows.
-    """
-    ids = vocabulary.checked()
-    if max(ids.values()) >= rows:
-        raise BadFile(
-            vocabulary.path, f"{max(ids.values()) + 1} tokens, the text encoder has {rows} embeddings"
-        )
-    texts, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
-    for text, number in ids.items():
-        texts[number] = text
-        types[number] = _token_type(text, text in vocabulary.added)
-    names = {pre: name for name, pre in reversed(PRE_TOKENIZERS.items())}
-    keys: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": names[vocabulary.pre],
-        "tokenizer.ggml.tokens": texts,
-        "tokenizer.ggml.token_type": TypedArray(types, "i32"),
-        "tokenizer.ggml.merges": TypedArray((f"{a} {b}" for a, b in vocabulary.merges), "string"),
-    }
-    # the roles of Qwen's tokens, which tokenizer.json does not have
-    for role, text in (("bos", "<|endoftext|>"), ("eos", "<|im_end|>"), ("padding", "<|endoftext|>")):
-        if text in ids:
-            keys[f"tokenizer.ggml.{role}_token_id"] = ids[text]
-    return keys | {"tokenizer.ggml.add_bos_token": False}
-
-
-def _token_type(text: str, added: bool) -> int:
-    if not added:
-        return NORMAL
-    return CONTROL if text.startswith("<|") else USER_DEFINED
-
-
-def _template(folder: Path) -> dict[str, Any]:
-    """The chat template as text for other programs; this library never evaluates it."""
-    from zimage_core.files.untrusted import read_json
-
-    try:
-        template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    except ZImageError:
-        return {}
-    fits = isinstance(template, str) and len(template) <= _MAX_TEMPLATE
-    return {"tokenizer.chat_template": template} if fits else {}

@@ -1,4 +1,4 @@
-"""Writes the tensors of a checkpoint into a file, slab by slab, with bounded memory.
+"""Writes the tensors of a checkpoint or a network into a file, slab by slab, with bounded memory.
 
 A tensor whose stored type is the wanted one is copied byte for byte; any other is converted to float32 slab
 by slab and encoded. The floats are checked, so that NaN and infinity are reported and never encoded silently.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Literal
+from typing import IO, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zimage_core.errors import BadWeights, printable
-from zimage_core.export.checkpoint import Checkpoint, Target
+from zimage_core.export.checkpoint import Target
 from zimage_core.formats import BlockFormat
 from zimage_core.quantize import float_types
 from zimage_core.quantize.encode import encode
@@ -30,6 +30,29 @@ NonFinite = Literal["raise", "replace", "keep"]
 "keep" is for copies and plain floats, and refuses only finite numbers that would become infinite."""
 
 _F16_MAX = 65504.0
+
+
+class TensorSource(Protocol):
+    """Where tensors come from: a checkpoint, or a network in memory."""
+
+    @property
+    def path(self) -> str:
+        """Name of the source, for messages."""
+
+    def format_of(self, target: Target) -> BlockFormat | None:
+        """The format of all parts of a tensor, or None if they have different ones."""
+
+    def is_scaled(self, target: Target) -> bool:
+        """Whether a separate scale multiplies the numbers of a part."""
+
+    def raw(self, target: Target) -> Iterator[bytearray | memoryview]:
+        """The stored bytes, little-endian, in pieces of whole rows."""
+
+    def dense(self, target: Target) -> Iterator[Tensor]:
+        """The numbers in slabs of float32 [rows, K]; scales are applied."""
+
+    def check_unchanged(self) -> None:
+        """Raise BadFile if the source was changed since it was opened."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +71,7 @@ class Job:
 
 
 def write_tensors(
-    source: Checkpoint,
+    source: TensorSource,
     jobs: Sequence[Job],
     layout: Layout,
     out: IO[bytes],
@@ -59,7 +82,7 @@ def write_tensors(
     """Write the header and the tensors of a file.
 
     Args:
-        source: The checkpoint that is read.
+        source: The checkpoint or network that is read.
         jobs: The tensors to write.
         layout: Header and position of each tensor.
         out: The file, `layout.nbytes` long.
@@ -84,11 +107,11 @@ def write_tensors(
             if progress is not None:
                 progress(done + written // width * job.target.columns, total, job.target.name)
         done += job.target.weights
-    source.file.check_unchanged()
+    source.check_unchanged()
 
 
 def packed_rows(
-    source: Checkpoint, job: Job, nonfinite: NonFinite = "raise", log: Log | None = None
+    source: TensorSource, job: Job, nonfinite: NonFinite = "raise", log: Log | None = None
 ) -> Iterator[bytearray | memoryview]:
     """The bytes of a tensor in its new type, in pieces of whole rows.
 
@@ -96,7 +119,7 @@ def packed_rows(
         BadWeights: NaN or infinity that is not allowed, or finite numbers beyond float16 in a tensor for F16.
     """
     exact = source.format_of(job.target) == job.format and not source.is_scaled(job.target)
-    check = _FiniteCheck(source.file.path, job, nonfinite)
+    check = _FiniteCheck(source.path, job, nonfinite)
     if exact:
         if job.format.is_float and nonfinite != "keep":
             check.rest(source.dense(job.target))

@@ -128,24 +128,33 @@ def write_atomically(
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike[str], nbytes: int = 0) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], nbytes: int = 0, join: bool = False) -> Iterator[Path]:
     """A new folder to fill; it becomes `path` if the `with` block raises no exception.
 
     Args:
         path: Destination: a name that does not exist, or an empty folder, which is replaced.
         nbytes: Size of the files that will be written; the free space is checked first.
+        join: Move the new files into a folder that holds others, each in one step, JSON files last; a file of
+            the same name is replaced.
 
     Raises:
         BadFile: The destination exists, the disk has too little space, or the system refuses the write.
     """
     target = Path(path)
-    _check_folder(target)
+    join = join and target.is_dir() and any(target.iterdir())
+    if not join:
+        _check_folder(target)
     check_free_space(target, nbytes)
     with _temporary_place(target) as temporary:
         try:
             temporary.mkdir()
             yield temporary
-            temporary.rename(target)  # fails if anything but an empty folder has that name
+            if join:
+                for file in sorted(temporary.iterdir(), key=lambda file: (file.suffix == ".json", file.name)):
+                    file.replace(target / file.name)
+                _sync_folder(target)
+            else:
+                temporary.rename(target)  # fails if anything but an empty folder has that name
             _sync_folder(target.parent)
         except OSError as error:
             raise _refusal(target, error) from None

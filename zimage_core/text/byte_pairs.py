@@ -75,6 +75,15 @@ class BytePairs:
                     data += char.encode() if byte is None else bytes((byte,))
         return data.decode("utf-8", "replace")
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json with the same ids; what it lacks of Qwen's is added."""
+        import json
+
+        document = json.loads(self._rust.to_str())
+        to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        document |= {"decoder": to_bytes, "post_processor": to_bytes}
+        return json.dumps(document, ensure_ascii=False)
+
 
 def _build(vocabulary: Vocabulary, tokens: dict[str, int]) -> tokenizers.Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers

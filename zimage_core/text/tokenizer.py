@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Protocol
 
-from zimage_core.errors import BadArgument, printable
+from zimage_core.errors import BadArgument, Unsupported, printable
 from zimage_core.text.byte_pairs import BytePairs
 from zimage_core.text.gguf_vocabulary import Pieces, read_gguf
 from zimage_core.text.sentence_pieces import SentencePieces
@@ -104,6 +104,16 @@ class Tokenizer:
             BadArgument: An id is not in the vocabulary.
         """
         return self._model.decode([int(number) for number in ids])
+
+    def to_json(self) -> str:
+        """The content of a tokenizer.json that gives the same ids, for this library and for transformers.
+
+        Raises:
+            Unsupported: The vocabulary is SentencePiece's.
+        """
+        if isinstance(self._model, SentencePieces):
+            raise Unsupported("a SentencePiece vocabulary is not written as tokenizer.json; keep its GGUF")
+        return self._model.to_json()
 
     @property
     def vocab_size(self) -> int:

@@ -7,9 +7,11 @@ disagree, the file is refused. Every number is checked against a limit before an
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -216,6 +218,9 @@ def _triple(metadata: Mapping[str, Any], key: str) -> tuple[int, int, int] | Non
     if key not in metadata:
         return None
     value = metadata[key]
+    if isinstance(value, str) and len(value) <= 40:  # safetensors metadata holds nothing but text
+        with suppress(ValueError):
+            value = json.loads(value)
     if not isinstance(value, (str, bytes)) and hasattr(value, "__len__") and len(value) == 3:
         items = [value[i] for i in range(3)]
         if all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= MAX_WIDTH for n in items):
