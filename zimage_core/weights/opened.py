@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from zimage_core.errors import BadFile, printable
+from zimage_core.weights import documents, download
 from zimage_core.weights.card import ModelCard, check_compatible, require
 from zimage_core.weights.gguf import GGUFFile
 from zimage_core.weights.identify import identify
-from zimage_core.weights.magic import CONVERT, refuse_known
+from zimage_core.weights.magic import CONVERT, refuse_known, refuse_text
 from zimage_core.weights.safetensors import SafetensorsFile, ShardedSafetensors
-from zimage_core.weights.source import Source, WeightFile
+from zimage_core.weights.source import Source, WeightFile, path_text
 
 MAX_CONFIG_BYTES = 1 << 20
 _HEAD = 512
@@ -37,25 +38,31 @@ def open_weights(path: str | PathLike[str] | Source, mmap: bool = True) -> Weigh
             reads each tensor into its own memory. A Source keeps its own choice.
 
     Raises:
+        BadArgument: The path is no path, or empty.
         BadFile: The file is missing, no model file (the message says what it is instead), damaged or cut.
         UnknownFormat: A tensor has a type that zimage_core.formats does not describe.
     """
     if isinstance(path, Source):
         source = path
     else:
-        path = fspath(path)
+        path = path_text(path)
         source = Source(_in_folder(path) if _is_folder(path) else path, mmap)
+    head = b""
     try:
-        return _reader(source)
-    except BaseException:
+        head = bytes(source.read_at(0, min(_HEAD, source.size)))
+        file = _reader(source, head)
+        file.notes, file.cautions = download.remarks(file)
+        return file
+    except BaseException as error:
         source.close()
+        if isinstance(error, BadFile) and error.path == source.path:
+            raise download.explained(error, head) from None
         raise
 
 
-def _reader(source: Source) -> WeightFile:
+def _reader(source: Source, head: bytes) -> WeightFile:
     """Choose the reader by the first bytes."""
     path, size = source.path, source.size
-    head = bytes(source.read_at(0, min(_HEAD, size)))
     if head[:4] == b"GGUF"[: len(head)]:
         return GGUFFile(source)
     # safetensors starts with the header's length, which may look like any magic number, even "{"; the
@@ -66,6 +73,9 @@ def _reader(source: Source) -> WeightFile:
     if head.lstrip()[:1] == b"{" and b'"' in head:
         return ShardedSafetensors(source)
     refuse_known(path, head)
+    if documents.legacy_imatrix(head):
+        raise BadFile(path, f"{documents.IMATRIX}, not a model", f"it is {documents.FOR_QUANTIZE}")
+    refuse_text(path, head)
     if size <= 8 or 2 <= length <= size - 8:
         return SafetensorsFile(source)  # raises an error that says what is wrong with the header
     fault = f"not a model file: magic {printable(head[:8])} is neither GGUF nor safetensors"
@@ -221,7 +231,7 @@ def _locate(path: str | PathLike[str], component: str) -> tuple[str, dict[str, A
     Raises:
         BadFile: The config.json of a named folder cannot be read.
     """
-    place = Path(fspath(path))
+    place = Path(path_text(path))
     try:
         if not place.is_dir():
             return fspath(path), _read_config(place.parent / "config.json", binding=False), False
@@ -239,7 +249,7 @@ def _locate(path: str | PathLike[str], component: str) -> tuple[str, dict[str, A
 def _read_config(path: Path, binding: bool) -> dict[str, Any] | None:
     """The parsed file; None if there is none, or if it cannot be read and is not binding."""
     try:
-        if not path.is_file():
+        if not path.is_file() and not path.is_symlink():
             return None
         with path.open("rb") as file:
             text = file.read(MAX_CONFIG_BYTES + 1)
