@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.tree import ROOT
 from zimage_core.errors import BadFile
+from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.inspection import inspect_file
+from zimage_core.weights.load import load_vae
 
 
 def test_a_folder_of_all_parts_lacks_nothing(zimage, model):
@@ -152,6 +154,27 @@ def test_full_reads_the_data_and_warns(zimage, tmp_path):
     assert len(warnings) == 2
     assert "NaN" in warnings[0]
     assert "float16" in warnings[1]
+    assert "all data was read: see the warnings" in outcome.out
+    save_file({"c": torch.ones(3)}, file)
+    assert "all data was read: no NaN, no infinity" in zimage("inspect", "--full", file).out
+
+
+@pytest.mark.parametrize("name", ["a.imatrix", "a.dat"])
+def test_an_importance_matrix_is_named(zimage, tmp_path, name):
+    import torch
+
+    from zimage_core.quantize.imatrix import Imatrix, write_imatrix
+    from zimage_core.quantize.imatrix_files import Sums
+
+    sums = Sums(torch.ones(64, dtype=torch.float64), 7)
+    write_imatrix(tmp_path / name, Imatrix({"blk.0.attn_q.weight": sums, "blk.0.attn_k.weight": sums}))
+    outcome = zimage("inspect", tmp_path / name)
+    assert outcome.status == 0
+    assert "an importance matrix of 2 weight matrices" in outcome.out
+    assert "zimage quantize --imatrix" in outcome.out
+    assert "to run" not in outcome.out
+    with pytest.raises(BadFile, match="an importance matrix"):
+        load_vae(tmp_path / name)
 
 
 def test_settings_of_a_image_come_back(zimage, model, tmp_path):
@@ -206,10 +229,22 @@ def test_a_loose_file_beside_an_index_is_seen(zimage, model, tmp_path):
     [
         ('{"a": 0}', "a vocab.json"),
         ('{"model_type": "qwen3"}', "the config of a model"),
-        ('{"_class_name": "ZImagePipeline"}', "the config of a model"),
+        ('{"_class_name": "ZImagePipeline"}', "the list of the parts of a pipeline"),
+        ('{"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3}', "the config of a scheduler"),
         ('{"added_tokens_decoder": {}}', "a tokenizer_config.json"),
+        ('{"error": "Repository not found"}', "an error message that a download saved"),
+        ('{"nodes": [], "links": []}', "a workflow of ComfyUI"),
+        ('{"kind": "zimage_core sensitivity 1", "costs": {}}', "costs of types, measured by"),
+        ("# bits\n*.w2.weight [first 1/8] = Q6_K\n* = source\n", "a recipe of 2 rules"),
+        ("#version: 0.2\na b\n", "a merges.txt"),
     ],
 )
-def test_json_that_is_no_tokenizer_is_named(zimage, tmp_path, text, words):
+def test_what_lies_beside_models_is_named(zimage, tmp_path, text, words):
     (tmp_path / "x.json").write_text(text)
-    assert f"this is {words}, not a tokenizer.json" in zimage("inspect", tmp_path / "x.json").error
+    outcome = zimage("inspect", tmp_path / "x.json")
+    assert outcome.status == 0
+    assert f"x.json: {words}" in outcome.out
+    assert "to run" not in outcome.out
+    if text.startswith("{"):
+        with pytest.raises(BadFile, match=f"this is {words}.*, not a tokenizer.json"):
+            Tokenizer.from_json(tmp_path / "x.json")

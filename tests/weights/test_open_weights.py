@@ -120,7 +120,10 @@ def test_a_folder_with_one_model_stands_for_it(models):
         (os.mkfifo, "a FIFO"),
         (lambda path: path.symlink_to("/dev/zero"), "a character device, not a regular file"),
         (lambda path: path.symlink_to(path.name), "a loop of symbolic links"),
-        (lambda path: path.symlink_to("nothing"), "no such file; check the path"),
+        (
+            lambda path: path.symlink_to("nothing"),
+            "symbolic link whose target 'nothing' is missing.*; download it again",
+        ),
         (lambda path: None, "no such file; check the path"),
     ],
     ids=["fifo", "device", "loop", "dangling", "missing"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tracemalloc
 
 import numpy as np
@@ -185,3 +186,33 @@ def test_a_file_cut_or_changed_meanwhile_is_an_error(tmp_path):
         os.utime(path, ns=(1, 1))
         with pytest.raises(BadFile, match="changed while in use"):
             scan(file)
+
+
+def test_long_runs_of_zeros_are_found_in_matrices_of_every_kind_of_type(tmp_path):
+    rng = np.random.default_rng(0)
+    names = ("Q8_0", "Q4_K", "IQ2_XS", "MXFP4")
+    tensors = {name: random_packed(name, (512, 2048), rng) for name in names}
+    holed = {}
+    for name, tensor in tensors.items():
+        data = bytearray(tensor.data)
+        data[50_000:130_000] = bytes(80_000)
+        holed[f"holed.{name}"] = Packed(tensor.format, tensor.shape, bytes(data))
+    plain = rng.normal(size=(512, 512)).astype(np.float32)
+    zero = np.zeros((64, 64), np.float16)
+    dead = plain.copy()
+    dead[100:110] = 0  # ten dead channels, 20 kB
+    vector, small = np.zeros(1 << 17, np.float32), np.zeros((16, 16), np.float32)
+    got = scanned(tmp_path, **tensors, **holed, dead=dead, bias=vector, small=small, all=zero)
+    assert [text.split(":")[0] for text in got[:-1]] == [*(f"tensor {name}" for name in holed), "tensor all"]
+    assert all("a run of 73.7 kB is zero" in text for text in got[:4])
+    assert got[4] == "tensor all: all 4096 values are zero"
+    assert "download it again" in got[5]
+
+
+def test_a_run_of_zeros_goes_on_through_chunks(tmp_path):
+    fmt = FORMATS["Q8_0"]
+    shape = (80, 1 << 17)
+    data = bytearray(b"\x01" * (shape[0] * fmt.row_bytes(shape[1])))
+    data[_CHUNK - (40 << 10) : _CHUNK + (40 << 10)] = bytes(80 << 10)
+    (text, _) = scanned(tmp_path, w=Packed(fmt, shape, bytes(data)))
+    assert re.fullmatch(r"tensor w: a run of (77|81)\.\d kB is zero", text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from zimage_core.errors import ZImageError, printable
 from zimage_core.files.units import in_bytes, in_count
-from zimage_core.weights.inspection import Inspection, dumps, inspect_file
+from zimage_core.weights.inspection import PARTS, Inspection, dumps, inspect_file
 
 
 def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -21,11 +21,14 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         description="Say what a file or folder is, what it holds and what it lacks to make an image.",
     )
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="GGUF, safetensors, folder, tokenizer.json or PNG"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="GGUF, safetensors, folder, tokenizer.json, imatrix, config, recipe or PNG",
     )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument(
-        "--full", action="store_true", help="read all data and warn of NaN, infinity, fp16 overflow"
+        "--full", action="store_true", help="read all data and warn of NaN, infinity, fp16 overflow, zeros"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -76,7 +79,7 @@ def describe(item: Inspection, tensors: bool = False, indent: str = "") -> list[
     if item.problem:
         lines.append(f"  problem   {printable(item.problem, 4000)}")
     lines += [f"  warning   {printable(warning, 1000)}" for warning in item.warnings]
-    if item.usable and item.container != "png":
+    if item.usable and item.kind in (*PARTS, "pipeline", "collection"):
         lines.append(f"  to run    {_to_run(item)}")
     if tensors:
         width = min(60, max(map(len, item.tensors), default=0))

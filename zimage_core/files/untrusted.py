@@ -6,11 +6,13 @@ raises `BadFile`, and reading takes little more memory than the file has bytes.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 from collections import Counter
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, printable
@@ -18,6 +20,16 @@ from zimage_core.errors import BadFile, printable
 MAX_BYTES = 100_000_000  # the real files have 3 to 33 MB
 MAX_DEPTH = 64
 MAX_DIGITS = 20  # 2^64 has 20
+
+_REASONS = {
+    errno.ENOENT: "no such file",
+    errno.EACCES: "no permission to read it",
+    errno.EPERM: "no permission to read it",
+    errno.ELOOP: "a loop of symbolic links",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ENOTDIR: "no such file (part of the path is not a directory)",
+    errno.EMFILE: "too many files are open",
+}
 
 
 def read_file(path: str | PathLike[str]) -> bytes:
@@ -30,8 +42,8 @@ def read_file(path: str | PathLike[str]) -> bytes:
         # O_NONBLOCK: opening a FIFO must not block until there is a writer
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
-        raise BadFile(path, f"the file cannot be opened: {reason}", "check the path") from None
+        reason, hint = why_not_opened(path, error)
+        raise BadFile(path, f"the file cannot be opened: {reason}", hint) from None
     except ValueError:
         raise BadFile(path, "the path holds a NUL character") from None
     try:
@@ -50,6 +62,28 @@ def read_file(path: str | PathLike[str]) -> bytes:
     if not data:
         raise BadFile(path, "the file is empty, JSON or text was expected")
     return data
+
+
+def why_not_opened(path: str | PathLike[str], error: OSError) -> tuple[str, str]:
+    """Why a file cannot be opened, and what to do about it."""
+    reason = _REASONS.get(error.errno or 0) or (error.strerror or type(error).__name__).lower()
+    if isinstance(error, FileNotFoundError) and (target := _missing_target(path)):
+        return (
+            f"a symbolic link whose target {printable(target)!r} is missing, as an interrupted download or a "
+            "cleaned cache leaves it",
+            "download it again",
+        )
+    if isinstance(error, PermissionError):
+        return reason, "allow it with `chmod u+r` or ask its owner"
+    return reason, "check the path" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else ""
+
+
+def _missing_target(path: str | PathLike[str]) -> str:
+    """The target of a symbolic link; "" if the path is none."""
+    try:
+        return str(Path(path).readlink())
+    except OSError:
+        return ""
 
 
 def read_text(path: str | PathLike[str]) -> str:

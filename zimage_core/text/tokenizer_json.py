@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, Unsupported, printable
+from zimage_core.files import documents
 from zimage_core.files.untrusted import read_json, read_text
 from zimage_core.text.pretokenizers import DIGIT, GPT2, KNOWN_PATTERNS, PRE_TOKENIZERS, PreTokenizer
 from zimage_core.text.vocabulary import Vocabulary, split_merges
@@ -51,8 +52,11 @@ class _Reader:
 
     def read(self) -> Vocabulary:
         data = read_json(self.path)
-        if "model" not in data and (other := _other_file(data)):
-            raise BadFile(self.path, f"this is {other[0]}, not a tokenizer.json", other[1])
+        if "model" not in data and (other := documents.name_of(data)):
+            hint = "give tokenizer.json or the folder that holds it"
+            if other == documents.VOCABULARY:
+                hint = "give the folder that also holds merges.txt"
+            raise BadFile(self.path, f"this is {other}, not a tokenizer.json", hint)
         self._only(data, TOP, "the file")
         model = self._model(data.get("model"))
         self._ranges("truncation", data.get("truncation"), ("max_length", "stride"))
@@ -192,20 +196,6 @@ class _Reader:
 
     def _fail(self, fault: str) -> NoReturn:
         raise BadFile(self.path, fault)
-
-
-def _other_file(data: Mapping[str, Any]) -> tuple[str, str] | None:
-    """What another JSON file of a model folder is, and what to pass instead of it; None if unknown."""
-    give = "give tokenizer.json or the folder that holds it"
-    if "weight_map" in data:
-        return "an index of shards", give
-    if "added_tokens_decoder" in data or "tokenizer_class" in data:
-        return "a tokenizer_config.json", give
-    if "_class_name" in data or "model_type" in data or "architectures" in data:
-        return "the config of a model", give
-    if data and all(type(value) is int for value in data.values()):
-        return "a vocab.json", "give the folder that also holds merges.txt"
-    return None
 
 
 def added_tokens(items: Any, path: str) -> dict[str, int]:

@@ -1,88 +1,168 @@
-"""Recognise LoRA and ControlNet files by their tensor names.
+"""Recognise adapters (LoRA and its kin, differences of fine-tunes) and ControlNets by their tensor names.
 
-Sources: the key patterns of diffusers/PEFT, ai-toolkit, kohya/musubi and LyCORIS; VideoX-Fun's ControlNets.
+Sources: the key patterns of diffusers/PEFT, ai-toolkit, kohya/musubi, OneTrainer, LyCORIS, ComfyUI and
+llama.cpp; VideoX-Fun's ControlNets.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from zimage_core.config import COMPONENTS
 from zimage_core.errors import printable
 from zimage_core.weights.card import ModelCard
 from zimage_core.weights.infer import Shape, count_layers
 
 MAX_LORA_RANK = 1024
+NOT_APPLIED = "adapters and ControlNets cannot be applied by this version: no command takes one"
 
-_FACTOR = re.compile(r"(.+?)\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?\.weight")
-_LYCORIS = re.compile(r"(.+)\.(lokr_w[12](?:_[ab])?|hada_w[12]_[ab])")
-_DOWN = ("lora_A", "lora_down", "lora.down")
+_FACTOR = re.compile(
+    r"(.+?)[._](lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_down|lora_up|lora\.down|lora\.up|lora_a|lora_b)"
+    r"(?:\.[\w-]{1,64})??(?:\.weight)?"
+)
+_DOWN = ("lora_A", "lora_a", "lora_embedding_A", "lora_down", "lora.down")
+_KINDS = (
+    ("a LoKr adapter", r"lokr_(?:w[12](?:_[ab])?|t[12])"),
+    ("a LoHa adapter", r"hada_(?:w[12]_[ab]|t[12])"),
+    ("a BOFT adapter", r"boft_[RPs]|boft_blocks"),
+    ("an OFT adapter", r"oft_(?:blocks|diag|R|r|s)"),
+    ("an IA3 adapter", r"ia3_l|on_input"),
+    ("a VeRA adapter", r"vera_(?:lambda_[bd]|[AB])"),
+    ("full differences of a fine-tune", r"diff(?:_[bm])?"),
+    ("weights that a fine-tune sets", r"set_weight"),
+    ("differences of norms", r"[wb]_norm"),
+)
+"""Noun phrase of a kind -> the last piece of its tensors' names, before the name of a PEFT adapter."""
+_LEAVES = tuple(
+    (kind, re.compile(rf"(.+)\.(?:{leaf})(?:\.[\w-]{{1,64}})??(?:\.weight)?")) for kind, leaf in _KINDS
+)
+_GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
+_DORA = re.compile(r"(.+)[._](?:dora_scale|lora_magnitude_vector)(?:\.[\w-]{1,64})??(?:\.weight)?")
+_BESIDE = re.compile(
+    r".+[._](?:alpha|scale|scalar|rank|rescale|bias|reshape_weight|lora_mid\.weight|lora\.mid\.weight)"
+)
+"""Tensors that adapters have beside those of a kind, and that other files may have as well."""
 
 DIALECTS = {
     "base_model.model.": "PEFT",
     "lora_unet_": "kohya or musubi-tuner",
+    "lora_transformer_": "OneTrainer",
     "lycoris_": "LyCORIS",
     "transformer.": "diffusers",
     "diffusion_model.": "ai-toolkit or ComfyUI",
+    "model.diffusion_model.": "ComfyUI's checkpoints",
 }
-"""Prefix of every key -> the program that writes it."""
+"""Prefix of every key -> the program that writes it. Any other prefix will do as well."""
 
 _TARGET = re.compile(
-    r"(?:layers|noise_refiner|context_refiner)_\d{1,3}_"
-    r"(?:attention_(?:to_[qkv]|to_out_0|qkv|out)|feed_forward_w[123]|adaLN_modulation_0)"
-    r"|(?:all_)?x_embedder(?:_2-1)?|(?:all_)?final_layer(?:_2-1)?_(?:linear|adaLN_modulation_1)"
-    r"|cap_embedder_1|t_embedder_mlp_[02]"
+    r"(?:(?<=_)|^)(?:"
+    r"(?:layers|noise_refiner|context_refiner|siglip_refiner)_\d{1,3}_"
+    r"(?:attention_(?:to_[qkv]|to_out_0|to_out|qkv|out|norm_[qk]|[qk]_norm)|attention_norm[12]|ffn_norm[12]"
+    r"|feed_forward_w[123]|adaLN_modulation_[01])"
+    r"|(?:all_)?x_embedder(?:_2_1)?|(?:all_)?final_layer(?:_2_1)?_(?:linear|adaLN_modulation_1)"
+    r"|(?:cap|siglip)_embedder_[01]|t_embedder_mlp_[02]|(?:x|cap|siglip)_pad_token"
+    r")(?:_weight|_bias)?$"
 )
-"""Names of the S3-DiT's modules with '_' for '.', as kohya's programs write them."""
+"""Names of the S3-DiT's modules with '_' for '.' and '-', as kohya's programs write them."""
+
+_LANGUAGE = re.compile(
+    r"(?<!text_model_encoder_)(?<![a-z]_encoder_)layers_\d{1,3}_"
+    r"(?:self_attn_(?:[qkvo]_proj|[qk]_norm)|mlp_(?:gate|up|down)_proj|input_layernorm|post_attention_layernorm)"
+    r"(?:_weight)?$"
+    r"|(?:(?<=_)|^)blk_\d{1,3}_(?:attn_(?:[qkv]|output)|ffn_(?:gate|up|down))(?:_weight)?$"
+)
+"""Names of the modules of Qwen3 and its relatives."""
 
 
-def identify_lora(shapes: Mapping[str, Shape]) -> ModelCard | None:
-    """Card of a LoRA, LoKr or LoHa file; None for any other.
+def identify_adapter(shapes: Mapping[str, Shape]) -> ModelCard | None:
+    """Card of a file that changes a model: LoRA and its kin, or differences; None for any other.
 
     Args:
         shapes: Tensor name -> shape.
     """
-    factors: dict[str, dict[str, Shape]] = {}
-    lycoris = set()
+    factors, kinds, others = _taken_apart(shapes)
+    if 2 * others > len(shapes) or not (factors or kinds):
+        return None  # a model that holds a few such tensors is a model
+    targets = list(dict.fromkeys([*factors, *(target for each in kinds.values() for target in each)]))
+    known = [target for target in targets if _TARGET.search(_flat(target))]
+    language = [target for target in targets if _LANGUAGE.search(_flat(target))]
+    ours = bool(known) and 2 * len(known) >= len(targets) - len(language)
+    details = [_ranks(factors)] if factors else []
+    if ours:
+        details.append(f"{len(known)} layer{'s' if len(known) > 1 else ''}")
+    if language:
+        details.append(f"{len(language)} of {'the text encoder' if known else 'its layers'}")
+    whose = "Z-Image" if ours else "another model"
+    if not known and 2 * len(language) >= len(targets):
+        whose = "a text encoder or language model"
+    prefix, dialect = _dialect((known or language or targets)[0])
+    names = [*(["a LoRA"] if factors else []), *kinds]
+    title = f"{' and '.join(names)} for {whose}" + (f" ({', '.join(details)})" if details else "")
+    low_rank = bool(factors or {"a LoKr adapter", "a LoHa adapter"} & kinds.keys())
+    strangers = sorted(set(targets) - set(known) - set(language))
+    return ModelCard(
+        "lora" if low_rank else "adapter",
+        "z-image" if ours else "",
+        title,
+        variant="LoRA" if factors else "LyCORIS" if low_rank else "",
+        layout=dialect,
+        prefix=prefix,
+        problem=_lora_problem(factors, strangers if known or not language else []),
+        notes=(NOT_APPLIED,),
+    )
+
+
+_Factors = dict[str, dict[str, Shape]]
+
+
+def _taken_apart(shapes: Mapping[str, Shape]) -> tuple[_Factors, dict[str, list[str]], int]:
+    """Factors of LoRAs, targets of each other kind of adapter, and the number of tensors that are neither."""
+    factors: _Factors = {}
+    kinds: dict[str, list[str]] = {}
+    others = 0
     for name, shape in shapes.items():
         if match := _FACTOR.fullmatch(name):
             factors.setdefault(match[1], {})["down" if match[2] in _DOWN else "up"] = shape
-        elif match := _LYCORIS.fullmatch(name):
-            lycoris.add(match[1])
-    targets = [*factors, *sorted(lycoris)]
-    if not targets:
-        return None
-    prefix, dialect = next(
-        (row for row in DIALECTS.items() if targets[0].startswith(row[0])), ("", "bare names")
-    )
-    known = [target for target in targets if _TARGET.fullmatch(_module_key(target))]
+        elif found := next(
+            ((kind, match[1]) for kind, leaf in _LEAVES if (match := leaf.fullmatch(name))), None
+        ):
+            kind = "a BOFT adapter" if found[0] == "an OFT adapter" and len(shape) == 4 else found[0]
+            kinds.setdefault(kind, []).append(found[1])
+        elif (stem := name.rpartition(".")[0].rpartition(".")[0]) and _is_glora(stem, shapes):
+            kinds.setdefault("a GLoRA adapter", []).append(stem)
+        elif match := _DORA.fullmatch(name):
+            kinds.setdefault("its DoRA magnitudes", []).append(match[1])
+        else:
+            others += _BESIDE.fullmatch(name) is None
+    return factors, kinds, others
+
+
+def _is_glora(stem: str, names: Iterable[str]) -> bool:
+    return all(f"{stem}.{leaf}" in names for leaf in _GLORA)
+
+
+def _flat(target: str) -> str:
+    return target.replace(".", "_").replace("-", "_")
+
+
+def _ranks(factors: _Factors) -> str:
     ranks = sorted({pair["down"][0] for pair in factors.values() if pair.get("down")})
-    label = "LoKr or LoHa"
-    if ranks:
-        label = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    title = f"a LoRA for another model ({label})"
-    if known:
-        title = f"a LoRA for Z-Image ({label}, {len(targets)} layers)"
-    return ModelCard(
-        "lora",
-        "z-image" if known else "",
-        title,
-        variant="LyCORIS" if lycoris else "LoRA",
-        layout=dialect,
-        prefix=prefix,
-        problem=_lora_problem(factors, targets, known),
-        needs=COMPONENTS,
-    )
+    if not ranks:
+        return "of unknown rank"
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
 
 
-def _module_key(target: str) -> str:
-    for prefix in (*DIALECTS, "model."):
-        target = target.removeprefix(prefix)
-    return target.replace(".", "_")
+def _dialect(target: str) -> tuple[str, str]:
+    """Prefix of the targets' names and the program that writes such names."""
+    module = _TARGET.search(_flat(target)) or _LANGUAGE.search(_flat(target))
+    known = max((each for each in DIALECTS if target.startswith(each)), key=len, default="")
+    prefix = target[: module.start()] if module else known
+    if prefix and not known:
+        return prefix, f"names with the prefix {printable(prefix, 60)!r}"
+    return prefix or known, DIALECTS.get(known, "bare names")
 
 
-def _lora_problem(factors: dict[str, dict[str, Shape]], targets: list[str], known: list[str]) -> str:
+def _lora_problem(factors: _Factors, strangers: list[str]) -> str:
     for target, pair in factors.items():
         shown = printable(target, 100)
         if len(pair) != 2:
@@ -94,8 +174,7 @@ def _lora_problem(factors: dict[str, dict[str, Shape]], targets: list[str], know
             return f"ranks of {shown!r} mismatch: {pair['down'][0]} and {pair['up'][1]}"
         if not 0 < pair["down"][0] <= MAX_LORA_RANK:
             return f"{shown!r} has rank {pair['down'][0]}, wanted 1 to {MAX_LORA_RANK}"
-    if len(known) != len(targets):
-        strangers = sorted(set(targets) - set(known))
+    if strangers:
         listed = ", ".join(printable(name, 60) for name in strangers[:5])
         return f"{len(strangers)} unknown targets that a Z-Image transformer lacks: {listed}"
     return ""
@@ -119,5 +198,5 @@ def identify_controlnet(shapes: Mapping[str, Shape]) -> ModelCard | None:
     variant = "1.0" if width == 16 else ("2.1" if refined else "2.0") + (" lite" if layers < 6 else "")
     title = f"a Z-Image ControlNet ({variant}, {layers} control layers, {width} control channels)"
     return ModelCard(
-        "controlnet", "z-image", title, variant=variant, layout="split", prefix=prefix, needs=COMPONENTS
+        "controlnet", "z-image", title, variant=variant, layout="split", prefix=prefix, notes=(NOT_APPLIED,)
     )

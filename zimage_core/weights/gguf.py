@@ -6,7 +6,8 @@ first, so a shape is the stored dimensions in reverse.
 
 Every length is compared with the rest of the file before it is used. Names must be unique, short and
 printable; a row must be a whole number of blocks; tensors must start on the alignment, end inside the file
-and not overlap. The order of the data, gaps and trailing bytes are not restricted.
+and not overlap. The order of the data, gaps and trailing bytes are not restricted; `download.remarks` tells
+of many trailing bytes.
 
 Source: ggml/docs/gguf.md.
 """
@@ -15,9 +16,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import struct
 import sys
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from zimage_core.errors import BadFile, UnknownFormat, printable
@@ -36,6 +39,7 @@ _SMALLEST_KEY = 13  # length, type and the shortest value
 _SMALLEST_TENSOR = 24  # length, dimension count, type and offset
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 _Q2_0 = 42
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5}\.gguf)")  # llama-gguf-split's names
 
 _Row = tuple[str, tuple[int, ...], BlockFormat, int]  # name, shape, format, offset in the data
 
@@ -131,7 +135,10 @@ class GGUFFile(WeightFile):
             number = self.metadata.get("split.no", 0)
             part = number + 1 if isinstance(number, int) else "?"
             fault = f"part {part} of {count} of a split model, the whole model in one file is wanted"
-            raise BadFile(self.path, fault, "join the parts with `llama-gguf-split --merge`")
+            numbered = _PART.fullmatch(Path(self.path).name)
+            first = f"{numbered[1]}-00001-of-{numbered[2]}" if numbered else "FIRST_PART.gguf"
+            command = f"llama-gguf-split --merge {printable(first, 120)} OUT.gguf"
+            raise BadFile(self.path, fault, f"join the parts with `{command}`")
 
     def _read_tensor(self, cursor: Cursor) -> _Row:
         name = check_text(self.path, "tensor name", cursor.text("a tensor name", MAX_NAME), MAX_NAME)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadWeights, printable
-from zimage_core.weights import adapters, infer, names, storage
+from zimage_core.weights import adapters, documents, infer, names, storage
 from zimage_core.weights.card import ModelCard, check_compatible, require, text_encoder_name
 from zimage_core.weights.lookalikes import recognise
 
@@ -115,9 +115,10 @@ def identify(file: WeightFile, wanted: str = "", stated: Mapping[str, Any] | Non
         stated: Parsed config.json from beside the file; it must agree with the tensors.
     """
     try:
-        return _identify(file, wanted, stated)
+        card = _identify(file, wanted, stated)
     except BadWeights as error:
         return ModelCard("unknown", "", f"a file of {len(file.tensors)} tensors", problem=str(error))
+    return replace(card, notes=card.notes + file.notes, cautions=card.cautions + file.cautions)
 
 
 def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -> ModelCard:
@@ -150,8 +151,10 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
 
 def _adapter_or_lookalike(shapes: Shapes, metadata: Mapping[str, Any]) -> ModelCard | None:
     """A LoRA, a ControlNet, or a model that Z-Image does not use; None for anything else."""
-    if adapter := adapters.identify_lora(shapes) or adapters.identify_controlnet(shapes):
+    if adapter := adapters.identify_adapter(shapes) or adapters.identify_controlnet(shapes):
         return adapter
+    if imatrix := documents.identify_imatrix(shapes, metadata):
+        return imatrix
     joined = "\n" + "\n".join(shapes) + "\n"
     if "cap_pad_token" in joined and "layers.0.adaLN_modulation.0.weight" in joined:
         return None

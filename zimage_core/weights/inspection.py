@@ -28,13 +28,16 @@ from zimage_core.weights.opened import (
     open_pipeline,
     open_weights,
 )
-from zimage_core.weights.source import Source
+from zimage_core.weights.source import Source, path_text
 
 if TYPE_CHECKING:
     from zimage_core.weights.source import WeightFile
 
 PARTS = (*COMPONENTS, "tokenizer")
 """What is needed to make an image; a GGUF text encoder contains its tokenizer."""
+NOT_USED = ("unknown", "lora", "adapter", "controlnet")
+"""Kinds of files that no command takes."""
+NOTHING_FOUND = "no NaN, no infinity, nothing beyond float16, no long runs of zeros"
 _HEAD = 1 << 16
 _TOKENIZER = re.compile(rb'"(added_tokens|normalizer|pre_tokenizer|post_processor|decoder|model|merges)"\s*:')
 _MAX_TEXT = 2000
@@ -63,9 +66,10 @@ class Inspection:
 
     Args:
         path: As given.
-        container: "gguf", "safetensors", "tokenizer", "png" or "folder".
+        container: "gguf", "safetensors", "tokenizer", "document", "png" or "folder".
         nbytes: Size on disk in bytes; for a folder, that of all its model files.
-        kind: "transformer", "text_encoder", "vae", "lora", "tokenizer", "image", "pipeline", "other" ...
+        kind: "transformer", "text_encoder", "vae", "lora", "tokenizer", "image", "imatrix", "document",
+            "pipeline", "other" ...
         title: Noun phrase that says what the file is.
         usable: Whether this library can use the file.
         problem: Why it cannot, or "".
@@ -106,14 +110,17 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
     """Describe a file or folder by what is in it.
 
     Args:
-        path: Model file, folder, tokenizer.json or PNG.
-        full: Read all data too and warn of NaN, infinity and values outside float16.
+        path: Model file, folder, tokenizer.json, importance matrix, config, recipe or PNG.
+        full: Read all data too and warn of NaN, infinity, values outside float16 and long runs of zeros.
 
     Raises:
+        BadArgument: The path is no path, or empty.
         BadFile: The file is damaged, truncated, or of no kind known here; the message says which.
         UnknownFormat: The file holds a tensor type that zimage_core.formats does not describe.
     """
-    place = Path(path)
+    from zimage_core.weights import documents
+
+    place = Path(path_text(path))
     if "\0" not in fspath(path) and place.is_dir():
         return _folder(place, full)
     source = Source(path, mmap=False)
@@ -122,6 +129,9 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
         if head.startswith(b"\x89PNG"):
             return _image(place)
         looks = head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") and _TOKENIZER.search(head)
+        if not looks and b'"weight_map"' not in head and (found := documents.describe(source, head)):
+            kind, title, facts = found
+            return Inspection(fspath(path), "document", source.size, kind, title, config=facts)
         # a JSON file too damaged to recognise is treated as a tokenizer, whose reader names the fault
         if looks or (place.suffix == ".json" and b'"weight_map"' not in head):
             return _tokenizer(place)
@@ -137,20 +147,22 @@ def _weights(opened: Opened, full: bool) -> Inspection:
     needs = list(card.needs)
     if card.kind in PARTS and not _has_tokenizer(file, card.kind):
         needs.append("tokenizer")
+    warnings = tuple(_warnings(file)) if full else ()
+    read = (f"all data was read: {'see the warnings' if warnings else NOTHING_FOUND}",) if full else ()
     return Inspection(
         path=file.path,
         container=file.kind,
         nbytes=file.size,
         kind=card.kind,
         title=card.title,
-        usable=not card.problem and not faults and card.kind != "unknown",
+        usable=not card.problem and not faults and card.kind not in NOT_USED,
         problem="; ".join(filter(None, (card.problem, faults))),
         config={} if card.config is None else asdict(card.config),
         types=_types(file),
         needs=tuple(needs),
         also=card.also,
-        notes=card.notes + card.cautions + tuple(_beside(file, other) for other in card.also),
-        warnings=tuple(_warnings(file)) if full else (),
+        notes=card.notes + card.cautions + tuple(_beside(file, other) for other in card.also) + read,
+        warnings=warnings,
         metadata={key: _short(value) for key, value in file.metadata.items()},
         tensors={name: (t.format.name, t.shape, t.nbytes) for name, t in file.tensors.items()},
     )

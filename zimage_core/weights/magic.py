@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from zimage_core.errors import BadFile
+from zimage_core.errors import BadFile, printable
 from zimage_core.weights.source import AGAIN
 
 CONVERT = "get the model as GGUF or safetensors"
 # first bytes -> what the file is, what to do
 _KNOWN: tuple[tuple[bytes, str, str], ...] = (
     (b"PK\x03\x04", "a zip archive (a PyTorch checkpoint is one, and holds a pickle)", CONVERT),
+    (b"PK\x07\x08", "the first part of a zip archive in parts", "get all parts and unpack them together"),
     (b"PK\x05\x06", "an empty zip archive", CONVERT),
     (b"\x80\x02", "a pickle, which could run code and is never opened", CONVERT),
     (b"\x80\x03", "a pickle, which could run code and is never opened", CONVERT),
@@ -27,6 +28,7 @@ _KNOWN: tuple[tuple[bytes, str, str], ...] = (
     (b"GGLA", "a legacy ggml adapter (magic GGLA)", "get it as GGUF"),
     (b"FUGG", "a GGUF file with its bytes swapped (magic FUGG)", AGAIN),
     (b"\x1f\x8b", "a gzip archive", "unpack it"),
+    (b"\x04\x22\x4d\x18", "an lz4 archive", "unpack it"),
     (b"BZh", "a bzip2 archive", "unpack it"),
     (b"\xfd7zXZ\x00", "an xz archive", "unpack it"),
     (b"\x28\xb5\x2f\xfd", "a zstd archive", "unpack it"),
@@ -60,4 +62,21 @@ def refuse_known(path: str, head: bytes) -> None:
     page = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if page.startswith((b"<!doctype", b"<html", b"<head", b"<!--")):
         fault = "an HTML page, not a model: the download saved a web page (an error, a login or a preview)"
+        raise BadFile(path, fault, "download the file itself, with your token if it is gated")
+    if head[257:262] == b"ustar":
+        raise BadFile(path, "a tar archive, not a GGUF or safetensors file", "unpack it")
+
+
+def refuse_text(path: str, head: bytes) -> None:
+    """Refuse a file that begins as plain text, such as the short message of a server.
+
+    Raises:
+        BadFile: The message quotes the text.
+    """
+    try:
+        text = head.decode().strip()
+    except UnicodeDecodeError as error:
+        text = head[: error.start].decode() if len(head) - error.start < 4 else ""  # the end cuts a character
+    if len(text) >= 12 and " " in text and all(c.isprintable() or c in "\t\r\n" for c in text):
+        fault = f"a text, not a model, likely a message saved by the download: {printable(text, 120)!r}"
         raise BadFile(path, fault, "download the file itself, with your token if it is gated")

@@ -17,13 +17,14 @@ from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, WrongModel, ZImageError, printable
 from zimage_core.files.hub import quant_tag
 from zimage_core.files.untrusted import read_json
+from zimage_core.weights import documents, download
 from zimage_core.weights.card import WANTED, ModelCard, check_compatible, require
 from zimage_core.weights.folder import Model, chosen, component_folder, listed, loose_models, models_in
 from zimage_core.weights.gguf import GGUFFile
 from zimage_core.weights.identify import identify
-from zimage_core.weights.magic import CONVERT, refuse_known
+from zimage_core.weights.magic import CONVERT, refuse_known, refuse_text
 from zimage_core.weights.safetensors import SafetensorsFile, ShardedSafetensors
-from zimage_core.weights.source import Source, WeightFile
+from zimage_core.weights.source import Source, WeightFile, path_text
 
 NAMING = (
     "ZImagePipeline.from_files(transformer=, text_encoder=, vae=), "
@@ -45,27 +46,33 @@ def open_weights(path: str | PathLike[str] | Source, mmap: bool = True) -> Weigh
             reads each tensor into its own memory. A Source keeps its own choice.
 
     Raises:
+        BadArgument: The path is no path, or empty.
         BadFile: The file is missing, no model file (the message says what it is instead), damaged or cut.
         UnknownFormat: A tensor has a type that zimage_core.formats does not describe.
     """
     if isinstance(path, Source):
         source = path
     else:
-        path = fspath(path)
+        path = path_text(path)
         if _is_folder(path):
             return open_model(_only_model(path), mmap)
         source = Source(path, mmap)
+    head = b""
     try:
-        return _reader(source)
-    except BaseException:
+        head = bytes(source.read_at(0, min(_HEAD, source.size)))
+        file = _reader(source, head)
+        file.notes, file.cautions = download.remarks(file)
+        return file
+    except BaseException as error:
         source.close()
+        if isinstance(error, BadFile) and error.path == source.path:
+            raise download.explained(error, head) from None
         raise
 
 
-def _reader(source: Source) -> WeightFile:
+def _reader(source: Source, head: bytes) -> WeightFile:
     """Choose the reader by the first bytes."""
     path, size = source.path, source.size
-    head = bytes(source.read_at(0, min(_HEAD, size)))
     if head[:4] == b"GGUF"[: len(head)]:
         return GGUFFile(source)
     # safetensors starts with the header's length, which may look like any magic number, even "{"; the
@@ -76,6 +83,9 @@ def _reader(source: Source) -> WeightFile:
     if head.lstrip()[:1] == b"{" and b'"' in head:
         return ShardedSafetensors(source)
     refuse_known(path, head)
+    if documents.legacy_imatrix(head):
+        raise BadFile(path, f"{documents.IMATRIX}, not a model", f"it is {documents.FOR_QUANTIZE}")
+    refuse_text(path, head)
     if size <= 8 or 2 <= length <= size - 8:
         return SafetensorsFile(source)  # raises an error that says what is wrong with the header
     fault = f"not a model file: magic {printable(head[:8])} is neither GGUF nor safetensors"
@@ -96,11 +106,11 @@ def open_model(model: Model, mmap: bool) -> WeightFile:
         lacking = ", ".join(printable(name, 80) for name in model.missing[:3])
         fault = f"one of {count} shards, of which {len(model.missing)} are missing: {lacking}"
         raise BadFile(model.path, fault, "download them to the same folder")
-    return (
-        ShardedSafetensors(model.shards[0], mmap, model.shards)
-        if model.shards
-        else open_weights(model.path, mmap)
-    )
+    if not model.shards:
+        return open_weights(model.path, mmap)
+    file = ShardedSafetensors(model.shards[0], mmap, model.shards)
+    file.notes, file.cautions = download.remarks(file)
+    return file
 
 
 def _only_model(path: str, variant: str | None = None) -> Model:
@@ -165,7 +175,7 @@ def open_component(
         if not component or component == path.card.kind:
             return path
         return _with_config(path.file, component, None, _config_beside(path.file.path), binding=False)
-    if not _is_folder(fspath(path)):
+    if not _is_folder(path_text(path)):
         file = open_weights(path, mmap)
         return _with_config(file, component, None, _config_beside(fspath(path)), binding=False)
     folder = Path(fspath(path))
@@ -409,7 +419,7 @@ def _config_beside(path: str) -> dict[str, Any] | None:
 def _read_config(path: Path, binding: bool) -> dict[str, Any] | None:
     """The parsed file; None if there is none, or if it cannot be read and is not binding."""
     try:
-        if not path.is_file():
+        if not path.is_file() and not path.is_symlink():
             return None
         with path.open("rb") as file:
             text = file.read(MAX_CONFIG_BYTES + 1)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, printable
+from zimage_core.files import documents
 from zimage_core.files.untrusted import MAX_DIGITS
 from zimage_core.formats import FORMATS, BlockFormat, Field
 from zimage_core.weights.magic import refuse_known
@@ -100,7 +101,10 @@ class SafetensorsFile(WeightFile):
                 self._fail(f"invalid offset: tensor {printable(info.name, 80)} {what}")
             expected = info.offset + info.nbytes
         if expected != self.size:
-            self._fail(f"{self.size - expected} bytes after the last tensor, beyond what offsets describe")
+            self._fail(
+                f"{self.size - expected} bytes after the last tensor, beyond what offsets describe: "
+                "a download that was resumed wrongly"
+            )
 
     def _info(self, name: str, dtype: str, shape: list[int], first: int, last: int) -> TensorInfo:
         shown = printable(name, 80)
@@ -257,7 +261,9 @@ def read_index(place: str | PathLike[str] | Source) -> dict[str, list[str]]:
         raise BadFile(path, f"the index {fault}", AGAIN) from None
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not places:
-        raise BadFile(path, "not an index of shards: no weight_map", "name a model file or its folder")
+        name = documents.name_of(document) if isinstance(document, dict) else ""
+        fault = "not an index of shards: no weight_map" + (f" (this is {name})" if name else "")
+        raise BadFile(path, fault, "name a model file or its folder")
     if len(places) > MAX_TENSORS:
         raise BadFile(path, f"the index lists {len(places)} tensors, {MAX_TENSORS} are allowed", AGAIN)
     shards: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Reads all data of a model file once and reports bad values: NaN, infinity, and numbers beyond float16.
+"""Reads all data of a model file once and reports NaN, infinity, numbers beyond float16 and runs of zeros.
 
 Floats are checked by their bits: without the sign bit they grow with the magnitude, so one integer maximum
 shows whether a chunk has a bad value. In packed blocks only the scales are checked; the format gives the
@@ -19,11 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimage_core.errors import printable
+from zimage_core.files.units import in_bytes
 from zimage_core.formats import BlockFormat
-from zimage_core.weights.source import TensorInfo, WeightFile
+from zimage_core.weights.download import zeros_allowed
+from zimage_core.weights.source import AGAIN, TensorInfo, WeightFile
 
 FLOAT16_MAX = 65504.0
 _CHUNK = 8 << 20
+_BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class Finding:
         range: Number that are finite and exceed float16, or blocks whose scales allow that.
         largest: Greatest finite magnitude that was found, or that the scales allow.
         strange: Number that are not valid in the type, such as a BOOL that is neither 0 nor 1.
+        zeros: Bytes of the longest run of zeros, if no sound tensor holds such a run.
+        whole: Whether all of the tensor is zero.
     """
 
     tensor: str
@@ -49,6 +54,8 @@ class Finding:
     range: int = 0
     largest: float = 0.0
     strange: int = 0
+    zeros: int = 0
+    whole: bool = False
 
     def __str__(self) -> str:
         """One sentence for the user; the name is escaped."""
@@ -65,16 +72,26 @@ class Finding:
             )
         if self.strange:
             parts.append(f"{self.strange} {of} are neither 0 nor 1")
+        if self.zeros:
+            run = f"all {self.total} {self.unit} are" if self.whole else f"a run of {in_bytes(self.zeros)} is"
+            parts.append(f"{run} zero")
         return f"tensor {printable(self.tensor, 80)}: {'; '.join(parts)}"
 
 
 def scan(file: WeightFile) -> list[str]:
-    """One sentence for each tensor that holds NaN, infinity or values beyond float16.
+    """One sentence for each tensor that holds NaN, infinity, values beyond float16 or long runs of zeros.
 
     Raises:
         BadFile: The file ends early, cannot be read, or was changed meanwhile.
     """
-    return [str(finding) for finding in findings(file)]
+    found = list(findings(file))
+    sentences = [str(finding) for finding in found]
+    if any(finding.zeros for finding in found):
+        why = (
+            "no trained matrix holds such runs of zeros: a download with a hole, or one that has not finished"
+        )
+        sentences.append(f"{why}; {AGAIN}")
+    return sentences
 
 
 def findings(file: WeightFile) -> Iterator[Finding]:
@@ -140,9 +157,11 @@ def _examine(file: WeightFile, info: TensorInfo, buffer: bytearray) -> Finding |
     step = _CHUNK // fmt.nbytes * fmt.nbytes
     counts = np.zeros(4, np.int64)  # nan, inf, range, strange
     largest = 0.0
+    run = longest = 0  # of zeros, in bytes
     for start in range(0, info.nbytes, step):
         part = memoryview(buffer)[: min(step, info.nbytes - start)]
         source.read_into(info.offset + start, part)
+        run, longest = _zero_runs(part, run, longest)
         with np.errstate(all="ignore"):  # overflows are counted, not warned about
             if fmt.name in _PLAIN:
                 found, peak = _plain(part, fmt, order)
@@ -152,11 +171,36 @@ def _examine(file: WeightFile, info: TensorInfo, buffer: bytearray) -> Finding |
                 found, peak = _integers(part, fmt)
         counts += found
         largest = max(largest, peak)
-    if not counts.any():
+    zeros = longest if longest > zeros_allowed(info) else 0
+    if not counts.any() and not zeros:
         return None
     nan, inf, outside, strange = (int(count) for count in counts)
     unit = "values" if fmt.weights == 1 else "blocks"
-    return Finding(info.name, unit, info.nbytes // fmt.nbytes, nan, inf, outside, largest, strange)
+    total, whole = info.nbytes // fmt.nbytes, zeros == info.nbytes > 0
+    return Finding(info.name, unit, total, nan, inf, outside, largest, strange, zeros, whole)
+
+
+def _zero_runs(data: memoryview, run: int, longest: int) -> tuple[int, int]:
+    """Bytes of the run of zeros at the end of the data, and of the longest, to whole blocks of 4 KiB.
+
+    Args:
+        data: The next chunk of a tensor.
+        run: Bytes of the run at the end of the chunk before.
+        longest: Bytes of the longest run so far.
+    """
+    values = np.frombuffer(data, np.uint8)
+    whole = len(values) // _BLOCK * _BLOCK
+    blocks, rest = values[:whole].reshape(-1, _BLOCK), values[whole:]
+    maybe: NDArray[np.bool_] = ~np.any(blocks[:, ::512], axis=1)  # eight bytes of each tell most blocks apart
+    if not maybe.any():
+        run = 0 if whole else run
+    else:
+        for block, candidate in zip(blocks, maybe.tolist(), strict=True):
+            run = run + _BLOCK if candidate and not block.any() else 0
+            longest = max(longest, run)
+    if len(rest):
+        run = 0 if rest.any() else run + len(rest)
+    return run, max(longest, run)
 
 
 def _plain(data: memoryview, fmt: BlockFormat, order: str) -> tuple[NDArray[np.int64], float]:

@@ -11,6 +11,7 @@ Neither torch nor NumPy is imported before the first tensor is asked for.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import mmap as mmap_module
 import os
@@ -24,6 +25,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from zimage_core.errors import BadArgument, BadFile, ZImageError, printable
+from zimage_core.files.untrusted import why_not_opened
 from zimage_core.formats import BlockFormat
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ _NO_RESERVE = getattr(mmap_module, "MAP_NORESERVE", 0x4000 if sys.platform == "l
 WHOLE_FILE = 64 << 20
 """Files of up to this many bytes are hashed whole; that takes about 0.1 s."""
 _SAMPLE = 1 << 20
+_MOST_HOLES = 4096
 _MOST_AT_ONCE = 1 << 30  # one read call moves less than 2 GiB
 
 
@@ -96,7 +99,7 @@ class Source:
     """
 
     def __init__(self, path: str | PathLike[str], mmap: bool = True) -> None:
-        self.path = fspath(path)
+        self.path = path_text(path)
         self.mapped = mmap
         self._map: mmap_module.mmap | None = None
         self._handle = -1
@@ -109,7 +112,7 @@ class Source:
             self._refuse_special(status.st_mode)
         except OSError as error:
             self.close()
-            raise BadFile(self.path, _why_not_opened(error), _what_to_do(error)) from None
+            raise BadFile(self.path, *why_not_opened(self.path, error)) from None
         except ValueError:
             raise BadFile(self.path, "the path holds a NUL character") from None
         except ZImageError:
@@ -167,6 +170,29 @@ class Source:
         data = bytearray(count)
         self.read_into(offset, memoryview(data))
         return data
+
+    def holes(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Stretches of at most this range, [first, last), that the disk does not hold and that read as zeros.
+
+        A file system that cannot tell has none. The list ends after 4096 of them.
+        """
+        found: list[tuple[int, int]] = []
+        if not hasattr(os, "SEEK_HOLE") or self._handle < 0:
+            return found
+        at = start
+        with contextlib.suppress(OSError):
+            while at < end and len(found) < _MOST_HOLES:
+                hole = os.lseek(self._handle, at, os.SEEK_HOLE)
+                if hole >= end:
+                    break
+                try:
+                    at = os.lseek(self._handle, hole, os.SEEK_DATA)
+                except OSError as error:
+                    if error.errno != errno.ENXIO:
+                        raise
+                    at = end  # the hole reaches to the end of the file
+                found.append((hole, min(at, end)))
+        return found
 
     def tensor(self, offset: int, count: int, alignment: int) -> torch.Tensor:
         """uint8 [count]: a view of the map, or a copy (mmap=False, or not on a multiple of `alignment`)."""
@@ -259,9 +285,14 @@ class WeightFile:
         size: Bytes on disk.
         metadata: Key -> value, as the file states them.
         tensors: Name -> TensorInfo, in the file's order.
+        alignment: Tensors start on multiples of this many bytes.
+        notes, cautions: Remarks on the file as a download; loading warns of cautions.
     """
 
     kind = ""
+    alignment = 1
+    notes: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
     swapped = False  # numbers are stored in the other byte order than this machine's
 
     def __init__(self, place: str | PathLike[str] | Source, mmap: bool = True) -> None:
@@ -347,22 +378,14 @@ class WeightFile:
         return f"{type(self).__name__}({name!r}, {len(self.tensors)} tensors, {self.size} bytes)"
 
 
-def _why_not_opened(error: OSError) -> str:
-    import errno
+def path_text(path: object) -> str:
+    """The path as text.
 
-    known = {
-        errno.ENOENT: "no such file",
-        errno.EACCES: "no permission to read it",
-        errno.EPERM: "no permission to read it",
-        errno.ELOOP: "a loop of symbolic links",
-        errno.ENAMETOOLONG: "the name is too long",
-        errno.ENOTDIR: "no such file (part of the path is not a directory)",
-        errno.EMFILE: "too many files are open",
-    }
-    return known.get(error.errno or 0, f"cannot be opened: {error.strerror or type(error).__name__}")
-
-
-def _what_to_do(error: OSError) -> str:
-    if isinstance(error, PermissionError):
-        return "allow it with `chmod u+r` or ask its owner"
-    return "check the path" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else ""
+    Raises:
+        BadArgument: It is no path, or empty.
+    """
+    if not isinstance(path, (str, PathLike)) or not isinstance(text := fspath(path), str):
+        raise BadArgument(f"a path is {printable(repr(path), 60)}, wanted str or os.PathLike of str")
+    if not text:
+        raise BadArgument("a path is empty, wanted the name of a file or folder")
+    return text
