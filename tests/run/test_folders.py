@@ -356,3 +356,12 @@ def test_any_component_of_a_folder_is_its_transformer(copy):
     (copy / "transformer.safetensors").unlink()
     (copy / "text_encoder.safetensors").unlink()
     assert open_component(copy).card.kind == "vae"
+
+
+def test_a_component_below_a_folder_with_another_model_is_found(copy):
+    loose(copy)
+    (copy / "vae").mkdir()
+    (copy / "sub").mkdir()
+    (copy / "vae.safetensors").rename(copy / "sub" / "ae.safetensors")
+    (copy / "text_encoder.safetensors").unlink()
+    assert load_vae(copy).config.latent_channels == 16

@@ -19,7 +19,15 @@ from zimage_core.files.hub import quant_tag
 from zimage_core.files.untrusted import read_json
 from zimage_core.weights import documents, download
 from zimage_core.weights.card import WANTED, ModelCard, check_compatible, require
-from zimage_core.weights.folder import Model, chosen, component_folder, listed, loose_models, models_in
+from zimage_core.weights.folder import (
+    Model,
+    chosen,
+    component_folder,
+    folders_below,
+    listed,
+    loose_models,
+    models_in,
+)
 from zimage_core.weights.gguf import GGUFFile
 from zimage_core.weights.identify import identify
 from zimage_core.weights.magic import CONVERT, refuse_known, refuse_text
@@ -184,7 +192,7 @@ def open_component(
     parts = [name for name in COMPONENTS if component_folder(folder, name)]
     if parts:
         return open_component(folder, parts[0], mmap, variant)
-    if len(chosen(models_in(folder), variant, component=True)) == 1:
+    if _holds_one_model(folder, variant):
         return _in_component_folder(folder, "", mmap, variant)
     survey = _Survey(folder, mmap, variant)
     try:
@@ -230,7 +238,7 @@ def open_parts(
             wish = variant if part in varied or not varied else None
             opened[part] = _in_component_folder(place, part, mmap, wish)
         rest = [part for part in wanted if part not in opened]
-        if len(rest) == 1 and not opened and len(chosen(models_in(folder), variant, component=True)) == 1:
+        if len(wanted) == len(rest) == 1 and _holds_one_model(folder, variant):
             return {rest[0]: _in_component_folder(folder, rest[0], mmap, variant)}
         if rest:
             survey = _Survey(folder, mmap, variant)
@@ -243,6 +251,12 @@ def open_parts(
             each.file.close()
         raise
     return opened
+
+
+def _holds_one_model(folder: Path, variant: str | None) -> bool:
+    """Whether a folder is that of one component: one model in it, and none below."""
+    here = chosen(models_in(folder), variant, component=True)
+    return len(here) == 1 and not any(models_in(place) for place in folders_below(folder) if place != folder)
 
 
 def check_pipeline_class(folder: Path) -> None:
@@ -303,8 +317,9 @@ class _Survey:
 
     def candidates(self, part: str) -> list[Opened]:
         """The files that are the component, else those that hold it beside another one; sound ones first."""
-        found = [each for each in self.opened if each.card.kind == part]
-        found = found or [each for each in self.opened if part in each.card.also]
+        found = [each for each in self.opened if each.card.kind == part] or [
+            Opened(each.file, identify(each.file, part)) for each in self.opened if part in each.card.also
+        ]
         return [each for each in found if each.card.sound] or found
 
     def choose(self, parts: Sequence[str], tag: str | None) -> dict[str, Opened]:
@@ -313,7 +328,7 @@ class _Survey:
         Raises:
             BadFile: There is no file for a component, or more than one.
         """
-        chosen_files = {}
+        found: dict[str, Opened] = {}
         for part in parts:
             several = self.candidates(part)
             several = [each for each in several if tag and quant_tag(each.name) == tag.upper()] or several
@@ -321,22 +336,17 @@ class _Survey:
                 names = ", ".join(printable(each.name, 60) for each in several[:6])
                 fault = f"has {len(several)} files that are {WANTED[part][0]}: {names}"
                 raise BadFile(self.folder, fault, _naming(part))
-            if several:
-                chosen_files[part] = several[0]
-        if missing := [part for part in parts if part not in chosen_files]:
+            for each in several:
+                stated = _config_beside(each.file.path)
+                found[part] = _with_config(each.file, part, each.card, stated, binding=False)
+        if missing := [part for part in parts if part not in found]:
             kinds = " and ".join(WANTED[part][0] for part in missing)
             also = f" (unreadable: {self.refused[0]})" if self.refused else ""
             if (self.folder / "model_index.json").is_file():
                 fault = f"has no folder {' and '.join(missing)}{also}"
                 raise BadFile(self.folder, fault, "download the whole repository")
             raise BadFile(self.folder, f"has no file that is {kinds}{also}", _naming(missing[0]))
-        found = {}
-        for part, each in chosen_files.items():
-            stated = _config_beside(each.file.path)
-            found[part] = _with_config(
-                each.file, part, each.card if each.card.kind == part else None, stated, False
-            )
-        self._kept |= {id(each.file) for each in chosen_files.values()}
+        self._kept |= {id(each.file) for each in found.values()}
         return found
 
     def close_others(self) -> None:
