@@ -20,8 +20,9 @@ from zimage_core.files.untrusted import read_json
 from zimage_core.weights.card import WANTED, ModelCard, check_compatible, require
 from zimage_core.weights.folder import Model, chosen, component_folder, listed, loose_models, models_in
 from zimage_core.weights.gguf import GGUFFile
-from zimage_core.weights.identify import identify
+from zimage_core.weights.identify import identify, name_packing
 from zimage_core.weights.magic import CONVERT, refuse_known
+from zimage_core.weights.packings import stated_packing
 from zimage_core.weights.safetensors import SafetensorsFile, ShardedSafetensors
 from zimage_core.weights.source import Source, WeightFile
 
@@ -378,6 +379,22 @@ def open_pipeline(paths: Mapping[str, str | PathLike[str] | Opened], mmap: bool 
 
 
 def _with_config(
+    file: WeightFile,
+    component: str,
+    card: ModelCard | None,
+    stated: Mapping[str, Any] | None,
+    binding: bool,
+) -> Opened:
+    """Identify a file together with what is stated beside it: its config.json, the packing of its weights."""
+    opened = _agreed(file, component, card, stated, binding)
+    if file.kind != "safetensors":
+        return opened
+    folder = Path(file.path)
+    packing, where = stated_packing(stated, folder if folder.is_dir() else folder.parent, file.metadata)
+    return replace(opened, card=name_packing(opened.card, file, packing, where)) if packing else opened
+
+
+def _agreed(
     file: WeightFile,
     component: str,
     card: ModelCard | None,
