@@ -12,7 +12,7 @@ from typing import Any
 
 from zimage_core import __version__
 from zimage_core.config import TextEncoderConfig, TransformerConfig
-from zimage_core.errors import BadFile, ZImageError
+from zimage_core.errors import BadFile, Unsupported, ZImageError, printable
 from zimage_core.export.checkpoint import Checkpoint
 from zimage_core.export.recipes import Recipe
 from zimage_core.text.gguf_vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED
@@ -144,11 +144,17 @@ def vocabulary_keys(vocabulary: Vocabulary, rows: int) -> dict[str, Any]:
 
     Raises:
         BadFile: The vocabulary is inconsistent, or has more tokens than the embedding has rows.
+        Unsupported: A GGUF cannot name its pre-tokenizer.
     """
     ids = vocabulary.checked()
     if max(ids.values()) >= rows:
         raise BadFile(
             vocabulary.path, f"{max(ids.values()) + 1} tokens, the text encoder has {rows} embeddings"
+        )
+    if vocabulary.pre not in PRE_TOKENIZERS.values():
+        raise Unsupported(
+            f"{printable(vocabulary.path)}: tokenizer.ggml.pre has no name for how this tokenizer cuts "
+            "and composes words; keep the text encoder as safetensors, with its tokenizer"
         )
     texts, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
     for text, number in ids.items():
