@@ -23,8 +23,8 @@ from zimage_core import (
     quantize_file,
 )
 from zimage_core.export.saving import save_network, save_scheduler, save_tokenizer
+from zimage_core.weights.components import open_component
 from zimage_core.weights.facts import facts
-from zimage_core.weights.opened import open_component
 
 PARTS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 

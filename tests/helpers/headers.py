@@ -21,7 +21,10 @@ def header(shapes, metadata=None, fmt="F32"):
         name: TensorInfo(name, tuple(s), formats[fmt if isinstance(fmt, str) else fmt(name)], 0, 0)
         for name, s in shapes.items()
     }
-    return SimpleNamespace(tensors=tensors, metadata=metadata or {}, path="x.bin", notes=(), cautions=())
+    kind = "gguf" if "general.architecture" in (metadata or {}) else "safetensors"
+    return SimpleNamespace(
+        kind=kind, tensors=tensors, metadata=metadata or {}, path="x.bin", notes=(), cautions=()
+    )
 
 
 def dit(layout="fused", config=FULL_DIT, prefix=""):

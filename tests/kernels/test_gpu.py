@@ -70,13 +70,22 @@ def test_rows_of_x_decide_between_the_two(device, calls):
         assert calls == ran
 
 
-@pytest.mark.parametrize("name", ["F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize("name", ["F8_E4M3", "F8_E5M2", "NVFP4"])
 @pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.tensor([0.3]), torch.rand(24) + 0.1])
-def test_scales_of_fp8_multiply_its_rows(name, scale, device):
+def test_scales_beside_weights_multiply_their_rows(name, scale, device):
     weight, bias = quant(name, 24, 64, device, scale), random_x(24, device=device, seed=1)
     for dtype in (HALF, torch.bfloat16, torch.float32):
         x = random_x(2, 3, 64, device=device, dtype=dtype)
         assert_product(ops.linear(x, weight, bias), x, weight, bias)
+
+
+@pytest.mark.parametrize("scratch", [1 << 20, 16 * 256 * 2])
+def test_a_scale_beside_blocks_is_no_case_for_the_fused_kernel(scratch, device, calls, monkeypatch):
+    monkeypatch.setattr(gpu, "SCRATCH_BYTES", scratch)
+    for scale in (torch.tensor(0.5), torch.rand(24) + 0.1):
+        weight, x = quant("Q4_0", 24, 256, device, scale), random_x(2, 256, device=device, dtype=HALF)
+        assert_product(ops.linear(x, weight), x, weight)
+    assert not calls["fused"]
 
 
 @pytest.mark.parametrize("mode", ["fused", "dequantise"])

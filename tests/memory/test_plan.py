@@ -20,7 +20,7 @@ from zimage_core.memory.rates import known
 from zimage_core.memory.sizes import Block, Matrix, Part, Sizes, read_sizes
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.quant.dispatch import PLANES_MARGIN
-from zimage_core.weights.opened import open_parts
+from zimage_core.weights.components import open_parts
 
 GIB = 1 << 30
 Q4_K_M, Q3_K_S = full_size(q4_k_m), full_size(q3_k_s)

@@ -17,9 +17,10 @@ from tests.helpers.gguf_writer import write_gguf
 from zimage_core.errors import BadFile, ZImageError
 from zimage_core.memory.sizes import read_sizes
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.weights.components import open_component, open_parts
 from zimage_core.weights.inspection import inspect_file
 from zimage_core.weights.load import load_transformer, load_vae
-from zimage_core.weights.opened import open_component, open_parts, open_weights
+from zimage_core.weights.opened import open_weights
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
 PREFIX = {

@@ -77,6 +77,21 @@ def test_a_folder_of_another_pipeline_is_named(saved, tmp_path):
         ZImagePipeline.from_pretrained(tmp_path)
 
 
+def test_another_sampler_of_a_folder_is_told_and_the_callers_own_is_taken(saved, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(saved, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    heun = ["diffusers", "FlowMatchHeunDiscreteScheduler"]
+    tiny.write_json(folder / "model_index.json", index | {"scheduler": heun})
+    with pytest.warns(UserWarning, match="asks for FlowMatchHeunDiscreteScheduler"):
+        assert ZImagePipeline.from_pretrained(folder).scheduler.shift == 6.0
+    tiny.write_json(folder / "scheduler/scheduler_config.json", {"use_dynamic_shifting": True})
+    with pytest.raises(Unsupported, match=r"use_dynamic_shifting is True.*pass scheduler="):
+        ZImagePipeline.from_pretrained(folder)
+    mine = FlowMatchEulerScheduler(4.0)
+    assert ZImagePipeline.from_pretrained(folder, scheduler=mine).scheduler is mine
+
+
 def test_swapped_files_are_named(saved):
     with pytest.raises(WrongModel, match=r"vae=|transformer"):
         ZImagePipeline.from_files(saved / "vae", saved / "text_encoder", saved / "transformer")

@@ -65,7 +65,7 @@ def test_grids_that_do_not_fall_within_the_range_are_refused(grid):
         FlowMatchEulerScheduler().shifted(grid)
 
 
-@pytest.mark.parametrize("shift", [0, -3.0, math.inf, math.nan, "3"])
+@pytest.mark.parametrize("shift", [0, -3.0, math.inf, math.nan, "3", True, 1e300, 1e-300])
 def test_bad_shifts_are_refused(shift):
     with pytest.raises(BadArgument, match="shift"):
         FlowMatchEulerScheduler(shift)
@@ -79,3 +79,46 @@ def test_config_files_are_read():
 def test_config_files_of_other_schedules_are_refused_by_name():
     with pytest.raises(Unsupported, match="use_dynamic_shifting"):
         FlowMatchEulerScheduler.from_json({"shift": 3.0, "use_dynamic_shifting": True})
+
+
+EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0}
+UNIPC = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "shift", "message"),
+    [
+        (EULER | {"_class_name": "FlowMatchHeunDiscreteScheduler"}, 6.0, "asks for FlowMatchHeunDiscrete"),
+        (UNIPC, 5.0, "asks for UniPCMultistepScheduler; Euler steps over the noise levels of shift 5 "),
+        (EULER | {"sigma_min": 0.1}, 6.0, "sigma_min: not known, without effect"),
+        (EULER | {"shift": None}, 3.0, "no shift is stated, 3"),
+        ({}, 3.0, "no shift is stated, 3"),
+    ],
+)
+def test_what_a_file_asks_for_and_does_not_get_is_told(values, shift, message):
+    with pytest.warns(UserWarning, match=message) as told:
+        assert FlowMatchEulerScheduler.from_json(values).shift == shift
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "DDIMScheduler"}, "_class_name is 'DDIMScheduler'"),
+        ({"_class_name": 5}, "_class_name is 5"),
+        ({"flow_shift": 5.0}, "shift is 6 and flow_shift is 5"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas is True"),
+        ({"shift_terminal": 0.02}, "shift_terminal is 0.02"),
+        ({"num_train_timesteps": "x"}, "num_train_timesteps is 'x'"),
+        *(({"shift": v}, "shift is ") for v in ("3", [], {}, True, math.nan, 1e300, 0, -1)),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused_by_name(change, message):
+    with pytest.raises((Unsupported, BadArgument), match=rf"scheduler_config\.json.*{message}"):
+        FlowMatchEulerScheduler.from_json(EULER | change)
+
+
+def test_keys_without_effect_on_a_static_shift_are_no_news(recwarn):
+    quiet = {"base_shift": 0.5, "time_shift_type": "exponential", "invert_sigmas": None, "flow_shift": 6}
+    assert FlowMatchEulerScheduler.from_json(EULER | quiet | {"_diffusers_version": "0.36"}).shift == 6.0
+    assert not recwarn

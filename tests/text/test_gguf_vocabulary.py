@@ -25,8 +25,9 @@ METADATA: dict[str, Any] = {
 }
 
 
-def load(**changes: Any) -> Tokenizer:
+def load(arch: str = "qwen3", **changes: Any) -> Tokenizer:
     metadata = METADATA | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    metadata["general.architecture"] = arch
     return Tokenizer.from_metadata({k: v for k, v in metadata.items() if v is not ...}, "model.gguf")
 
 
@@ -58,7 +59,7 @@ def test_an_old_file_without_a_pre_tokenizer_name():
     assert load(pre=...).fingerprint == load().fingerprint
     metadata = METADATA | {"general.architecture": "llama"}
     del metadata["tokenizer.ggml.pre"]
-    assert Tokenizer.from_metadata(metadata).fingerprint == load(pre="default").fingerprint
+    assert Tokenizer.from_metadata(metadata).fingerprint == load("llama", pre="default").fingerprint
 
 
 DIGITS = ["1", "2", "3", "4"]
@@ -66,7 +67,7 @@ SMOLLM = [*DIGITS, "'", "S", " a", "!!", "\n "]
 QWEN = [*DIGITS, "'S", " a", "!!\n", " "]  # a line end belongs to the punctuation before it
 LLAMA = ["123", "4", "'S", " a", "!!\n", " "]
 WORDS = {
-    **dict.fromkeys(("qwen2", "qwen35"), QWEN),
+    **dict.fromkeys(("qwen2", "qwen35", "deepseek-r1-qwen"), QWEN),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe"), LLAMA),
     **dict.fromkeys(("smollm", "starcoder"), SMOLLM),
     "gpt-2": ["1234", "'", "S", " a", "!!", "\n "],
@@ -87,7 +88,7 @@ def test_words_are_cut_as_the_name_says(pre):
     runs = dict.fromkeys(spelt[i:j] for i in range(len(spelt)) for j in range(i + 2, len(spelt) + 1))
     tokens = [*BYTES, *runs]
     merges = [f"{run[:-1]} {run[-1]}" for run in runs]
-    tokenizer = load(pre=pre, tokens=tokens, token_type=[1] * len(tokens), merges=merges)
+    tokenizer = load("llama", pre=pre, tokens=tokens, token_type=[1] * len(tokens), merges=merges)
     assert [tokenizer.decode([number]) for number in tokenizer.encode(text)] == WORDS[pre]
 
 
@@ -95,7 +96,8 @@ def test_marks_belong_to_the_letters_before_them_in_the_newest_qwen():
     tokens = [*BYTES, "xÌģ", "Ìģ"]  # x and U+0301: a pair that has no composed form
     merges = ["Ì ģ", "x Ìģ"]
     ids = {
-        pre: load(pre=pre, tokens=tokens, token_type=[1] * 258, merges=merges) for pre in ("qwen2", "qwen35")
+        pre: load("llama", pre=pre, tokens=tokens, token_type=[1] * 258, merges=merges)
+        for pre in ("qwen2", "qwen35")
     }
     assert len(ids["qwen35"].encode("ax\u0301")) == 2
     assert len(ids["qwen2"].encode("ax\u0301")) == 3
@@ -104,7 +106,7 @@ def test_marks_belong_to_the_letters_before_them_in_the_newest_qwen():
 def test_only_names_with_composition_compose():
     composing = {name for name, row in PRE_TOKENIZERS.items() if row.nfc}
     for name in PRE_TOKENIZERS:
-        tokenizer = load(pre=name)
+        tokenizer = load("llama", pre=name)
         same = tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")
         assert same == (name in composing), name
 
@@ -148,6 +150,37 @@ def test_an_unknown_pre_tokenizer_names_the_known_ones(pre):
 def test_an_unknown_kind_of_tokenizer_names_the_known_ones():
     with pytest.raises(Unsupported, match=r"is 'bert'; known are 'gpt2' .* and 'llama' \(SentencePiece\)"):
         load(model="bert")
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "qwen2"])
+def test_a_qwen_whose_converter_did_not_know_its_vocabulary_is_cut_as_qwen(arch):
+    with pytest.warns(UserWarning, match=r"tokenizer\.ggml\.pre is 'default'.*so 'qwen2' is used"):
+        assert load(arch, pre="default").fingerprint == load().fingerprint
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen35"])
+def test_another_pre_tokenizer_on_qwen_is_taken_and_told(pre):
+    with pytest.warns(UserWarning, match=f"tokenizer.ggml.pre is '{pre}', which cuts words otherwise"):
+        assert load(pre=pre).fingerprint == load("llama", pre=pre).fingerprint
+
+
+@pytest.mark.parametrize("flag", ["add_bos_token", "add_eos_token", "add_space_prefix"])
+def test_tokens_that_a_qwen_file_would_add_are_told_and_not_added(flag):
+    with pytest.warns(UserWarning, match=f"tokenizer.ggml.{flag} is true and not followed"):
+        assert load(**{flag: True}).encode("ab") == [256]
+
+
+def test_a_byte_level_vocabulary_that_is_called_sentencepiece_is_read_as_what_it_is():
+    for scores in ({}, {"scores": [0.0] * 260}):
+        with pytest.warns(UserWarning, match="tokenizer.ggml.model is 'llama', the tokens and merges are"):
+            assert load(model="llama", **scores).fingerprint == load().fingerprint
+
+
+def test_what_a_sound_qwen_file_states_is_no_news(recwarn):
+    load(add_bos_token=False)
+    load("qwen2", pre="deepseek-r1-qwen")
+    load("llama", pre="default", add_bos_token=True)
+    assert not recwarn
 
 
 @pytest.mark.weights

@@ -19,6 +19,12 @@ from zimage_core.text.tokenizer import Tokenizer
 
 TEXT = "abab ab<s>a"
 TEXT_IDS = [258, VOCAB["Ġ"], 256, 260, VOCAB["a"]]
+FOR_A = {"Sequence": {"id": "A", "type_id": 0}}
+TEMPLATE = {
+    "type": "TemplateProcessing", "single": [FOR_A], "special_tokens": {},
+    "pair": [FOR_A, {"Sequence": {"id": "B", "type_id": 1}}],
+}  # fmt: skip
+ADDS = TEMPLATE | {"single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, FOR_A]}
 DEEP: dict[str, Any] = {}
 for _ in range(200):
     DEEP = {"normalizer": DEEP}
@@ -56,7 +62,18 @@ def test_the_fingerprint_sees_every_part(tmp_path):
         changed("model.unk_token", "ab"),
         changed("model.continuing_subword_prefix", ""),
         changed("model.byte_fallback", False),
+        changed("model.ignore_merges", None),
         changed("post_processor", BYTE_LEVEL),
+        changed("post_processor", TEMPLATE),  # of transformers 5
+        changed("post_processor", {"type": "Sequence", "processors": [BYTE_LEVEL, TEMPLATE]}),
+        changed("post_processor", {"type": "Sequence", "processors": []}),
+        changed("decoder", {"type": "Sequence", "decoders": [BYTE_LEVEL, {"type": "Fuse"}]}),
+        changed("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}]}),
+        changed("pre_tokenizer", {"type": "Sequence", "pretokenizers": [PRE]}),
+        changed(
+            "pre_tokenizer",
+            PRE | {"pretokenizers": [SPLIT | {"behavior": "Removed", "invert": True}, BYTE_LEVEL]},
+        ),
         changed("decoder", None),
         # A pipeline that was used once and saved keeps the settings of that use.
         changed(
@@ -102,6 +119,54 @@ def test_known_ways_of_cutting_words_are_recognised(tmp_path, pre_tokenizer, nor
     assert [tokenizer.decode([number]) for number in tokenizer.encode(text)] == words
 
 
+def beside(folder, config: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a folder with a tokenizer_config.json beside tokenizer.json."""
+    load(folder, DOCUMENT)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.from_folder(folder)
+
+
+def test_added_tokens_of_the_config_beside_are_matched_too(tmp_path, recwarn):
+    stated = {"260": ADDED | {"lstrip": True}, "300": {"content": "<t>"}, "9": {"content": "abab"}}
+    tokenizer = beside(tmp_path, {"added_tokens_decoder": stated, "model_max_length": int(1e30)})
+    assert tokenizer.added_tokens == {"<s>": 260, "<t>": 300, "abab": 258}, "the vocabulary has its own ids"
+    assert tokenizer.encode("a<t>b") == [VOCAB["a"], 300, VOCAB["b"]]
+    for nothing in ({}, {"added_tokens_decoder": None}, {"add_bos_token": False, "chat_template": ["x"]}):
+        assert beside(tmp_path, nothing).fingerprint == load(tmp_path, DOCUMENT).fingerprint
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        (["x"], "added_tokens_decoder is not a map"),
+        ("x", "added_tokens_decoder is not a map"),
+        ({"x": ADDED}, "'x' is not an id"),
+        ({"300": 5}, "'5' is not an added token"),
+        ({"300": {"content": []}}, "is not an added token"),
+        ({"300": {"content": "<t>", "lstrip": True}}, "the added token '<t>' asks for lstrip"),
+        ({"260": {"content": "<t>"}}, "duplicate vocabulary id 260"),
+    ],
+)
+def test_added_tokens_of_the_config_that_cannot_be_followed_are_named(tmp_path, stated, message):
+    with pytest.raises(ZImageError, match=message):
+        beside(tmp_path, {"added_tokens_decoder": stated})
+
+
+@pytest.mark.parametrize("name", tokenizer_json.NOT_FOLLOWED)
+def test_settings_of_the_config_that_are_not_followed_are_told(tmp_path, name):
+    with pytest.warns(UserWarning, match=f"{name} is true and not followed"):
+        assert beside(tmp_path, {name: True}).encode(TEXT) == TEXT_IDS
+
+
+def test_a_way_of_cutting_words_that_a_gguf_cannot_name_is_refused_there(tmp_path):
+    from zimage_core.export.vocabularies import vocabulary_keys
+
+    load(tmp_path, changed("model.ignore_merges", True))
+    with pytest.raises(BadFile, match="splits text in a way that GGUF has no name for"):
+        vocabulary_keys(tokenizer_json.read_folder(tmp_path), 300)
+
+
 def test_composition_follows_the_file(tmp_path):
     assert load(tmp_path, DOCUMENT).encode("e\u0301") == load(tmp_path, DOCUMENT).encode("\u00e9")
     plain = load(tmp_path, changed("normalizer", None))
@@ -136,6 +201,11 @@ REFUSED = {
     ],
     "output": [
         ("post_processor", {"type": "TemplateProcessing"}, "post_processor 'TemplateProcessing'"),
+        ("post_processor", ADDS, "post_processor 'TemplateProcessing'"),
+        ("post_processor", TEMPLATE | {"single": 5}, "post_processor 'TemplateProcessing'"),
+        ("post_processor", TEMPLATE | {"single": [FOR_A, FOR_A]}, "post_processor 'TemplateProcessing'"),
+        ("post_processor", {"type": "Sequence", "processors": [BYTE_LEVEL, ADDS]}, "'TemplateProcessing'"),
+        ("post_processor", {"type": "BertProcessing"}, "post_processor 'BertProcessing'"),
         ("decoder", {"type": "Strip"}, "decoder 'Strip'"),
         ("decoder", BYTE_LEVEL | {"use_regex": 1}, "decoder 'ByteLevel'"),
         ("truncation", 5, "truncation '5'"),

@@ -19,11 +19,12 @@ from zimage_core.assets import NANO
 from zimage_core.errors import BadArgument, BadFile
 from zimage_core.files.untrusted import read_text
 from zimage_core.weights import names
+from zimage_core.weights.components import open_component
 from zimage_core.weights.download import zeros_allowed
 from zimage_core.weights.identify import identify
 from zimage_core.weights.inspection import inspect_file
 from zimage_core.weights.load import load_transformer, load_vae
-from zimage_core.weights.opened import open_component, open_weights
+from zimage_core.weights.opened import open_weights
 
 RNG = np.random.default_rng(0)
 SOUND = GGUFWriter().tensor("a.weight", RNG.normal(size=(64, 64)).astype(np.float32)).build()

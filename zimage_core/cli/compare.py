@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         check_destination(path, args.force)
 
     from zimage_core.study.compare import compare
-    from zimage_core.weights.opened import open_pipeline
+    from zimage_core.weights.components import open_pipeline
 
     for side in (a, b):  # before A draws
         for part in open_pipeline(given(side, COMPONENTS)).values():

@@ -16,7 +16,8 @@ from zimage_core.memory.plan import Plan
 from zimage_core.memory.planner import make_plan
 from zimage_core.memory.rates import known
 from zimage_core.memory.sizes import read_sizes
-from zimage_core.weights.opened import Opened, open_parts
+from zimage_core.weights.components import open_parts
+from zimage_core.weights.opened import Opened
 
 CARDS = (4, 6, 8, 12, 16, 24)
 """GiB of GPU memory of common cards, for the table without --vram."""

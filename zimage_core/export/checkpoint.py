@@ -23,8 +23,9 @@ from zimage_core.formats import BlockFormat
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names, storage
 from zimage_core.weights.card import WANTED, require
+from zimage_core.weights.components import open_component
 from zimage_core.weights.facts import facts, schedule_facts
-from zimage_core.weights.opened import Opened, open_component
+from zimage_core.weights.opened import Opened
 
 SLAB = 1 << 24
 """Number of weights that are dense in memory at once."""

@@ -19,7 +19,7 @@ from zimage_core.errors import BadFile, printable
 
 MAX_BYTES = 100_000_000  # the real files have 3 to 33 MB
 MAX_DEPTH = 64
-MAX_DIGITS = 20  # 2^64 has 20
+MAX_DIGITS = 40  # 2^64 has 20; transformers writes 31 for a tokenizer without a longest text
 
 _REASONS = {
     errno.ENOENT: "no such file",

@@ -14,7 +14,8 @@ from zimage_core.formats import DTYPE_NAMES, FORMATS
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
 from zimage_core.quant.dispatch import PLANAR_BITS, SCRATCH_BYTES, crossover, planar_bytes, planar_width
 from zimage_core.weights import names
-from zimage_core.weights.opened import Opened, open_pipeline
+from zimage_core.weights.components import open_pipeline
+from zimage_core.weights.opened import Opened
 from zimage_core.weights.source import WeightFile
 
 

@@ -68,7 +68,7 @@ class Segment:
         linear: Its layer.
         home: The weight as it lies on the host.
         stored: Its bytes there.
-        scale: The scale of an fp8 weight, on the device.
+        scale: The scale beside an fp8 or NVFP4 weight, on the device.
         start: First byte in a slot, a multiple of ALIGN.
     """
 

@@ -49,7 +49,8 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
     if not rows:
         return x.new_empty(*x.shape[:-1], 0)
     flat = x.reshape(-1, x.shape[-1])
-    if weight.planes.planes is None and not weight.planes.closed:
+    # the kernels know no scale beside the blocks, which few files have: those weights are dequantised first
+    if weight.planes.planes is None and not weight.planes.closed and weight.scale is None:
         _make_planes(flat, weight)
     return _product(flat, weight, bias).view(*x.shape[:-1], rows)
 
@@ -106,14 +107,17 @@ def _through_scratch(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Ten
     rows, width = weight.shape
     height = min(rows, max(8, SCRATCH_BYTES // (width * x.dtype.itemsize) // 8 * 8))
     dense = _scratch(x.device, height * width * x.dtype.itemsize).view(x.dtype).view(height, width)
+    scale = None if weight.scale is None else weight.scale.view(-1, 1).expand(rows, 1)
     if height == rows:
         dequantize_into(dense, weight.packed, weight.format)
-        return functional.linear(x, dense, bias)
+        return functional.linear(x, dense if scale is None else dense.mul_(scale), bias)
     out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
     for start in range(0, rows, height):
         stop = min(start + height, rows)
         slab = dense[: stop - start]
         dequantize_into(slab, weight.packed[start:stop], weight.format)
+        if scale is not None:
+            slab.mul_(scale[start:stop])
         out[:, start:stop] = functional.linear(x, slab, None if bias is None else bias[start:stop])
     return out
 

@@ -39,7 +39,7 @@ class QuantTensor:
         packed: uint8 [..., row bytes], with the leading axes of `shape`; usually a view of a mapped file.
         format: Block format of the bytes.
         shape: Logical shape, whose last axis counts weights; () is one number.
-        scale: Factor of the dequantised weights (fp8 from safetensors), float32: one number, or one for each
+        scale: Factor of the dequantised weights (fp8, NVFP4), float32: one number, or one for each
             index of axis 0.
         planes: Cache of the planes that a GPU derives from these bytes.
 

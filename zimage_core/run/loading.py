@@ -17,8 +17,9 @@ from zimage_core.run import sources
 from zimage_core.run.checks import read_path, shown
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
+from zimage_core.weights.components import open_pipeline
 from zimage_core.weights.load import load_network
-from zimage_core.weights.opened import Opened, open_pipeline
+from zimage_core.weights.opened import Opened
 from zimage_core.weights.source import WeightFile
 
 NATIVE_SIZE = 1024
@@ -107,7 +108,8 @@ def find_components(
         if value is not None and name not in (*ALWAYS, *HUB_OPTIONS):
             raise Unsupported(f"from_pretrained: {name}={shown(value)} means nothing here; leave it out")
     hub_options = {name: others[name] for name in HUB_OPTIONS if others.get(name) is not None}
-    found = sources.find(source, given, hub_options, mmap, variant)
+    elsewhere = (*given, "scheduler") if scheduler is not None else tuple(given)
+    found = sources.find(source, elsewhere, hub_options, mmap, variant)
     if tokenizer is None and "text_encoder" not in given:
         tokenizer = found.tokenizer
     return {**found.paths, **given}, tokenizer, scheduler or found.scheduler

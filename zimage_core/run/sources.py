@@ -13,17 +13,11 @@ from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, ZImageError, printable
 from zimage_core.files import hub
 from zimage_core.files.untrusted import read_json
-from zimage_core.sampling.schedule import FlowMatchEulerScheduler
+from zimage_core.sampling.schedule import EULER, FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
+from zimage_core.weights.components import NAMING, check_pipeline_class, open_component, open_parts
 from zimage_core.weights.folder import has_tokenizer
-from zimage_core.weights.opened import (
-    NAMING,
-    Opened,
-    check_pipeline_class,
-    open_component,
-    open_parts,
-    open_weights,
-)
+from zimage_core.weights.opened import Opened, open_weights
 from zimage_core.weights.source import WeightFile
 
 
@@ -65,7 +59,8 @@ def find(
 
     Args:
         source: Folder, file or repository.
-        given: Components that the caller has from elsewhere; they may be missing here.
+        given: Components that the caller has from elsewhere, "scheduler" among them; they may be missing
+            here, and are not read.
         hub_options: Options for `hub.fetch`.
         mmap: Whether files that are opened hand out tensors as views of a map.
         variant: The variant of the files, such as "fp16"; a component without it gives its plain files.
@@ -100,13 +95,7 @@ def _in_file(path: Path, given: Collection[str], mmap: bool) -> Sources:
             opened.file.close()
         raise BadFile(path, fault, f"name all files instead: {NAMING}")
     found = {part: open_component(opened, part) for part in wanted}
-    return Sources(dict(found), None, _scheduler(path.parent))
-
-
-def _scheduler(folder: Path) -> FlowMatchEulerScheduler | None:
-    """The schedule that a folder states."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    return FlowMatchEulerScheduler.from_json(read_json(path)) if path.is_file() else None
+    return Sources(dict(found), None, _scheduler(path.parent, given))
 
 
 def _in_folder(
@@ -114,11 +103,24 @@ def _in_folder(
 ) -> Sources:
     if tag is None:
         check_pipeline_class(folder)
+    scheduler = _scheduler(folder, given)
     return Sources(
         dict(open_parts(folder, [part for part in COMPONENTS if part not in given], mmap, variant, tag)),
         next((place for place in (folder / "tokenizer", folder) if has_tokenizer(place)), None),
-        _scheduler(folder),
+        scheduler,
     )
+
+
+def _scheduler(folder: Path, given: Collection[str]) -> FlowMatchEulerScheduler | None:
+    """The schedule that a folder states; None if it states none, or if the caller has one."""
+    path, index = folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"
+    if "scheduler" in given or not path.is_file():
+        return None
+    values = read_json(path)
+    named = read_json(index).get("scheduler") if index.is_file() else None
+    if isinstance(named, list) and len(named) == 2 and named[1] not in (None, EULER):
+        values["_class_name"] = named[1]  # diffusers builds the class that model_index.json names
+    return FlowMatchEulerScheduler.from_json(values)
 
 
 def find_tokenizer(given: str | os.PathLike[str] | Tokenizer | None, encoder: WeightFile | None) -> Tokenizer:

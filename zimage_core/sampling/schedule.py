@@ -7,7 +7,7 @@ number of steps: nine steps in diffusers before mid-2026 are eight steps here.
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,13 +15,17 @@ from typing import Any
 
 import torch
 
-from zimage_core.errors import BadArgument, Unsupported
+from zimage_core.config import Fields
+from zimage_core.errors import BadArgument, Unsupported, printable
 
 MAX_STEPS = 1000
 """Most steps: the number of trained noise levels, since more would visit a level twice."""
 
 BASE_SHIFT = 6.0
 """Shift in the base checkpoint's scheduler_config.json; the distilled checkpoints have 3."""
+
+SHIFTS = (1e-3, 1e3)
+"""Least and greatest shift; beyond them neighbouring noise levels become equal in float32."""
 
 _FIXED = {
     "num_train_timesteps": 1000,
@@ -33,6 +37,11 @@ _FIXED = {
     "use_beta_sigmas": False,
     "stochastic_sampling": False,
 }
+_DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
+"""Keys that have a meaning only with use_dynamic_shifting."""
+EULER = "FlowMatchEulerDiscreteScheduler"
+"""diffusers' class with the sampler of this library."""
+_PASS = "or pass scheduler=FlowMatchEulerScheduler(shift=...)"
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class FlowMatchEulerScheduler:
         shift: The shift s of the noise levels: 3 for Turbo, 6 for the base checkpoint.
 
     Raises:
-        BadArgument: The shift is not a positive finite number.
+        BadArgument: The shift is not a number in `SHIFTS`.
 
     Source: Esser et al. 2024, arXiv 2403.03206, section 5.3.2 (the shift of noise levels).
     """
@@ -55,26 +64,43 @@ class FlowMatchEulerScheduler:
 
     def __post_init__(self) -> None:
         shift: object = self.shift  # the caller may have passed any type
-        if not (isinstance(shift, (int, float)) and math.isfinite(shift) and shift > 0):
+        low, high = SHIFTS
+        if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not low <= shift <= high:
             raise BadArgument(
-                f"shift: got {self.shift!r}, wanted a positive number (3 for Turbo, 6 for base)"
+                f"shift: got {printable(shift, 40)}, wanted a positive number from {low:g} to {high:g} "
+                "(3 for Turbo, 6 for base)"
             )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> FlowMatchEulerScheduler:
         """The schedule that a diffusers scheduler_config.json describes.
 
+        What the file asks for and does not get is warned of where images may still be right: another sampler
+        for a flow-matching model, a missing shift, unknown keys.
+
         Raises:
             Unsupported: The file describes a schedule that no Z-Image checkpoint uses.
+            BadArgument: The shift is not a number in `SHIFTS`.
         """
+        read = Fields("scheduler_config.json", values)
+        name = _sampler(read)
         for key, wanted in _FIXED.items():
-            found = values.get(key, wanted)
+            found = read.get(key, wanted)
             if (found or None) != (wanted or None):
                 raise Unsupported(
-                    f"scheduler_config.json: {key} is {found!r}, Z-Image schedules have {wanted!r}; "
-                    f"remove the key or pass scheduler=FlowMatchEulerScheduler(shift=...)"
+                    f"scheduler_config.json: {key} is {printable(repr(found), 60)}, Z-Image schedules have "
+                    f"{wanted!r}; remove the key {_PASS}"
                 )
-        return cls(shift=float(values.get("shift", 3.0)))
+        shift = _shift(read)
+        known = {*_FIXED, *_DYNAMIC, "shift", "flow_shift"}
+        unknown = sorted(key for key in values if key not in known and not key.startswith("_"))
+        if name not in (EULER, FlowMatchEulerScheduler.__name__):  # its other keys are known to it alone
+            told = f"asks for {name}; Euler steps over the noise levels of shift {shift:g} are taken instead"
+            warnings.warn(f"scheduler_config.json: {told}", UserWarning, stacklevel=2)
+        elif unknown:
+            listed = printable(", ".join(unknown), 120)
+            warnings.warn(f"scheduler_config.json: {listed}: not known, without effect", stacklevel=2)
+        return cls(shift=shift)
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
         """Noise levels of `steps` steps: steps + 1 float32 values, falling from 1 to 0."""
@@ -106,3 +132,35 @@ class FlowMatchEulerScheduler:
     def _bend(self, u: torch.Tensor) -> tuple[float, ...]:
         sigma = self.shift * u / (1 + (self.shift - 1) * u)
         return (*(float(s) for s in sigma), 0.0)
+
+
+def _sampler(read: Fields) -> str:
+    """The class that the file names; Unsupported where it is not for a flow-matching model."""
+    name = read.get("_class_name", EULER)
+    flow = read.get("use_flow_sigmas", False) is True or read.get("prediction_type", "") == "flow_prediction"
+    if not isinstance(name, str) or not (name.startswith("FlowMatch") or flow):
+        raise Unsupported(
+            f"scheduler_config.json: _class_name is {printable(repr(name), 60)}, which is not for a "
+            f"flow-matching model such as Z-Image, wanted '{EULER}'; get the model's own file {_PASS}"
+        )
+    return printable(name, 60)
+
+
+def _shift(read: Fields) -> float:
+    """The shift that the file states under either name; 3 with a warning where it states none."""
+    low, high = SHIFTS
+    stated = [
+        read.number(key, low=low, high=high)
+        for key in ("shift", "flow_shift")
+        if read.get(key, None) is not None
+    ]
+    if len(set(stated)) > 1:
+        raise Unsupported(
+            f"scheduler_config.json: shift is {stated[0]:g} and flow_shift is {stated[1]:g}, which are two "
+            f"names of one number; remove one {_PASS}"
+        )
+    if stated:
+        return stated[0]
+    usual = FlowMatchEulerScheduler().shift
+    warnings.warn(f"scheduler_config.json: no shift is stated, {usual:g} (Turbo's) is used", stacklevel=3)
+    return usual

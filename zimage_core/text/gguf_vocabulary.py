@@ -6,12 +6,13 @@ here, because the reader of the file has only checked that the bytes exist.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from zimage_core.errors import BadFile, Unsupported, printable
-from zimage_core.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from zimage_core.text.pretokenizers import PRE_TOKENIZERS, QWEN2, PreTokenizer
 from zimage_core.text.vocabulary import Vocabulary, check_unicode, split_merges
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
@@ -50,6 +51,9 @@ def read_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary | Pieces:
             "no tokenizer in this file (key tokenizer.ggml.model is missing)",
             "use a text-encoder GGUF, or give the tokenizer folder",
         )
+    if model == "llama" and _is_byte_level(metadata, path):
+        _warn(path, "tokenizer.ggml.model is 'llama', the tokens and merges are those of a byte-level BPE")
+        model = "gpt2"
     if model == "gpt2":
         return _byte_pairs(metadata, path)
     if model == "llama":
@@ -58,6 +62,18 @@ def read_gguf(metadata: Mapping[str, Any], path: str) -> Vocabulary | Pieces:
         f"{printable(path)}: tokenizer.ggml.model is '{printable(model, 60)}'; known are 'gpt2' (byte-level"
         " BPE) and 'llama' (SentencePiece)"
     )
+
+
+def _warn(path: str, text: str) -> None:
+    warnings.warn(f"{printable(path)}: {text}", UserWarning, stacklevel=4)
+
+
+def _is_byte_level(metadata: Mapping[str, Any], path: str) -> bool:
+    """Whether there are merges, and spaces are those of byte-level BPE and not those of SentencePiece."""
+    if "tokenizer.ggml.merges" not in metadata or "tokenizer.ggml.tokens" not in metadata:
+        return False
+    first = {text[:1] for text in _array(metadata, "tokenizer.ggml.tokens", str, path)}
+    return "\u0120" in first and "\u2581" not in first
 
 
 def _byte_pairs(metadata: Mapping[str, Any], path: str) -> Vocabulary:
@@ -74,21 +90,33 @@ def _byte_pairs(metadata: Mapping[str, Any], path: str) -> Vocabulary:
         if text in tokens or text in added:
             raise BadFile(path, f"duplicate token '{printable(text, 60)}' with id {number}")
         table[text] = number
+    for flag in ("add_bos_token", "add_eos_token", "add_space_prefix"):
+        if metadata.get(f"tokenizer.ggml.{flag}") is True and _is_qwen(metadata):
+            _warn(path, f"tokenizer.ggml.{flag} is true and not followed, as Qwen's tokenizer adds nothing")
     return Vocabulary(path, tokens, split_merges(merges, path), added, _pre(metadata, path))
 
 
 def _pre(metadata: Mapping[str, Any], path: str) -> PreTokenizer:
-    name = metadata.get("tokenizer.ggml.pre")
+    name, qwen = metadata.get("tokenizer.ggml.pre"), _is_qwen(metadata)
     if name is None:
         # old files lack the key: Qwen had only one pre-tokenizer then, and llama.cpp also uses the default
         # here
-        name = "qwen2" if str(metadata.get("general.architecture")).startswith("qwen") else "default"
+        name = "qwen2" if qwen else "default"
     if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise Unsupported(
             f"{printable(path)}: tokenizer.ggml.pre is '{printable(name, 60)}'; known are"
             f" {', '.join(PRE_TOKENIZERS)}"
         )
+    if qwen and name == "default":  # of a converter that did not know the vocabulary
+        _warn(path, "tokenizer.ggml.pre is 'default'; the architecture is Qwen, so 'qwen2' is used")
+        name = "qwen2"
+    elif qwen and PRE_TOKENIZERS[name].patterns != (QWEN2,):
+        _warn(path, f"tokenizer.ggml.pre is '{name}', which cuts words otherwise than Qwen3's 'qwen2'")
     return PRE_TOKENIZERS[name]
+
+
+def _is_qwen(metadata: Mapping[str, Any]) -> bool:
+    return str(metadata.get("general.architecture")).startswith("qwen")
 
 
 def _pieces(metadata: Mapping[str, Any], path: str) -> Pieces:

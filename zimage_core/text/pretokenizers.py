@@ -60,6 +60,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "smollm": PreTokenizer((DIGIT, GPT2)),
     "starcoder": PreTokenizer((DIGIT, GPT2)),
     "gpt-2": PreTokenizer((GPT2,)),
+    "deepseek-r1-qwen": PreTokenizer((QWEN2,)),
     "default": PreTokenizer(FALLBACK),
 }
 

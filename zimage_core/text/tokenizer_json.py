@@ -2,13 +2,15 @@
 
 Only the vocabulary, the merges and the added tokens are used. The other settings of a tokenizer.json must
 match what this package does: a file with another setting is refused, because ignoring it would give other ids
-than those the model was trained with. Padding and truncation are settings of a past session, not of the
-model: they are checked for plausibility and ignored.
+than those the model was trained with. A setting that is written out and does nothing, such as a template of
+the text alone, is accepted. Padding and truncation are settings of a past session, not of the model: they are
+checked for plausibility and ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,7 +19,14 @@ from typing import Any, NoReturn
 from zimage_core.errors import BadFile, Unsupported, printable
 from zimage_core.files import documents
 from zimage_core.files.untrusted import read_json, read_text
-from zimage_core.text.pretokenizers import DIGIT, GPT2, KNOWN_PATTERNS, PRE_TOKENIZERS, PreTokenizer
+from zimage_core.text.pretokenizers import (
+    DIGIT,
+    FALLBACK,
+    GPT2,
+    KNOWN_PATTERNS,
+    PRE_TOKENIZERS,
+    PreTokenizer,
+)
 from zimage_core.text.vocabulary import Vocabulary, split_merges
 
 # All fields that a file may have; any other is refused.
@@ -31,6 +40,8 @@ MODEL = {
 }
 ADDED = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
 BYTE_LEVEL = {"type", "add_prefix_space", "trim_offsets", "use_regex"}
+NOT_FOLLOWED = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "split_special_tokens")
+"""Settings of tokenizer_config.json that would change ids; Qwen's tokenizer has none of them on."""
 MAX_ADDED = 100_000
 MAX_LENGTH = 1 << 24
 
@@ -61,10 +72,12 @@ class _Reader:
         model = self._model(data.get("model"))
         self._ranges("truncation", data.get("truncation"), ("max_length", "stride"))
         self._ranges("padding", data.get("padding"), ("pad_to_multiple_of", "pad_id"))
-        for name in ("post_processor", "decoder"):
-            part = data.get(name)
-            if part is not None and not self._byte_level(part):
-                self._refuse(name, part)
+        for part in _steps(data.get("post_processor"), "processors"):
+            if not self._byte_level(part) and not _adds_nothing(part):
+                self._refuse("post_processor", part)
+        for part in _steps(data.get("decoder"), "decoders"):
+            if not self._byte_level(part) and part != {"type": "Fuse"}:
+                self._refuse("decoder", part)
         return Vocabulary(
             path=self.path,
             tokens=self._vocab(model),
@@ -72,7 +85,7 @@ class _Reader:
             added=self._added(self._list(data.get("added_tokens") or [], "added_tokens")),
             pre=replace(
                 self._pre(data.get("normalizer"), data.get("pre_tokenizer")),
-                ignore_merges=model.get("ignore_merges", False),
+                ignore_merges=bool(model.get("ignore_merges")),
             ),
             unknown=model.get("unk_token"),
         )
@@ -97,7 +110,7 @@ class _Reader:
         for name in ("byte_fallback", "fuse_unk"):
             if model.get(name) not in (None, False):
                 self._refuse(f"model.{name}", model[name])
-        if type(model.get("ignore_merges", False)) is not bool:
+        if model.get("ignore_merges") not in (None, True, False):
             self._refuse("model.ignore_merges", model["ignore_merges"])
         if not isinstance(model.get("unk_token"), (str, type(None))):
             self._fail("model.unk_token is not a string of the vocabulary")
@@ -134,13 +147,12 @@ class _Reader:
             self._fail(f"{name}: stride {numbers['stride']} is not below max_length {numbers['max_length']}")
 
     def _pre(self, normalizer: Any, pre_tokenizer: Any) -> PreTokenizer:
-        if normalizer not in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
+        if _steps(normalizer, "normalizers") not in ([], [{"type": "NFC"}]):
             self._refuse("normalizer", normalizer)
         if pre_tokenizer is None:
             return PRE_TOKENIZERS["qwen2"]  # the file names none: Qwen's own
-        is_sequence = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence"
-        steps = pre_tokenizer.get("pretokenizers") if is_sequence else [pre_tokenizer]
-        if not isinstance(steps, list) or not steps:
+        steps = _steps(pre_tokenizer, "pretokenizers")
+        if not steps:
             self._refuse("pre_tokenizer", pre_tokenizer)
         *splits, last = steps
         if not self._byte_level(last):
@@ -153,7 +165,7 @@ class _Reader:
             patterns += (GPT2,)
         if patterns not in KNOWN_PATTERNS:
             self._refuse("pre_tokenizer with the regex patterns", patterns)
-        return PreTokenizer(patterns, nfc=normalizer == {"type": "NFC"})
+        return PreTokenizer(patterns, nfc=bool(_steps(normalizer, "normalizers")))
 
     def _pattern(self, step: Any) -> str:
         """The regular expression of one step, if it is in the table of pre-tokenizers."""
@@ -165,7 +177,9 @@ class _Reader:
         if not any(regex in patterns for patterns in KNOWN_PATTERNS):
             self._refuse("pre_tokenizer Split with the regex pattern", regex)
         rest = {key: value for key, value in step.items() if key not in ("type", "pattern")}
-        if rest != {"behavior": "Isolated", "invert": False}:
+        # a pattern that matches every character leaves nothing between its matches to be removed
+        all_matched = regex not in (DIGIT, *FALLBACK) and rest == {"behavior": "Removed", "invert": True}
+        if rest != {"behavior": "Isolated", "invert": False} and not all_matched:
             self._refuse("pre_tokenizer Split with", rest)
         return str(regex)
 
@@ -198,8 +212,28 @@ class _Reader:
         raise BadFile(self.path, fault)
 
 
-def added_tokens(items: Any, path: str) -> dict[str, int]:
+def _steps(part: Any, name: str) -> list[Any]:
+    """The steps of a part: those of a Sequence, also nested, or the part itself; empty for None."""
+    inner = part.get(name) if isinstance(part, dict) and part.get("type") == "Sequence" else None
+    if isinstance(inner, list):
+        return [step for each in inner for step in _steps(each, name)]
+    return [] if part is None else [part]
+
+
+def _adds_nothing(part: Any) -> bool:
+    """Whether a post-processor is a template of the text alone; transformers 5 writes one."""
+    if not isinstance(part, dict) or part.get("type") != "TemplateProcessing":
+        return False
+    match part.get("single"):
+        case [{"Sequence": {"id": "A"}}]:
+            return True
+    return False
+
+
+def added_tokens(items: Any, path: str, known: Collection[str] = ()) -> dict[str, int]:
     """Read added tokens from (id, description) pairs; the result is content -> id.
+
+    How `known` tokens are to be matched was read elsewhere and is not read here.
 
     Raises:
         BadFile: A description is damaged, or a content occurs twice.
@@ -213,7 +247,7 @@ def added_tokens(items: Any, path: str) -> dict[str, int]:
                 path, f"added_tokens: '{printable(item, 80)}' is not an added token with content and id"
             )
         for flag in ("lstrip", "rstrip", "single_word"):
-            if item.get(flag):
+            if item.get(flag) and content not in known:
                 raise Unsupported(
                     f"{printable(path)}: the added token '{printable(content, 60)}' asks for {flag}; added"
                     " tokens are matched literally here"
@@ -251,12 +285,7 @@ def read_vocab_merges(
         pairs = ((number, {"content": text}) for text, number in read_json(added).items())
         extra = added_tokens(pairs, fspath(added))
     if config is not None:
-        table = read_json(config).get("added_tokens_decoder", {})
-        if not isinstance(table, Mapping):
-            raise BadFile(config, "added_tokens_decoder is not a map of id to token")
-        if table:
-            pairs = ((_number(key, config), item) for key, item in table.items())
-            extra = added_tokens(pairs, fspath(config))
+        extra = _stated_tokens(config) or extra
     return Vocabulary(
         path=fspath(vocab),
         tokens=read_json(vocab),
@@ -264,6 +293,24 @@ def read_vocab_merges(
         added=extra,
         pre=PRE_TOKENIZERS[pre],
     )
+
+
+def _stated_tokens(config: str | PathLike[str], known: Collection[str] = ()) -> dict[str, int]:
+    """The added tokens of a tokenizer_config.json that are not `known`; warns of settings not followed."""
+    data = read_json(config)
+    asked = [name for name in NOT_FOLLOWED if data.get(name) is True]
+    if asked:
+        warnings.warn(
+            f"{printable(config)}: {' and '.join(asked)} is true and not followed; "
+            "Z-Image's prompts are encoded as they are written",
+            UserWarning,
+            stacklevel=2,
+        )
+    table = {} if data.get("added_tokens_decoder") is None else data["added_tokens_decoder"]
+    if not isinstance(table, Mapping):
+        raise BadFile(config, "added_tokens_decoder is not a map of id to token")
+    found = added_tokens(((_number(key, config), item) for key, item in table.items()), fspath(config), known)
+    return {text: number for text, number in found.items() if text not in known}
 
 
 def _number(key: str, path: str | PathLike[str]) -> int:
@@ -275,20 +322,25 @@ def _number(key: str, path: str | PathLike[str]) -> int:
 def read_folder(folder: str | PathLike[str]) -> Vocabulary:
     """Read the vocabulary in a tokenizer folder, or in a model folder that holds one as `tokenizer/`.
 
-    tokenizer.json is preferred to vocab.json with merges.txt.
+    tokenizer.json is preferred to vocab.json with merges.txt; added tokens that only tokenizer_config.json
+    has are taken from it.
 
     Raises:
         BadFile: The folder has neither, or a file is damaged.
     """
     for place in (Path(folder), Path(folder) / "tokenizer"):
+        config, added = (
+            path if path.exists() else None
+            for path in (place / "tokenizer_config.json", place / "added_tokens.json")
+        )
         if (place / "tokenizer.json").exists():
-            return read_tokenizer_json(place / "tokenizer.json")
+            found = read_tokenizer_json(place / "tokenizer.json")
+            more = {} if config is None else _stated_tokens(config, found.added)
+            # a token of the vocabulary keeps its id there, as in transformers
+            more = {text: found.tokens.get(text, number) for text, number in more.items()}
+            return replace(found, added={**found.added, **more})
         vocab, merges = place / "vocab.json", place / "merges.txt"
         if vocab.exists() and merges.exists():
-            config, added = (
-                path if path.exists() else None
-                for path in (place / "tokenizer_config.json", place / "added_tokens.json")
-            )
             return read_vocab_merges(vocab, merges, config, added=added)
     raise BadFile(
         folder, "no tokenizer in this folder: tokenizer.json, or vocab.json with merges.txt, was expected"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from zimage_core.config import TransformerConfig
@@ -28,7 +29,7 @@ def refuse_other_arithmetic(metadata: Mapping[str, Any], arch: str, head_dim: in
         BadWeights: The message names the key and its value.
     """
     kind = metadata.get(f"{arch}.rope.scaling.type")
-    factor = next((metadata[f"{arch}.{key}"] for key in _FACTORS if f"{arch}.{key}" in metadata), 1)
+    factor = next((_number(metadata[f"{arch}.{key}"]) for key in _FACTORS if f"{arch}.{key}" in metadata), 1)
     # without a type, llama.cpp takes a factor for a linear one
     if kind not in (None, "none", "") or (kind is None and factor not in (0, 1)):
         raise BadWeights(
@@ -66,10 +67,20 @@ def refuse_other_arithmetic(metadata: Mapping[str, Any], arch: str, head_dim: in
             )
 
 
+def _number(value: object) -> object:
+    """The number that a short text stands for, since metadata of safetensors is text; else the value."""
+    if isinstance(value, str) and len(value) <= 40:
+        with suppress(ValueError):
+            return float({"true": "1", "false": "0"}.get(value.lower(), value))
+    return value
+
+
 def _is_in(value: object, *allowed: float) -> bool:
     """Whether a value is one of the numbers, to float32's precision; true is 1."""
-    return isinstance(value, (int, float)) and any(math.isclose(value, n, rel_tol=1e-5) for n in allowed)
+    number = _number(value)
+    return isinstance(number, (int, float)) and any(math.isclose(number, n, rel_tol=1e-5) for n in allowed)
 
 
 def _is_at_least(value: object, least: int) -> bool:
-    return isinstance(value, (int, float)) and value >= least
+    number = _number(value)
+    return isinstance(number, (int, float)) and number >= least

@@ -12,6 +12,7 @@ from zimage_core.errors import BadWeights, printable
 from zimage_core.weights import adapters, documents, infer, names, storage
 from zimage_core.weights.card import ModelCard, check_compatible, require, text_encoder_name
 from zimage_core.weights.lookalikes import recognise
+from zimage_core.weights.packings import style_of
 
 if TYPE_CHECKING:
     from zimage_core.weights.source import WeightFile
@@ -140,6 +141,10 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
             if cards
             else _part_or_unknown(shapes, metadata)
         )
+    if found.kind == "unknown" and (style := style_of(shapes)):
+        return replace(
+            found, title=f"{found.title}, quantised by {style}", problem=storage.storage_problem(file)
+        )
     if found.kind not in _DETECTORS:
         return found
     # a part is judged by its own tensors, whatever else lies in the file
@@ -147,6 +152,38 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
     problem = storage.storage_problem(file, found.prefix, elsewhere) or found.problem
     notes = storage.storage_notes(storage.own_tensors(file, found.prefix, elsewhere))
     return replace(found, problem=problem, notes=found.notes + notes)
+
+
+def name_packing(card: ModelCard, file: WeightFile, method: str, where: str) -> ModelCard:
+    """The card of a safetensors file beside which a method of quantisation is stated.
+
+    The tensors decide: if they are those of the network and plain, the statement is left over from other
+    weights, and is told. If they do not fit, the method names the reason.
+
+    Args:
+        card: What the file was identified as.
+        file: The open file.
+        method: Name of the method.
+        where: What states it.
+    """
+    if card.kind not in (*_DETECTORS, "unknown"):
+        return card
+    plain = card if card.sound or card.kind == "unknown" else identify(file, card.kind)
+    if plain.sound:
+        own = storage.own_tensors(file, card.prefix)
+        if where != "config.json" or any(info.format.name in storage.FP8 for info in own.values()):
+            return card
+        caution = f"{where} says that the weights are quantised by {method!r}, but they are plain numbers"
+        return replace(card, cautions=(*card.cautions, f"{caution}, which are used as they are"))
+    if not (plain.problem or plain.unexpected or plain.misshapen):
+        return card
+    known = plain.problem.removesuffix(f"; {storage.WAY_ROUND}").removesuffix(", which is not supported")
+    detail = known.removeprefix("its weights are quantised ") if known != plain.problem else ""
+    shown = f" ({detail})" if detail and method.lower() not in detail.lower() else ""
+    said = f"quantised by {method!r}, as {where} says{shown}"
+    title = f"{card.title}, {said}" if card.kind == "unknown" else card.title
+    problem = f"its weights are {said}, which is not supported; {storage.WAY_ROUND}"
+    return replace(card, title=title, problem=problem, missing=(), unexpected=(), misshapen=())
 
 
 def _adapter_or_lookalike(shapes: Shapes, metadata: Mapping[str, Any]) -> ModelCard | None:

@@ -17,17 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, ZImageError, printable
+from zimage_core.weights.components import check_pipeline_class, identify_open, open_parts, open_pipeline
 from zimage_core.weights.folder import folders_below, has_tokenizer, loose_models
 from zimage_core.weights.identify import identify
-from zimage_core.weights.opened import (
-    Opened,
-    check_pipeline_class,
-    identify_open,
-    open_model,
-    open_parts,
-    open_pipeline,
-    open_weights,
-)
+from zimage_core.weights.opened import Opened, open_model, open_weights
 from zimage_core.weights.source import Source, path_text
 
 if TYPE_CHECKING:

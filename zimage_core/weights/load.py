@@ -24,7 +24,8 @@ from zimage_core.nn.linear import Embedding, Linear
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names, storage
 from zimage_core.weights.card import require
-from zimage_core.weights.opened import Opened, open_component
+from zimage_core.weights.components import open_component
+from zimage_core.weights.opened import Opened
 from zimage_core.weights.source import WeightFile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

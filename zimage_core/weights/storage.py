@@ -1,9 +1,10 @@
-"""Quantised weights in safetensors files: schemes that are read, and schemes that are refused by name.
+"""Scales beside weights, and schemes of quantisation that are refused by name.
 
-Float8 weights are read, plain or with a scale beside them (`X.scale_weight` in ComfyUI's older files,
-`X.weight_scale` with `X.comfy_quant` in its newer ones and in those of compressed-tensors). Other schemes
-need arithmetic of their own and are refused; the sentence says what to get instead.
-Source: ComfyUI's comfy/quant_ops.py and comfy/ops.py; the tensor names of published files.
+Float8 weights in safetensors are read, plain or with a scale beside them (`X.scale_weight` in ComfyUI's older
+files, `X.weight_scale` with `X.comfy_quant` in its newer ones and in those of compressed-tensors). In a GGUF,
+`X.scale` multiplies `X.weight` of any format, as llama.cpp's converter writes for NVFP4. Other schemes need
+arithmetic of their own and are refused; the sentence says what to get instead.
+Source: ComfyUI's comfy/quant_ops.py and comfy/ops.py; llama.cpp's build_lora_mm.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from zimage_core.errors import BadWeights, printable
+from zimage_core.weights.packings import WHOLE_NUMBERS, style_of
 
 if TYPE_CHECKING:
     from zimage_core.quant.tensor import QuantTensor
@@ -25,7 +27,7 @@ SCALED = (*FP8, *PLAIN)
 """Types of weights that may have a scale; some files have a scale beside every layer, whatever its type."""
 COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
-SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+SCALE_SUFFIXES = (".scale_weight", ".weight_scale", ".scale")
 """Endings of scale tensors: the numbers of `X.weight` are multiplied by the tensor `X` + ending."""
 
 BINDING_SUFFIXES = (*SCALE_SUFFIXES, ".comfy_quant")
@@ -35,33 +37,6 @@ COMPANION_SUFFIXES = (*BINDING_SUFFIXES, ".scale_input", ".input_scale")
 """Endings of all tensors that describe a weight and are not weights themselves; input scales are not used."""
 
 GLOBAL_MARKS = ("scaled_fp8",)
-
-FOREIGN_STYLES = (
-    (".quant_state.bitsandbytes__", "bitsandbytes 4-bit"),
-    (".absmax\n", "bitsandbytes 4-bit"),
-    (".SCB\n", "bitsandbytes 8-bit"),
-    (".wscales\n", "Nunchaku (SVDQuant)"),
-    (".smooth_factor\n", "Nunchaku (SVDQuant)"),
-    (".weight_scale_2\n", "nvfp4"),
-    (".weight_scale_inv\n", "fp8 with a scale per 128 x 128 block"),
-    (".qzeros\n", "GPTQ or AWQ"),
-    (".qweight\n", "GPTQ, AWQ or Nunchaku"),
-    (".biases\n", "MLX"),
-)
-"""(Part of a tensor name, unsupported scheme whose files have it); a newline marks the end of a name."""
-
-WHOLE_NUMBERS = {
-    "I8": "int8 (int8_tensorwise, convrot or another scheme)",
-    "U8": "packed bytes (nvfp4 or another scheme)",
-    "I16": "integers",
-    "I32": "packed 32-bit integers",
-    "I64": "integers",
-    "U16": "integers",
-    "U32": "packed 32-bit integers (MLX or another scheme)",
-    "U64": "integers",
-    "BOOL": "truth values",
-}
-"""Type of a weight matrix -> the unsupported scheme that stores weights in that type."""
 
 WAY_ROUND = "get the same model as GGUF, or as bf16 or fp8 safetensors"
 
@@ -88,12 +63,10 @@ def storage_problem(file: WeightFile, prefix: str = "", elsewhere: tuple[str, ..
     Arguments are those of `own_tensors`.
     """
     tensors = own_tensors(file, prefix, elsewhere)
-    joined = "\n" + "\n".join(tensors) + "\n"
-    for mark, style in FOREIGN_STYLES:
-        if mark in joined:
-            return f"its weights are quantised by {style}, which is not supported; {WAY_ROUND}"
+    if style := style_of(tensors) or _comfy_style(file, tensors):
+        return f"its weights are quantised by {style}, which is not supported; {WAY_ROUND}"
     for name, info in tensors.items():
-        if info.format.name in WHOLE_NUMBERS and name.endswith(".weight") and len(info.shape) == 2:
+        if info.format.name in WHOLE_NUMBERS and name.endswith(".weight"):
             style = WHOLE_NUMBERS[info.format.name]
             return f"its weights are quantised to {style}, which is not supported; {WAY_ROUND}"
     for name in tensors:
@@ -152,14 +125,43 @@ def _fault(file: WeightFile, stem: str) -> str:
     if scale is None:
         return ""
     fmt, shape = file.tensors[stem + ".weight"].format.name, file.tensors[stem + ".weight"].shape
-    if fmt not in SCALED:
-        return f"is {fmt} with a scale beside it, which only {', '.join(SCALED)} can have"
     found = file.tensors[scale].shape
+    if file.kind == "gguf" and math.prod(found) != 1:
+        return f"has a scale of shape {found}, wanted one number"
+    if file.kind != "gguf" and scale.endswith(".scale"):
+        return "has numbers and a scale of SDNQ or another scheme beside it, which is not supported"
+    if file.kind != "gguf" and fmt not in SCALED:
+        return f"is {fmt} with a scale beside it, which only {', '.join(SCALED)} can have"
     if math.prod(found) != 1 and not (shape and math.prod(found) == shape[0] == found[0]):
         return f"has a scale of shape {found}, wanted one number or one a row"
     if file.tensors[scale].format.name not in PLAIN:
         return f"has a scale stored as {file.tensors[scale].format.name}, wanted {' or '.join(PLAIN)}"
     return ""
+
+
+def _comfy_style(file: WeightFile, tensors: Collection[str]) -> str:
+    """The scheme of a layer in ComfyUI's `_quantization_metadata` that is not supported; "" for none.
+
+    Newer files have this one text in place of a comfy_quant beside each weight.
+    """
+    text = file.metadata.get("_quantization_metadata")
+    try:
+        layers = json.loads(text)["layers"] if isinstance(text, str) else {}
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return ""
+    for layer, stated in layers.items() if isinstance(layers, dict) else ():
+        # the layers' names lack the prefix of the model in some files
+        if any(name.endswith(f"{layer}.weight") for name in tensors) and (style := _foreign(stated)):
+            return f"ComfyUI as {style}"
+    return ""
+
+
+def _foreign(stated: object) -> str:
+    """The name of a scheme of ComfyUI that is not supported; "" if it is."""
+    style = stated.get("format") if isinstance(stated, dict) else None
+    if isinstance(stated, dict) and stated.get("convrot"):
+        style = "convrot"
+    return "" if style in COMFY_FORMATS else repr(printable(style, 60))
 
 
 def _comfy_fault(file: WeightFile, name: str) -> str:
@@ -171,8 +173,5 @@ def _comfy_fault(file: WeightFile, name: str) -> str:
         stated = json.loads(bytes(file.source_of(name).read_at(info.offset, info.nbytes)))
     except (ValueError, RecursionError):
         return "has a comfy_quant that is not JSON"
-    style = stated.get("format") if isinstance(stated, dict) else None
-    if style not in COMFY_FORMATS or stated.get("convrot"):
-        shown = printable("convrot" if isinstance(stated, dict) and stated.get("convrot") else style, 60)
-        return f"is quantised by ComfyUI as {shown!r}, which is not supported"
-    return ""
+    style = _foreign(stated)
+    return f"is quantised by ComfyUI as {style}, which is not supported" if style else ""
