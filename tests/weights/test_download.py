@@ -94,6 +94,12 @@ def test_a_name_like_a_parts_is_no_fault(tmp_path):
     # wget's name of a second download, and a part of llama-gguf-split with a header of its own
     (tmp_path / "y.gguf.1").write_bytes(SOUND[:9000])
     assert "truncated" in refusal(tmp_path / "y.gguf.1")
+    for number in "12":  # shards with an error of their own
+        shard = tmp_path / f"m-0000{number}-of-00002.safetensors"
+        save_file({"a": zeros(4)}, shard)
+    assert "shard 2 of 2" in refusal(shard)
+    shard.write_bytes(shard.read_bytes() + b"x")
+    assert "1 bytes after the last tensor" in refusal(shard)
     split = GGUFWriter().key("split.count", 3, "u16").key("split.no", 1, "u16")
     split.write(tmp_path / "q-00002-of-00003.gguf")
     assert "`llama-gguf-split --merge q-00001-of-00003.gguf OUT.gguf`" in refusal(

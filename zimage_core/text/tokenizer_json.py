@@ -57,6 +57,9 @@ class _Reader:
             if other == documents.VOCABULARY:
                 hint = "give the folder that also holds merges.txt"
             raise BadFile(self.path, f"this is {other}, not a tokenizer.json", hint)
+        if data and not data.keys() & TOP:
+            keys = printable(", ".join(list(data)[:5]), 120)
+            raise BadFile(self.path, f"JSON without any field of a tokenizer.json; it has {keys}")
         self._only(data, TOP, "the file")
         model = self._model(data.get("model"))
         self._ranges("truncation", data.get("truncation"), ("max_length", "stride"))

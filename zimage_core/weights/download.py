@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import shlex
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ _MODEL = r"\.(?:gguf|safetensors|sft)"
 _PARTS = (
     rf"(?P<stem>.+?)[._-](?:part|split|chunk|piece)[._-]?(?P<number>\d{{1,5}}|[a-z]{{1,3}})"
     rf"(?:[._-]?of[._-]?(?P<total>\d{{1,5}}))?(?P<ending>{_MODEL})?",
-    rf"(?P<stem>.+)-(?P<number>\d{{5}})-of-(?P<total>\d{{5}})(?P<ending>{_MODEL})",
+    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<ending>\.gguf)",
     r"(?P<stem>.+)\.(?P<number>\d{1,5})(?P<total>)(?P<ending>)",
     rf"(?P<stem>.+{_MODEL})[._-]?(?P<number>a[a-z]{{1,2}})(?P<total>)(?P<ending>)",
     r"(?P<stem>.+)\.(?P<number>a[a-z])(?P<total>)(?P<ending>)",
@@ -109,7 +110,7 @@ def explained(error: BadFile, head: bytes) -> BadFile:
     name = Path(error.path).name
     part = _part(name)
     cut = "truncated" in error.fault
-    # a header that refuses the file says more than its name; shards and llama.cpp's own parts have one each
+    # a header that refuses the file says more than its name; llama.cpp's own parts have one each
     headed = head[:4] == b"GGUF" or head[8:9] == b"{"
     if part is not None and not (headed and (not cut or part.pattern == _NUMBERED)):
         return _of_part(error, part) or error
@@ -188,11 +189,12 @@ def _holes(tensors: list[TensorInfo], holes: list[tuple[int, int]]) -> list[str]
     """A caution if data of matrices was never written to the disk; none for holes that may be meant."""
     if not holes:
         return []
+    starts, ends = [start for start, _ in holes], [end for _, end in holes]
     unwritten, names = 0, []
     for info in tensors:
-        most = 0
-        for start, end in holes:
-            most = max(most, min(end, info.offset + info.nbytes) - max(start, info.offset))
+        first, last = info.offset, info.offset + info.nbytes
+        inside = holes[bisect_right(ends, first) : bisect_left(starts, last)]
+        most = max((min(end, last) - max(start, first) for start, end in inside), default=0)
         if most > zeros_allowed(info):
             unwritten += most
             names.append(info.name)

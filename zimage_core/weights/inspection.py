@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, ZImageError, printable
+from zimage_core.weights import documents
 from zimage_core.weights.folder import folders_below, has_tokenizer, loose_models
 from zimage_core.weights.identify import identify
 from zimage_core.weights.opened import (
@@ -118,8 +119,6 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
         BadFile: The file is damaged, truncated, or of no kind known here; the message says which.
         UnknownFormat: The file holds a tensor type that zimage_core.formats does not describe.
     """
-    from zimage_core.weights import documents
-
     place = Path(path_text(path))
     if "\0" not in fspath(path) and place.is_dir():
         return _folder(place, full)

@@ -183,10 +183,11 @@ def open_component(
         if not component or component == path.card.kind:
             return path
         return _with_config(path.file, component, None, _config_beside(path.file.path), binding=False)
-    if not _is_folder(path_text(path)):
+    path = path_text(path)
+    if not _is_folder(path):
         file = open_weights(path, mmap)
-        return _with_config(file, component, None, _config_beside(fspath(path)), binding=False)
-    folder = Path(fspath(path))
+        return _with_config(file, component, None, _config_beside(path), binding=False)
+    folder = Path(path)
     if component:
         return open_parts(folder, (component,), mmap, variant)[component]
     parts = [name for name in COMPONENTS if component_folder(folder, name)]
