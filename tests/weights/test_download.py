@@ -18,6 +18,8 @@ from tests.helpers.model_files import write_gguf as write_model
 from zimage_core.assets import NANO
 from zimage_core.errors import BadArgument, BadFile
 from zimage_core.files.untrusted import read_text
+from zimage_core.run.sources import find
+from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights import names
 from zimage_core.weights.download import zeros_allowed
 from zimage_core.weights.identify import identify
@@ -154,6 +156,35 @@ def test_a_link_of_a_cache_without_its_blob_is_told(tmp_path):
     (snapshot / "config.json").symlink_to("../../../blobs/789")
     with pytest.raises(BadFile, match=r"config\.json: not a JSON object"):
         open_component(snapshot, "vae")
+
+
+def test_texts_of_a_cache_without_their_blobs_are_told(tmp_path):
+    """None of them counts as a file that the model never had."""
+    for folder, name in (("scheduler", "scheduler_config.json"), ("tokenizer", "tokenizer.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).symlink_to("../../blobs/1")
+    with pytest.raises(BadFile, match=r"tokenizer\.json: .*blobs/1' is missing"):
+        Tokenizer.from_folder(tmp_path / "tokenizer")
+    with pytest.raises(BadFile, match=r"tokenizer\.json: .*blobs/1' is missing"):
+        inspect_file(tmp_path / "tokenizer")
+    for name in ("transformer.gguf", "text_encoder.gguf", "vae.safetensors"):
+        (tmp_path / name).symlink_to(NANO / name)
+    with pytest.raises(BadFile, match=r"scheduler_config\.json: .*blobs/1' is missing"):
+        find(tmp_path)
+    (tmp_path / "model_index.json").symlink_to("../../blobs/2")
+    with pytest.raises(BadFile, match=r"model_index\.json: .*blobs/2' is missing"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("z.gguf.part1of2", "z.gguf.part1of2, one part"), ("z.safetensors.crdownload", "has not finished")],
+)
+def test_a_folder_tells_what_lies_there_instead(tmp_path, name, words):
+    (tmp_path / name).write_bytes(SOUND[:9000])
+    for function in (open_weights, inspect_file, load_vae):
+        with pytest.raises(BadFile, match=words):
+            function(tmp_path)
 
 
 @pytest.mark.parametrize(

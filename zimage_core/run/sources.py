@@ -106,7 +106,7 @@ def _in_file(path: Path, given: Collection[str], mmap: bool) -> Sources:
 def _scheduler(folder: Path) -> FlowMatchEulerScheduler | None:
     """The schedule that a folder states."""
     path = folder / "scheduler" / "scheduler_config.json"
-    return FlowMatchEulerScheduler.from_json(read_json(path)) if path.is_file() else None
+    return FlowMatchEulerScheduler.from_json(read_json(path)) if os.path.lexists(path) else None
 
 
 def _in_folder(

@@ -8,6 +8,7 @@ model: they are checked for plausibility and ignored.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike, fspath
@@ -278,18 +279,19 @@ def _number(key: str, path: str | PathLike[str]) -> int:
 def read_folder(folder: str | PathLike[str]) -> Vocabulary:
     """Read the vocabulary in a tokenizer folder, or in a model folder that holds one as `tokenizer/`.
 
-    tokenizer.json is preferred to vocab.json with merges.txt.
+    tokenizer.json is preferred to vocab.json with merges.txt. A link without target counts as the file:
+    reading it says what is missing.
 
     Raises:
         BadFile: The folder has neither, or a file is damaged.
     """
     for place in (Path(folder), Path(folder) / "tokenizer"):
-        if (place / "tokenizer.json").exists():
+        if os.path.lexists(place / "tokenizer.json"):
             return read_tokenizer_json(place / "tokenizer.json")
         vocab, merges = place / "vocab.json", place / "merges.txt"
-        if vocab.exists() and merges.exists():
+        if os.path.lexists(vocab) and os.path.lexists(merges):
             config, added = (
-                path if path.exists() else None
+                path if os.path.lexists(path) else None
                 for path in (place / "tokenizer_config.json", place / "added_tokens.json")
             )
             return read_vocab_merges(vocab, merges, config, added=added)

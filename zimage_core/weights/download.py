@@ -161,6 +161,21 @@ def unfinished(path: str) -> str:
     return ""
 
 
+def beside(folder: str | os.PathLike[str]) -> str:
+    """What a folder holds instead of a model file, as the end of a sentence: a part or an unfinished file."""
+    try:
+        names = sorted(entry.name for entry in itertools.islice(Path(folder).iterdir(), _MOST_ENTRIES))
+    except OSError:
+        return ""
+    for name in names:
+        if re.search(_MODEL, name, re.IGNORECASE) and not re.search(f"{_MODEL}$", name, re.IGNORECASE):
+            if _part(name) is not None:
+                return f", but {printable(name, 120)}, one part of a file; name it to be told how to join all"
+            if _UNFINISHED.search(name):
+                return f", but {printable(name, 120)}, whose download has not finished"
+    return ""
+
+
 def remarks(file: WeightFile) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Notes and cautions on a file whose header is sound; takes a few system calls."""
     notes: list[str] = []

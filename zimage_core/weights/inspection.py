@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, ZImageError, printable
-from zimage_core.weights import documents
+from zimage_core.weights import documents, download
 from zimage_core.weights.folder import folders_below, has_tokenizer, loose_models
 from zimage_core.weights.identify import identify
 from zimage_core.weights.opened import (
@@ -275,7 +275,8 @@ def _folder(path: Path, full: bool) -> Inspection:
     if not parts and broken:
         raise BadFile(path, f"a directory in which nothing can be read: {broken[0]}")
     if not parts:
-        raise BadFile(path, "a directory without model files", "name a model file or its folder")
+        fault = f"a directory without model files{download.beside(path)}"
+        raise BadFile(path, fault, "name a model file or its folder")
     needs, problem = _verdict(path, parts)
     whole = not needs and not problem
     return Inspection(

@@ -7,6 +7,7 @@ refused; the message says what it is and what to do. Nothing that runs code (pic
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
@@ -130,7 +131,7 @@ def _only_model(path: str, variant: str | None = None) -> Model:
     found = chosen(models_in(path), variant, component=True)
     if not found:
         fault = "a directory without model file: no *.safetensors.index.json, *.safetensors or *.gguf in it"
-        raise BadFile(path, fault, "name the file, or the folder of one component")
+        raise BadFile(path, fault + download.beside(path), "name the file, or the folder of one component")
     if len(found) > 1:
         raise BadFile(path, f"a directory with {len(found)} models: {listed(found)}", "name one of them")
     return found[0]
@@ -268,7 +269,7 @@ def check_pipeline_class(folder: Path) -> None:
         WrongModel: The message names the pipeline.
     """
     index = folder / "model_index.json"
-    if index.exists():
+    if os.path.lexists(index):
         name = read_json(index).get("_class_name")
         if not (isinstance(name, str) and name.startswith("ZImage")):
             fault = f"model_index.json names {printable(name, 60)}, ZImagePipeline is wanted"
@@ -342,7 +343,7 @@ class _Survey:
                 found[part] = _with_config(each.file, part, each.card, stated, binding=False)
         if missing := [part for part in parts if part not in found]:
             kinds = " and ".join(WANTED[part][0] for part in missing)
-            also = f" (unreadable: {self.refused[0]})" if self.refused else ""
+            also = f" (unreadable: {self.refused[0]})" if self.refused else download.beside(self.folder)
             if (self.folder / "model_index.json").is_file():
                 fault = f"has no folder {' and '.join(missing)}{also}"
                 raise BadFile(self.folder, fault, "download the whole repository")
