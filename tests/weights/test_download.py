@@ -93,6 +93,9 @@ def test_a_name_like_a_parts_is_no_fault(tmp_path):
     path.write_bytes(SOUND)
     with open_weights(path) as file:
         assert file.cautions == ()
+    for name in ("z-party.gguf", "z.parts.gguf", "z-split-files.gguf", "z.bak", "v1.2", "z.tar"):
+        (tmp_path / name).write_bytes(SOUND[:9000])
+        assert "truncated" in refusal(tmp_path / name)
     # wget's name of a second download, and a part of llama-gguf-split with a header of its own
     (tmp_path / "y.gguf.1").write_bytes(SOUND[:9000])
     assert "truncated" in refusal(tmp_path / "y.gguf.1")
@@ -289,6 +292,8 @@ def test_a_hole_where_zeros_may_be_is_none(tmp_path):
 def test_zeros_are_allowed_where_a_sound_model_has_them(tmp_path):
     tensors = {
         "layers.0.w": np.ones((512, 512), np.float32),
+        "model.diffusion_model.layers.0.w": np.ones((512, 512), np.float32),
+        "x.diff": np.ones((512, 512), np.float32),
         "layers.0.bias": np.ones(1 << 18, np.float32),
         "x_pad_token": np.ones((1, 1 << 16), np.float32),
         "small": np.ones((16, 16), np.float32),
@@ -298,7 +303,8 @@ def test_zeros_are_allowed_where_a_sound_model_has_them(tmp_path):
     }
     with open_weights(write_gguf(tmp_path / "a.gguf", tensors)) as file:
         allowed = {name: zeros_allowed(info) / info.nbytes for name, info in file.tensors.items()}
-    assert {name for name, share in allowed.items() if share < 1} == {"layers.0.w", "token_embd.weight"}
+    checked = {name for name, share in allowed.items() if share < 1}
+    assert checked == {"layers.0.w", "model.diffusion_model.layers.0.w", "token_embd.weight"}
     assert allowed["token_embd.weight"] == 1 / 4
     assert allowed["layers.0.w"] == 65535 / (512 * 512 * 4)
 

@@ -26,7 +26,7 @@ SMALL = 4096
 _UNTRAINED_ROWS = 1024  # of an embedding: its vocabulary is padded with tokens that no text ever held
 
 _EMBEDDINGS = ("token_embd.weight", "embed_tokens.weight")
-_MAY_BE_ZERO = re.compile(r"before_proj|after_proj|zero|control|lora|lokr|hada|oft_|\.diff|dora|siglip")
+_MAY_BE_ZERO = re.compile(r"before_proj|after_proj|zero|control|lora|lokr|hada|\boft_|\.diff(_[bm])?$|siglip")
 """Names of adapters, ControlNets and unused branches, which begin as zeros and may stay so."""
 
 _UNFINISHED = re.compile(
@@ -36,7 +36,7 @@ _UNFINISHED = re.compile(
 )
 _MODEL = r"\.(?:gguf|safetensors|sft)"
 _PARTS = (
-    rf"(?P<stem>.+?)[._-](?:part|split|chunk|piece)[._-]?(?P<number>\d{{1,5}}|[a-z]{{1,3}})"
+    r"(?P<stem>.+?)[._-](?:part|split|chunk|piece)[._-]?(?P<number>\d{1,5}|a[a-z]{1,2}|[a-h]|(?<=[._-])[a-z])"
     rf"(?:[._-]?of[._-]?(?P<total>\d{{1,5}}))?(?P<ending>{_MODEL})?",
     r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<ending>\.gguf)",
     r"(?P<stem>.+)\.(?P<number>\d{1,5})(?P<total>)(?P<ending>)",
