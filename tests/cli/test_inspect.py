@@ -92,6 +92,7 @@ def test_one_bad_file_does_not_hide_the_others(zimage, model, tmp_path):
         ("cut.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "longer than the file"),
         ("tokenizer.json", b'{"model": {"type": "Unigram"}}', "Unigram"),
         ("tokenizer.json", b"[]", "object"),
+        ("x.json", b'{"foo": [1]}', "JSON without any field of a tokenizer.json; it has foo"),
         ("tokenizer.json", b"hello", "JSON"),
     ],
 )

@@ -100,6 +100,15 @@ def test_a_lora_of_llama_cpp_is_told():
     assert identify(header(shapes)).title.startswith("a LoRA for a text encoder or language model (rank 4")
 
 
+@pytest.mark.parametrize(
+    "leaf", ["lora.{}.weight", "lora_linear_layer.{}.weight", "processor.to_q_lora.{}.weight"]
+)
+def test_old_names_of_diffusers_are_known(leaf):
+    module = "layers.0.attention" if "processor" in leaf else Q
+    found = card(leaf.format("down"), leaf.format("up"), module=module)
+    assert (found.title, found.problem) == ("a LoRA for Z-Image (rank 4, 1 layer)", "")
+
+
 def test_a_lora_of_both_networks_counts_them_apart():
     shapes = {}
     for module in ("lora_unet_layers_0_attention_qkv", "lora_te_layers_0_mlp_up_proj"):

@@ -18,6 +18,8 @@ from tests.helpers.model_files import write_gguf as write_model
 from zimage_core.assets import NANO
 from zimage_core.errors import BadArgument, BadFile
 from zimage_core.files.untrusted import read_text
+from zimage_core.run.sources import find
+from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights import names
 from zimage_core.weights.components import open_component
 from zimage_core.weights.download import zeros_allowed
@@ -92,9 +94,18 @@ def test_a_name_like_a_parts_is_no_fault(tmp_path):
     path.write_bytes(SOUND)
     with open_weights(path) as file:
         assert file.cautions == ()
+    for name in ("z-party.gguf", "z.parts.gguf", "z-split-files.gguf", "z.bak", "v1.2", "z.tar"):
+        (tmp_path / name).write_bytes(SOUND[:9000])
+        assert "truncated" in refusal(tmp_path / name)
     # wget's name of a second download, and a part of llama-gguf-split with a header of its own
     (tmp_path / "y.gguf.1").write_bytes(SOUND[:9000])
     assert "truncated" in refusal(tmp_path / "y.gguf.1")
+    for number in "12":  # shards with an error of their own
+        shard = tmp_path / f"m-0000{number}-of-00002.safetensors"
+        save_file({"a": zeros(4)}, shard)
+    assert "shard 2 of 2" in refusal(shard)
+    shard.write_bytes(shard.read_bytes() + b"x")
+    assert "1 bytes after the last tensor" in refusal(shard)
     split = GGUFWriter().key("split.count", 3, "u16").key("split.no", 1, "u16")
     split.write(tmp_path / "q-00002-of-00003.gguf")
     assert "`llama-gguf-split --merge q-00001-of-00003.gguf OUT.gguf`" in refusal(
@@ -149,6 +160,35 @@ def test_a_link_of_a_cache_without_its_blob_is_told(tmp_path):
     (snapshot / "config.json").symlink_to("../../../blobs/789")
     with pytest.raises(BadFile, match=r"config\.json: not a JSON object"):
         open_component(snapshot, "vae")
+
+
+def test_texts_of_a_cache_without_their_blobs_are_told(tmp_path):
+    """None of them counts as a file that the model never had."""
+    for folder, name in (("scheduler", "scheduler_config.json"), ("tokenizer", "tokenizer.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).symlink_to("../../blobs/1")
+    with pytest.raises(BadFile, match=r"tokenizer\.json: .*blobs/1' is missing"):
+        Tokenizer.from_folder(tmp_path / "tokenizer")
+    with pytest.raises(BadFile, match=r"tokenizer\.json: .*blobs/1' is missing"):
+        inspect_file(tmp_path / "tokenizer")
+    for name in ("transformer.gguf", "text_encoder.gguf", "vae.safetensors"):
+        (tmp_path / name).symlink_to(NANO / name)
+    with pytest.raises(BadFile, match=r"scheduler_config\.json: .*blobs/1' is missing"):
+        find(tmp_path)
+    (tmp_path / "model_index.json").symlink_to("../../blobs/2")
+    with pytest.raises(BadFile, match=r"model_index\.json: .*blobs/2' is missing"):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("z.gguf.part1of2", "z.gguf.part1of2, one part"), ("z.safetensors.crdownload", "has not finished")],
+)
+def test_a_folder_tells_what_lies_there_instead(tmp_path, name, words):
+    (tmp_path / name).write_bytes(SOUND[:9000])
+    for function in (open_weights, inspect_file, load_vae):
+        with pytest.raises(BadFile, match=words):
+            function(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -253,6 +293,8 @@ def test_a_hole_where_zeros_may_be_is_none(tmp_path):
 def test_zeros_are_allowed_where_a_sound_model_has_them(tmp_path):
     tensors = {
         "layers.0.w": np.ones((512, 512), np.float32),
+        "model.diffusion_model.layers.0.w": np.ones((512, 512), np.float32),
+        "x.diff": np.ones((512, 512), np.float32),
         "layers.0.bias": np.ones(1 << 18, np.float32),
         "x_pad_token": np.ones((1, 1 << 16), np.float32),
         "small": np.ones((16, 16), np.float32),
@@ -262,7 +304,8 @@ def test_zeros_are_allowed_where_a_sound_model_has_them(tmp_path):
     }
     with open_weights(write_gguf(tmp_path / "a.gguf", tensors)) as file:
         allowed = {name: zeros_allowed(info) / info.nbytes for name, info in file.tensors.items()}
-    assert {name for name, share in allowed.items() if share < 1} == {"layers.0.w", "token_embd.weight"}
+    checked = {name for name, share in allowed.items() if share < 1}
+    assert checked == {"layers.0.w", "model.diffusion_model.layers.0.w", "token_embd.weight"}
     assert allowed["token_embd.weight"] == 1 / 4
     assert allowed["layers.0.w"] == 65535 / (512 * 512 * 4)
 

@@ -82,6 +82,7 @@ def find(
 def _in_file(path: Path, given: Collection[str], mmap: bool) -> Sources:
     """Sources of one file that holds all components; tokenizer and scheduler may lie beside it."""
     wanted = [part for part in COMPONENTS if part not in given]
+    scheduler = _scheduler(path.parent, given)
     opened = None
     try:
         opened = open_component(path, mmap=mmap)
@@ -94,8 +95,7 @@ def _in_file(path: Path, given: Collection[str], mmap: bool) -> Sources:
         if opened is not None:
             opened.file.close()
         raise BadFile(path, fault, f"name all files instead: {NAMING}")
-    found = {part: open_component(opened, part) for part in wanted}
-    return Sources(dict(found), None, _scheduler(path.parent, given))
+    return Sources({part: open_component(opened, part) for part in wanted}, None, scheduler)
 
 
 def _in_folder(
@@ -114,7 +114,7 @@ def _in_folder(
 def _scheduler(folder: Path, given: Collection[str]) -> FlowMatchEulerScheduler | None:
     """The schedule that a folder states; None if it states none, or if the caller has one."""
     path, index = folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"
-    if "scheduler" in given or not path.is_file():
+    if "scheduler" in given or not os.path.lexists(path):
         return None
     values = read_json(path)
     named = read_json(index).get("scheduler") if index.is_file() else None

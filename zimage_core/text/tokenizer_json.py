@@ -9,6 +9,7 @@ checked for plausibility and ignored.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -68,6 +69,9 @@ class _Reader:
             if other == documents.VOCABULARY:
                 hint = "give the folder that also holds merges.txt"
             raise BadFile(self.path, f"this is {other}, not a tokenizer.json", hint)
+        if data and not data.keys() & TOP:
+            keys = printable(", ".join(list(data)[:5]), 120)
+            raise BadFile(self.path, f"JSON without any field of a tokenizer.json; it has {keys}")
         self._only(data, TOP, "the file")
         model = self._model(data.get("model"))
         self._ranges("truncation", data.get("truncation"), ("max_length", "stride"))
@@ -323,24 +327,24 @@ def read_folder(folder: str | PathLike[str]) -> Vocabulary:
     """Read the vocabulary in a tokenizer folder, or in a model folder that holds one as `tokenizer/`.
 
     tokenizer.json is preferred to vocab.json with merges.txt; added tokens that only tokenizer_config.json
-    has are taken from it.
+    has are taken from it. A link without target counts as the file: reading it says what is missing.
 
     Raises:
         BadFile: The folder has neither, or a file is damaged.
     """
     for place in (Path(folder), Path(folder) / "tokenizer"):
         config, added = (
-            path if path.exists() else None
+            path if os.path.lexists(path) else None
             for path in (place / "tokenizer_config.json", place / "added_tokens.json")
         )
-        if (place / "tokenizer.json").exists():
+        if os.path.lexists(place / "tokenizer.json"):
             found = read_tokenizer_json(place / "tokenizer.json")
             more = {} if config is None else _stated_tokens(config, found.added)
             # a token of the vocabulary keeps its id there, as in transformers
             more = {text: found.tokens.get(text, number) for text, number in more.items()}
             return replace(found, added={**found.added, **more})
         vocab, merges = place / "vocab.json", place / "merges.txt"
-        if vocab.exists() and merges.exists():
+        if os.path.lexists(vocab) and os.path.lexists(merges):
             return read_vocab_merges(vocab, merges, config, added=added)
     raise BadFile(
         folder, "no tokenizer in this folder: tokenizer.json, or vocab.json with merges.txt, was expected"

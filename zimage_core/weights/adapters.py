@@ -17,10 +17,10 @@ MAX_LORA_RANK = 1024
 NOT_APPLIED = "adapters and ControlNets cannot be applied by this version: no command takes one"
 
 _FACTOR = re.compile(
-    r"(.+?)[._](lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_down|lora_up|lora\.down|lora\.up|lora_a|lora_b)"
+    r"(.+?)[._](lora_[ABab]|lora_embedding_[AB]|lora_(?:down|up)|lora(?:_linear_layer)?\.(?:down|up))"
     r"(?:\.[\w-]{1,64})??(?:\.weight)?"
 )
-_DOWN = ("lora_A", "lora_a", "lora_embedding_A", "lora_down", "lora.down")
+_DOWN = ("A", "a", "down")
 _KINDS = (
     ("a LoKr adapter", r"lokr_(?:w[12](?:_[ab])?|t[12])"),
     ("a LoHa adapter", r"hada_(?:w[12]_[ab]|t[12])"),
@@ -33,8 +33,8 @@ _KINDS = (
     ("differences of norms", r"[wb]_norm"),
 )
 """Noun phrase of a kind -> the last piece of its tensors' names, before the name of a PEFT adapter."""
-_LEAVES = tuple(
-    (kind, re.compile(rf"(.+)\.(?:{leaf})(?:\.[\w-]{{1,64}})??(?:\.weight)?")) for kind, leaf in _KINDS
+_LEAF = re.compile(
+    rf"(.+)\.(?:{'|'.join(f'({leaf})' for _, leaf in _KINDS)})(?:\.[\w-]{{1,64}})??(?:\.weight)?"
 )
 _GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 _DORA = re.compile(r"(.+)[._](?:dora_scale|lora_magnitude_vector)(?:\.[\w-]{1,64})??(?:\.weight)?")
@@ -57,7 +57,7 @@ DIALECTS = {
 _TARGET = re.compile(
     r"(?:(?<=_)|^)(?:"
     r"(?:layers|noise_refiner|context_refiner|siglip_refiner)_\d{1,3}_"
-    r"(?:attention_(?:to_[qkv]|to_out_0|to_out|qkv|out|norm_[qk]|[qk]_norm)|attention_norm[12]|ffn_norm[12]"
+    r"(?:attention_(?:processor_)?(?:to_[qkv]|to_out_0|to_out|qkv|out|norm_[qk]|[qk]_norm)|attention_norm[12]|ffn_norm[12]"
     r"|feed_forward_w[123]|adaLN_modulation_[01])"
     r"|(?:all_)?x_embedder(?:_2_1)?|(?:all_)?final_layer(?:_2_1)?_(?:linear|adaLN_modulation_1)"
     r"|(?:cap|siglip)_embedder_[01]|t_embedder_mlp_[02]|(?:x|cap|siglip)_pad_token"
@@ -122,12 +122,11 @@ def _taken_apart(shapes: Mapping[str, Shape]) -> tuple[_Factors, dict[str, list[
     others = 0
     for name, shape in shapes.items():
         if match := _FACTOR.fullmatch(name):
-            factors.setdefault(match[1], {})["down" if match[2] in _DOWN else "up"] = shape
-        elif found := next(
-            ((kind, match[1]) for kind, leaf in _LEAVES if (match := leaf.fullmatch(name))), None
-        ):
-            kind = "a BOFT adapter" if found[0] == "an OFT adapter" and len(shape) == 4 else found[0]
-            kinds.setdefault(kind, []).append(found[1])
+            factors.setdefault(match[1], {})["down" if match[2].endswith(_DOWN) else "up"] = shape
+        elif match := _LEAF.fullmatch(name):
+            kind = _KINDS[(match.lastindex or 0) - 2][0]
+            kind = "a BOFT adapter" if kind == "an OFT adapter" and len(shape) == 4 else kind
+            kinds.setdefault(kind, []).append(match[1])
         elif (stem := name.rpartition(".")[0].rpartition(".")[0]) and _is_glora(stem, shapes):
             kinds.setdefault("a GLoRA adapter", []).append(stem)
         elif match := _DORA.fullmatch(name):

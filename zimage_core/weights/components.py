@@ -6,6 +6,7 @@ docs/files.md states the rules for users.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
@@ -16,6 +17,7 @@ from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, WrongModel, ZImageError, printable
 from zimage_core.files.hub import quant_tag
 from zimage_core.files.untrusted import read_json
+from zimage_core.weights import download
 from zimage_core.weights.card import WANTED, ModelCard, check_compatible, require
 from zimage_core.weights.folder import (
     chosen,
@@ -59,10 +61,11 @@ def open_component(
         if not component or component == path.card.kind:
             return path
         return _with_config(path.file, component, None, _config_beside(path.file.path), binding=False)
-    if not is_folder(path_text(path)):
+    path = path_text(path)
+    if not is_folder(path):
         file = open_weights(path, mmap)
-        return _with_config(file, component, None, _config_beside(fspath(path)), binding=False)
-    folder = Path(fspath(path))
+        return _with_config(file, component, None, _config_beside(path), binding=False)
+    folder = Path(path)
     if component:
         return open_parts(folder, (component,), mmap, variant)[component]
     parts = [name for name in COMPONENTS if component_folder(folder, name)]
@@ -143,7 +146,7 @@ def check_pipeline_class(folder: Path) -> None:
         WrongModel: The message names the pipeline.
     """
     index = folder / "model_index.json"
-    if index.exists():
+    if os.path.lexists(index):
         name = read_json(index).get("_class_name")
         if not (isinstance(name, str) and name.startswith("ZImage")):
             fault = f"model_index.json names {printable(name, 60)}, ZImagePipeline is wanted"
@@ -217,7 +220,7 @@ class _Survey:
                 found[part] = _with_config(each.file, part, each.card, stated, binding=False)
         if missing := [part for part in parts if part not in found]:
             kinds = " and ".join(WANTED[part][0] for part in missing)
-            also = f" (unreadable: {self.refused[0]})" if self.refused else ""
+            also = f" (unreadable: {self.refused[0]})" if self.refused else download.beside(self.folder)
             if (self.folder / "model_index.json").is_file():
                 fault = f"has no folder {' and '.join(missing)}{also}"
                 raise BadFile(self.folder, fault, "download the whole repository")

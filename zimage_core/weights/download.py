@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import shlex
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ SMALL = 4096
 _UNTRAINED_ROWS = 1024  # of an embedding: its vocabulary is padded with tokens that no text ever held
 
 _EMBEDDINGS = ("token_embd.weight", "embed_tokens.weight")
-_MAY_BE_ZERO = re.compile(r"before_proj|after_proj|zero|control|lora|lokr|hada|oft_|\.diff|dora|siglip")
+_MAY_BE_ZERO = re.compile(r"before_proj|after_proj|zero|control|lora|lokr|hada|\boft_|\.diff(_[bm])?$|siglip")
 """Names of adapters, ControlNets and unused branches, which begin as zeros and may stay so."""
 
 _UNFINISHED = re.compile(
@@ -35,9 +36,9 @@ _UNFINISHED = re.compile(
 )
 _MODEL = r"\.(?:gguf|safetensors|sft)"
 _PARTS = (
-    rf"(?P<stem>.+?)[._-](?:part|split|chunk|piece)[._-]?(?P<number>\d{{1,5}}|[a-z]{{1,3}})"
+    r"(?P<stem>.+?)[._-](?:part|split|chunk|piece)[._-]?(?P<number>\d{1,5}|a[a-z]{1,2}|[a-h]|(?<=[._-])[a-z])"
     rf"(?:[._-]?of[._-]?(?P<total>\d{{1,5}}))?(?P<ending>{_MODEL})?",
-    rf"(?P<stem>.+)-(?P<number>\d{{5}})-of-(?P<total>\d{{5}})(?P<ending>{_MODEL})",
+    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<ending>\.gguf)",
     r"(?P<stem>.+)\.(?P<number>\d{1,5})(?P<total>)(?P<ending>)",
     rf"(?P<stem>.+{_MODEL})[._-]?(?P<number>a[a-z]{{1,2}})(?P<total>)(?P<ending>)",
     r"(?P<stem>.+)\.(?P<number>a[a-z])(?P<total>)(?P<ending>)",
@@ -109,7 +110,7 @@ def explained(error: BadFile, head: bytes) -> BadFile:
     name = Path(error.path).name
     part = _part(name)
     cut = "truncated" in error.fault
-    # a header that refuses the file says more than its name; shards and llama.cpp's own parts have one each
+    # a header that refuses the file says more than its name; llama.cpp's own parts have one each
     headed = head[:4] == b"GGUF" or head[8:9] == b"{"
     if part is not None and not (headed and (not cut or part.pattern == _NUMBERED)):
         return _of_part(error, part) or error
@@ -160,6 +161,21 @@ def unfinished(path: str) -> str:
     return ""
 
 
+def beside(folder: str | os.PathLike[str]) -> str:
+    """What a folder holds instead of a model file, as the end of a sentence: a part or an unfinished file."""
+    try:
+        names = sorted(entry.name for entry in itertools.islice(Path(folder).iterdir(), _MOST_ENTRIES))
+    except OSError:
+        return ""
+    for name in names:
+        if re.search(_MODEL, name, re.IGNORECASE) and not re.search(f"{_MODEL}$", name, re.IGNORECASE):
+            if _part(name) is not None:
+                return f", but {printable(name, 120)}, one part of a file; name it to be told how to join all"
+            if _UNFINISHED.search(name):
+                return f", but {printable(name, 120)}, whose download has not finished"
+    return ""
+
+
 def remarks(file: WeightFile) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Notes and cautions on a file whose header is sound; takes a few system calls."""
     notes: list[str] = []
@@ -188,11 +204,12 @@ def _holes(tensors: list[TensorInfo], holes: list[tuple[int, int]]) -> list[str]
     """A caution if data of matrices was never written to the disk; none for holes that may be meant."""
     if not holes:
         return []
+    starts, ends = [start for start, _ in holes], [end for _, end in holes]
     unwritten, names = 0, []
     for info in tensors:
-        most = 0
-        for start, end in holes:
-            most = max(most, min(end, info.offset + info.nbytes) - max(start, info.offset))
+        first, last = info.offset, info.offset + info.nbytes
+        inside = holes[bisect_right(ends, first) : bisect_left(starts, last)]
+        most = max((min(end, last) - max(start, first) for start, end in inside), default=0)
         if most > zeros_allowed(info):
             unwritten += most
             names.append(info.name)

@@ -170,8 +170,8 @@ def component_folder(folder: Path, component: str) -> Path | None:
 
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder has a tokenizer's file; reading it names a merges.txt that is missing."""
-    return any(Path(folder, name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    """Whether a folder has a tokenizer's file; reading it says what is missing, as a link's target."""
+    return any(os.path.lexists(Path(folder, name)) for name in ("tokenizer.json", "vocab.json"))
 
 
 def listed(models: Sequence[Model]) -> str:

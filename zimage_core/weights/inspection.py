@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, ZImageError, printable
+from zimage_core.weights import documents, download
 from zimage_core.weights.components import check_pipeline_class, identify_open, open_parts, open_pipeline
 from zimage_core.weights.folder import folders_below, has_tokenizer, loose_models
 from zimage_core.weights.identify import identify
@@ -111,8 +112,6 @@ def inspect_file(path: str | PathLike[str], full: bool = False) -> Inspection:
         BadFile: The file is damaged, truncated, or of no kind known here; the message says which.
         UnknownFormat: The file holds a tensor type that zimage_core.formats does not describe.
     """
-    from zimage_core.weights import documents
-
     place = Path(path_text(path))
     if "\0" not in fspath(path) and place.is_dir():
         return _folder(place, full)
@@ -269,7 +268,8 @@ def _folder(path: Path, full: bool) -> Inspection:
     if not parts and broken:
         raise BadFile(path, f"a directory in which nothing can be read: {broken[0]}")
     if not parts:
-        raise BadFile(path, "a directory without model files", "name a model file or its folder")
+        fault = f"a directory without model files{download.beside(path)}"
+        raise BadFile(path, fault, "name a model file or its folder")
     needs, problem = _verdict(path, parts)
     whole = not needs and not problem
     return Inspection(

@@ -118,7 +118,7 @@ def only_model(path: str, variant: str | None = None) -> Model:
     found = chosen(models_in(path), variant, component=True)
     if not found:
         fault = "a directory without model file: no *.safetensors.index.json, *.safetensors or *.gguf in it"
-        raise BadFile(path, fault, "name the file, or the folder of one component")
+        raise BadFile(path, fault + download.beside(path), "name the file, or the folder of one component")
     if len(found) > 1:
         raise BadFile(path, f"a directory with {len(found)} models: {listed(found)}", "name one of them")
     return found[0]

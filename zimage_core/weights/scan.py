@@ -158,10 +158,12 @@ def _examine(file: WeightFile, info: TensorInfo, buffer: bytearray) -> Finding |
     counts = np.zeros(4, np.int64)  # nan, inf, range, strange
     largest = 0.0
     run = longest = 0  # of zeros, in bytes
+    allowed = zeros_allowed(info)
     for start in range(0, info.nbytes, step):
         part = memoryview(buffer)[: min(step, info.nbytes - start)]
         source.read_into(info.offset + start, part)
-        run, longest = _zero_runs(part, run, longest)
+        if allowed < info.nbytes:
+            run, longest = _zero_runs(part, run, longest)
         with np.errstate(all="ignore"):  # overflows are counted, not warned about
             if fmt.name in _PLAIN:
                 found, peak = _plain(part, fmt, order)
@@ -171,7 +173,7 @@ def _examine(file: WeightFile, info: TensorInfo, buffer: bytearray) -> Finding |
                 found, peak = _integers(part, fmt)
         counts += found
         largest = max(largest, peak)
-    zeros = longest if longest > zeros_allowed(info) else 0
+    zeros = longest if longest > allowed else 0
     if not counts.any() and not zeros:
         return None
     nan, inf, outside, strange = (int(count) for count in counts)
