@@ -15,7 +15,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "formats": set(),
     "codebooks": set(),
-    "config": set(),
+    "fields": set(),
+    "config": {"fields"},
     "files": {"config"},
     "assets": set(),
     "reference": {"formats", "codebooks"},
@@ -39,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
 }  # fmt: skip
 REACH_KERNELS = {"zimage_core.quant.dequantize", "zimage_core.quant.gpu", "zimage_core.nn.elementwise"}
 EVERYTHING = {"cli", "zimage_core"}  # may import every package; zimage_core stands for its __init__.py
-DATA_ONLY = {"errors", "formats", "codebooks", "config", "files", "cli"}
+DATA_ONLY = {"errors", "formats", "codebooks", "fields", "config", "files", "cli"}
 """Packages that import only the standard library at the top; other packages inside functions."""
 WITH_TENSORS = {"load", "scan"}
 """The files of weights/ that compute; the others only read headers, for `zimage inspect`."""

@@ -1,13 +1,16 @@
-"""Sizes and constants of the three networks; the defaults are those of Z-Image, Qwen3-4B and FLUX.1's VAE."""
+"""Sizes and constants of the three networks, and what a scheduler's config asks for.
+
+The defaults are those of Z-Image, Qwen3-4B and FLUX.1's VAE.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from zimage_core.errors import BadArgument, printable
+from zimage_core.errors import BadArgument, Unsupported, printable
+from zimage_core.fields import Fields
 
 COMPONENTS = ("transformer", "text_encoder", "vae")
 """The three networks of a pipeline, by the names of their folders in diffusers' layout."""
@@ -30,82 +33,6 @@ def _positive(owner: str, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise BadArgument(f"{owner}: {name} is {value!r}, wanted a positive whole number")
-
-
-MOST = 1 << 24
-"""Largest whole number in a config of any real network; it bounds what is allocated."""
-
-
-class Fields:
-    """Values of a config.json, checked by kind. A field that is null is absent: it has its default.
-
-    Args:
-        owner: What the config describes, for messages.
-        data: The parsed file.
-
-    Every method takes the name of a field and its default, and raises BadArgument where the value is of
-    another kind; without a default it does so where the field is absent.
-    """
-
-    def __init__(self, owner: str, data: Mapping[str, Any]) -> None:
-        self.owner = owner
-        self.data = data
-
-    def get(self, name: str, *default: Any) -> Any:
-        """The value of any kind."""
-        value = self.data.get(name)
-        if value is not None:
-            return value
-        if default:
-            return default[0]
-        raise BadArgument(f"{self.owner}: the config has no {name!r}; it is not a config of this network")
-
-    def whole(self, name: str, *default: int, low: int = 1) -> int:
-        """A whole number from `low` to `MOST`."""
-        value = self.get(name, *default)
-        if not _is_number(value) or value != value // 1 or not low <= value <= MOST:
-            self.refuse(name, f"a whole number from {low} to {MOST}")
-        return int(value)
-
-    def number(self, name: str, *default: float, low: float, high: float) -> float:
-        """A number from `low` to `high`."""
-        value = self.get(name, *default)
-        if not _is_number(value) or not low <= value <= high:
-            self.refuse(name, f"a number from {low:g} to {high:g}")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        """true or false."""
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            self.refuse(name, "true or false")
-        return value
-
-    def wholes(self, name: str, *default: tuple[int, ...], count: int = 0) -> tuple[int, ...]:
-        """A list of whole numbers above 0, `count` of them if that is not 0."""
-        value = self.get(name, *default)
-        what = f"a list of {count or 'some'} whole numbers"
-        if not isinstance(value, (list, tuple)) or not value or (count and len(value) != count):
-            self.refuse(name, what)
-        if not all(_is_number(n) and n == n // 1 and 0 < n <= MOST for n in value):
-            self.refuse(name, what)
-        return tuple(int(n) for n in value)
-
-    def only(self, name: str, *allowed: object) -> None:
-        """Refuse a value that asks for arithmetic which this library does not have."""
-        value = self.get(name, None)
-        if value is not None and not any(type(value) is type(each) and value == each for each in allowed):
-            self.refuse(name, " or ".join(map(repr, allowed)) or "none", "; other values are not supported")
-
-    def refuse(self, name: str, wanted: str, rest: str = "") -> NoReturn:
-        """Raise BadArgument, naming the field, its value and what was wanted."""
-        raise BadArgument(
-            f"{self.owner}: {name} is {printable(repr(self.data.get(name)), 80)}, wanted {wanted}{rest}"
-        )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 @dataclass(frozen=True)
@@ -418,3 +345,78 @@ class AutoencoderConfig:
             in_channels=read.whole("in_channels", cls.in_channels),
             out_channels=read.whole("out_channels", cls.out_channels),
         )
+
+
+# --- scheduler_config.json -----------------------------------------------------------
+
+TURBO_SHIFT = 3.0
+SHIFTS = (1e-3, 1e3)
+"""Least and greatest shift; beyond them neighbouring noise levels become equal in float32."""
+
+_FIXED = {
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
+_DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
+"""Keys that have a meaning only with use_dynamic_shifting."""
+EULER = "FlowMatchEulerDiscreteScheduler"
+"""diffusers' class with the sampler of this library."""
+_PASS = "or pass scheduler=FlowMatchEulerScheduler(shift=...)"
+
+
+def scheduler_shift(values: Mapping[str, Any]) -> tuple[float, tuple[str, ...]]:
+    """The shift of the noise levels that a diffusers scheduler_config.json describes.
+
+    Returns:
+        The shift, and cautions: what the file asks for and does not get, where images may still be right.
+
+    Raises:
+        Unsupported: The file describes a schedule that no Z-Image checkpoint uses.
+        BadArgument: The shift is not a number in `SHIFTS`.
+    """
+    read = Fields("scheduler_config.json", values)
+    name = _sampler(read)
+    for key, wanted in _FIXED.items():
+        found = read.get(key, wanted)
+        if (found or None) != (wanted or None):
+            raise Unsupported(
+                f"scheduler_config.json: {key} is {printable(repr(found), 60)}, Z-Image schedules have "
+                f"{wanted!r}; remove the key {_PASS}"
+            )
+    low, high = SHIFTS
+    named = [key for key in ("shift", "flow_shift") if read.get(key, None) is not None]
+    stated = [read.number(key, low=low, high=high) for key in named]
+    if len(set(stated)) > 1:
+        raise Unsupported(
+            f"scheduler_config.json: shift is {stated[0]:g} and flow_shift is {stated[1]:g}, which are two "
+            f"names of one number; remove one {_PASS}"
+        )
+    shift = stated[0] if stated else TURBO_SHIFT
+    cautions = [] if stated else [f"no shift is stated, {shift:g} (Turbo's) is used"]
+    known = {*_FIXED, *_DYNAMIC, "shift", "flow_shift"}
+    unknown = sorted(key for key in values if key not in known and not key.startswith("_"))
+    if name not in (EULER, "FlowMatchEulerScheduler"):  # its other keys are known to it alone
+        cautions.append(
+            f"asks for {name}; Euler steps over the noise levels of shift {shift:g} are taken instead"
+        )
+    elif unknown:
+        cautions.append(f"{printable(', '.join(unknown), 120)}: not known, without effect")
+    return shift, tuple(cautions)
+
+
+def _sampler(read: Fields) -> str:
+    """The class that the file names; Unsupported where it is not for a flow-matching model."""
+    name = read.get("_class_name", EULER)
+    flow = read.get("use_flow_sigmas", False) is True or read.get("prediction_type", "") == "flow_prediction"
+    if not isinstance(name, str) or not (name.startswith("FlowMatch") or flow):
+        raise Unsupported(
+            f"scheduler_config.json: _class_name is {printable(repr(name), 60)}, which is not for a "
+            f"flow-matching model such as Z-Image, wanted '{EULER}'; get the model's own file {_PASS}"
+        )
+    return printable(name, 60)

@@ -20,6 +20,7 @@ from zimage_core.run import sources
 from zimage_core.run.checks import read_dtype
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.weights.folder import loose_models
+from zimage_core.weights.inspection import inspect_file
 
 FILE = {"transformer": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors",
         "vae": "diffusion_pytorch_model.safetensors"}  # fmt: skip
@@ -88,6 +89,7 @@ def test_another_sampler_of_a_folder_is_told_and_the_callers_own_is_taken(saved,
     tiny.write_json(folder / "scheduler/scheduler_config.json", {"use_dynamic_shifting": True})
     with pytest.raises(Unsupported, match=r"use_dynamic_shifting is True.*pass scheduler="):
         ZImagePipeline.from_pretrained(folder)
+    assert "use_dynamic_shifting is True" in inspect_file(folder).problem
     mine = FlowMatchEulerScheduler(4.0)
     assert ZImagePipeline.from_pretrained(folder, scheduler=mine).scheduler is mine
 

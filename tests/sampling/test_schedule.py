@@ -71,6 +71,11 @@ def test_bad_shifts_are_refused(shift):
         FlowMatchEulerScheduler(shift)
 
 
+def test_a_shift_too_long_to_print_is_refused_too():
+    with pytest.raises(BadArgument, match="shift: got a huge integer"):
+        FlowMatchEulerScheduler(10**5000)
+
+
 def test_config_files_are_read():
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 6.0, "use_dynamic_shifting": False}
     assert FlowMatchEulerScheduler.from_json(config) == FlowMatchEulerScheduler(6.0)

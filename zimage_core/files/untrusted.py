@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 from collections import Counter
@@ -117,11 +118,12 @@ def read_json(path: str | PathLike[str]) -> dict[str, Any]:
             fail(f"JSON number of {len(digits)} digits is out of range")
         return int(digits)
 
-    def constant(name: str) -> NoReturn:
-        fail(f"invalid JSON number {name}")
-
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
+        for key, value in pairs:
+            if (number := _not_finite(value)) is not None:
+                name = "NaN" if number != number else "Infinity"
+                fail(f"invalid JSON number {name} as {printable(key, 60)!r}")
         if len(table) != len(pairs):
             repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
             fail(f"duplicate JSON key {printable(repeated, 60)!r}")
@@ -129,7 +131,7 @@ def read_json(path: str | PathLike[str]) -> dict[str, Any]:
 
     text = read_text(path)
     try:
-        value = json.loads(text, parse_int=integer, parse_constant=constant, object_pairs_hook=unique)
+        value = json.loads(text, parse_int=integer, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise BadFile(path, f"not valid JSON: {error.msg} at line {error.lineno}") from None
     except RecursionError:
@@ -138,6 +140,13 @@ def read_json(path: str | PathLike[str]) -> dict[str, Any]:
         raise BadFile(path, f"a JSON object was expected, found {type(value).__name__}")
     _check_depth(value, path)
     return value
+
+
+def _not_finite(value: Any) -> float | None:
+    """A NaN or infinity that a value is, or that a list holds."""
+    if isinstance(value, list):
+        return next((found for each in value if (found := _not_finite(each)) is not None), None)
+    return value if isinstance(value, float) and not math.isfinite(value) else None
 
 
 def _check_depth(value: dict[str, Any], path: str | PathLike[str]) -> None:

@@ -12,10 +12,15 @@ from zimage_core.assets import NANO
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, ZImageError, printable
 from zimage_core.files import hub
-from zimage_core.files.untrusted import read_json
-from zimage_core.sampling.schedule import EULER, FlowMatchEulerScheduler
+from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
-from zimage_core.weights.components import NAMING, check_pipeline_class, open_component, open_parts
+from zimage_core.weights.components import (
+    NAMING,
+    check_pipeline_class,
+    open_component,
+    open_parts,
+    scheduler_values,
+)
 from zimage_core.weights.folder import has_tokenizer
 from zimage_core.weights.opened import Opened, open_weights
 from zimage_core.weights.source import WeightFile
@@ -113,14 +118,8 @@ def _in_folder(
 
 def _scheduler(folder: Path, given: Collection[str]) -> FlowMatchEulerScheduler | None:
     """The schedule that a folder states; None if it states none, or if the caller has one."""
-    path, index = folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"
-    if "scheduler" in given or not os.path.lexists(path):
-        return None
-    values = read_json(path)
-    named = read_json(index).get("scheduler") if index.is_file() else None
-    if isinstance(named, list) and len(named) == 2 and named[1] not in (None, EULER):
-        values["_class_name"] = named[1]  # diffusers builds the class that model_index.json names
-    return FlowMatchEulerScheduler.from_json(values)
+    values = None if "scheduler" in given else scheduler_values(folder)
+    return None if values is None else FlowMatchEulerScheduler.from_json(values)
 
 
 def find_tokenizer(given: str | os.PathLike[str] | Tokenizer | None, encoder: WeightFile | None) -> Tokenizer:

@@ -15,33 +15,14 @@ from typing import Any
 
 import torch
 
-from zimage_core.config import Fields
-from zimage_core.errors import BadArgument, Unsupported, printable
+from zimage_core.config import SHIFTS, TURBO_SHIFT, scheduler_shift
+from zimage_core.errors import BadArgument, printable
 
 MAX_STEPS = 1000
 """Most steps: the number of trained noise levels, since more would visit a level twice."""
 
 BASE_SHIFT = 6.0
 """Shift in the base checkpoint's scheduler_config.json; the distilled checkpoints have 3."""
-
-SHIFTS = (1e-3, 1e3)
-"""Least and greatest shift; beyond them neighbouring noise levels become equal in float32."""
-
-_FIXED = {
-    "num_train_timesteps": 1000,
-    "use_dynamic_shifting": False,
-    "invert_sigmas": False,
-    "shift_terminal": None,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "stochastic_sampling": False,
-}
-_DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
-"""Keys that have a meaning only with use_dynamic_shifting."""
-EULER = "FlowMatchEulerDiscreteScheduler"
-"""diffusers' class with the sampler of this library."""
-_PASS = "or pass scheduler=FlowMatchEulerScheduler(shift=...)"
 
 
 @dataclass(frozen=True)
@@ -60,14 +41,16 @@ class FlowMatchEulerScheduler:
     Source: Esser et al. 2024, arXiv 2403.03206, section 5.3.2 (the shift of noise levels).
     """
 
-    shift: float = 3.0
+    shift: float = TURBO_SHIFT
 
     def __post_init__(self) -> None:
         shift: object = self.shift  # the caller may have passed any type
         low, high = SHIFTS
         if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not low <= shift <= high:
+            huge = isinstance(shift, int) and abs(shift) > 10**40  # str() refuses it
+            found = "a huge integer" if huge else printable(shift, 40)
             raise BadArgument(
-                f"shift: got {printable(shift, 40)}, wanted a positive number from {low:g} to {high:g} "
+                f"shift: got {found}, wanted a positive number from {low:g} to {high:g} "
                 "(3 for Turbo, 6 for base)"
             )
 
@@ -82,24 +65,9 @@ class FlowMatchEulerScheduler:
             Unsupported: The file describes a schedule that no Z-Image checkpoint uses.
             BadArgument: The shift is not a number in `SHIFTS`.
         """
-        read = Fields("scheduler_config.json", values)
-        name = _sampler(read)
-        for key, wanted in _FIXED.items():
-            found = read.get(key, wanted)
-            if (found or None) != (wanted or None):
-                raise Unsupported(
-                    f"scheduler_config.json: {key} is {printable(repr(found), 60)}, Z-Image schedules have "
-                    f"{wanted!r}; remove the key {_PASS}"
-                )
-        shift = _shift(read)
-        known = {*_FIXED, *_DYNAMIC, "shift", "flow_shift"}
-        unknown = sorted(key for key in values if key not in known and not key.startswith("_"))
-        if name not in (EULER, FlowMatchEulerScheduler.__name__):  # its other keys are known to it alone
-            told = f"asks for {name}; Euler steps over the noise levels of shift {shift:g} are taken instead"
-            warnings.warn(f"scheduler_config.json: {told}", UserWarning, stacklevel=2)
-        elif unknown:
-            listed = printable(", ".join(unknown), 120)
-            warnings.warn(f"scheduler_config.json: {listed}: not known, without effect", stacklevel=2)
+        shift, cautions = scheduler_shift(values)
+        for caution in cautions:
+            warnings.warn(f"scheduler_config.json: {caution}", UserWarning, stacklevel=2)
         return cls(shift=shift)
 
     def sigmas(self, steps: int) -> tuple[float, ...]:
@@ -132,35 +100,3 @@ class FlowMatchEulerScheduler:
     def _bend(self, u: torch.Tensor) -> tuple[float, ...]:
         sigma = self.shift * u / (1 + (self.shift - 1) * u)
         return (*(float(s) for s in sigma), 0.0)
-
-
-def _sampler(read: Fields) -> str:
-    """The class that the file names; Unsupported where it is not for a flow-matching model."""
-    name = read.get("_class_name", EULER)
-    flow = read.get("use_flow_sigmas", False) is True or read.get("prediction_type", "") == "flow_prediction"
-    if not isinstance(name, str) or not (name.startswith("FlowMatch") or flow):
-        raise Unsupported(
-            f"scheduler_config.json: _class_name is {printable(repr(name), 60)}, which is not for a "
-            f"flow-matching model such as Z-Image, wanted '{EULER}'; get the model's own file {_PASS}"
-        )
-    return printable(name, 60)
-
-
-def _shift(read: Fields) -> float:
-    """The shift that the file states under either name; 3 with a warning where it states none."""
-    low, high = SHIFTS
-    stated = [
-        read.number(key, low=low, high=high)
-        for key in ("shift", "flow_shift")
-        if read.get(key, None) is not None
-    ]
-    if len(set(stated)) > 1:
-        raise Unsupported(
-            f"scheduler_config.json: shift is {stated[0]:g} and flow_shift is {stated[1]:g}, which are two "
-            f"names of one number; remove one {_PASS}"
-        )
-    if stated:
-        return stated[0]
-    usual = FlowMatchEulerScheduler().shift
-    warnings.warn(f"scheduler_config.json: no shift is stated, {usual:g} (Turbo's) is used", stacklevel=3)
-    return usual

@@ -13,7 +13,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from zimage_core.config import COMPONENTS
+from zimage_core.config import COMPONENTS, EULER
 from zimage_core.errors import BadFile, WrongModel, ZImageError, printable
 from zimage_core.files.hub import quant_tag
 from zimage_core.files.untrusted import read_json
@@ -149,8 +149,27 @@ def check_pipeline_class(folder: Path) -> None:
     if os.path.lexists(index):
         name = read_json(index).get("_class_name")
         if not (isinstance(name, str) and name.startswith("ZImage")):
-            fault = f"model_index.json names {printable(name, 60)}, ZImagePipeline is wanted"
+            fault = f"_class_name in model_index.json is {printable(name, 60)}, ZImagePipeline is wanted"
             raise WrongModel(folder, fault, "get a Z-Image folder")
+
+
+def scheduler_values(folder: Path) -> dict[str, Any] | None:
+    """The parsed scheduler_config.json of a model folder, with the class that its model_index.json names.
+
+    Returns:
+        None if the folder states no schedule.
+
+    Raises:
+        BadFile: A file cannot be read.
+    """
+    path, index = folder / "scheduler" / "scheduler_config.json", folder / "model_index.json"
+    if not os.path.lexists(path):
+        return None
+    values = read_json(path)
+    named = read_json(index).get("scheduler") if index.is_file() else None
+    if isinstance(named, list) and len(named) == 2 and named[1] not in (None, EULER):
+        values["_class_name"] = named[1]  # diffusers builds the class that model_index.json names
+    return values
 
 
 def _in_component_folder(folder: Path, component: str, mmap: bool, variant: str | None) -> Opened:

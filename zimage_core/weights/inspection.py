@@ -15,10 +15,16 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_core.config import COMPONENTS
+from zimage_core.config import COMPONENTS, scheduler_shift
 from zimage_core.errors import BadFile, ZImageError, printable
 from zimage_core.weights import documents, download
-from zimage_core.weights.components import check_pipeline_class, identify_open, open_parts, open_pipeline
+from zimage_core.weights.components import (
+    check_pipeline_class,
+    identify_open,
+    open_parts,
+    open_pipeline,
+    scheduler_values,
+)
 from zimage_core.weights.folder import folders_below, has_tokenizer, loose_models
 from zimage_core.weights.identify import identify
 from zimage_core.weights.opened import Opened, open_model, open_weights
@@ -298,6 +304,8 @@ def _verdict(path: Path, parts: list[Inspection]) -> tuple[list[str], str]:
     opened: dict[str, Opened] = {}
     try:
         check_pipeline_class(path)
+        if (schedule := scheduler_values(path)) is not None:
+            scheduler_shift(schedule)
         opened = open_parts(path, mmap=False)
         open_pipeline(opened)
     except ZImageError as error:
