@@ -30,6 +30,7 @@ from zimage_core.weights.identify import identify, name_packing
 from zimage_core.weights.opened import Opened, is_folder, only_model, open_model, open_weights
 from zimage_core.weights.packings import stated_packing
 from zimage_core.weights.source import WeightFile, path_text
+from zimage_core.weights.storage import WAY_ROUND
 
 NAMING = (
     "ZImagePipeline.from_files(transformer=, text_encoder=, vae=), "
@@ -239,6 +240,9 @@ class _Survey:
                 found[part] = _with_config(each.file, part, each.card, stated, binding=False)
         if missing := [part for part in parts if part not in found]:
             kinds = " and ".join(WANTED[part][0] for part in missing)
+            unknown = [identify_open(each.file) for each in self.opened if each.card.kind == "unknown"]
+            packed = [each for each in unknown if each.card.problem.endswith(WAY_ROUND)]
+            self.refused += [f"{printable(each.name, 60)} is {each.card.title}" for each in packed]
             also = f" (unreadable: {self.refused[0]})" if self.refused else download.beside(self.folder)
             if (self.folder / "model_index.json").is_file():
                 fault = f"has no folder {' and '.join(missing)}{also}"
