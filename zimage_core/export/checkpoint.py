@@ -8,6 +8,7 @@ slab, because every page of a mapped file that is used would count as memory of 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zimage_core.assets import NANO
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadWeights, Unsupported, WrongModel, ZImageError, printable
 from zimage_core.formats import BlockFormat
@@ -24,9 +26,11 @@ from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names, storage
 from zimage_core.weights.card import WANTED, require
 from zimage_core.weights.components import open_component
-from zimage_core.weights.facts import facts, schedule_facts
+from zimage_core.weights.facts import facts
 from zimage_core.weights.opened import Opened
 
+EMBEDDED = "default"
+"""The word for the model inside the package, where no file or folder has that name."""
 SLAB = 1 << 24
 """Number of weights that are dense in memory at once."""
 
@@ -75,10 +79,10 @@ class Checkpoint:
     """An open model of one network; a context manager that closes it.
 
     Args:
-        path: A GGUF or safetensors file, an index of shards, a folder of a component or of a pipeline; or an
-            open file, which `close` closes too.
-        component: "transformer", "text_encoder" or "vae". None means the one that the file holds, or the
-            transformer of a pipeline's folder.
+        path: A GGUF or safetensors file, an index of shards, a folder of a component or of a pipeline, or
+            "default" for the embedded model; or an open file, which `close` closes too.
+        component: "transformer", "text_encoder" or "vae". None means the one that the file or folder holds,
+            and of several the transformer.
 
     Attributes:
         facts: Image size and schedule, as `weights.facts` reads them.
@@ -92,9 +96,9 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | PathLike[str] | Opened, component: str | None = None) -> None:
+        if not isinstance(path, Opened) and fspath(path) == EMBEDDED and not os.path.lexists(path):
+            path = NANO
         place = Path(path.file.path if isinstance(path, Opened) else fspath(path))
-        if component is None and (place / "model_index.json").is_file():
-            component = "transformer"
         opened = open_component(path, component or "")
         self.file, self.card = opened.file, opened.card
         self.component = component or self.card.kind
@@ -106,7 +110,7 @@ class Checkpoint:
             require(self.card, self.component, self.file.path)
             self.stated = _agreeing(opened.stated, self.card.config)
             self.folder = place if place.is_dir() else place.parent
-            self.facts = self._facts(opened) if self.component == "transformer" else {}
+            self.facts = facts(opened, self.folder) if self.component == "transformer" else {}
         except BaseException:
             self.file.close()
             raise
@@ -117,13 +121,6 @@ class Checkpoint:
             if name.endswith(suffix)
         )
         self._scaled = set(scaled) & set(self.file.tensors)
-
-    def _facts(self, opened: Opened) -> dict[str, Any]:
-        """Image size and schedule; a scheduler's folder beside the weights comes before the file's own."""
-        places = [self.folder, Path(self.file.path).parent]
-        places += [place.parent for place in places if (place.parent / "model_index.json").is_file()]
-        beside = (schedule_facts(place) for place in places)
-        return facts(opened) | next(filter(None, beside), {})
 
     @property
     def config(self) -> Any:

@@ -198,7 +198,7 @@ def _is_small(target: Target) -> bool:
 
 def _gguf_keys(source: Checkpoint, jobs: Sequence[Job], log: Log) -> dict[str, Any]:
     """The metadata of a converted GGUF."""
-    metadata = gguf_metadata(source, file_type=_file_type(source, jobs))
+    metadata = gguf_metadata(source, file_type=_file_type(source, jobs), log=log)
     if not _same_types(source, jobs):
         for key in ("zimage.recipe_name", "zimage.recipe"):
             metadata.pop(key, None)

@@ -133,7 +133,7 @@ def quantize_file(
         formats = choose_formats(checkpoint, targets, chosen, say)
         jobs = _jobs(targets, formats, matrix, say)
         label = matrix.path or "given as an object" if matrix is not None else ""
-        metadata = gguf_metadata(checkpoint, chosen, label, chosen.file_type)
+        metadata = gguf_metadata(checkpoint, chosen, label, chosen.file_type, say)
         layout = gguf_writer.lay_out(metadata, [(j.target.name, j.target.shape, j.format) for j in jobs])
         nonfinite: NonFinite = "replace" if allow_nonfinite else "raise"
         with atomic_file(out, overwrite, layout.nbytes) as file:

@@ -18,12 +18,11 @@ from zimage_core.run.checks import read_path, shown
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.components import open_pipeline
+from zimage_core.weights.facts import facts
 from zimage_core.weights.load import load_network
 from zimage_core.weights.opened import Opened
-from zimage_core.weights.source import WeightFile
 
 NATIVE_SIZE = 1024
-SIZE_KEY = "zimage.sample_size"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 ALWAYS = ("low_cpu_mem_usage", "use_safetensors")
 """Arguments of diffusers that are ignored, because the library always does what they ask for."""
@@ -44,7 +43,7 @@ def load_components(
     Args:
         paths: "transformer", "text_encoder" and "vae" -> file, folder, or the file that is open already.
         tokenizer: Path or object, as for `ZImagePipeline.from_files`; None finds the text encoder's own.
-        scheduler: The schedule; None for shift 3.
+        scheduler: The schedule; None for the one that the transformer's file or folder states, else shift 3.
         dtype: The dtype of transformer and text encoder; the VAE is always float32.
         device: Device of the networks.
         mmap: Use the weights in place, as views of the files.
@@ -62,14 +61,15 @@ def load_components(
             read_path(name, path)
     opened = open_pipeline({name: paths[name] for name in COMPONENTS}, mmap)
     try:
+        known = facts(opened["transformer"])
         encoder = load_network(TextEncoder, opened["text_encoder"], dtype, device)
         return {
             "text_encoder": encoder,
             "tokenizer": sources.find_tokenizer(tokenizer, opened["text_encoder"].file),
             "transformer": load_network(ZImageTransformer, opened["transformer"], dtype, device),
             "vae": load_network(Autoencoder, opened["vae"], torch.float32, device),
-            "scheduler": scheduler or FlowMatchEulerScheduler(),
-            "sample_size": _sample_size(opened["transformer"].file),
+            "scheduler": scheduler or _scheduler(known),
+            "sample_size": known.get("sample_size", NATIVE_SIZE),
         }
     except BaseException:
         for part in opened.values():
@@ -130,6 +130,6 @@ def check_tokenizer(tokenizer: Tokenizer, encoder: TextEncoder, path: str) -> No
         )
 
 
-def _sample_size(file: WeightFile) -> int:
-    size = file.metadata.get(SIZE_KEY)
-    return size if isinstance(size, int) and 16 <= size <= 8192 and size % 16 == 0 else NATIVE_SIZE
+def _scheduler(known: Mapping[str, Any]) -> FlowMatchEulerScheduler:
+    shift = {"shift": known["shift"]} if "shift" in known else {}
+    return FlowMatchEulerScheduler.from_json({**known.get("scheduler", {}), **shift})
