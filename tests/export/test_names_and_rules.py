@@ -1,0 +1,71 @@
+"""The name of the output says what is written, and a recipe fits the model: else nothing is written."""
+
+from __future__ import annotations
+
+import pytest
+
+from zimage_core import BadArgument, convert_file, open_weights, quantize_file
+from zimage_core.export.recipes import parse_recipe
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.SFT", "a.bin", "a", "a.gguf.tmp", "v1.0"])
+def test_quantize_writes_a_gguf_under_no_other_name(wide, tmp_path, name):
+    with pytest.raises(BadArgument, match=r"a GGUF is written; give it a name that ends in \.gguf"):
+        quantize_file(wide, tmp_path / name, "Q8_0")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("a.bin", None), ("a.pt", None), ("a.ONNX", None), ("a.ckpt", "diffusers"), ("a.gguf", "single"),
+        ("a.safetensors", "gguf"), ("a.safetensors", "diffusers"), ("a", "gguf"), ("a", "single"),
+    ],
+)  # fmt: skip
+def test_convert_refuses_a_name_for_something_else(wide, tmp_path, name, to):
+    with pytest.raises(BadArgument, match=r"wanted a name that ends in \.gguf or \.safetensors"):
+        convert_file(wide, tmp_path / name, to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_with_dots_and_capitals_are_taken(wide, tmp_path):
+    convert_file(wide, tmp_path / "v1.0")
+    assert (tmp_path / "v1.0" / "config.json").is_file()
+    convert_file(wide, tmp_path / "a.sft")
+    with open_weights(tmp_path / "a.sft") as file:
+        assert file.kind == "safetensors"
+    quantize_file(wide, tmp_path / "A.GGUF", "Q8_0")
+
+
+def test_an_option_for_another_kind_is_refused(wide, tmp_path):
+    for name in ("a.safetensors", "a.gguf"):
+        with pytest.raises(BadArgument, match="only a folder of diffusers has shards"):
+            convert_file(wide, tmp_path / name, shard_bytes=1)
+    with pytest.raises(BadArgument, match="shard-size"):
+        convert_file(wide, tmp_path / "out", shard_bytes=0)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "layer.*.qkv.weight = Q8_0",
+        "blk.*.attn_v.weight = Q8_0",
+        "layers.*.qkv.weight [7-9] = Q8_0",
+        "q = Q8_0",
+    ],
+)
+def test_a_rule_that_names_no_tensor_is_refused(wide, tmp_path, rule):
+    recipe = parse_recipe(f"{rule}\n* = F16\n", "mine")
+    with pytest.raises(BadArgument, match="no such tensor among"):
+        quantize_file(wide, tmp_path / "a.gguf", recipe=recipe)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_recipe_of_a_standard_mix_is_a_recipe(wide, model, tmp_path):
+    """Its rules for the vision branch and the output matrix name tensors that few models have."""
+    for source, part in ((wide, "transformer"), (model, "text_encoder")):
+        done = quantize_file(source, tmp_path / f"{part}.gguf", "Q4_K_M", component=part)
+        again = tmp_path / f"{part}2.gguf"
+        quantize_file(source, again, recipe=parse_recipe(done.recipe.text(), "again"), component=part)
+    with pytest.raises(BadArgument, match="no such tensor"):
+        quantize_file(wide, tmp_path / "x.gguf", recipe=done.recipe)
