@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zimage_core.cli.beforehand import check_call
 from zimage_core.cli.model_options import (
     add_study,
     call_arguments,
@@ -67,15 +68,17 @@ def run(args: argparse.Namespace) -> int:
     check_model(args)
     call = call_arguments(args, prompts)
 
-    from zimage_core.quantize.imatrix import read_imatrix, write_imatrix
+    from zimage_core.quantize.imatrix import Imatrix, read_imatrix, write_imatrix
 
-    others = [read_imatrix(path) for path in args.merge]
+    earlier = Imatrix()
+    for path in args.merge:
+        earlier = earlier.merge(read_imatrix(path))
+    check_call(args, call, prompts)
     progress = Progress(quiet=args.quiet)
     began = time.perf_counter()
 
     def write(imatrix: Imatrix) -> Imatrix:
-        for other in others:
-            imatrix = imatrix.merge(other)
+        imatrix = imatrix.merge(earlier)
         write_imatrix(args.output, imatrix, args.format, args.force)
         args.force = True  # the next one replaces our own
         return imatrix
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             write(imatrix)
 
     with warnings_as_lines():
-        imatrix = write(_collect(args, prompts, call, progress, on_prompt))
+        imatrix = write(_collect(args, prompts, call, earlier, progress, on_prompt))
     _report(args, imatrix, time.perf_counter() - began, progress)
     return 0
 
@@ -95,19 +98,22 @@ def _collect(
     args: argparse.Namespace,
     prompts: list[str],
     call: dict[str, Any],
+    earlier: Imatrix,
     progress: Progress,
     on_prompt: OnPrompt,
 ) -> Imatrix:
-    from zimage_core.study.collect import COMPONENTS, collect_imatrix
+    from zimage_core.study.collect import COMPONENTS, collect_imatrix, widths
 
     pipeline = load_pipeline(args)
+    components = COMPONENTS if args.component == "both" else (args.component,)
+    earlier.check_fits(widths(pipeline, components), fewest=0)
     if not args.partial:
         progress.say(f"{printable(args.output)} is written at the end; Ctrl-C before writes nothing")
     progress.start("collecting")
     imatrix = collect_imatrix(
         pipeline,
         prompts,
-        components=COMPONENTS if args.component == "both" else (args.component,),
+        components=components,
         dataset="standard input" if args.prompts == "-" else Path(args.prompts).name,
         on_prompt=on_prompt,
         **call,

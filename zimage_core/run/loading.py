@@ -68,7 +68,7 @@ def load_components(
             "tokenizer": sources.find_tokenizer(tokenizer, opened["text_encoder"].file),
             "transformer": load_network(ZImageTransformer, opened["transformer"], dtype, device),
             "vae": load_network(Autoencoder, opened["vae"], torch.float32, device),
-            "scheduler": scheduler or _scheduler(known),
+            "scheduler": scheduler or schedule_of(known),
             "sample_size": known.get("sample_size", NATIVE_SIZE),
         }
     except BaseException:
@@ -130,6 +130,7 @@ def check_tokenizer(tokenizer: Tokenizer, encoder: TextEncoder, path: str) -> No
         )
 
 
-def _scheduler(known: Mapping[str, Any]) -> FlowMatchEulerScheduler:
+def schedule_of(known: Mapping[str, Any]) -> FlowMatchEulerScheduler:
+    """The schedule that the facts of a transformer state; shift 3 where they state none."""
     shift = {"shift": known["shift"]} if "shift" in known else {}
     return FlowMatchEulerScheduler.from_json({**known.get("scheduler", {}), **shift})
