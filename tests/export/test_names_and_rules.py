@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from zimage_core import BadArgument, convert_file, open_weights, quantize_file
+from tests.helpers.wide import wide_state, write_wide
+from zimage_core import BadArgument, BadWeights, convert_file, open_weights, quantize_file
 from zimage_core.export.recipes import parse_recipe
 
 
@@ -69,3 +71,22 @@ def test_the_recipe_of_a_standard_mix_is_a_recipe(wide, model, tmp_path):
         quantize_file(source, again, recipe=parse_recipe(done.recipe.text(), "again"), component=part)
     with pytest.raises(BadArgument, match="no such tensor"):
         quantize_file(wide, tmp_path / "x.gguf", recipe=done.recipe)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "type", "message"),
+    [
+        (torch.bfloat16, 1e38, "Q8_0", "holds 9.96921e[+]37, beyond the range of Q8_0; choose BF16 or F32"),
+        (torch.bfloat16, -1e8, "Q4_0", "holds -1.00139e[+]08, beyond the range of Q4_0"),
+        (torch.float32, 3.4e38, "BF16", "1 numbers that are beyond the range of BF16, .*choose F32 for it"),
+        (torch.float64, 1e300, "Q8_0", "holds numbers beyond the range of float32"),
+    ],
+)
+def test_a_number_too_large_for_its_new_type_is_named(tmp_path, dtype, value, type, message):
+    """Scales of most blocks are float16: the number would come back a thousand times smaller, or infinite."""
+    state, name = wide_state(dtype), "layers.0.feed_forward.w1.weight"
+    state[name][3, 5] = value
+    source = write_wide(tmp_path / "in", state)
+    with pytest.raises(BadWeights, match=f"{name} .*{message}"):
+        quantize_file(source, tmp_path / "a.gguf", type)
+    assert not (tmp_path / "a.gguf").exists()

@@ -208,7 +208,17 @@ class Checkpoint:
                 data = self.file.source_of(part.name).read_at(first + row * width, count * width)
                 packed = torch.frombuffer(self._native(data, info.format), dtype=torch.uint8)
                 rows = scale if scale is None or scale.numel() == 1 else scale[row : row + count]
-                yield QuantTensor(packed.view(count, width), info.format, (count, columns), rows).dequantize()
+                found = QuantTensor(packed.view(count, width), info.format, (count, columns), rows)
+                yield found.dequantize() if info.format.name != "F64" else self._narrowed(found, part.name)
+
+    def _narrowed(self, wide: QuantTensor, name: str) -> Tensor:
+        """Float64 as float32; finite numbers that would become infinite are refused."""
+        numbers = wide.dequantize(torch.float64)
+        narrow = numbers.float()
+        if bool((narrow.isinf() & numbers.isfinite()).any()):
+            fault = f"{printable(name, 120)} holds numbers beyond the range of float32"
+            raise BadWeights(f"{printable(self.file.path)}: {fault}")
+        return narrow
 
     def _span(self, part: Part) -> tuple[int, int]:
         """Offset of a part in its file, and its number of bytes."""
