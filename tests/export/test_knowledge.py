@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers import small_tokenizer, tiny
 from tests.helpers.model_files import encoder_metadata, stored, toy_encoder, write_gguf
 from zimage_core import BadWeights, ZImagePipeline, convert_file, open_weights, quantize_file
+from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights import names
 from zimage_core.weights.facts import facts
@@ -89,6 +90,21 @@ def test_a_scheduler_s_file_comes_before_what_the_weights_say(knowing, tmp_path)
     assert ZImagePipeline.from_pretrained(turbo).scheduler.shift == 3.0
     convert_file(turbo, tmp_path / "again.gguf")
     assert known(tmp_path / "again.gguf") == {"sample_size": 48, "shift": 3.0}
+
+
+def test_a_transformer_from_elsewhere_keeps_its_own_schedule(knowing, tmp_path):
+    """Also the folder that it lies in counts: it is not the schedule of the folder with the other parts."""
+    turbo = tiny.folder(tmp_path / "turbo", shift=3.0)
+    convert_file(knowing, tmp_path / "t.gguf")
+    for place in (tmp_path / "t.gguf", knowing / "transformer"):
+        assert ZImagePipeline.from_pretrained(turbo, transformer=place).scheduler.shift == 6.0
+        parts = (place, turbo / "text_encoder", turbo / "vae")
+        assert ZImagePipeline.from_files(*parts).scheduler.shift == 6.0
+    own = FlowMatchEulerScheduler(4.0)
+    assert ZImagePipeline.from_pretrained(turbo, transformer=place, scheduler=own).scheduler is own
+    silent = tmp_path / "silent.safetensors"
+    save_file(load_file(next((knowing / "transformer").glob("*.safetensors"))), silent)
+    assert ZImagePipeline.from_pretrained(turbo, transformer=silent).scheduler.shift == 3.0
 
 
 def test_a_schedule_of_another_kind_is_not_forgotten(tmp_path):

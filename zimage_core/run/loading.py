@@ -17,7 +17,7 @@ from zimage_core.run import sources
 from zimage_core.run.checks import read_path, shown
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
-from zimage_core.weights.components import open_pipeline
+from zimage_core.weights.components import open_component, open_pipeline
 from zimage_core.weights.facts import facts
 from zimage_core.weights.load import load_network
 from zimage_core.weights.opened import Opened
@@ -61,7 +61,7 @@ def load_components(
             read_path(name, path)
     opened = open_pipeline({name: paths[name] for name in COMPONENTS}, mmap)
     try:
-        known = facts(opened["transformer"])
+        known = facts(opened["transformer"], beside=scheduler is None)
         encoder = load_network(TextEncoder, opened["text_encoder"], dtype, device)
         return {
             "text_encoder": encoder,
@@ -92,7 +92,8 @@ def find_components(
         source: Folder or repository.
         given: Components that the caller passes as paths of their own.
         tokenizer: The caller's tokenizer; if None, the folder's is used together with its text encoder.
-        scheduler: The caller's scheduler; None uses the folder's.
+        scheduler: The caller's scheduler; None uses the folder's, but for a transformer from elsewhere that
+            states its own.
         mmap: Use the weights in place, as views of the files.
         variant: The variant of the files, such as "fp16"; None for those without one.
         others: Further arguments: those of the Hub, and those of diffusers that can be ignored.
@@ -112,7 +113,20 @@ def find_components(
     found = sources.find(source, elsewhere, hub_options, mmap, variant)
     if tokenizer is None and "text_encoder" not in given:
         tokenizer = found.tokenizer
-    return {**found.paths, **given}, tokenizer, scheduler or found.scheduler
+    if scheduler is None and not _states_schedule(given.get("transformer")):
+        scheduler = found.scheduler
+    return {**found.paths, **given}, tokenizer, scheduler
+
+
+def _states_schedule(transformer: PathLike | None) -> bool:
+    """Whether a transformer's file, or the folder that it lies in, states a schedule."""
+    if transformer is None:
+        return False
+    opened = open_component(read_path("transformer", transformer), "transformer", mmap=False)
+    try:
+        return "shift" in facts(opened)
+    finally:
+        opened.file.close()
 
 
 def check_tokenizer(tokenizer: Tokenizer, encoder: TextEncoder, path: str) -> None:

@@ -29,12 +29,13 @@ _DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"
 """Fields of a scheduler_config.json that have no effect unless use_dynamic_shifting is true."""
 
 
-def facts(opened: Opened, folder: Path | None = None) -> dict[str, Any]:
+def facts(opened: Opened, folder: Path | None = None, beside: bool = True) -> dict[str, Any]:
     """What is stated of a transformer; what nothing states is left out.
 
     Args:
         opened: The transformer's file.
         folder: The folder that was named, if there is one: its scheduler counts.
+        beside: Whether a scheduler_config.json is read at all.
 
     Returns:
         "sample_size": default height and width in pixels, int. "shift": of the noise levels, float.
@@ -50,6 +51,8 @@ def facts(opened: Opened, folder: Path | None = None) -> dict[str, Any]:
         raise BadWeights(f"{path}: {FIELD} of its config.json is {printable(config, 60)!r}, wanted an object")
     keys = {PREFIX + name: metadata[PREFIX + name] for name in NAMES if PREFIX + name in metadata}
     own = _checked(keys | {PREFIX + name: config[name] for name in NAMES if name in config}, path)
+    if not beside:
+        return own
     places = [*(() if folder is None else (folder,)), Path(opened.file.path).parent]
     places += [place.parent for place in places if (place.parent / "model_index.json").is_file()]
     schedule = next(filter(None, map(_schedule, places)), {})
