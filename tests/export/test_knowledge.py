@@ -233,8 +233,7 @@ def test_a_gguf_s_tokenizer_becomes_files_that_others_read(encoder, tmp_path):
     with open_weights(encoder) as file:
         wanted = Tokenizer.from_gguf(file)
         keys = {k: plain(v) for k, v in file.metadata.items() if k.startswith("tokenizer.")}
-    done = convert_file(encoder, tmp_path / "out", dequantize="f32")
-    assert not done.remarks
+    assert not convert_file(encoder, tmp_path / "out").remarks
     assert Tokenizer.from_folder(tmp_path / "out").fingerprint == wanted.fingerprint
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs(TEXT, add_special_tokens=False).input_ids == wanted.encode(TEXT)
@@ -254,7 +253,7 @@ def test_a_tokenizer_goes_from_folder_to_folder_unchanged(model, tmp_path):
 def test_a_single_file_says_where_its_tokenizer_is(model, encoder, tmp_path):
     done = convert_file(model, tmp_path / "a.safetensors", component="text_encoder")
     assert f"--tokenizer {model / 'tokenizer'}" in " ".join(done.remarks)
-    done = convert_file(encoder, tmp_path / "b.safetensors", dequantize="f32")
+    done = convert_file(encoder, tmp_path / "b.safetensors")
     assert f"--tokenizer {encoder}" in " ".join(done.remarks)
 
 

@@ -90,3 +90,9 @@ def test_a_number_too_large_for_its_new_type_is_named(tmp_path, dtype, value, ty
     with pytest.raises(BadWeights, match=f"{name} .*{message}"):
         quantize_file(source, tmp_path / "a.gguf", type)
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_dequantising_floats_is_told_to_change_nothing(wide, tmp_path):
+    done = convert_file(wide, tmp_path / "a.safetensors", dequantize="f32")
+    assert set(done.types) == {"BF16"}
+    assert "nothing is packed" in done.remarks[0]

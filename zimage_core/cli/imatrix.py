@@ -19,7 +19,7 @@ from zimage_core.cli.model_options import (
     warnings_as_lines,
 )
 from zimage_core.cli.progress import Progress
-from zimage_core.errors import printable
+from zimage_core.errors import BadArgument, printable
 from zimage_core.files.atomic import check_destination
 from zimage_core.files.units import in_bytes
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from zimage_core.study.collect import OnPrompt
 
 FORMATS = ("gguf", "dat")
+_OTHER_ENDINGS = (".safetensors", ".sft", ".json", ".npz", ".pt", ".bin", ".txt")
 _EPILOG = """\
 Without a model the one that comes inside the package is used. Ctrl-C ends the collection and writes nothing;
 with --partial the file of the last whole prompt stays.
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     """Check the arguments, load the model, collect, and write the file."""
     prompts = read_prompts(args.prompts)
     check_destination(args.output, args.force)
+    if Path(args.output).suffix.lower() in _OTHER_ENDINGS:
+        raise BadArgument(f"-o {printable(args.output)}: wanted a name that ends in .gguf, or in .dat")
     check_model(args)
     call = call_arguments(args, prompts)
 

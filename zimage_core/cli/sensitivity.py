@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     """Check the arguments, load the model, record calls, measure, and write the file."""
     prompts = read_prompts(args.prompts)
     check_destination(args.output, args.force)
+    if Path(args.output).suffix.lower() != ".json":
+        raise BadArgument(f"-o {printable(args.output)}: JSON is written; wanted a name that ends in .json")
     check_model(args)
     if args.vram is not None or args.ram is not None:
         raise BadArgument("sensitivity: weights are exchanged in place; leave out --vram and --ram")

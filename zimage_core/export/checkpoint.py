@@ -8,17 +8,16 @@ slab, because every page of a mapped file that is used would count as memory of 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zimage_core.assets import NANO
+from zimage_core.assets import named
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadWeights, Unsupported, WrongModel, ZImageError, printable
 from zimage_core.formats import BlockFormat
@@ -29,8 +28,6 @@ from zimage_core.weights.components import open_component
 from zimage_core.weights.facts import facts
 from zimage_core.weights.opened import Opened
 
-EMBEDDED = "default"
-"""The word for the model inside the package, where no file or folder has that name."""
 SLAB = 1 << 24
 """Number of weights that are dense in memory at once."""
 
@@ -96,9 +93,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | PathLike[str] | Opened, component: str | None = None) -> None:
-        if not isinstance(path, Opened) and fspath(path) == EMBEDDED and not os.path.lexists(path):
-            path = NANO
-        place = Path(path.file.path if isinstance(path, Opened) else fspath(path))
+        path = path if isinstance(path, Opened) else named(path)
+        place = Path(path.file.path if isinstance(path, Opened) else path)
         opened = open_component(path, component or "")
         self.file, self.card = opened.file, opened.card
         self.component = component or self.card.kind

@@ -149,6 +149,8 @@ def convert_file(
             prefix = prefix or MODEL_PREFIX
             others = _tokenizer(checkpoint, to, say)
         targets = checkpoint.targets(layout, prefix)
+        if dequantize is not None and all(_is_plain(checkpoint, target) for target in targets):
+            say("nothing is packed, so every number keeps its type: dequantising changes nothing")
         make = _gguf_job if to == "gguf" else _safetensors_job
         jobs = [make(checkpoint, target, dequantize) for target in targets]
         rows = [(job.target.name, job.target.shape, job.format) for job in jobs]
@@ -177,10 +179,16 @@ def convert_file(
     return Converted(fspath(out), nbytes, dict(types), tuple(remarks))
 
 
+def _is_plain(source: Checkpoint, target: Target) -> bool:
+    """Whether a tensor is stored as floats of one type, without a scale."""
+    stored = source.format_of(target)
+    return stored is not None and stored.is_float and not source.is_scaled(target)
+
+
 def _float(source: Checkpoint, target: Target, dequantize: str | None) -> BlockFormat | None:
     """The float type that a tensor must be converted to, or None if its bytes can be copied."""
     stored = source.format_of(target)
-    if stored is not None and stored.is_float and not source.is_scaled(target):
+    if _is_plain(source, target):
         return None
     if dequantize is not None:
         return FORMATS[FLOATS[dequantize]]
