@@ -17,8 +17,8 @@ from zimage_core import BadWeights, ZImagePipeline, convert_file, open_weights, 
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights import names
+from zimage_core.weights.components import open_component
 from zimage_core.weights.facts import facts
-from zimage_core.weights.opened import open_component
 
 KNOWN = {"sample_size": 48, "shift": 6.0}
 TEXT = "it's <|im_start|>hé<think> 123\n\n猫"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from tests.helpers.model_files import encoder_metadata, stored, toy_encoder, write_gguf
 from tests.helpers.wide import wide_state, write_wide
-from zimage_core import BadArgument, BadWeights, convert_file, open_weights, quantize_file
+from zimage_core import BadArgument, BadWeights, Unsupported, convert_file, open_weights, quantize_file
 from zimage_core.export.recipes import parse_recipe
+from zimage_core.weights import names
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.SFT", "a.bin", "a", "a.gguf.tmp", "v1.0"])
@@ -90,6 +93,26 @@ def test_a_number_too_large_for_its_new_type_is_named(tmp_path, dtype, value, ty
     with pytest.raises(BadWeights, match=f"{name} .*{message}"):
         quantize_file(source, tmp_path / "a.gguf", type)
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_a_scale_beside_packed_blocks_is_applied_or_the_file_refused(tmp_path):
+    """NVFP4 of llama.cpp's converter: `.scale` multiplies the matrix, and no block could take it up."""
+    config = toy_encoder()
+    content = stored(names.checkpoint_shapes(names.text_encoder_table(config, "gguf")), matrix="NVFP4")
+    plain = content.values()
+    for i, name in enumerate([n for n in plain if n.startswith("blk.") and plain[n].ndim == 2]):
+        scale = np.array([0.25 + i], np.float32)
+        content.tensors[name.replace(".weight", ".scale")] = ("F32", scale.view(np.uint8), (1,))
+        plain[name] = plain[name] * float(scale[0])
+    write_gguf(tmp_path / "in.gguf", content, encoder_metadata(config))
+    with pytest.raises(Unsupported, match=r"stored as NVFP4, which cannot be carried over .*--dequantize"):
+        convert_file(tmp_path / "in.gguf", tmp_path / "a.gguf")
+    convert_file(tmp_path / "in.gguf", tmp_path / "a.gguf", dequantize="f32")
+    quantize_file(tmp_path / "in.gguf", tmp_path / "b.gguf", "F32", requantize=True)
+    for name in ("a.gguf", "b.gguf"):
+        with open_weights(tmp_path / name) as file:
+            assert file.tensors.keys() == plain.keys(), "scales are in the numbers now"
+            assert all(torch.equal(file.tensor(n).dequantize(), plain[n]) for n in plain)
 
 
 def test_dequantising_floats_is_told_to_change_nothing(wide, tmp_path):
