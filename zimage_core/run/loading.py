@@ -146,5 +146,7 @@ def check_tokenizer(tokenizer: Tokenizer, encoder: TextEncoder, path: str) -> No
 
 def schedule_of(known: Mapping[str, Any]) -> FlowMatchEulerScheduler:
     """The schedule that the facts of a transformer state; shift 3 where they state none."""
-    shift = {"shift": known["shift"]} if "shift" in known else {}
-    return FlowMatchEulerScheduler.from_json({**known.get("scheduler", {}), **shift})
+    if not known.keys() & {"shift", "scheduler"}:
+        return FlowMatchEulerScheduler()
+    shift = known.get("shift", FlowMatchEulerScheduler.shift)
+    return FlowMatchEulerScheduler.from_json({**known.get("scheduler", {}), "shift": shift})
