@@ -466,20 +466,7 @@ class ZImagePipeline:
     @property
     def limits(self) -> Limits:
         """Limits of these components, and the defaults of the checkpoint, Turbo or base."""
-        base = self._base
-        net, vae = self.transformer.config, self.vae.config
-        return Limits(
-            sample_size=self.sample_size,
-            steps=50 if base else 8,
-            guidance=4.0 if base else 0.0,
-            distilled=not base,
-            channels=net.in_channels,
-            caption_width=net.cap_feat_dim,
-            factor=vae.spatial_factor,
-            patch=net.patch_size,
-            rows=net.axes_lens[1],
-            cols=net.axes_lens[2],
-        )
+        return Limits.of(self.transformer.config, self.vae.config, self.sample_size, self._base)
 
     def files(self) -> dict[str, WeightFile]:
         """Component -> the open file whose bytes it uses; components built in memory are left out."""

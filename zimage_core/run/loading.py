@@ -17,13 +17,12 @@ from zimage_core.run import sources
 from zimage_core.run.checks import read_path, shown
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
-from zimage_core.weights.components import open_pipeline
+from zimage_core.weights.components import open_component, open_pipeline
+from zimage_core.weights.facts import facts
 from zimage_core.weights.load import load_network
 from zimage_core.weights.opened import Opened
-from zimage_core.weights.source import WeightFile
 
 NATIVE_SIZE = 1024
-SIZE_KEY = "zimage.sample_size"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 ALWAYS = ("low_cpu_mem_usage", "use_safetensors")
 """Arguments of diffusers that are ignored, because the library always does what they ask for."""
@@ -44,7 +43,7 @@ def load_components(
     Args:
         paths: "transformer", "text_encoder" and "vae" -> file, folder, or the file that is open already.
         tokenizer: Path or object, as for `ZImagePipeline.from_files`; None finds the text encoder's own.
-        scheduler: The schedule; None for shift 3.
+        scheduler: The schedule; None for the one that the transformer's file or folder states, else shift 3.
         dtype: The dtype of transformer and text encoder; the VAE is always float32.
         device: Device of the networks.
         mmap: Use the weights in place, as views of the files.
@@ -62,14 +61,15 @@ def load_components(
             read_path(name, path)
     opened = open_pipeline({name: paths[name] for name in COMPONENTS}, mmap)
     try:
+        known = facts(opened["transformer"], beside=scheduler is None)
         encoder = load_network(TextEncoder, opened["text_encoder"], dtype, device)
         return {
             "text_encoder": encoder,
             "tokenizer": sources.find_tokenizer(tokenizer, opened["text_encoder"].file),
             "transformer": load_network(ZImageTransformer, opened["transformer"], dtype, device),
             "vae": load_network(Autoencoder, opened["vae"], torch.float32, device),
-            "scheduler": scheduler or FlowMatchEulerScheduler(),
-            "sample_size": _sample_size(opened["transformer"].file),
+            "scheduler": scheduler or schedule_of(known),
+            "sample_size": known.get("sample_size", NATIVE_SIZE),
         }
     except BaseException:
         for part in opened.values():
@@ -92,7 +92,8 @@ def find_components(
         source: Folder or repository.
         given: Components that the caller passes as paths of their own.
         tokenizer: The caller's tokenizer; if None, the folder's is used together with its text encoder.
-        scheduler: The caller's scheduler; None uses the folder's.
+        scheduler: The caller's scheduler; None uses the folder's, but for a transformer from elsewhere that
+            states its own.
         mmap: Use the weights in place, as views of the files.
         variant: The variant of the files, such as "fp16"; None for those without one.
         others: Further arguments: those of the Hub, and those of diffusers that can be ignored.
@@ -112,7 +113,20 @@ def find_components(
     found = sources.find(source, elsewhere, hub_options, mmap, variant)
     if tokenizer is None and "text_encoder" not in given:
         tokenizer = found.tokenizer
-    return {**found.paths, **given}, tokenizer, scheduler or found.scheduler
+    if scheduler is None and not _states_schedule(given.get("transformer")):
+        scheduler = found.scheduler
+    return {**found.paths, **given}, tokenizer, scheduler
+
+
+def _states_schedule(transformer: PathLike | None) -> bool:
+    """Whether a transformer's file, or the folder that it lies in, states a schedule."""
+    if transformer is None:
+        return False
+    opened = open_component(read_path("transformer", transformer), "transformer", mmap=False)
+    try:
+        return "shift" in facts(opened)
+    finally:
+        opened.file.close()
 
 
 def check_tokenizer(tokenizer: Tokenizer, encoder: TextEncoder, path: str) -> None:
@@ -130,6 +144,9 @@ def check_tokenizer(tokenizer: Tokenizer, encoder: TextEncoder, path: str) -> No
         )
 
 
-def _sample_size(file: WeightFile) -> int:
-    size = file.metadata.get(SIZE_KEY)
-    return size if isinstance(size, int) and 16 <= size <= 8192 and size % 16 == 0 else NATIVE_SIZE
+def schedule_of(known: Mapping[str, Any]) -> FlowMatchEulerScheduler:
+    """The schedule that the facts of a transformer state; shift 3 where they state none."""
+    if not known.keys() & {"shift", "scheduler"}:
+        return FlowMatchEulerScheduler()
+    shift = known.get("shift", FlowMatchEulerScheduler.shift)
+    return FlowMatchEulerScheduler.from_json({**known.get("scheduler", {}), "shift": shift})

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from zimage_core.config import AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.run import checks
 from zimage_core.run.checks import MAX_IMAGES, StepCallback, real, whole
@@ -75,6 +76,22 @@ class Limits:
     patch: int
     rows: int
     cols: int
+
+    @classmethod
+    def of(cls, net: TransformerConfig, vae: AutoencoderConfig, sample_size: int, base: bool) -> Limits:
+        """The limits of two networks, and the defaults of the base checkpoint or a distilled one."""
+        return cls(
+            sample_size=sample_size,
+            steps=50 if base else 8,
+            guidance=4.0 if base else 0.0,
+            distilled=not base,
+            channels=net.in_channels,
+            caption_width=net.cap_feat_dim,
+            factor=vae.spatial_factor,
+            patch=net.patch_size,
+            rows=net.axes_lens[1],
+            cols=net.axes_lens[2],
+        )
 
 
 class Encoding(NamedTuple):

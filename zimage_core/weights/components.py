@@ -70,13 +70,15 @@ def open_component(
     if component:
         return open_parts(folder, (component,), mmap, variant)[component]
     parts = [name for name in COMPONENTS if component_folder(folder, name)]
-    if parts:
+    if parts[:1] == list(COMPONENTS[:1]):
         return open_component(folder, parts[0], mmap, variant)
-    if _holds_one_model(folder, variant):
+    if not parts and _holds_one_model(folder, variant):
         return _in_component_folder(folder, "", mmap, variant)
     survey = _Survey(folder, mmap, variant)
     try:
         kinds = [name for name in COMPONENTS if survey.candidates(name)]
+        if parts and kinds[:1] != list(COMPONENTS[:1]):  # no loose transformer beside the subfolders
+            return open_component(folder, parts[0], mmap, variant)
         return survey.choose(kinds[:1] or COMPONENTS[:1], None)[(kinds or COMPONENTS)[0]]
     finally:
         survey.close_others()
