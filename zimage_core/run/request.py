@@ -170,7 +170,7 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
     steps = limits.steps if request.num_inference_steps is None else request.num_inference_steps
     steps = whole("num_inference_steps", steps, 1, MAX_STEPS)
     if request.sigmas is None:
-        sigmas = scheduler.sigmas(steps)
+        sigmas = scheduler.levels(steps)
     else:
         sigmas = scheduler.shifted(checks.levels(request.sigmas))
     batch = make_batch(request, scale > 0, limits.caption_width)
