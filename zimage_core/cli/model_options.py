@@ -75,6 +75,13 @@ def add_image(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--cfg", type=float, metavar="X", help="the same counted from 1, as in ComfyUI: guidance + 1"
     )
     image.add_argument(
+        "--shift",
+        type=float,
+        metavar="X",
+        help="shift of the noise levels: 3 for Turbo, 6 for the base model, whose loose files do not say so "
+        "(default: the model's, else 3)",
+    )
+    image.add_argument(
         "--negative", dest="negative_prompt", metavar="TEXT", help="what not to draw; only with guidance"
     )
     image.add_argument(

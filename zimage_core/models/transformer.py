@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zimage_core.config import TransformerConfig
-from zimage_core.errors import BadShape
+from zimage_core.errors import BadShape, Unsupported
 from zimage_core.models import sequence
 from zimage_core.models.block_source import RESIDENT, BlockSource
+from zimage_core.models.ported import Network
 from zimage_core.nn.elementwise import gate_norm_residual, qk_norm_rope, rms_norm_modulate, silu_gate
 from zimage_core.nn.layers import RMSNorm, Rotation, attention, rotation
 from zimage_core.nn.linear import Linear
@@ -199,8 +200,21 @@ class FinalLayer(nn.Module):
         return out
 
 
-class ZImageTransformer(nn.Module):
+class Estimates(list[Tensor]):
+    """The result of `ZImageTransformer.forward`: a tensor for each image; `sample` is the list itself."""
+
+    @property
+    def sample(self) -> Estimates:
+        """The list, under diffusers' name."""
+        return self
+
+
+class ZImageTransformer(Network):
     """S3-DiT: estimates (clean - noise) from a noisy latent, a time and a caption."""
+
+    loader = "load_transformer"
+    sample_size: int | None = None
+    """Height and width in pixels that it was trained for; None if nothing states them."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -218,7 +232,6 @@ class ZImageTransformer(nn.Module):
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.layers = nn.ModuleList(TransformerBlock(config, modulated=True) for _ in range(config.n_layers))
         self.stream: BlockSource = RESIDENT
-        self.opened: object | None = None  # the file that it was loaded from, a `weights.opened.Opened`
 
     @property
     def blocks(self) -> tuple[TransformerBlock, ...]:
@@ -235,7 +248,14 @@ class ZImageTransformer(nn.Module):
         """Device of the computation."""
         return self.x_pad_token.device
 
-    def forward(self, x: Sequence[Tensor], t: Tensor, cap_feats: Sequence[Tensor]) -> list[Tensor]:
+    def forward(
+        self,
+        x: Sequence[Tensor],
+        t: Tensor,
+        cap_feats: Sequence[Tensor],
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Estimates | tuple[Estimates]:
         """Run each image alone, in order.
 
         Time and sign are those of diffusers: t is 0 for noise and 1 for a clean image, and the
@@ -245,6 +265,9 @@ class ZImageTransformer(nn.Module):
             x: Latents, each [in_channels, 1, h, w] with even h and w; sizes may differ.
             t: Times in [0, 1], float32 [len(x)].
             cap_feats: Hidden states of the text encoder, each [L, cap_feat_dim], without padding.
+            return_dict: False returns (list,), as in diffusers.
+            others: Further arguments of diffusers; only None, empty values and this model's patch sizes are
+                taken.
 
         Returns:
             One [in_channels, 1, h, w] per image, in the model's dtype.
@@ -252,17 +275,21 @@ class ZImageTransformer(nn.Module):
         Raises:
             BadShape: Lengths or shapes do not fit this transformer.
             BadArgument: A caption or an image is longer than the positions the model knows.
+            Unsupported: An argument of diffusers has a value that means something.
         """
+        usual = {"patch_size": self.config.patch_size, "f_patch_size": 1}
+        if wrong := [name for name, value in others.items() if value and value != usual.get(name)]:
+            raise Unsupported(f"transformer: {wrong[0]}= means nothing here; leave it out")
         if not len(x) == len(cap_feats) == t.numel():
             raise BadShape(
                 f"transformer: got {len(x)} latents, {t.numel()} times and {len(cap_feats)} captions"
             )
-        out = []
+        out = Estimates()
         for latent, time, caption in zip(x, t.flatten().tolist(), cap_feats, strict=True):
             self._check_latent(latent)
             prepared = self.prepare([caption], [time], (latent.shape[-2], latent.shape[-1]))
             out.append(self.step(latent[:, 0].to(self.dtype), prepared, 0).unsqueeze(1))
-        return out
+        return out if return_dict else (out,)
 
     def prepare(self, captions: Sequence[Tensor], times: Sequence[float], size: tuple[int, int]) -> Prepared:
         """Compute the values that the steps of a run share.

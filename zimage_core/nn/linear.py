@@ -129,9 +129,15 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers and packed bytes of a module and all modules inside it."""
     yield from module.parameters()
     yield from module.buffers()
+    for weight in packed_weights(module):
+        yield weight.packed
+
+
+def packed_weights(module: nn.Module) -> Iterator[QuantTensor]:
+    """Packed weights of a module and all modules inside it."""
     for each in module.modules():
         if isinstance(each, _Weighted) and isinstance(each.weight, QuantTensor):
-            yield each.weight.packed
+            yield each.weight
 
 
 class Linear(_Weighted):

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 
 from zimage_core.config import COMPONENTS
-from zimage_core.errors import Unsupported, WrongModel
+from zimage_core.errors import Unsupported
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.run import sources
 from zimage_core.run.checks import read_path, shown
+from zimage_core.run.components import check_kind, is_network
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.components import open_pipeline
-from zimage_core.weights.load import load_network
+from zimage_core.weights.load import load_network, opened_file
 from zimage_core.weights.opened import Opened
 from zimage_core.weights.source import WeightFile
 
@@ -29,23 +30,27 @@ ALWAYS = ("low_cpu_mem_usage", "use_safetensors")
 """Arguments of diffusers that are ignored, because the library always does what they ask for."""
 
 PathLike = str | os.PathLike[str]
+CLASSES: dict[str, Any] = {
+    "text_encoder": TextEncoder, "transformer": ZImageTransformer, "vae": Autoencoder
+}  # fmt: skip
 
 
 def load_components(
-    paths: Mapping[str, PathLike | Opened],
+    paths: Mapping[str, Any],
     tokenizer: PathLike | Tokenizer | None,
     scheduler: FlowMatchEulerScheduler | None,
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     device: torch.device,
     mmap: bool,
 ) -> dict[str, Any]:
     """Load the components of a pipeline.
 
     Args:
-        paths: "transformer", "text_encoder" and "vae" -> file, folder, or the file that is open already.
+        paths: "transformer", "text_encoder" and "vae" -> file, folder, the file that is open already, a
+            network, or None for none.
         tokenizer: Path or object, as for `ZImagePipeline.from_files`; None finds the text encoder's own.
         scheduler: The schedule; None for shift 3.
-        dtype: The dtype of transformer and text encoder; the VAE is always float32.
+        dtypes: The dtypes of "transformer" and "text_encoder"; the VAE is always float32.
         device: Device of the networks.
         mmap: Use the weights in place, as views of the files.
 
@@ -57,20 +62,23 @@ def load_components(
         BadFile: A file cannot be read.
         WrongModel, BadWeights: A file is another model or a damaged one.
     """
-    for name, path in paths.items():
-        if not isinstance(path, Opened):
-            read_path(name, path)
-    opened = open_pipeline({name: paths[name] for name in COMPONENTS}, mmap)
+    check_kind("scheduler", scheduler)
+    objects = {name: value for name, value in paths.items() if value is None or is_network(value)}
+    for name, value in paths.items():
+        if name in objects:
+            check_kind(name, value)
+        elif not isinstance(value, Opened):
+            read_path(name, value)
+    opened = open_pipeline({name: paths[name] for name in COMPONENTS if name not in objects}, mmap)
     try:
-        encoder = load_network(TextEncoder, opened["text_encoder"], dtype, device)
-        return {
-            "text_encoder": encoder,
-            "tokenizer": sources.find_tokenizer(tokenizer, opened["text_encoder"].file),
-            "transformer": load_network(ZImageTransformer, opened["transformer"], dtype, device),
-            "vae": load_network(Autoencoder, opened["vae"], torch.float32, device),
-            "scheduler": scheduler or FlowMatchEulerScheduler(),
-            "sample_size": _sample_size(opened["transformer"].file),
-        }
+        found = {name: None if value is None else value.to(device) for name, value in objects.items()}
+        for name, part in opened.items():
+            found[name] = load_network(CLASSES[name], part, dtypes.get(name, torch.float32), device)
+        encoder = found["text_encoder"]
+        if encoder is not None or tokenizer is not None:
+            own = None if encoder is None else opened_file(encoder)
+            tokenizer = sources.find_tokenizer(tokenizer, None if own is None else own.file)
+        return {**found, "tokenizer": tokenizer, "scheduler": scheduler}
     except BaseException:
         for part in opened.values():
             part.file.close()
@@ -79,18 +87,18 @@ def load_components(
 
 def find_components(
     source: PathLike,
-    given: Mapping[str, PathLike],
+    given: Mapping[str, Any],
     tokenizer: PathLike | Tokenizer | None,
     scheduler: FlowMatchEulerScheduler | None,
     mmap: bool,
     variant: str | None,
     others: Mapping[str, Any],
-) -> tuple[dict[str, PathLike | Opened], PathLike | Tokenizer | None, FlowMatchEulerScheduler | None]:
+) -> tuple[dict[str, Any], PathLike | Tokenizer | None, FlowMatchEulerScheduler | None]:
     """Find the files of a folder or repository, for `ZImagePipeline.from_pretrained`.
 
     Args:
         source: Folder or repository.
-        given: Components that the caller passes as paths of their own.
+        given: Components that the caller passes: a path, a network, or None for none.
         tokenizer: The caller's tokenizer; if None, the folder's is used together with its text encoder.
         scheduler: The caller's scheduler; None uses the folder's.
         mmap: Use the weights in place, as views of the files.
@@ -115,21 +123,21 @@ def find_components(
     return {**found.paths, **given}, tokenizer, scheduler or found.scheduler
 
 
-def check_tokenizer(tokenizer: Tokenizer, encoder: TextEncoder, path: str) -> None:
-    """Refuse a tokenizer that has more tokens than the text encoder.
+def keep_sample_size(transformer: ZImageTransformer | None, sample_size: int | None) -> int:
+    """Default height and width of a pipeline, which its transformer keeps for pipelines that share it.
 
-    Raises:
-        WrongModel: The message names the text encoder by `path`.
+    Args:
+        transformer: The transformer; None if there is none.
+        sample_size: The caller's size; None uses the size that the transformer or its file states, else 1024.
     """
-    rows = encoder.config.vocab_size
-    if tokenizer.vocab_size > rows:
-        raise WrongModel(
-            path,
-            f"it knows {rows} tokens, the tokenizer has {tokenizer.vocab_size}",
-            "give the tokenizer that belongs to it",
-        )
+    if sample_size is None and transformer is not None:
+        part = opened_file(transformer)
+        sample_size = transformer.sample_size or (None if part is None else _sample_size(part.file))
+    if transformer is not None:
+        transformer.sample_size = sample_size
+    return sample_size or NATIVE_SIZE
 
 
-def _sample_size(file: WeightFile) -> int:
+def _sample_size(file: WeightFile) -> int | None:
     size = file.metadata.get(SIZE_KEY)
-    return size if isinstance(size, int) and 16 <= size <= 8192 and size % 16 == 0 else NATIVE_SIZE
+    return size if isinstance(size, int) and 16 <= size <= 8192 and size % 16 == 0 else None

@@ -42,8 +42,8 @@ class Placement:
             if isinstance(target, torch.dtype):
                 self._as_loaded = False
                 dtype = read_dtype(target, None, torch.device("cpu"))
-                networks["transformer"].to(dtype)
-                networks["text_encoder"].to(dtype)
+                for name in {"transformer", "text_encoder"} & set(networks):
+                    networks[name].to(dtype)
             else:
                 place = read_device(target)
                 for network in networks.values():

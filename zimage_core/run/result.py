@@ -158,14 +158,14 @@ class ZImageResult:
         write_atomically(path, data, overwrite=force)
 
 
-def settings_of(run: Run, shift: float, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:
+def settings_of(run: Run, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:
     """Settings of each image for its PNG; nothing in them differs between equal runs, as times would."""
     common: dict[str, Any] = {
         "program": "zimage_core",
         "version": f"zimage_core {__version__}",
         "steps": run.steps,
         "sampler": "euler",
-        "shift": shift,
+        "shift": run.shift,
         "guidance_scale": run.guidance_scale,
         "width": run.width,
         "height": run.height,

@@ -1,7 +1,7 @@
 """Steps of a schedule by hand, with the names of diffusers' FlowMatchEulerDiscreteScheduler.
 
-A run of the pipeline does not use this: it takes the noise levels of the schedule and follows them in `euler`.
-The values are the same to the bit.
+A run of the pipeline does not use this: it takes the noise levels of the schedule and follows them in
+`euler`. The values are the same to the bit.
 """
 
 from __future__ import annotations
@@ -214,7 +214,9 @@ class Stepping:
             Unsupported: timesteps are given.
         """
         if timesteps is not None:
-            raise Unsupported("set_timesteps: timesteps are not taken; give sigmas, which are timestep / 1000")
+            raise Unsupported(
+                "set_timesteps: timesteps are not taken; give sigmas, which are timestep / 1000"
+            )
         if sigmas is None:
             if num_inference_steps is None:
                 raise BadArgument("set_timesteps: give num_inference_steps or sigmas")
@@ -301,4 +303,3 @@ class Stepping:
 
     def __len__(self) -> int:
         return TRAINED
-
