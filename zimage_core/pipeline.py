@@ -239,7 +239,7 @@ class ZImagePipeline(Ported):
         self._interrupt, self._guidance_scale, self._num_timesteps = False, run.guidance_scale, run.steps
         ids = self._tokenize(run.batch, run.encoding)
         embeds = (*(run.batch.prompt_embeds or ()), *(run.batch.negative_prompt_embeds or ()))
-        self._placement.begin(run, max(len(each) for each in (*ids.values(), *embeds)))
+        self._placement.begin(networks(self), run, max(len(each) for each in (*ids.values(), *embeds)))
         captions = self._encode(run.batch, ids, run.debug, self.transformer.device)
         encoded = clock.lap()
         with self._placement.phase("denoise"):

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from zimage_core.config import TransformerConfig
 from zimage_core.errors import BadShape, Unsupported
 from zimage_core.models import sequence
+from zimage_core.models.block_norms import norm_modulate, norm_residual, norms_rope
 from zimage_core.models.block_source import RESIDENT, BlockSource
 from zimage_core.models.ported import Network
-from zimage_core.nn.elementwise import gate_norm_residual, qk_norm_rope, rms_norm_modulate, silu_gate
+from zimage_core.nn.elementwise import silu_gate
 from zimage_core.nn.layers import RMSNorm, Rotation, attention, rotation
 from zimage_core.nn.linear import Linear
 
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         """x [..., L, dim] -> [..., L, dim], multiplied by `scale`."""
         per_head = (self.heads, -1)
         q, k = self.to_q(x).unflatten(-1, per_head), self.to_k(x).unflatten(-1, per_head)
-        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, QK_NORM_EPS, *rope)
+        q, k = norms_rope(self.norm_q, self.norm_k, q, k, QK_NORM_EPS, rope)
         v = self.to_v(x if scale == 1.0 else x * scale).unflatten(-1, per_head)
         out: Tensor = self.to_out[0](attention(q, k, v))
         return out
@@ -168,12 +169,10 @@ class TransformerBlock(nn.Module):
             modulation = self.modulation(temb)
         if modulation is not None:
             scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.unsqueeze(-2).chunk(4, dim=-1)
-        norm_in, norm_out = self.attention_norm1, self.attention_norm2
-        a = self.attention(rms_norm_modulate(x, norm_in.weight, norm_in.eps, scale_msa), rope, attn_scale)
-        x = gate_norm_residual(x, a, norm_out.weight, norm_out.eps, gate_msa, attn_scale)
-        norm_in, norm_out = self.ffn_norm1, self.ffn_norm2
-        f = self.feed_forward(rms_norm_modulate(x, norm_in.weight, norm_in.eps, scale_mlp), ffn_scale)
-        return gate_norm_residual(x, f, norm_out.weight, norm_out.eps, gate_mlp, ffn_scale)
+        a = self.attention(norm_modulate(self.attention_norm1, x, scale_msa), rope, attn_scale)
+        x = norm_residual(self.attention_norm2, x, a, gate_msa, attn_scale)
+        f = self.feed_forward(norm_modulate(self.ffn_norm1, x, scale_mlp), ffn_scale)
+        return norm_residual(self.ffn_norm2, x, f, gate_mlp, ffn_scale)
 
 
 class FinalLayer(nn.Module):

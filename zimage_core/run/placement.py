@@ -12,7 +12,8 @@ from zimage_core.errors import Unsupported
 from zimage_core.memory.phases import MemoryBudget, MemoryReport, PhaseManager
 from zimage_core.models.transformer import Predict, ZImageTransformer
 from zimage_core.nn.cuda_graphs import StepGraphs
-from zimage_core.nn.linear import Linear
+from zimage_core.nn.layers import has_hooks
+from zimage_core.nn.linear import Linear, tensors_of
 from zimage_core.quant.dispatch import largest_that_fit
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.run.checks import read_device, read_dtype, whole
@@ -33,6 +34,7 @@ class Placement:
         self.memory: PhaseManager | None = None
         self.graphs: StepGraphs | None = None
         self._as_loaded = True
+        self._recorded: list[int] = []
 
     def to(self, networks: Networks, targets: tuple[str | torch.device | torch.dtype, ...]) -> None:
         """Move the networks to devices, or cast transformer and text encoder to dtypes, in this order."""
@@ -61,10 +63,14 @@ class Placement:
 
     def predict(self, transformer: ZImageTransformer) -> Predict | None:
         """Function to call instead of `transformer.predict`: recorded graphs, a compiled one, or None."""
-        if self.graphs is not None and self.graphs.step != transformer.predict:
-            self.graphs = StepGraphs(transformer.predict)  # the transformer was replaced
         if self.graphs is not None:
-            return self.graphs
+            weights = [tensor.data_ptr() for tensor in tensors_of(transformer)]
+            if self.graphs.step != transformer.predict or weights != self._recorded:
+                # the transformer or a weight was replaced; in-place edits keep their address
+                self.graphs, self._recorded = StepGraphs(transformer.predict), weights
+            # a graph is replayed without Python, so that no hook would be called
+            hooked = any(has_hooks(module) for module in transformer.modules())
+            return None if hooked else self.graphs
         # torch.compile(pipe.transformer) compiles the module's call, but a run calls its methods
         compiled = getattr(transformer, "dynamo_ctx", None)
         return None if compiled is None else compiled(transformer.predict)
@@ -118,9 +124,10 @@ class Placement:
         self.memory = PhaseManager(networks, opened, device, MemoryBudget(vram, ram))
         self.graphs = None
 
-    def begin(self, run: Run, caption_tokens: int) -> None:
+    def begin(self, networks: Networks, run: Run, caption_tokens: int) -> None:
         """Plan a run where memory is limited."""
         if self.memory is not None:
+            self.memory.check_networks(networks)
             images, guided = run.batch.images, run.guidance_scale > 0
             self.memory.begin(
                 width=run.width, height=run.height, images=images, caption_tokens=caption_tokens,
