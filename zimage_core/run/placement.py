@@ -34,7 +34,7 @@ class Placement:
         self.memory: PhaseManager | None = None
         self.graphs: StepGraphs | None = None
         self._as_loaded = True
-        self._recorded: list[int] = []
+        self._addresses: list[int] = []  # of the weights that the graphs read
 
     def to(self, networks: Networks, targets: tuple[str | torch.device | torch.dtype, ...]) -> None:
         """Move the networks to devices, or cast transformer and text encoder to dtypes, in this order."""
@@ -64,10 +64,10 @@ class Placement:
     def predict(self, transformer: ZImageTransformer) -> Predict | None:
         """Function to call instead of `transformer.predict`: recorded graphs, a compiled one, or None."""
         if self.graphs is not None:
-            weights = [tensor.data_ptr() for tensor in tensors_of(transformer)]
-            if self.graphs.step != transformer.predict or weights != self._recorded:
-                # the transformer or a weight was replaced; in-place edits keep their address
-                self.graphs, self._recorded = StepGraphs(transformer.predict), weights
+            addresses = [tensor.data_ptr() for tensor in tensors_of(transformer)]
+            if self.graphs.step != transformer.predict or (len(self.graphs) and addresses != self._addresses):
+                self.graphs = StepGraphs(transformer.predict)  # the transformer or a weight was replaced
+            self._addresses = addresses
             # a graph is replayed without Python, so that no hook would be called
             hooked = any(has_hooks(module) for module in transformer.modules())
             return None if hooked else self.graphs
