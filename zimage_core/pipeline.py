@@ -25,7 +25,13 @@ from zimage_core.run.checks import Dtype, StepCallback, read_device, read_dtypes
 from zimage_core.run.components import FOLDERS, check_components, check_kinds, networks, require
 from zimage_core.run.decode import decode
 from zimage_core.run.denoise import Denoiser, denoise
-from zimage_core.run.loading import PathLike, find_components, keep_sample_size, load_components
+from zimage_core.run.loading import (
+    PathLike,
+    find_components,
+    keep_sample_size,
+    load_components,
+    stated_scheduler,
+)
 from zimage_core.run.nonfinite import checked, guard_attention
 from zimage_core.run.placement import Placement
 from zimage_core.run.ported import Ported
@@ -52,9 +58,10 @@ class ZImagePipeline(Ported):
     needs it says so.
 
     Args:
-        scheduler: Schedule of the noise levels; None for shift 3. Its shift decides the defaults of the call:
-            a shift of 6 means the base checkpoint, any other a distilled one (they have 3). If it is None,
-            the `shift` of a call decides instead. Replacing the scheduler later changes no default.
+        scheduler: Schedule of the noise levels; None for the one that the transformer's file states, else
+            shift 3. Its shift decides the defaults of the call: a shift of 6 means the base checkpoint, any
+            other a distilled one (they have 3). Where none is given or stated, the `shift` of a call decides
+            instead. Replacing the scheduler later changes no default.
         vae: The VAE, which always runs in float32, as in the official code and the model's own config.
         text_encoder: The text encoder; its width must be the transformer's caption width.
         tokenizer: The text encoder's tokenizer.
@@ -78,6 +85,7 @@ class ZImagePipeline(Ported):
     ) -> None:
         given = {"scheduler": scheduler, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
         check_kinds({**given, "transformer": transformer})
+        scheduler = scheduler or stated_scheduler(transformer)
         # None is refused by name where a component is needed, so the types leave it out
         self.scheduler = FlowMatchEulerScheduler() if scheduler is None else scheduler
         self.vae = cast(Autoencoder, vae)

@@ -19,12 +19,11 @@ from zimage_core.run.components import check_kind, is_network
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.components import open_pipeline
+from zimage_core.weights.facts import facts
 from zimage_core.weights.load import load_network, opened_file
 from zimage_core.weights.opened import Opened
-from zimage_core.weights.source import WeightFile
 
 NATIVE_SIZE = 1024
-SIZE_KEY = "zimage.sample_size"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 ALWAYS = ("low_cpu_mem_usage", "use_safetensors")
 """Arguments of diffusers that are ignored, because the library always does what they ask for."""
@@ -49,7 +48,7 @@ def load_components(
         paths: "transformer", "text_encoder" and "vae" -> file, folder, the file that is open already, a
             network, or None for none.
         tokenizer: Path or object, as for `ZImagePipeline.from_files`; None finds the text encoder's own.
-        scheduler: The schedule; None for shift 3.
+        scheduler: The schedule; None for the one that the transformer's file or folder states, else shift 3.
         dtypes: The dtypes of "transformer" and "text_encoder"; the VAE is always float32.
         device: Device of the networks.
         mmap: Use the weights in place, as views of the files.
@@ -131,13 +130,21 @@ def keep_sample_size(transformer: ZImageTransformer | None, sample_size: int | N
         sample_size: The caller's size; None uses the size that the transformer or its file states, else 1024.
     """
     if sample_size is None and transformer is not None:
-        part = opened_file(transformer)
-        sample_size = transformer.sample_size or (None if part is None else _sample_size(part.file))
+        sample_size = transformer.sample_size or _known(transformer).get("sample_size")
     if transformer is not None:
         transformer.sample_size = sample_size
     return sample_size or NATIVE_SIZE
 
 
-def _sample_size(file: WeightFile) -> int | None:
-    size = file.metadata.get(SIZE_KEY)
-    return size if isinstance(size, int) and 16 <= size <= 8192 and size % 16 == 0 else None
+def stated_scheduler(transformer: ZImageTransformer | None) -> FlowMatchEulerScheduler | None:
+    """The schedule that a transformer's file or the config.json beside it states; None if neither does."""
+    known = _known(transformer)
+    if not known.keys() & {"shift", "scheduler"}:
+        return None
+    shift = {"shift": known["shift"]} if "shift" in known else {}
+    return FlowMatchEulerScheduler.from_json({**known.get("scheduler", {}), **shift})
+
+
+def _known(transformer: ZImageTransformer | None) -> dict[str, Any]:
+    part = None if transformer is None else opened_file(transformer)
+    return {} if part is None else facts(part)
