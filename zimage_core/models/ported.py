@@ -116,6 +116,10 @@ class Network(nn.Module):
         found: Self = load(Path(folder, subfolder) if subfolder else fspath(folder), **options)
         return found
 
+    def save_pretrained(self, folder: str | PathLike[str], **options: Any) -> None:
+        """Write the network with its present weights; see `zimage_core.save_pretrained`."""
+        zimage_core.save_pretrained(self, folder, **options)
+
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of weights, packed ones included.
 

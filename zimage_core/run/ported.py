@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from os import PathLike
 from typing import Any, TypeVar
 
 import torch
 
+import zimage_core
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.ported import refuse
@@ -72,6 +74,10 @@ class Ported:
             )
         encoder = path if text_encoder is None else text_encoder
         return cls.from_files(path, encoder, path if vae is None else vae, **options)  # type: ignore[attr-defined,no-any-return]
+
+    def save_pretrained(self, folder: str | PathLike[str], **options: Any) -> None:
+        """Write the pipeline with its present weights; see `zimage_core.save_pretrained`."""
+        zimage_core.save_pretrained(self, folder, **options)
 
     def register_modules(self, **components: Any) -> None:
         """Replace components by name, as assigning the attributes does."""

@@ -102,3 +102,7 @@ class FlowMatchEulerScheduler(Stepping):
     def _bend(self, u: torch.Tensor) -> tuple[float, ...]:
         sigma = self.shift * u / (1 + (self.shift - 1) * u)
         return (*(float(s) for s in sigma), 0.0)
+
+
+FlowMatchEulerDiscreteScheduler = FlowMatchEulerScheduler
+"""Diffusers' name of the class."""
