@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -17,6 +18,7 @@ from zimage_core.export.folders import SHARD_BYTES
 from zimage_core.export.saving import save_network, save_scheduler, save_tokenizer
 from zimage_core.files.atomic import write_atomically
 from zimage_core.files.units import parse_bytes
+from zimage_core.text.prompt import CHAT_TEMPLATE
 from zimage_core.weights.load import opened_file
 
 INDEX = "model_index.json"
@@ -94,7 +96,8 @@ def _save_pipeline(pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
             save_scheduler(component, folder / name, overwrite=join)
         else:
             part = None if pipe.text_encoder is None else opened_file(pipe.text_encoder)
-            metadata = None if part is None else part.file.metadata
+            usual = {"tokenizer.chat_template": CHAT_TEMPLATE}  # without one, diffusers encodes no prompt
+            metadata = usual if part is None else ChainMap(dict(part.file.metadata), usual)
             save_tokenizer(component, folder / name, metadata=metadata, overwrite=join)
     write_atomically(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode(), overwrite=join)
 

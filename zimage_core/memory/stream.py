@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from zimage_core.errors import BadArgument
+from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.memory.device import ALIGN, Device, Event, Ring
 from zimage_core.memory.edits import Moved, written
 from zimage_core.memory.traffic import Meter, Traffic
@@ -252,6 +253,13 @@ class Stream:
         if clear:
             self._meter.clear()
         return found
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled with its network."""
+        raise Unsupported(
+            "a network whose blocks are streamed is not copied or pickled: call limit_memory() of its pipeline "
+            "without arguments first"
+        )
 
     def close(self) -> None:
         """End the thread and let the slots go; a second call does nothing.

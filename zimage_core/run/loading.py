@@ -28,6 +28,17 @@ HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 ALWAYS = ("low_cpu_mem_usage", "use_safetensors")
 """Arguments of diffusers that are ignored, because the library always does what they ask for."""
 
+INSTEAD = {
+    "device_map": 'give device="cuda", and vram= or ram= for a limit of memory',
+    "max_memory": "give vram= and ram=",
+    "offload_folder": "weights that do not fit are read from their own files; give vram= or ram=",
+    "offload_state_dict": "weights that do not fit are read from their own files; give vram= or ram=",
+    "quantization_config": "write a GGUF with zimage_core.quantize_file and give it as transformer=",
+    "custom_pipeline": "code is never loaded with a model; leave it out",
+    "trust_remote_code": "code is never loaded with a model; leave it out",
+}
+"""Argument of diffusers -> what to do instead."""
+
 PathLike = str | os.PathLike[str]
 CLASSES: dict[str, Any] = {
     "text_encoder": TextEncoder, "transformer": ZImageTransformer, "vae": Autoencoder
@@ -113,7 +124,8 @@ def find_components(
     """
     for name, value in others.items():
         if value is not None and name not in (*ALWAYS, *HUB_OPTIONS):
-            raise Unsupported(f"from_pretrained: {name}={shown(value)} means nothing here; leave it out")
+            advice = INSTEAD.get(name, "leave it out")
+            raise Unsupported(f"from_pretrained: {name}={shown(value)} means nothing here; {advice}")
     hub_options = {name: others[name] for name in HUB_OPTIONS if others.get(name) is not None}
     elsewhere = (*given, "scheduler") if scheduler is not None else tuple(given)
     found = sources.find(source, elsewhere, hub_options, mmap, variant)

@@ -36,6 +36,19 @@ class Placement:
         self._as_loaded = True
         self._addresses: list[int] = []  # of the weights that the graphs read
 
+    def __getstate__(self) -> dict[str, Any]:
+        """State for copies and pickles.
+
+        Raises:
+            Unsupported: There is a memory budget, whose threads and devices belong to one pipeline.
+        """
+        if self.memory is not None:
+            raise Unsupported(
+                "a pipeline with a memory budget is not copied or pickled: call limit_memory() without arguments "
+                "first, or open the model a second time (mapped files are shared)"
+            )
+        return self.__dict__
+
     def to(self, networks: Networks, targets: tuple[str | torch.device | torch.dtype, ...]) -> None:
         """Move the networks to devices, or cast transformer and text encoder to dtypes, in this order."""
         self._refuse_budget("to")
