@@ -257,8 +257,8 @@ class Stream:
     def __reduce__(self) -> NoReturn:
         """Refuse to be copied or pickled with its network."""
         raise Unsupported(
-            "a network whose blocks are streamed is not copied or pickled: call limit_memory() of its pipeline "
-            "without arguments first"
+            "a network whose blocks are streamed is not copied or pickled: call limit_memory() of its "
+            "pipeline without arguments first"
         )
 
     def close(self) -> None:

@@ -44,8 +44,8 @@ class Placement:
         """
         if self.memory is not None:
             raise Unsupported(
-                "a pipeline with a memory budget is not copied or pickled: call limit_memory() without arguments "
-                "first, or open the model a second time (mapped files are shared)"
+                "a pipeline with a memory budget is not copied or pickled: call limit_memory() without "
+                "arguments first, or open the model a second time (mapped files are shared)"
             )
         return self.__dict__
 
