@@ -59,7 +59,7 @@ def check_kind(name: str, value: object) -> None:
         return
     if name == "tokenizer":
         wanted, get = "a zimage_core tokenizer", "zimage_core.load_tokenizer(path)"
-        right = hasattr(value, "encode") and hasattr(value, "vocab_size")
+        right = hasattr(value, "encode") and isinstance(getattr(value, "vocab_size", None), int)
         right = right and not _package(value).startswith(("transformers", "tokenizers"))
     else:
         kind, get = KINDS[name]
