@@ -77,12 +77,12 @@ def test_a_component_that_is_none_is_missed_only_where_it_is_needed(pipe):
     part = ZImagePipeline(**given)
     embeds = pipe.encode_prompt("a", do_classifier_free_guidance=False)[0]
     assert torch.equal(part(prompt_embeds=embeds, **RUN).images, pipe("a", **RUN).images)
-    with pytest.raises(Unsupported, match="no text encoder.*prompt_embeds"):
+    with pytest.raises(Unsupported, match=r"no text encoder.*prompt_embeds"):
         part("a", **RUN)
     part = ZImagePipeline(**{**pipe.components, "vae": None})
     latents = part("a", **{**RUN, "output_type": "latent"}).images
     assert torch.equal(latents, pipe("a", **{**RUN, "output_type": "latent"}).images)
-    with pytest.raises(Unsupported, match="no VAE.*output_type='latent'"):
+    with pytest.raises(Unsupported, match=r"no VAE.*output_type='latent'"):
         part("a", **RUN)
     alone = ZImagePipeline(text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
     assert torch.equal(alone.encode_prompt("a")[0][0], embeds[0])
@@ -148,7 +148,7 @@ def test_dtypes_by_component(folder):
                          ({"default": "int8"}, BadArgument)):  # fmt: skip
         with pytest.raises(error, match="dtype"):
             ZImagePipeline.from_pretrained(folder, dtype=wrong)
-    with pytest.raises(Unsupported, match='device_map.*device="cuda"'):
+    with pytest.raises(Unsupported, match=r'device_map.*device="cuda"'):
         ZImagePipeline.from_pretrained(folder, device_map="auto")
 
 

@@ -1,4 +1,4 @@
-"""Every snippet of docs/researchers.md runs, twice as in a notebook, and the last image is the pipeline's own."""
+"""Every snippet of docs/researchers.md runs, twice as in a notebook, and gives what the page says."""
 
 from __future__ import annotations
 

@@ -136,10 +136,12 @@ def call_arguments(args: argparse.Namespace, prompts: Sequence[str]) -> dict[str
     # these import torch, which a parser does not wait for
     from zimage_core.run import checks
     from zimage_core.run.request import Request
+    from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 
     call = given(args, (field.name for field in fields(Request)))
     checks.seed(call.get("seed"), None)
     checks.guidance(call.get("guidance_scale"), call.get("cfg"), 0.0)
+    FlowMatchEulerScheduler(call.get("shift", 3.0))
     for prompt in (*prompts, call.get("negative_prompt", "")):
         checks.prompts("prompt", prompt)
     return call
