@@ -164,8 +164,8 @@ class ZImagePipeline(Ported):
             callback_on_step_end_tensor_inputs: Any of latents, prompt_embeds, negative_prompt_embeds.
             max_sequence_length: Most prompt tokens, up to 1504.
             seed: Image i is drawn from seed + i (modulo 2^64), with the same noise on every device and in
-                every batch position; between devices and numbers of threads images differ by rounding. Without seed, generator and latents, a seed is drawn from torch's global
-                generator.
+                every batch position; between devices and numbers of threads images differ by rounding.
+                Without seed, generator and latents, a seed is drawn from torch's global generator.
             cfg: The scale of other programs, which is guidance_scale + 1, so 1 is off. Give only one of the
                 two.
             shift: Shift of the noise levels, 3 for Turbo and 6 for the base checkpoint. Default: that of the
