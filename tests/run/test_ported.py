@@ -279,3 +279,13 @@ def test_a_folder_given_by_name_is_checked_before_anything_is_loaded(monkeypatch
     monkeypatch.setattr("zimage_core.run.loading.open_pipeline", types.SimpleNamespace)
     with pytest.raises(BadArgument, match="scheduler"):
         ZImagePipeline.from_pretrained(folder, scheduler="euler")
+
+
+def test_repeated_blocks_are_compiled_alone():
+    pipe = tiny.pipeline()
+    plain = pipe("a", **RUN).images
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True, dynamic=True)
+    assert all(block._compiled_call_impl is not None for block in pipe.transformer.blocks)
+    assert torch.equal(pipe("a", **RUN).images, plain)
+    with pytest.raises(Unsupported, match="no stack of equal blocks"):
+        pipe.vae.compile_repeated_blocks()
