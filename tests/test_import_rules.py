@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "quant": {"formats", "cpu", "kernels"},
     "nn": {"formats", "quant", "kernels"},
     "models": {"config", "nn"},
-    "sampling": {"config"},
+    "sampling": {"config", "files"},
     "text": {"config", "files"},
     "weights": {"config", "files", "formats", "models", "nn", "quant", "text"},
     "memory": {"config", "files", "formats", "models", "nn", "quant", "weights"},

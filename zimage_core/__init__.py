@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ZImageError,
     )
     from zimage_core.export.converting import convert_file
+    from zimage_core.export.pretrained import save_pretrained
     from zimage_core.export.quantizing import quantize_file
     from zimage_core.formats import FORMATS
     from zimage_core.memory.phases import MemoryBudget
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from zimage_core.quant.dequantize import dequantize
     from zimage_core.quant.tensor import QuantTensor
     from zimage_core.quantize.encode import encode
+    from zimage_core.run.sources import load_tokenizer
+    from zimage_core.sampling.schedule import FlowMatchEulerScheduler
+    from zimage_core.sampling.schedule import FlowMatchEulerScheduler as FlowMatchEulerDiscreteScheduler
+    from zimage_core.text.tokenizer import Tokenizer
     from zimage_core.weights.identify import identify
     from zimage_core.weights.inspection import inspect_file
     from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae
@@ -47,11 +52,14 @@ __all__ = [
     "BadShape",
     "BadWeights",
     "Busy",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchEulerScheduler",
     "MemoryBudget",
     "NonFinite",
     "OutOfMemory",
     "OverBudget",
     "QuantTensor",
+    "Tokenizer",
     "UnknownFormat",
     "Unsupported",
     "WrongModel",
@@ -63,16 +71,21 @@ __all__ = [
     "identify",
     "inspect_file",
     "load_text_encoder",
+    "load_tokenizer",
     "load_transformer",
     "load_vae",
     "open_weights",
     "quantize_file",
+    "save_pretrained",
 ]
 
 _MODULE = {  # public name -> module; all other public names are error classes
     "FORMATS": "formats",
+    "FlowMatchEulerDiscreteScheduler": "sampling.schedule",
+    "FlowMatchEulerScheduler": "sampling.schedule",
     "MemoryBudget": "memory.phases",
     "QuantTensor": "quant.tensor",
+    "Tokenizer": "text.tokenizer",
     "ZImagePipeline": "pipeline",
     "convert_file": "export.converting",
     "dequantize": "quant.dequantize",
@@ -80,10 +93,12 @@ _MODULE = {  # public name -> module; all other public names are error classes
     "identify": "weights.identify",
     "inspect_file": "weights.inspection",
     "load_text_encoder": "weights.load",
+    "load_tokenizer": "run.sources",
     "load_transformer": "weights.load",
     "load_vae": "weights.load",
     "open_weights": "weights.opened",
     "quantize_file": "export.quantizing",
+    "save_pretrained": "export.pretrained",
 }
 
 

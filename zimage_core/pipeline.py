@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -20,20 +20,27 @@ from zimage_core.memory.sizes import sizes_of
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
-from zimage_core.models.vae_tiles import TILE
 from zimage_core.run import sources
-from zimage_core.run.checks import StepCallback, read_device, read_dtype, whole
+from zimage_core.run.checks import Dtype, StepCallback, read_device, read_dtypes, read_path
+from zimage_core.run.components import FOLDERS, check_components, check_kinds, networks, require
 from zimage_core.run.decode import decode
 from zimage_core.run.denoise import Denoiser, denoise
-from zimage_core.run.loading import NATIVE_SIZE, PathLike, check_tokenizer, find_components, load_components
+from zimage_core.run.loading import (
+    PathLike,
+    find_components,
+    keep_sample_size,
+    known_of,
+    load_components,
+    stated_scheduler,
+)
 from zimage_core.run.nonfinite import checked, guard_attention
 from zimage_core.run.placement import Placement
+from zimage_core.run.ported import Ported
 from zimage_core.run.request import Batch, Encoding, Limits, Request, encoding, make_batch, prepare
 from zimage_core.run.result import Clock, Timings, ZImageResult, peak_memory, settings_of, to_output
-from zimage_core.sampling.schedule import BASE_SHIFT, FlowMatchEulerScheduler
+from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.prompt import prompt_ids
 from zimage_core.text.tokenizer import Tokenizer
-from zimage_core.weights.card import check_compatible
 from zimage_core.weights.load import opened_file
 from zimage_core.weights.opened import Opened
 from zimage_core.weights.source import WeightFile
@@ -41,52 +48,60 @@ from zimage_core.weights.source import WeightFile
 Self = TypeVar("Self", bound="ZImagePipeline")
 
 
-class ZImagePipeline:
+class ZImagePipeline(Ported):
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.
-    Build one with `from_files`, `from_pretrained` or `from_default`.
+    Build one with `from_files`, `from_pretrained` or `from_default`. A component may be None; a call that
+    needs it says so.
 
     Args:
-        scheduler: Schedule of the noise levels. Its shift decides the defaults of the call: a shift of 6
-            means the base checkpoint, any other a distilled one (they have 3). Replacing the scheduler later
-            changes no default.
+        scheduler: Schedule of the noise levels; None for the one that the transformer's file states, else
+            shift 3. Its shift decides the defaults of the call: a shift of 6 means the base checkpoint, any
+            other a distilled one (they have 3). Where none is given or stated, the `shift` of a call decides
+            instead. Replacing the scheduler later changes no default.
         vae: The VAE, which always runs in float32, as in the official code and the model's own config.
         text_encoder: The text encoder; its width must be the transformer's caption width.
         tokenizer: The text encoder's tokenizer.
         transformer: The S3-DiT.
-        sample_size: Default height and width in pixels.
+        sample_size: Default height and width in pixels. Default: that of the transformer, or 1024 if it
+            states none.
 
     Raises:
+        BadArgument: A component is an object of another kind, such as a module of diffusers.
         WrongModel: The components do not fit each other.
     """
 
     def __init__(
         self,
-        scheduler: FlowMatchEulerScheduler,
-        vae: Autoencoder,
-        text_encoder: TextEncoder,
-        tokenizer: Tokenizer,
-        transformer: ZImageTransformer,
-        sample_size: int = NATIVE_SIZE,
+        scheduler: FlowMatchEulerScheduler | None = None,
+        vae: Autoencoder | None = None,
+        text_encoder: TextEncoder | None = None,
+        tokenizer: Tokenizer | None = None,
+        transformer: ZImageTransformer | None = None,
+        sample_size: int | None = None,
     ) -> None:
-        self.scheduler = scheduler
-        self.vae = vae
-        self.text_encoder = text_encoder
-        self.tokenizer = tokenizer
-        self.transformer = transformer
-        self.sample_size = sample_size
+        given = {"scheduler": scheduler, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+        check_kinds({**given, "transformer": transformer})
+        scheduler = scheduler or stated_scheduler(known_of(transformer))
+        # None is refused by name where a component is needed, so the types leave it out
+        self.scheduler = FlowMatchEulerScheduler() if scheduler is None else scheduler
+        self.vae = cast(Autoencoder, vae)
+        self.text_encoder = cast(TextEncoder, text_encoder)
+        self.tokenizer = cast(Tokenizer, tokenizer)
+        self.transformer = cast(ZImageTransformer, transformer)
+        self.sample_size = keep_sample_size(transformer, sample_size)
         self._placement = Placement()
         self._running: dict[str, object] = {}
         self._interrupt = False
         self._guidance_scale = 0.0
         self._num_timesteps = 0
-        self._base = scheduler.shift == BASE_SHIFT
-        guard_attention(text_encoder, "text encoder")
-        guard_attention(vae, "VAE")
-        paths = {name: file.path for name, file in self.files().items()}
-        check_compatible(transformer.config, text_encoder.config, vae.config, paths)
-        check_tokenizer(tokenizer, text_encoder, paths.get("text_encoder", "text encoder"))
+        self._stated_shift = None if scheduler is None else scheduler.shift
+        if text_encoder is not None:
+            guard_attention(text_encoder, "text encoder")
+        if vae is not None:
+            guard_attention(vae, "VAE")
+        check_components(self, {name: file.path for name, file in self.files().items()})
 
     def __call__(
         self,
@@ -113,6 +128,7 @@ class ZImagePipeline:
         *,
         seed: int | None = None,
         cfg: float | None = None,
+        shift: float | None = None,
         enable_thinking: bool = True,
         prompt_template: str | None = None,
         debug: bool = False,
@@ -145,11 +161,14 @@ class ZImagePipeline:
                 the denoising and decodes the latents so far.
             callback_on_step_end_tensor_inputs: Any of latents, prompt_embeds, negative_prompt_embeds.
             max_sequence_length: Most prompt tokens, up to 1504.
-            seed: Image i is drawn from seed + i (modulo 2^64), with the same result on every device and in
-                every batch position. Without seed, generator and latents, a seed is drawn from torch's global
-                generator.
+            seed: Image i is drawn from seed + i (modulo 2^64), with the same noise on every device and in
+                every batch position; between devices and numbers of threads images differ by rounding.
+                Without seed, generator and latents, a seed is drawn from torch's global generator.
             cfg: The scale of other programs, which is guidance_scale + 1, so 1 is off. Give only one of the
                 two.
+            shift: Shift of the noise levels, 3 for Turbo and 6 for the base checkpoint. Default: that of the
+                scheduler. Where no scheduler was given or found, as with loose files, 6 also sets the base
+                checkpoint's defaults of 50 steps and guidance 4.
             enable_thinking: False appends an empty <think> block to the prompt; the model was trained
                 with True.
             prompt_template: Text that contains `{prompt}` once, instead of Qwen3's chat template.
@@ -161,6 +180,7 @@ class ZImagePipeline:
         Raises:
             BadArgument: An argument is outside its range; raised before any weight is used.
             Busy: Another run of this object has not ended.
+            Unsupported: The pipeline lacks a component that the call needs; the message names it.
             BadFile: A model file was changed since it was opened.
             OverBudget: The memory budget is too small for this image.
             OutOfMemory: The GPU has too little memory for decoding, even in tiles; the error has the latents.
@@ -189,6 +209,7 @@ class ZImagePipeline:
             max_sequence_length=max_sequence_length,
             seed=seed,
             cfg=cfg,
+            shift=shift,
             enable_thinking=enable_thinking,
             prompt_template=prompt_template,
             debug=debug,
@@ -211,7 +232,10 @@ class ZImagePipeline:
     def _generate(self, request: Request) -> ZImageResult:
         """Run the steps of a call: check, encode, denoise, decode, report."""
         clock = Clock()
+        check_kinds({**networks(self), "scheduler": self.scheduler})
         run = prepare(self.limits, self.scheduler, request)
+        if run.output_type != "latent":
+            require("vae", self.vae)
         for remark in run.remarks:
             warnings.warn(remark, UserWarning, stacklevel=3)
         opened = self._opened()
@@ -221,7 +245,7 @@ class ZImagePipeline:
         self._interrupt, self._guidance_scale, self._num_timesteps = False, run.guidance_scale, run.steps
         ids = self._tokenize(run.batch, run.encoding)
         embeds = (*(run.batch.prompt_embeds or ()), *(run.batch.negative_prompt_embeds or ()))
-        self._placement.begin(run, max(len(each) for each in (*ids.values(), *embeds)))
+        self._placement.begin(networks(self), run, max(len(each) for each in (*ids.values(), *embeds)))
         captions = self._encode(run.batch, ids, run.debug, self.transformer.device)
         encoded = clock.lap()
         with self._placement.phase("denoise"):
@@ -242,7 +266,7 @@ class ZImagePipeline:
             sigmas=run.sigmas,
             timings=timings,
             peak_memory=peak_memory(self.device),
-            settings=settings_of(run, self.scheduler.shift, self.dtype),
+            settings=settings_of(run, self.dtype),
             interrupted=self._interrupt,
             memory=self._placement.report(),
             files=identities,
@@ -253,6 +277,8 @@ class ZImagePipeline:
         """Each text that has to be encoded, with its token ids [L] int64."""
         found = {}
         for text in batch.texts():
+            require("text_encoder", self.text_encoder)
+            require("tokenizer", self.tokenizer)
             ids = prompt_ids(self.tokenizer, text, *options)
             if not ids:
                 raise BadArgument(
@@ -320,28 +346,35 @@ class ZImagePipeline:
             enable_thinking=enable_thinking,
             prompt_template=prompt_template,
         )
-        batch = make_batch(request, do_classifier_free_guidance, self.transformer.config.cap_feat_dim)
+        if "transformer" in networks(self):
+            width = self.transformer.config.cap_feat_dim
+        else:  # a text encoder alone can encode
+            require("text_encoder", self.text_encoder)
+            width = self.text_encoder.config.hidden_size
+        batch = make_batch(request, do_classifier_free_guidance, width)
         ids = self._tokenize(batch, encoding(request))
-        where = self.transformer.device if device is None else torch.device(device)
+        where = self.device if device is None else torch.device(device)
         return self._encode(batch, ids, debug, where)
 
     @classmethod
     def from_files(
         cls: type[Self],
-        transformer: PathLike,
-        text_encoder: PathLike,
-        vae: PathLike,
+        transformer: PathLike | ZImageTransformer,
+        text_encoder: PathLike | TextEncoder,
+        vae: PathLike | Autoencoder,
         tokenizer: PathLike | Tokenizer | None = None,
         *,
         scheduler: FlowMatchEulerScheduler | None = None,
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
+        dtype: Dtype = None,
+        torch_dtype: Dtype = None,
         device: str | torch.device = "cpu",
         mmap: bool = True,
         vram: int | str | None = None,
         ram: int | str | None = None,
     ) -> Self:
         """Build a pipeline from files (GGUF or safetensors) or folders of shards, identified by contents.
+
+        Each network may also be an object of this library, which is used as it is.
 
         Args:
             transformer: The S3-DiT.
@@ -350,11 +383,12 @@ class ZImagePipeline:
             tokenizer: A tokenizer.json, a folder with one or with vocab.json and merges.txt, a GGUF, or a
                 Tokenizer. Default: the text encoder's own GGUF keys, else a tokenizer beside its file.
             scheduler: The schedule; default: shift 3, as for Turbo. Files of the base checkpoint cannot be
-                told from Turbo's, so pass FlowMatchEulerScheduler(shift=6.0) for them; that also sets the
-                defaults of 50 steps and guidance 4.
+                told from Turbo's, so pass FlowMatchEulerScheduler(shift=6.0) for them, or shift=6 in each
+                call; both also set the defaults of 50 steps and guidance 4.
             dtype: Dtype of the computation: float32, float16 or bfloat16, as torch dtype or name. Default:
                 float32 on a CPU, float16 on GPUs before Ampere, else bfloat16. It does not change packed
-                weights.
+                weights. A dict gives one for "transformer", "text_encoder" and "default"; the VAE is always
+                float32.
             torch_dtype: Another name of `dtype`, as in diffusers.
             device: Device of the computation.
             mmap: Use the weights in place; the files must then not change. False reads them into memory.
@@ -366,28 +400,25 @@ class ZImagePipeline:
             BadFile: A file cannot be read.
             WrongModel, BadWeights: A file is another model or a damaged one.
         """
-        where = read_device(device)
-        kind = read_dtype(dtype, torch_dtype, where)
-        limited = vram is not None or ram is not None
-        load_device = torch.device("cpu") if limited else where  # with a limit, each phase moves its network
-        paths = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-        pipe = cls(**load_components(paths, tokenizer, scheduler, kind, load_device, mmap))
-        if limited:
-            pipe.limit_memory(vram, ram, device=where)
-        return pipe
+        paths: dict[str, Any] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+        for name, value in paths.items():
+            if value is None:  # no network at all is for from_pretrained, whose callers say so on purpose
+                read_path(name, value)
+        kinds, where = (dtype, torch_dtype), read_device(device)
+        return cls._load(paths, tokenizer, scheduler, kinds, where, mmap, vram, ram)
 
     @classmethod
     def from_pretrained(
         cls: type[Self],
         pretrained_model_name_or_path: PathLike,
         *,
-        transformer: PathLike | None = None,
-        text_encoder: PathLike | None = None,
-        vae: PathLike | None = None,
+        transformer: PathLike | ZImageTransformer | None = FOLDERS,
+        text_encoder: PathLike | TextEncoder | None = FOLDERS,
+        vae: PathLike | Autoencoder | None = FOLDERS,
         tokenizer: PathLike | Tokenizer | None = None,
         scheduler: FlowMatchEulerScheduler | None = None,
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
+        dtype: Dtype = None,
+        torch_dtype: Dtype = None,
         device: str | torch.device = "cpu",
         mmap: bool = True,
         vram: int | str | None = None,
@@ -404,10 +435,10 @@ class ZImagePipeline:
 
         Args:
             pretrained_model_name_or_path: Folder, file with all components, or repository.
-            transformer: Path of a transformer to use instead.
-            text_encoder: Path of a text encoder to use instead. A repository that holds only quantised
-                transformers needs the other components from elsewhere.
-            vae: Path of a VAE to use instead.
+            transformer: A transformer to use instead of the folder's: a path, an object, or None for none.
+            text_encoder: A text encoder to use instead, in the same form. A repository that holds only
+                quantised transformers needs the other components from elsewhere.
+            vae: A VAE to use instead, in the same form.
             tokenizer: Path of a tokenizer, or a Tokenizer, to use instead.
             scheduler: The schedule; default: the folder's scheduler_config.json, else shift 3.
             dtype: Dtype of the computation, as for `from_files`.
@@ -426,63 +457,71 @@ class ZImagePipeline:
             Unsupported: An argument of diffusers is not supported; the message names it.
         """
         named = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-        given = {name: path for name, path in named.items() if path is not None}
+        given = {name: value for name, value in named.items() if value is not FOLDERS}
         paths, tokenizer, scheduler = find_components(
             pretrained_model_name_or_path, given, tokenizer, scheduler, mmap, variant, others
         )
-        return cls.from_files(
-            **paths,  # type: ignore[arg-type]  # some are open files already
-            tokenizer=tokenizer,
-            scheduler=scheduler,
-            dtype=dtype,
-            torch_dtype=torch_dtype,
-            device=device,
-            mmap=mmap,
-            vram=vram,
-            ram=ram,
-        )
+        kinds, where = (dtype, torch_dtype), read_device(device)
+        return cls._load(paths, tokenizer, scheduler, kinds, where, mmap, vram, ram)
 
     @classmethod
     def from_default(
         cls: type[Self],
         *,
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
+        dtype: Dtype = None,
+        torch_dtype: Dtype = None,
         device: str | torch.device = "cpu",
         vram: int | str | None = None,
         ram: int | str | None = None,
     ) -> Self:
         """Build a pipeline with the nano model inside the package: small images of shapes and letters."""
         paths = sources.embedded().paths
-        return cls.from_files(
-            **paths,  # type: ignore[arg-type]
-            dtype=dtype,
-            torch_dtype=torch_dtype,
-            device=device,
-            vram=vram,
-            ram=ram,
-        )
+        scheduler = FlowMatchEulerScheduler()  # stated, because this is a distilled model
+        kinds, where = (dtype, torch_dtype), read_device(device)
+        return cls._load(paths, None, scheduler, kinds, where, True, vram, ram)
+
+    @classmethod
+    def _load(
+        cls: type[Self],
+        paths: Mapping[str, Any],
+        tokenizer: PathLike | Tokenizer | None,
+        scheduler: FlowMatchEulerScheduler | None,
+        kinds: tuple[Dtype, Dtype],
+        where: torch.device,
+        mmap: bool,
+        vram: int | str | None,
+        ram: int | str | None,
+    ) -> Self:
+        """Load what the other constructors found, and set the memory budget."""
+        limited = vram is not None or ram is not None
+        load_device = torch.device("cpu") if limited else where  # with a limit, each phase moves its network
+        dtypes = read_dtypes(*kinds, where)
+        pipe = cls(**load_components(paths, tokenizer, scheduler, dtypes, load_device, mmap))
+        if limited:
+            pipe.limit_memory(vram, ram, device=where)
+        return pipe
 
     @property
     def limits(self) -> Limits:
         """Limits of these components, and the defaults of the checkpoint, Turbo or base."""
-        return Limits.of(self.transformer.config, self.vae.config, self.sample_size, self._base)
+        require("transformer", self.transformer)
+        vae = networks(self).get("vae")
+        return Limits.of(
+            self.transformer.config, None if vae is None else vae.config, self.sample_size, self._stated_shift
+        )
 
     def files(self) -> dict[str, WeightFile]:
         """Component -> the open file whose bytes it uses; components built in memory are left out."""
         return {name: part.file for name, part in self._opened().items()}
 
     def _opened(self) -> dict[str, Opened]:
-        found = {name: opened_file(network) for name, network in self._networks().items()}
+        found = {name: opened_file(network) for name, network in networks(self).items()}
         return {name: part for name, part in found.items() if part is not None}
-
-    def _networks(self) -> dict[str, torch.nn.Module]:
-        return {name: getattr(self, name) for name in COMPONENTS}
 
     @property
     def components(self) -> dict[str, Any]:
         """The components by name, as in diffusers: `ZImagePipeline(**pipe.components)` shares them."""
-        names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer", "sample_size")
+        names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
         return {name: getattr(self, name) for name in names}
 
     # --- placement ---
@@ -491,11 +530,16 @@ class ZImagePipeline:
     def device(self) -> torch.device:
         """Device of the computation: that of the transformer, or the one of the memory budget."""
         memory = self._placement.memory
-        return self.transformer.device if memory is None else memory.device
+        if memory is not None:
+            return memory.device
+        for network in networks(self).values():
+            return network.device  # type: ignore[no-any-return]
+        return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the transformer's computation."""
+        require("transformer", self.transformer)
         return self.transformer.dtype
 
     def to(
@@ -510,7 +554,7 @@ class ZImagePipeline:
             Unsupported: The pipeline has a memory budget and moves its networks itself.
         """
         targets = (*where, *(target for target in (device, dtype) if target is not None))
-        self._placement.to(self._networks(), targets)
+        self._placement.to(networks(self), targets)
         return self
 
     def capture(self, on: bool = True) -> None:
@@ -522,6 +566,7 @@ class ZImagePipeline:
         Raises:
             Unsupported: The transformer is not on a CUDA GPU, or has a memory budget.
         """
+        require("transformer", self.transformer)
         self._placement.capture(self.transformer, on)
 
     def dequantize_weights(self, budget: int | None = None) -> dict[str, int]:
@@ -541,6 +586,7 @@ class ZImagePipeline:
             BadArgument: budget is negative or no whole number.
             Unsupported: The pipeline has a memory budget, which places the weights.
         """
+        require("transformer", self.transformer)
         return self._placement.dequantize_weights(self.transformer, budget)
 
     def make_resident(self, budget: int | None = None) -> dict[str, int]:
@@ -572,7 +618,9 @@ class ZImagePipeline:
             Unsupported: The networks are on a GPU already, or were not loaded from files.
         """
         where = self.device if device is None else read_device(device)
-        self._placement.limit_memory(self._networks(), vram, ram, where)
+        for name in COMPONENTS if vram is not None or ram is not None else ():
+            require(name, getattr(self, name))
+        self._placement.limit_memory(networks(self), vram, ram, where)
 
     def plan(
         self,
@@ -620,63 +668,3 @@ class ZImagePipeline:
             guidance=limits.guidance > 0 if guidance is None else guidance,
             steps=limits.steps if steps is None else steps,
         )
-
-    # --- for code written for diffusers ---
-
-    @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the run in progress, for callbacks."""
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether the run in progress has a negative side."""
-        return self._guidance_scale > 0
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the run in progress."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has asked the run in progress to stop (`pipe._interrupt = True`)."""
-        return self._interrupt
-
-    def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
-        """For code written for diffusers: `limit_memory(vram="auto")` on the GPU.
-
-        Without a GPU this does nothing: weights are mapped from their files, and the system drops and rereads
-        their pages as needed; `limit_memory(ram=...)` sets a limit.
-        """
-        if torch.cuda.is_available():
-            self.limit_memory(vram="auto", device="cuda")
-
-    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> None:
-        """For code written for diffusers: `limit_memory(vram="least")` on the GPU; without one, nothing."""
-        if torch.cuda.is_available():
-            self.limit_memory(vram="least", device="cuda")
-
-    def enable_vae_slicing(self) -> None:
-        """For code written for diffusers: does nothing, because images are always decoded one by one."""
-
-    def enable_vae_tiling(self, tile: int | None = None) -> None:
-        """Decode in tiles, which takes less than half the memory at 1024 x 1024 and gives the same image.
-
-        Args:
-            tile: Side of a tile in latents of 8 pixels. Default: 32.
-
-        Raises:
-            BadArgument: tile is no whole number, or is less than 1.
-        """
-        self.vae.tile = TILE if tile is None else whole("tile", tile, 1, 1 << 20)
-
-    def disable_vae_tiling(self) -> None:
-        """Decode whole images again."""
-        self.vae.tile = None
-
-    def enable_attention_slicing(self, *_: Any) -> None:
-        """For code written for diffusers: does nothing, because attention is torch's fused one here."""
-
-    def set_progress_bar_config(self, **_: Any) -> None:
-        """For code written for diffusers: does nothing; there is no progress bar, only callbacks."""

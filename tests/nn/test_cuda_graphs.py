@@ -156,3 +156,24 @@ def test_a_step_does_no_work_on_the_host():
 def test_host_work_would_be_seen(work):
     with pytest.raises((AssertionError, RuntimeError)), OnlyMeta():
         work(torch.zeros(3, device="meta"))
+
+
+def test_graphs_are_recorded_anew_after_a_weight_was_replaced_and_not_used_with_hooks():
+    pipe = tiny.pipeline()
+    recorder = captured(pipe)
+    draw = {"prompt": "a", "seed": 1, "num_inference_steps": 1, "output_type": "latent"}
+    before = pipe(**draw).images
+    old = pipe._placement.graphs
+    layer = pipe.transformer.layers[0].attention.to_v
+    with torch.no_grad():
+        layer.weight.mul_(-1)  # read at its address
+    pipe(**draw)
+    assert pipe._placement.graphs is old
+    layer.weight = torch.nn.Parameter(layer.weight.clone())
+    seen = []
+    pipe.transformer.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    replayed = recorder.replayed
+    assert not torch.equal(pipe(**draw).images, before)
+    assert pipe._placement.graphs is not old
+    assert seen
+    assert recorder.replayed == replayed

@@ -29,10 +29,10 @@ def check_call(args: argparse.Namespace, call: Mapping[str, Any], prompts: Seque
     Raises:
         ZImageError: What loading or the call would raise, but for faults in the weights themselves.
     """
-    from zimage_core.run.loading import NATIVE_SIZE, find_components, schedule_of
+    from zimage_core.run.loading import NATIVE_SIZE, find_components, stated_scheduler
     from zimage_core.run.request import Limits, Request, prepare
     from zimage_core.run.sources import embedded
-    from zimage_core.sampling.schedule import BASE_SHIFT
+    from zimage_core.sampling.schedule import FlowMatchEulerScheduler
     from zimage_core.weights.components import open_pipeline
     from zimage_core.weights.facts import facts
 
@@ -46,10 +46,12 @@ def check_call(args: argparse.Namespace, call: Mapping[str, Any], prompts: Seque
         if not isinstance(net, TransformerConfig) or not isinstance(vae, AutoencoderConfig):
             raise BadArgument("the size of the model cannot be told")
         known = facts(opened["transformer"])
-        scheduler = scheduler or schedule_of(known)
+        scheduler = scheduler or stated_scheduler(known)
         size = known.get("sample_size", NATIVE_SIZE)
-        limits = Limits.of(net, vae, size, scheduler.shift == BASE_SHIFT)
-        return prepare(limits, scheduler, Request(**{**call, "prompt": prompts[0]}))
+        limits = Limits.of(net, vae, size, None if scheduler is None else scheduler.shift)
+        return prepare(
+            limits, scheduler or FlowMatchEulerScheduler(), Request(**{**call, "prompt": prompts[0]})
+        )
     finally:
         for part in opened.values():
             part.file.close()

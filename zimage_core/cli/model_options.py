@@ -75,6 +75,13 @@ def add_image(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--cfg", type=float, metavar="X", help="the same counted from 1, as in ComfyUI: guidance + 1"
     )
     image.add_argument(
+        "--shift",
+        type=float,
+        metavar="X",
+        help="shift of the noise levels: 3 for Turbo, 6 for the base model, whose loose files do not say so "
+        "(default: the model's, else 3)",
+    )
+    image.add_argument(
         "--negative", dest="negative_prompt", metavar="TEXT", help="what not to draw; only with guidance"
     )
     image.add_argument(
@@ -129,10 +136,12 @@ def call_arguments(args: argparse.Namespace, prompts: Sequence[str]) -> dict[str
     # these import torch, which a parser does not wait for
     from zimage_core.run import checks
     from zimage_core.run.request import Request
+    from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 
     call = given(args, (field.name for field in fields(Request)))
     checks.seed(call.get("seed"), None)
     checks.guidance(call.get("guidance_scale"), call.get("cfg"), 0.0)
+    FlowMatchEulerScheduler(call.get("shift", 3.0))
     for prompt in (*prompts, call.get("negative_prompt", "")):
         checks.prompts("prompt", prompt)
     return call

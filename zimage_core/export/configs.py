@@ -17,7 +17,7 @@ from zimage_core.weights.infer import Config
 HEAD = TEXT_ENDS["hf"][1]
 """Output matrix of a language model; it is missing where the embedding is used instead."""
 
-_CLASSES = {"qwen3": "Qwen3Model", "qwen2": "Qwen2Model", "llama": "LlamaModel"}
+CLASSES = {"qwen3": "Qwen3Model", "qwen2": "Qwen2Model", "llama": "LlamaModel"}
 
 
 def config_json(source: Checkpoint, jobs: Sequence[Job], changed: bool) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _transformer(c: TransformerConfig) -> dict[str, Any]:
 
 def _text_encoder(c: TextEncoderConfig) -> dict[str, Any]:
     return {
-        "architectures": [_CLASSES[c.arch]],
+        "architectures": [CLASSES[c.arch]],
         "model_type": c.arch,
         "attention_bias": c.attention_bias,
         "head_dim": c.head_dim,

@@ -134,12 +134,23 @@ class _Memory:
         modules = dict(network.named_modules())
         self._weights: dict[str, Tensor | QuantTensor] = {}
         self.targets: list[Target] = []
+        never = ["siglip_"]  # parts that are not built, which come from the file
+        if isinstance(config := network.config, TextEncoderConfig):
+            never.append(f"layers.{config.num_layers - 1}.")
+        own: set[str] = set()
         rows = {e.checkpoint: e for e in table_of(component, network.config, _LAYOUTS[component])}
         for name, entry in rows.items():
             owner, _, leaf = entry.module.rpartition(".")
-            if owner in modules and hasattr(modules[owner], leaf) and not entry.module.startswith("siglip_"):
-                self._weights[prefix + name] = getattr(modules[owner], leaf)
-                self.targets.append(Target(prefix + name, entry.shape, (Part(prefix + name),)))
+            if entry.module.startswith(tuple(never)):
+                continue
+            own.add(entry.module)
+            if owner not in modules or not hasattr(modules[owner], leaf):
+                raise _changed(entry.module)
+            self._weights[prefix + name] = getattr(modules[owner], leaf)
+            self.targets.append(Target(prefix + name, entry.shape, (Part(prefix + name),)))
+        for name, _ in network.named_parameters():
+            if name not in own:
+                raise _changed(name)
         if checkpoint is not None:
             stored = checkpoint.targets(_LAYOUTS[component], prefix)
             self.targets += [target for target in stored if target.name not in self._weights]
@@ -203,6 +214,13 @@ class _Memory:
     def check_unchanged(self) -> None:
         if self.checkpoint is not None:
             self.checkpoint.check_unchanged()
+
+
+def _changed(name: str) -> Unsupported:
+    return Unsupported(
+        f"{printable(name, 120)}: this layer was replaced or removed, and a checkpoint has no place for it; "
+        "put a layer of the network's own kind there, with its merged weight"
+    )
 
 
 def save_scheduler(scheduler: HasShift, folder: str | PathLike[str], overwrite: bool = False) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zimage_core.errors import BadArgument
 from zimage_core.memory.device import Device, Ring, device_for
+from zimage_core.memory.edits import Moved, written
 from zimage_core.memory.page_cache import to_drop
 from zimage_core.memory.planner import RING
 from zimage_core.memory.stream import SLOTS, Block, Segment, Stored, Stream, aligned
@@ -31,16 +32,6 @@ OUTSIDE = "adaLN_modulation"
 Streamable = ZImageTransformer | TextEncoder
 Mapped = tuple[Source, int]
 """A file, and the address of its map."""
-
-
-class Moved(list[tuple[nn.Module, str, Tensor | QuantTensor]]):
-    """What was put on a device: module, name of its tensor, and the tensor that was there before."""
-
-    def restore(self) -> None:
-        """Put everything back where it was."""
-        for module, name, tensor in self:
-            setattr(module, name, tensor)
-        self.clear()
 
 
 def load(
@@ -75,7 +66,7 @@ def load(
                     continue
                 copy = _copy(tensor, where, maps)
                 if copy is not None:
-                    moved.append((module, name, tensor))
+                    moved.places.append((module, name, tensor, copy))
                     setattr(module, name, copy)
         device.order("compute", device.record("copy"))
     except BaseException:
@@ -151,7 +142,7 @@ def stream_model(
     moved = load(staying, passage, maps, streamed)
     try:
         wrap = isinstance(model, ZImageTransformer)  # a text encoder runs once or twice
-        stream = Stream(moving, passage, slots, wrap, visit if visiting else None, moved.restore)
+        stream = Stream(moving, passage, slots, wrap, visit if visiting else None, moved)
     except BaseException:
         moved.restore()
         raise
@@ -228,6 +219,8 @@ def on_host(tensor: Tensor, maps: Sequence[Mapped]) -> Stored:
     data, address = tensor.view(-1).view(torch.uint8), tensor.data_ptr()
     for source, base in maps:
         if base <= address and address + tensor.nbytes <= base + source.size:
+            if written(data):  # the file has other bytes
+                break
             return Stored(data, source, address - base)
     return Stored(data, None, 0)
 

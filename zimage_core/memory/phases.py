@@ -16,8 +16,9 @@ from zimage_core.errors import BadArgument, OverBudget, Unsupported
 from zimage_core.files.atomic import write_atomically
 from zimage_core.files.units import in_bytes, parse_bytes
 from zimage_core.memory import page_cache, traffic
-from zimage_core.memory.attach import Moved, forbid_planes, load, maps_of, stream_model, unstream
+from zimage_core.memory.attach import forbid_planes, load, maps_of, stream_model, unstream
 from zimage_core.memory.device import Ring, device_for
+from zimage_core.memory.edits import Moved
 from zimage_core.memory.plan import Component, Plan
 from zimage_core.memory.planner import RUNTIME, Job, plan_job
 from zimage_core.memory.rates import Rates, known, measure
@@ -128,9 +129,10 @@ class PhaseManager:
         self._planes = False
         # network -> the part of the plan that it was loaded by; the rest of a plan does not move it
         self._loaded: dict[str, tuple[Component, bool]] = {}
+        self._modules: dict[str, list[int]] = {}  # network -> its modules when it was loaded
         self._decoder = Moved()
         self._traffic: dict[str, Traffic] = {}
-        self._tile = vae.tile
+        self._tile = self._own_tile = vae.tile  # the caller's, and what was set last
         self._rates: Rates | None = None
 
     def begin(
@@ -168,9 +170,12 @@ class PhaseManager:
         # all planes that would be made or none: what makes them does not know the budget
         self._planes = plan.phase("encode").planes == job.planes()
         for name, key in list(self._loaded.items()):
-            if key != (plan.component(name), self._planes):
+            same = key == (plan.component(name), self._planes)
+            if not same or self._holder(name).edited() or self._modules[name] != self._ids(name):
                 self._evict(name)
-        self._vae.tile = self._tile if plan.tile is None else plan.tile
+        if self._vae.tile != self._own_tile:  # the caller set it since
+            self._tile = self._vae.tile
+        self._vae.tile = self._own_tile = self._tile if plan.tile is None else plan.tile
         self._traffic.clear()
         for stream in self._streams().values():
             stream.traffic(clear=True)
@@ -192,6 +197,8 @@ class PhaseManager:
         finally:
             if not component.kept:
                 self._evict(component.name)
+            elif component.name in self._loaded:
+                self._holder(component.name).seal()
 
     def report(self) -> MemoryReport | None:
         """What the run that ended did; None before the first."""
@@ -204,12 +211,34 @@ class PhaseManager:
         """Put everything back on the host."""
         for name in list(self._loaded):
             self._evict(name)
-        self._vae.tile = self._tile
+        if self._vae.tile == self._own_tile:
+            self._vae.tile = self._tile
+
+    def check_networks(self, networks: Mapping[str, nn.Module]) -> None:
+        """Refuse a pipeline whose networks are not those of this budget any more.
+
+        Raises:
+            Unsupported: A network was replaced by another.
+        """
+        for name, network in self._networks.items():
+            if networks.get(name) is not network:
+                raise Unsupported(
+                    f"{name}: it was replaced after the memory budget was set; call limit_memory again, with "
+                    "the same vram= and ram="
+                )
 
     @property
     def keep(self) -> torch.device | None:
         """Where the VAE keeps maps of the whole image; None for the device."""
         return torch.device("cpu") if self._plan is not None and self._plan.maps_on_host else None
+
+    def _holder(self, name: str) -> Stream | Moved:
+        """What holds the weights of a network that is on the device, and sees whether they are edited."""
+        stream = getattr(self._networks[name], "stream", None)
+        return stream if isinstance(stream, Stream) else self._decoder
+
+    def _ids(self, name: str) -> list[int]:
+        return [id(module) for module in self._networks[name].modules()]
 
     def _streams(self) -> dict[str, Stream]:
         """What feeds the networks that are on the device now."""
@@ -233,7 +262,7 @@ class PhaseManager:
             self._decoder = load(self._vae.decoder.modules(), ring, maps_of(file))
         if not self._planes:
             forbid_planes(network)
-        self._loaded[name] = key
+        self._loaded[name], self._modules[name] = key, self._ids(name)
 
     def _evict(self, name: str) -> None:
         """Take a network off the device."""

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from zimage_core.errors import BadArgument
+from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.memory.device import ALIGN, Device, Event, Ring
+from zimage_core.memory.edits import Moved, written
 from zimage_core.memory.traffic import Meter, Traffic
 from zimage_core.nn.linear import Linear
 from zimage_core.quant.tensor import PlaneCache, QuantTensor
@@ -119,10 +121,25 @@ class Block:
         """Bytes of its weights."""
         return sum(segment.home.nbytes for segment in self.segments)
 
-    def unbind(self) -> None:
-        """Let each layer read its weight from the host again."""
-        for segment in self.segments:
-            segment.linear.set_weight(segment.home)
+    def bind(self, views: Sequence[Weight]) -> None:
+        """Let each layer read its weight from a slot, but for weights that were replaced by others."""
+        for segment, view in zip(self.segments, views, strict=True):
+            if segment.linear.weight is segment.home:
+                segment.linear.set_weight(view)
+
+    def unbind(self, views: Sequence[Weight]) -> None:
+        """Let each layer that was bound read its weight from the host again."""
+        for segment, view in zip(self.segments, views, strict=True):
+            if segment.linear.weight is view:
+                segment.linear.set_weight(segment.home)
+
+    def edited(self) -> bool:
+        """Whether a weight was replaced, or written to in the map of its file, since the block was made."""
+        return any(
+            segment.linear.weight is not segment.home
+            or (segment.stored.source is not None and written(segment.stored.data))
+            for segment in self.segments
+        )
 
     def load(self, ring: Ring, slot: Tensor, free: Event, meter: Meter) -> Event:
         """Read it into a slot that is overwritten after the event `free` -> the event behind its copies."""
@@ -170,7 +187,7 @@ class Stream:
             runs once.
         visit: Brings a block that runs once to the device for the length of a `with`; None where all such
             blocks stay.
-        restore_rest: Puts the rest of the network, which stays on the device, back on the host.
+        rest: The rest of the network, which stays on the device.
 
     Raises:
         BadArgument: There are too few slots.
@@ -183,7 +200,7 @@ class Stream:
         slots: int = SLOTS,
         wrap: bool = True,
         visit: Callable[[nn.Module], AbstractContextManager[object]] | None = None,
-        restore_rest: Callable[[], None] | None = None,
+        rest: Moved | None = None,
     ) -> None:
         if slots < 1:
             raise BadArgument(f"stream: slots={slots}, wanted 1 slot or more")
@@ -191,13 +208,14 @@ class Stream:
         self.streamed = tuple(self._blocks)
         """Indices of the blocks that are moved, in order."""
         self._ring, self._device, self._meter = ring, ring.device, Meter(ring.device)
-        self._wrap, self._visit, self._restore_rest = wrap, visit, restore_rest
+        self._wrap, self._visit, self._rest = wrap, visit, rest
         size = max((block.nbytes for block in self._blocks.values()), default=0)
         self._slot_count, self._slot_bytes = min(slots, len(self.streamed)), size
         self._slots: list[Tensor] = []
         self._free: list[Event] = []
         self.device_bytes = self._slot_count * size
         """Bytes of the slots."""
+        self._bound: dict[int, list[Weight]] = {}  # block -> its weights that its layers read now
         self._views: dict[tuple[int, int], list[Weight]] = {}  # (block, slot) -> its weights there
         self._reader = ThreadPoolExecutor(1, thread_name_prefix=READER)
         self._submitting = threading.Lock()
@@ -236,6 +254,13 @@ class Stream:
             self._meter.clear()
         return found
 
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled with its network."""
+        raise Unsupported(
+            "a network whose blocks are streamed is not copied or pickled: call limit_memory() of its "
+            "pipeline without arguments first"
+        )
+
     def close(self) -> None:
         """End the thread and let the slots go; a second call does nothing.
 
@@ -251,10 +276,25 @@ class Stream:
 
     def restore(self) -> None:
         """Put the whole network back on the host, whoever holds a block."""
-        for block in self._blocks.values():
-            block.unbind()
-        if self._restore_rest is not None:
-            self._restore_rest()
+        for index in list(self._bound):
+            self._unbind(index)
+        if self._rest is not None:
+            self._rest.restore()
+
+    def _unbind(self, index: int) -> None:
+        views = self._bound.pop(index, None)
+        if views is not None:
+            self._blocks[index].unbind(views)
+
+    def seal(self) -> None:
+        """Note what the rest of the network holds, before a user can edit it."""
+        if self._rest is not None:
+            self._rest.seal()
+
+    def edited(self) -> bool:
+        """Whether a weight was edited between two runs, so that the model must be streamed anew."""
+        rest = self._rest is not None and bool(self._rest.edited())
+        return rest or any(block.edited() for block in self._blocks.values())
 
     @contextmanager
     def _streaming(self, index: int) -> Iterator[None]:
@@ -284,8 +324,8 @@ class Stream:
             if key not in self._views:
                 with torch.inference_mode(False):  # they outlive the caller's mode
                     self._views[key] = [segment.view(slots[held.slot]) for segment in segments]
-            for segment, view in zip(segments, self._views[key], strict=True):
-                segment.linear.set_weight(view)
+            self._bound[index] = self._views[key]
+            self._blocks[index].bind(self._views[key])
         except BaseException:
             self._release()
             raise
@@ -310,7 +350,7 @@ class Stream:
         try:
             held = self._held
             if held is not None:
-                self._blocks[held.index].unbind()
+                self._unbind(held.index)
                 if self._begun is not None:
                     self._free[held.slot] = self._device.record("compute")
                     self._meter.add("compute", held.index, self._begun, self._free[held.slot])

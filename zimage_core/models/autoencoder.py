@@ -5,23 +5,27 @@ Convolutions run channels-last, which makes them fast on a CPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zimage_core.config import AutoencoderConfig
-from zimage_core.errors import BadShape
+from zimage_core.errors import BadArgument, BadShape, printable
+from zimage_core.models.ported import Network
 from zimage_core.models.vae_blocks import Decoder, Encoder
-from zimage_core.models.vae_tiles import decode_tiled
+from zimage_core.models.vae_tiles import TILE, decode_tiled
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Network):
     """Flux-style variational autoencoder.
 
     Latents here are the VAE's own; the transformer sees (z - shift_factor) * scaling_factor, which the
     pipeline computes. If `tile` is set, `decode` uses tiles with sides of that many latents, which takes less
-    memory and gives the same image; see `vae_tiles`.
+    memory; the image is the same up to rounding, see `vae_tiles`.
     """
 
+    loader = "load_vae"
     tile: int | None = None
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -29,12 +33,42 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.opened: object | None = None  # the file that it was loaded from, a `weights.opened.Opened`
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the convolutions."""
         return self.decoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.decoder.conv_in.weight.device
+
+    def enable_tiling(self, use_tiling: bool = True, tile: int | None = None) -> None:
+        """Decode in tiles, which takes less than half the memory at 1024 x 1024.
+
+        The image is the same up to rounding: single 8-bit values may differ by 1.
+
+        Args:
+            use_tiling: False is `disable_tiling`.
+            tile: Side of a tile in latents of 8 pixels. Default: 32.
+
+        Raises:
+            BadArgument: tile is no whole number, or is less than 1.
+        """
+        if tile is not None and (type(tile) is not int or not 1 <= tile <= 1 << 20):
+            raise BadArgument(f"tile: got {printable(repr(tile), 60)}, wanted an integer from 1 to {1 << 20}")
+        self.tile = (TILE if tile is None else tile) if use_tiling else None
+
+    def disable_tiling(self) -> None:
+        """Decode whole images again."""
+        self.tile = None
+
+    def enable_slicing(self) -> None:
+        """For code written for diffusers: does nothing, the pipeline decodes images one by one."""
+
+    def disable_slicing(self) -> None:
+        """For code written for diffusers: does nothing."""
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, 3, H, W] in [-1, 1] -> mean and log-variance [B, latent_channels, H / 8, W / 8].
@@ -52,28 +86,53 @@ class Autoencoder(nn.Module):
         mean, logvar = self.encoder(x).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True) -> Any:
         """x [B, 3, H, W] in [-1, 1] -> z [B, latent_channels, H / 8, W / 8], not scaled.
 
-        z is the mode of the posterior; with a generator, one sample of it.
-        """
-        mean, logvar = self.moments(x)
-        if generator is None:
-            return mean
-        noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
-        return mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
+        z is the mode of the posterior; with a generator, one sample of it. The tensor also has the attribute
+        `latent_dist`, the whole posterior, for code written for diffusers.
 
-    def decode(self, z: Tensor, tile: int | None = None, keep: torch.device | None = None) -> Tensor:
+        Args:
+            x: Images.
+            generator: Generator of the sample.
+            return_dict: False returns (posterior,), as in diffusers.
+
+        Raises:
+            BadShape: H or W is not a multiple of the spatial factor.
+        """
+        posterior = Posterior(*self.moments(x))
+        if not return_dict:
+            return (posterior,)
+        z = posterior.mode() if generator is None else posterior.sample(generator)
+        z = z.view_as(z)  # an attribute of a tensor must not hold that tensor
+        z.latent_dist = posterior  # type: ignore[attr-defined]
+        return z
+
+    def decode(
+        self,
+        z: Tensor,
+        tile: int | None = None,
+        keep: torch.device | None = None,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Any:
         """z [B, latent_channels, h, w], not scaled -> image [B, 3, 8 h, 8 w] about [-1, 1], not clamped.
+
+        The tensor also has the attribute `sample`, the same image, for code written for diffusers.
 
         Args:
             z: Latents.
             tile: Side of a tile in latents, instead of the attribute `tile`.
             keep: Device of the maps of the whole image, if there are tiles; see `vae_tiles.decode_tiled`.
+            return_dict: False returns (image,), as in diffusers.
+            generator: Has no effect, as in diffusers.
 
         Raises:
             BadShape: z has another shape.
+            BadArgument: tile is a bool, which is diffusers' `return_dict`; give that by its name.
         """
+        if isinstance(tile, bool):
+            raise BadArgument(f"tile: got {tile}, wanted a number of latents; give return_dict by its name")
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
             raise BadShape(
                 f"VAE decode: got {tuple(z.shape)}, wanted latents [B, {self.config.latent_channels}, h, w]"
@@ -81,6 +140,41 @@ class Autoencoder(nn.Module):
         z = z.to(self.dtype).contiguous(memory_format=torch.channels_last)
         tile = tile or self.tile
         out: Tensor = self.decoder(z) if tile is None else decode_tiled(self.decoder, z, tile, keep)
+        if not return_dict:
+            return (out,)
+        out.sample = out.view_as(out)  # type: ignore[attr-defined]
         return out
 
     forward = decode
+
+
+class Posterior:
+    """A Gaussian over latents, with the methods of diffusers' DiagonalGaussianDistribution.
+
+    Args:
+        mean: Mean [B, latent_channels, h, w].
+        logvar: Log-variance of the same shape.
+    """
+
+    def __init__(self, mean: Tensor, logvar: Tensor) -> None:
+        self.mean, self.logvar = mean, logvar
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation."""
+        return torch.exp(0.5 * self.logvar)
+
+    @property
+    def var(self) -> Tensor:
+        """Variance."""
+        return torch.exp(self.logvar)
+
+    def mode(self) -> Tensor:
+        """The most likely latents: the mean."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Latents drawn from the posterior, by torch's global generator if none is given."""
+        mean, device = self.mean, self.mean.device if generator is None else generator.device
+        noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype)
+        return mean + self.std * noise.to(mean.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zimage_core.config import TextEncoderConfig
 from zimage_core.errors import BadShape
 from zimage_core.models.block_source import RESIDENT, BlockSource
+from zimage_core.models.ported import Network
 from zimage_core.nn.layers import RMSNorm, Rotation, attention, rotate_half, rotation
 from zimage_core.nn.linear import Embedding, Linear
 
@@ -91,8 +92,10 @@ def _unscaled(branch: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     return branch if scale == 1.0 else branch / scale
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Network):
     """Token ids to caption features."""
+
+    loader = "load_text_encoder"
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -100,7 +103,6 @@ class TextEncoder(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers - 1))
         self.stream: BlockSource = RESIDENT
-        self.opened: object | None = None  # the file that it was loaded from, a `weights.opened.Opened`
 
     @property
     def blocks(self) -> tuple[Layer, ...]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zimage_core.config import TransformerConfig
-from zimage_core.errors import BadShape
+from zimage_core.errors import BadShape, Unsupported
 from zimage_core.models import sequence
+from zimage_core.models.block_norms import norm_modulate, norm_residual, norms_rope
 from zimage_core.models.block_source import RESIDENT, BlockSource
-from zimage_core.nn.elementwise import gate_norm_residual, qk_norm_rope, rms_norm_modulate, silu_gate
+from zimage_core.models.ported import Network
+from zimage_core.nn.elementwise import silu_gate
 from zimage_core.nn.layers import RMSNorm, Rotation, attention, rotation
 from zimage_core.nn.linear import Linear
 
@@ -105,7 +107,7 @@ class Attention(nn.Module):
         """x [..., L, dim] -> [..., L, dim], multiplied by `scale`."""
         per_head = (self.heads, -1)
         q, k = self.to_q(x).unflatten(-1, per_head), self.to_k(x).unflatten(-1, per_head)
-        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, QK_NORM_EPS, *rope)
+        q, k = norms_rope(self.norm_q, self.norm_k, q, k, QK_NORM_EPS, rope)
         v = self.to_v(x if scale == 1.0 else x * scale).unflatten(-1, per_head)
         out: Tensor = self.to_out[0](attention(q, k, v))
         return out
@@ -167,12 +169,10 @@ class TransformerBlock(nn.Module):
             modulation = self.modulation(temb)
         if modulation is not None:
             scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.unsqueeze(-2).chunk(4, dim=-1)
-        norm_in, norm_out = self.attention_norm1, self.attention_norm2
-        a = self.attention(rms_norm_modulate(x, norm_in.weight, norm_in.eps, scale_msa), rope, attn_scale)
-        x = gate_norm_residual(x, a, norm_out.weight, norm_out.eps, gate_msa, attn_scale)
-        norm_in, norm_out = self.ffn_norm1, self.ffn_norm2
-        f = self.feed_forward(rms_norm_modulate(x, norm_in.weight, norm_in.eps, scale_mlp), ffn_scale)
-        return gate_norm_residual(x, f, norm_out.weight, norm_out.eps, gate_mlp, ffn_scale)
+        a = self.attention(norm_modulate(self.attention_norm1, x, scale_msa), rope, attn_scale)
+        x = norm_residual(self.attention_norm2, x, a, gate_msa, attn_scale)
+        f = self.feed_forward(norm_modulate(self.ffn_norm1, x, scale_mlp), ffn_scale)
+        return norm_residual(self.ffn_norm2, x, f, gate_mlp, ffn_scale)
 
 
 class FinalLayer(nn.Module):
@@ -199,8 +199,21 @@ class FinalLayer(nn.Module):
         return out
 
 
-class ZImageTransformer(nn.Module):
+class Estimates(list[Tensor]):
+    """The result of `ZImageTransformer.forward`: a tensor for each image; `sample` is the list itself."""
+
+    @property
+    def sample(self) -> Estimates:
+        """The list, under diffusers' name."""
+        return self
+
+
+class ZImageTransformer(Network):
     """S3-DiT: estimates (clean - noise) from a noisy latent, a time and a caption."""
+
+    loader = "load_transformer"
+    sample_size: int | None = None
+    """Height and width in pixels that it was trained for; None if nothing states them."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -218,7 +231,6 @@ class ZImageTransformer(nn.Module):
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.layers = nn.ModuleList(TransformerBlock(config, modulated=True) for _ in range(config.n_layers))
         self.stream: BlockSource = RESIDENT
-        self.opened: object | None = None  # the file that it was loaded from, a `weights.opened.Opened`
 
     @property
     def blocks(self) -> tuple[TransformerBlock, ...]:
@@ -235,7 +247,14 @@ class ZImageTransformer(nn.Module):
         """Device of the computation."""
         return self.x_pad_token.device
 
-    def forward(self, x: Sequence[Tensor], t: Tensor, cap_feats: Sequence[Tensor]) -> list[Tensor]:
+    def forward(
+        self,
+        x: Sequence[Tensor],
+        t: Tensor,
+        cap_feats: Sequence[Tensor],
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Estimates | tuple[Estimates]:
         """Run each image alone, in order.
 
         Time and sign are those of diffusers: t is 0 for noise and 1 for a clean image, and the
@@ -245,6 +264,9 @@ class ZImageTransformer(nn.Module):
             x: Latents, each [in_channels, 1, h, w] with even h and w; sizes may differ.
             t: Times in [0, 1], float32 [len(x)].
             cap_feats: Hidden states of the text encoder, each [L, cap_feat_dim], without padding.
+            return_dict: False returns (list,), as in diffusers.
+            others: Further arguments of diffusers; only None, empty values and this model's patch sizes are
+                taken.
 
         Returns:
             One [in_channels, 1, h, w] per image, in the model's dtype.
@@ -252,17 +274,21 @@ class ZImageTransformer(nn.Module):
         Raises:
             BadShape: Lengths or shapes do not fit this transformer.
             BadArgument: A caption or an image is longer than the positions the model knows.
+            Unsupported: An argument of diffusers has a value that means something.
         """
+        usual = {"patch_size": self.config.patch_size, "f_patch_size": 1}
+        if wrong := [name for name, value in others.items() if value and value != usual.get(name)]:
+            raise Unsupported(f"transformer: {wrong[0]}= means nothing here; leave it out")
         if not len(x) == len(cap_feats) == t.numel():
             raise BadShape(
                 f"transformer: got {len(x)} latents, {t.numel()} times and {len(cap_feats)} captions"
             )
-        out = []
+        out = Estimates()
         for latent, time, caption in zip(x, t.flatten().tolist(), cap_feats, strict=True):
             self._check_latent(latent)
             prepared = self.prepare([caption], [time], (latent.shape[-2], latent.shape[-1]))
             out.append(self.step(latent[:, 0].to(self.dtype), prepared, 0).unsqueeze(1))
-        return out
+        return out if return_dict else (out,)
 
     def prepare(self, captions: Sequence[Tensor], times: Sequence[float], size: tuple[int, int]) -> Prepared:
         """Compute the values that the steps of a run share.

@@ -1,4 +1,4 @@
-"""Runs the VAE's decoder in tiles: the same image as from the whole decoder, in less memory.
+"""Runs the VAE's decoder in tiles: up to rounding the image of the whole decoder, in less memory.
 
 Tiles that are decoded separately differ in tone, because each GroupNorm then uses the mean and variance of
 its tile instead of the image's, and blending only hides that. Here all tiles pass through the decoder layer

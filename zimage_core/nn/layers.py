@@ -23,7 +23,8 @@ class RMSNorm(nn.Module):
 
     Mean, reciprocal root and the product with it are computed in float32 for every input dtype; the result is
     rounded to the input dtype before the product with the weight, as in transformers. The blocks of S3-DiT
-    only read weight and eps: `zimage_core.nn.elementwise` does their arithmetic and rounds once.
+    only read weight and eps, unless a norm has hooks: `zimage_core.nn.elementwise` does their arithmetic and
+    rounds once.
 
     Args:
         size: Length of the last axis.
@@ -50,6 +51,12 @@ class RMSNorm(nn.Module):
         wide = x.float()
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * inverse).to(x.dtype) * self.weight.to(x.dtype)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks are registered on the module itself."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def rotation(positions: Tensor, dims: Sequence[int], theta: float) -> Rotation:

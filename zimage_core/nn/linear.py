@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zimage_core.errors import BadShape
+from zimage_core.errors import BadArgument, BadShape
 from zimage_core.formats import DTYPE_NAMES
 from zimage_core.quant import ops
 from zimage_core.quant.tensor import QuantTensor
@@ -20,8 +20,9 @@ class _Weighted(nn.Module):
     """A module with one matrix `weight`: a Parameter if it is dense, a QuantTensor if it is packed.
 
     `.to` changes `dtype` as it would change that of a dense weight; packed bytes are moved, never converted.
-    A state dict holds the packed bytes as `packed`. Format and scale are not in it: they must be those of the
-    module that loads it.
+    Assigning `weight` replaces it by one of either kind. A state dict holds the packed bytes as `packed`;
+    format and scale are not in it and must be those of the module that loads it. A dense `weight` in a state
+    dict replaces a packed one.
     """
 
     weight: Weight
@@ -56,14 +57,22 @@ class _Weighted(nn.Module):
         Raises:
             BadShape: The shape is not this module's.
         """
-        if tuple(weight.shape) != self._shape:
-            raise BadShape(f"got a weight of shape {tuple(weight.shape)}, this layer needs {self._shape}")
         previous = self.weight
-        # torch accepts a plain attribute only where no parameter of that name is registered
-        self._parameters.pop("weight", None)
-        self.__dict__.pop("weight", None)
         self.weight = weight
         return previous
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and "_shape" in self.__dict__:
+            if not isinstance(value, (nn.Parameter, QuantTensor)):
+                raise BadArgument(
+                    f"weight: got {type(value).__name__}, wanted a torch.nn.Parameter or a QuantTensor"
+                )
+            if tuple(value.shape) != self._shape:
+                raise BadShape(f"got a weight of shape {tuple(value.shape)}, this layer needs {self._shape}")
+            # torch accepts a plain attribute only where no parameter of that name is registered
+            self._parameters.pop("weight", None)
+            self.__dict__.pop("weight", None)
+        super().__setattr__(name, value)
 
     def dequantize_weight(self, dtype: torch.dtype) -> None:
         """Replace a packed weight by a dense one on the same device, which is faster but larger."""
@@ -94,10 +103,21 @@ class _Weighted(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        own, key = self.weight, f"{prefix}packed"
+        own, key, dense = self.weight, f"{prefix}packed", f"{prefix}weight"
         if not isinstance(own, QuantTensor):
+            if key in state_dict:
+                error_msgs.append(f"{key} is packed, this layer's weight is dense; load a packed network")
             return
-        found = state_dict.get(key)
+        found, plain = state_dict.get(key), state_dict.get(dense)
+        if dense in unexpected_keys:
+            unexpected_keys.remove(dense)
+        if plain is not None:
+            if tuple(plain.shape) != own.shape:
+                error_msgs.append(f"{dense} has shape {tuple(plain.shape)}, this layer needs {own.shape}")
+            else:
+                value = plain.detach().to(own.device, self.dtype, copy=True)
+                self.weight = nn.Parameter(value, requires_grad=False)
+            return
         if found is None:
             missing_keys.append(key)
         elif found.shape != own.packed.shape or found.dtype != own.packed.dtype:
@@ -122,16 +142,22 @@ class _Weighted(nn.Module):
         return self
 
     def _kind(self) -> str:
-        return self.weight.format.name if isinstance(self.weight, QuantTensor) else str(self.dtype)
+        return self.weight.format.name if isinstance(self.weight, QuantTensor) else str(self.weight.dtype)
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers and packed bytes of a module and all modules inside it."""
     yield from module.parameters()
     yield from module.buffers()
+    for weight in packed_weights(module):
+        yield weight.packed
+
+
+def packed_weights(module: nn.Module) -> Iterator[QuantTensor]:
+    """Packed weights of a module and all modules inside it."""
     for each in module.modules():
         if isinstance(each, _Weighted) and isinstance(each.weight, QuantTensor):
-            yield each.weight.packed
+            yield each.weight
 
 
 class Linear(_Weighted):

@@ -69,8 +69,8 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
         weight = QuantTensor(raw, _FORMAT_OF[weight.dtype], tuple(weight.shape))
     if torch.is_grad_enabled() and x.requires_grad:
         raise Unsupported(
-            "packed weights give no gradients; run under torch.no_grad() or load the weights dense "
-            "with QuantTensor.dequantize()"
+            "packed weights give no gradients; run under torch.no_grad(), or make them dense by "
+            "pipe.dequantize_weights(budget) or by dequantize_weight(dtype) of the layer"
         )
     with torch.no_grad():
         if torch.compiler.is_compiling():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -214,6 +214,33 @@ def read_device(device: str | torch.device) -> torch.device:
     if where.type == "cuda" and (where.index or 0) >= count:
         raise Unsupported(f"device: there is no {where}, this machine has {count} GPUs, counted from 0")
     return where
+
+
+Dtype = torch.dtype | str | Mapping[str, "torch.dtype | str"] | None
+"""Argument for the dtype of a pipeline: one for all networks, or component -> dtype as in diffusers."""
+
+
+def read_dtypes(dtype: Dtype, torch_dtype: Dtype, device: torch.device) -> dict[str, torch.dtype]:
+    """Return the dtypes of "transformer" and "text_encoder" from the two arguments that may name them.
+
+    Raises:
+        BadArgument: `read_dtype` refuses a value, or a dict names something else.
+        Unsupported: A dict asks for a VAE that is not float32.
+    """
+    named: list[Mapping[str, Any]] = [
+        value if isinstance(value, Mapping) else {"default": value} for value in (dtype, torch_dtype)
+    ]
+    known = ("transformer", "text_encoder", "vae", "default")
+    for key in (key for value in named for key in value if key not in known):
+        raise BadArgument(f"dtype: got a dict with {shown(key)}, wanted keys of {', '.join(known)}")
+    for value in named:
+        if value.get("vae") is not None and read_dtype(value["vae"], None, device) != torch.float32:
+            raise Unsupported("dtype: the VAE is always computed in float32; leave it out of the dict")
+    found = {}
+    for name in ("transformer", "text_encoder"):
+        first, second = (value.get(name, value.get("default")) for value in named)
+        found[name] = read_dtype(first, second, device)
+    return found
 
 
 def read_dtype(

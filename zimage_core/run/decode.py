@@ -40,7 +40,7 @@ def decode(
     """Latents [B, C, h, w] -> pixels [B, 3, 8 h, 8 w] float32 about [-1, 1]; one image at a time.
 
     If the memory of a GPU is too small, smaller and smaller tiles are tried, then whole maps on the CPU. The
-    images are the same.
+    images are the same up to rounding.
 
     Args:
         vae: The decoder's network.
@@ -82,7 +82,7 @@ def decode(
         if ways[0] == DecodeWay():  # warn only after the first attempt
             warnings.warn(
                 f"VAE: no memory to decode {size} with tile = {vae.tile}; it is decoded again in "
-                "smaller tiles, which takes longer and gives the same image; "
+                "smaller tiles, which takes longer and changes no more than rounding; "
                 "pipe.enable_vae_tiling() before the run saves the failed attempt",
                 stacklevel=4,
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zimage_core.errors import BadArgument, NonFinite
 from zimage_core.models.transformer import Predict, Prepared, ZImageTransformer
+from zimage_core.nn.layers import has_hooks
 from zimage_core.run import checks
 from zimage_core.run.nonfinite import explain, watch
 from zimage_core.run.request import Run
@@ -67,12 +68,16 @@ class Denoiser:
             self._prepared = self.transformer.prepare(captions, times, (h, w))
         prepared, count = self._prepared, len(latents)
         members = latents.to(self.transformer.dtype)
+        whole = has_hooks(self.transformer)  # they see the network's own call, which prepares each step anew
+
+        def one(member: Tensor, caption: int) -> Tensor:
+            if not whole:
+                return self.transformer.step(member, prepared, step, caption, self._predict)
+            out: Tensor = self.transformer([member[:, None]], time, [prepared.captions[caption]])[0]
+            return out[:, 0]
 
         def side(first: int) -> list[Tensor]:
-            return [
-                self.transformer.step(member, prepared, step, first + i, self._predict).float()
-                for i, member in enumerate(members)
-            ]
+            return [one(member, first + i).float() for i, member in enumerate(members)]
 
         out, scale = side(0), scale_at(float(time), self.scale, run.cfg_truncation)
         if scale > 0:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zimage_core.errors import NonFinite
+from zimage_core.models.block_norms import NAMES
 from zimage_core.quant.tensor import QuantTensor
 
 ROWS = 1024
@@ -39,7 +40,9 @@ def watch(model: nn.Module, name: str) -> Iterator[None]:
 
         return check
 
-    handles = [m.register_forward_hook(hook(place)) for place, m in model.named_modules() if place]
+    # a block's norms run fused as long as they have no hooks, which would change the rounding
+    watched = [(p, m) for p, m in model.named_modules() if p and p.rpartition(".")[2] not in NAMES]
+    handles = [module.register_forward_hook(hook(place)) for place, module in watched]
     try:
         yield
     finally:
@@ -67,7 +70,8 @@ def guard_attention(model: nn.Module, name: str) -> None:
     NaN, and NaN passes through the softmax.
     """
     for place, module in model.named_modules():
-        if place.rpartition(".")[2] in ("to_q", "to_k", "q_proj", "k_proj"):
+        guarded = any(isinstance(hook, _Guard) for hook in module._forward_hooks.values())
+        if place.rpartition(".")[2] in ("to_q", "to_k", "q_proj", "k_proj") and not guarded:
             module.register_forward_hook(_Guard(name, place))
 
 

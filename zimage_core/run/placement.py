@@ -12,7 +12,8 @@ from zimage_core.errors import Unsupported
 from zimage_core.memory.phases import MemoryBudget, MemoryReport, PhaseManager
 from zimage_core.models.transformer import Predict, ZImageTransformer
 from zimage_core.nn.cuda_graphs import StepGraphs
-from zimage_core.nn.linear import Linear
+from zimage_core.nn.layers import has_hooks
+from zimage_core.nn.linear import Linear, tensors_of
 from zimage_core.quant.dispatch import largest_that_fit
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.run.checks import read_device, read_dtype, whole
@@ -33,6 +34,20 @@ class Placement:
         self.memory: PhaseManager | None = None
         self.graphs: StepGraphs | None = None
         self._as_loaded = True
+        self._addresses: list[int] = []  # of the weights that the graphs read
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for copies and pickles.
+
+        Raises:
+            Unsupported: There is a memory budget, whose threads and devices belong to one pipeline.
+        """
+        if self.memory is not None:
+            raise Unsupported(
+                "a pipeline with a memory budget is not copied or pickled: call limit_memory() without "
+                "arguments first, or open the model a second time (mapped files are shared)"
+            )
+        return self.__dict__
 
     def to(self, networks: Networks, targets: tuple[str | torch.device | torch.dtype, ...]) -> None:
         """Move the networks to devices, or cast transformer and text encoder to dtypes, in this order."""
@@ -42,8 +57,8 @@ class Placement:
             if isinstance(target, torch.dtype):
                 self._as_loaded = False
                 dtype = read_dtype(target, None, torch.device("cpu"))
-                networks["transformer"].to(dtype)
-                networks["text_encoder"].to(dtype)
+                for name in {"transformer", "text_encoder"} & set(networks):
+                    networks[name].to(dtype)
             else:
                 place = read_device(target)
                 for network in networks.values():
@@ -61,10 +76,14 @@ class Placement:
 
     def predict(self, transformer: ZImageTransformer) -> Predict | None:
         """Function to call instead of `transformer.predict`: recorded graphs, a compiled one, or None."""
-        if self.graphs is not None and self.graphs.step != transformer.predict:
-            self.graphs = StepGraphs(transformer.predict)  # the transformer was replaced
         if self.graphs is not None:
-            return self.graphs
+            addresses = [tensor.data_ptr() for tensor in tensors_of(transformer)]
+            if self.graphs.step != transformer.predict or (len(self.graphs) and addresses != self._addresses):
+                self.graphs = StepGraphs(transformer.predict)  # the transformer or a weight was replaced
+            self._addresses = addresses
+            # a graph is replayed without Python, so that no hook would be called
+            hooked = any(has_hooks(module) for module in transformer.modules())
+            return None if hooked else self.graphs
         # torch.compile(pipe.transformer) compiles the module's call, but a run calls its methods
         compiled = getattr(transformer, "dynamo_ctx", None)
         return None if compiled is None else compiled(transformer.predict)
@@ -118,9 +137,10 @@ class Placement:
         self.memory = PhaseManager(networks, opened, device, MemoryBudget(vram, ram))
         self.graphs = None
 
-    def begin(self, run: Run, caption_tokens: int) -> None:
+    def begin(self, networks: Networks, run: Run, caption_tokens: int) -> None:
         """Plan a run where memory is limited."""
         if self.memory is not None:
+            self.memory.check_networks(networks)
             images, guided = run.batch.images, run.guidance_scale > 0
             self.memory.begin(
                 width=run.width, height=run.height, images=images, caption_tokens=caption_tokens,

@@ -13,7 +13,7 @@ from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.run import checks
 from zimage_core.run.checks import MAX_IMAGES, StepCallback, real, whole
 from zimage_core.sampling import noise
-from zimage_core.sampling.schedule import MAX_STEPS, FlowMatchEulerScheduler
+from zimage_core.sampling.schedule import BASE_SHIFT, MAX_STEPS, FlowMatchEulerScheduler
 from zimage_core.text.prompt import DEFAULT_LENGTH, MAX_LENGTH
 
 Member = TypeVar("Member")
@@ -44,6 +44,7 @@ class Request:
     max_sequence_length: int = DEFAULT_LENGTH
     seed: int | None = None
     cfg: float | None = None
+    shift: float | None = None
     enable_thinking: bool = True
     prompt_template: str | None = None
     debug: bool = False
@@ -55,9 +56,7 @@ class Limits:
 
     Args:
         sample_size: Default height and width in pixels.
-        steps: Default number of steps.
-        guidance: Default guidance scale.
-        distilled: Whether the checkpoint was trained to need no guidance.
+        stated_shift: Shift of the scheduler that the pipeline was made with; None if it was made without one.
         channels: Channels of a latent.
         caption_width: Width of a caption feature.
         factor: Pixels per latent along a side.
@@ -67,9 +66,7 @@ class Limits:
     """
 
     sample_size: int
-    steps: int
-    guidance: float
-    distilled: bool
+    stated_shift: float | None
     channels: int
     caption_width: int
     factor: int
@@ -78,20 +75,54 @@ class Limits:
     cols: int
 
     @classmethod
-    def of(cls, net: TransformerConfig, vae: AutoencoderConfig, sample_size: int, base: bool) -> Limits:
-        """The limits of two networks, and the defaults of the base checkpoint or a distilled one."""
+    def of(
+        cls,
+        net: TransformerConfig,
+        vae: AutoencoderConfig | None,
+        sample_size: int,
+        stated_shift: float | None,
+    ) -> Limits:
+        """The limits of a transformer and a VAE; without a VAE those of FLUX.1's."""
         return cls(
             sample_size=sample_size,
-            steps=50 if base else 8,
-            guidance=4.0 if base else 0.0,
-            distilled=not base,
+            stated_shift=stated_shift,
             channels=net.in_channels,
             caption_width=net.cap_feat_dim,
-            factor=vae.spatial_factor,
+            factor=(vae or AutoencoderConfig()).spatial_factor,
             patch=net.patch_size,
             rows=net.axes_lens[1],
             cols=net.axes_lens[2],
         )
+
+    def defaults(self, shift: float | None = None) -> Defaults:
+        """Defaults of a call with this shift, which counts only where the pipeline states none."""
+        if self.stated_shift is not None:
+            shift = self.stated_shift
+        return Defaults(50, 4.0, False) if shift == BASE_SHIFT else Defaults(8, 0.0, True)
+
+    @property
+    def steps(self) -> int:
+        """Default number of steps."""
+        return self.defaults().steps
+
+    @property
+    def guidance(self) -> float:
+        """Default guidance scale."""
+        return self.defaults().guidance
+
+
+class Defaults(NamedTuple):
+    """Defaults of a kind of checkpoint.
+
+    Args:
+        steps: Number of steps.
+        guidance: Guidance scale.
+        distilled: Whether the checkpoint was trained to need no guidance.
+    """
+
+    steps: int
+    guidance: float
+    distilled: bool
 
 
 class Encoding(NamedTuple):
@@ -135,6 +166,7 @@ class Run:
         seeds: The seed of each image; None if its noise was not drawn from a seed.
         sigmas: Noise levels, one more than steps.
         own_sigmas: Whether the caller gave the noise levels.
+        shift: Shift of the noise levels.
         remarks: Warnings for the caller.
     """
 
@@ -143,6 +175,7 @@ class Run:
     width: int
     sigmas: tuple[float, ...]
     own_sigmas: bool
+    shift: float
     guidance_scale: float
     cfg_normalization: float
     cfg_truncation: float | None
@@ -174,7 +207,10 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
     """
     if request.joint_attention_kwargs:
         raise Unsupported("joint_attention_kwargs: there are no attention processors here; leave it out")
-    scale = checks.guidance(request.guidance_scale, request.cfg, limits.guidance)
+    if request.shift is not None:
+        scheduler = FlowMatchEulerScheduler(request.shift)
+    usual = limits.defaults(request.shift)
+    scale = checks.guidance(request.guidance_scale, request.cfg, usual.guidance)
     multiple = limits.factor * limits.patch
     height, width = (
         checks.side(name, limits.sample_size if value is None else value, multiple, multiple * most)
@@ -184,10 +220,10 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
         )
     )
     checks.area(height, width, 1)
-    steps = limits.steps if request.num_inference_steps is None else request.num_inference_steps
+    steps = usual.steps if request.num_inference_steps is None else request.num_inference_steps
     steps = whole("num_inference_steps", steps, 1, MAX_STEPS)
     if request.sigmas is None:
-        sigmas = scheduler.sigmas(steps)
+        sigmas = scheduler.levels(steps)
     else:
         sigmas = scheduler.shifted(checks.levels(request.sigmas))
     batch = make_batch(request, scale > 0, limits.caption_width)
@@ -201,6 +237,7 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
         width=width,
         sigmas=sigmas,
         own_sigmas=request.sigmas is not None,
+        shift=float(scheduler.shift),
         guidance_scale=scale,
         cfg_normalization=real("cfg_normalization", request.cfg_normalization, 0, 1e6),
         cfg_truncation=None if truncation is None else real("cfg_truncation", truncation, 0, 1e6),
@@ -211,7 +248,7 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
         callback_tensors=checks.callback(function, request.callback_on_step_end_tensor_inputs),
         encoding=encoding(request),
         debug=bool(request.debug),
-        remarks=_remarks(limits, scale, request),
+        remarks=_remarks(usual.distilled, scale, request),
     )
 
 
@@ -299,10 +336,10 @@ def _start(shape: tuple[int, int, int, int], request: Request) -> tuple[tuple[in
     return seeds, noise.from_seeds(shape, seeds)
 
 
-def _remarks(limits: Limits, scale: float, request: Request) -> tuple[str, ...]:
+def _remarks(distilled: bool, scale: float, request: Request) -> tuple[str, ...]:
     """Warnings about arguments that are allowed but probably a mistake."""
     remarks = []
-    if limits.distilled and scale > 0:
+    if distilled and scale > 0:
         meaning = ""
         if scale <= 1:
             meaning = f"; off is 0, and {scale:g} here is the {scale + 1:g} of programs that count from 1"

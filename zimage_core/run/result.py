@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from zimage_core.weights.opened import Opened
 
 
+OTHER_KINDS = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl")
+"""Endings of other kinds of images; any other text after a dot may be part of a name."""
 MOST_SIGMAS = 100
 """Most of the caller's own noise levels that are kept in an image's settings; a longer list is left out."""
 
@@ -139,33 +142,42 @@ class ZImageResult:
     ) -> None:
         """Write image `index` as a complete PNG, or nothing.
 
+        `images[index].save(path)` is Pillow's own: it writes other kinds of files, and no settings.
+
         Args:
-            path: Destination.
+            path: Destination; a name with an ending ends in .png.
             index: Number of the image.
             force: Replace an existing file.
             metadata: Write prompt, seed, settings and file hashes into it (never a path).
             full_hash: Hash whole files, whatever their size.
 
         Raises:
-            BadArgument: The images are arrays or latents, or there is no such image.
+            BadArgument: The images are arrays or latents, there is no such image, or the name has the ending
+                of another kind of file.
             BadFile: The file exists and `force` is not set, or it cannot be written.
         """
         if not isinstance(self.images, list):
             raise BadArgument("save: this run gave arrays or latents; ask for output_type='pil'")
         if not -len(self.images) <= index < len(self.images):
             raise BadArgument(f"save: there is no image {index}, the run made {len(self.images)}")
+        suffix = Path(path).suffix
+        if suffix.lower() in OTHER_KINDS:
+            raise BadArgument(
+                f"save: images are written as PNG, which holds their settings, not as {suffix}; use a name "
+                "ending in .png, or result.images[0].save(...), which loses the settings"
+            )
         data = png.encode(self.images[index], self.metadata(index, full_hash) if metadata else None)
         write_atomically(path, data, overwrite=force)
 
 
-def settings_of(run: Run, shift: float, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:
+def settings_of(run: Run, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:
     """Settings of each image for its PNG; nothing in them differs between equal runs, as times would."""
     common: dict[str, Any] = {
         "program": "zimage_core",
         "version": f"zimage_core {__version__}",
         "steps": run.steps,
         "sampler": "euler",
-        "shift": shift,
+        "shift": run.shift,
         "guidance_scale": run.guidance_scale,
         "width": run.width,
         "height": run.height,

@@ -12,6 +12,7 @@ from zimage_core.assets import NANO
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, ZImageError, printable
 from zimage_core.files import hub
+from zimage_core.run.checks import read_path
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.components import (
@@ -120,6 +121,17 @@ def _scheduler(folder: Path, given: Collection[str]) -> FlowMatchEulerScheduler 
     """The schedule that a folder states; None if it states none, or if the caller has one."""
     values = None if "scheduler" in given else scheduler_values(folder)
     return None if values is None else FlowMatchEulerScheduler.from_json(values)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Load a tokenizer from a tokenizer.json, a folder with one or with vocab.json and merges.txt, or a GGUF.
+
+    Raises:
+        BadArgument: The path is no path.
+        BadFile: There is no tokenizer, or a damaged one.
+        Unsupported: It is of a kind that is not supported.
+    """
+    return find_tokenizer(read_path("path", path), None)
 
 
 def find_tokenizer(given: str | os.PathLike[str] | Tokenizer | None, encoder: WeightFile | None) -> Tokenizer:

@@ -1,4 +1,8 @@
-"""Starting noise, drawn on the CPU: a seed gives the same image on every device and in every batch."""
+"""Starting noise, drawn on the CPU: a seed gives the same noise on every device and in every batch.
+
+The image is the same to the bit on one machine with one number of threads. Other numbers of threads and other
+instruction sets sum in another order: 0.005 to 0.01 % of its 8-bit values then differ by 1.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from zimage_core.config import SHIFTS, TURBO_SHIFT, scheduler_shift
 from zimage_core.errors import BadArgument, printable
+from zimage_core.sampling.stepping import Stepping, Walk
 
 MAX_STEPS = 1000
 """Most steps: the number of trained noise levels, since more would visit a level twice."""
@@ -26,7 +27,7 @@ BASE_SHIFT = 6.0
 
 
 @dataclass(frozen=True)
-class FlowMatchEulerScheduler:
+class FlowMatchEulerScheduler(Stepping):
     """The static-shift schedule of every Z-Image checkpoint.
 
     All values are computed in float32, with the same operations as in diffusers, so that they agree bit for
@@ -42,6 +43,7 @@ class FlowMatchEulerScheduler:
     """
 
     shift: float = TURBO_SHIFT
+    _walk: Walk = field(default_factory=Walk, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         shift: object = self.shift  # the caller may have passed any type
@@ -70,7 +72,7 @@ class FlowMatchEulerScheduler:
             warnings.warn(f"scheduler_config.json: {caution}", UserWarning, stacklevel=2)
         return cls(shift=shift)
 
-    def sigmas(self, steps: int) -> tuple[float, ...]:
+    def levels(self, steps: int) -> tuple[float, ...]:
         """Noise levels of `steps` steps: steps + 1 float32 values, falling from 1 to 0."""
         if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
             # repr() refuses a huge integer
@@ -100,3 +102,7 @@ class FlowMatchEulerScheduler:
     def _bend(self, u: torch.Tensor) -> tuple[float, ...]:
         sigma = self.shift * u / (1 + (self.shift - 1) * u)
         return (*(float(s) for s in sigma), 0.0)
+
+
+FlowMatchEulerDiscreteScheduler = FlowMatchEulerScheduler
+"""Diffusers' name of the class."""

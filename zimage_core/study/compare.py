@@ -99,7 +99,11 @@ class Reference:
         """Generate all images; a pipeline that is made here is released when this call returns."""
         began = time.perf_counter()
         pipe, options = _made(model), self.options
-        steps = options.get("num_inference_steps") or len(options.get("sigmas") or ()) or pipe.limits.steps
+        steps = (
+            options.get("num_inference_steps")
+            or len(options.get("sigmas") or ())
+            or pipe.limits.defaults(options.get("shift")).steps
+        )
         self._first = _checked(pipe, options)
         self._config, self._probed = pipe.transformer.config, probes(int(steps), block_steps)
         self._traces: list[_Traced] = []

@@ -14,6 +14,13 @@ from zimage_core.text.tokenizer import Tokenizer, check_text
 
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 NO_THINKING = "<think>\n\n</think>\n\n"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""The same string in Jinja, for other programs that read a saved tokenizer; it is never evaluated here."""
 TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 MAX_PROMPT_BYTES = 16 * 1024
