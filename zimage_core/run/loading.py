@@ -129,7 +129,9 @@ def find_components(
     hub_options = {name: others[name] for name in HUB_OPTIONS if others.get(name) is not None}
     elsewhere = (*given, "scheduler") if scheduler is not None else tuple(given)
     found = sources.find(source, elsewhere, hub_options, mmap, variant)
-    if tokenizer is None and "text_encoder" not in given:
+    encoder = given.get("text_encoder")
+    fileless = is_network(encoder) and opened_file(encoder) is None  # it has no tokenizer of its own
+    if tokenizer is None and (fileless or "text_encoder" not in given):
         tokenizer = found.tokenizer
     return {**found.paths, **given}, tokenizer, scheduler or found.scheduler
 
