@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "run": {"assets", "config", "files", "memory", "models", "nn", "quant", "sampling", "text", "weights"},
     "pipeline": {"config", "files", "memory", "models", "run", "sampling", "text", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
-    "export": {"config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},
+    "export": {"assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},
     "study": {
         "export", "files", "formats", "models", "nn", "pipeline", "quant", "quantize", "run", "sampling",
         "weights",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from zimage_core.config import COMPONENTS, AutoencoderConfig
+from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, Busy, Unsupported
 from zimage_core.files.units import parse_bytes
 from zimage_core.memory.plan import Plan
@@ -45,9 +45,6 @@ from zimage_core.weights.opened import Opened
 from zimage_core.weights.source import WeightFile
 
 Self = TypeVar("Self", bound="ZImagePipeline")
-
-FACTOR = AutoencoderConfig().spatial_factor
-"""Pixels per latent along a side, where there is no VAE."""
 
 
 class ZImagePipeline(Ported):
@@ -507,17 +504,9 @@ class ZImagePipeline(Ported):
     def limits(self) -> Limits:
         """Limits of these components, and the defaults of the checkpoint, Turbo or base."""
         require("transformer", self.transformer)
-        net, vae = self.transformer.config, networks(self).get("vae")
-        return Limits(
-            sample_size=self.sample_size,
-            stated_shift=self._stated_shift,
-            channels=net.in_channels,
-            caption_width=net.cap_feat_dim,
-            factor=FACTOR if vae is None else vae.config.spatial_factor,
-            patch=net.patch_size,
-            rows=net.axes_lens[1],
-            cols=net.axes_lens[2],
-        )
+        vae = networks(self).get("vae")
+        config = None if vae is None else vae.config
+        return Limits.of(self.transformer.config, config, self.sample_size, self._stated_shift)
 
     def files(self) -> dict[str, WeightFile]:
         """Component -> the open file whose bytes it uses; components built in memory are left out."""

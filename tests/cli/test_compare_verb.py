@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.tree import ROOT
+from zimage_core import convert_file
 
 NANO = ROOT / "zimage_core" / "assets" / "nano"
 SMALL = ("--prompt", "a red circle", "-W", 32, "-H", 32, "--steps", 2, "--block-steps", 1)
@@ -61,4 +63,21 @@ def test_files_are_refused_before_anything_is_drawn(zimage, tmp_path, monkeypatc
     for words, message in cases:
         outcome = zimage("compare", *words, *SMALL)
         assert outcome.status in (1, 2), words
+        assert message in outcome.error, words
+
+
+def test_images_of_two_sizes_are_refused_before_anything_is_drawn(zimage, tmp_path, monkeypatch):
+    """A file that states no size draws 1024 px, the embedded model 80."""
+    convert_file("default", tmp_path / "a.safetensors", dequantize="bf16", component="transformer")
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors")
+    monkeypatch.setattr("zimage_core.cli.compare.load_pipeline", lambda _: pytest.fail("loaded"))
+    for words, message in {
+        ("default", tmp_path / "b.safetensors"): "B draws images of 1024 x 1024, A of 80 x 80; give both",
+        (tmp_path / "b.safetensors", "default"): "B draws images of 80 x 80, A of 1024 x 1024; give both",
+        ("default", tmp_path / "a.safetensors", "-W", 50): "width: got 50, wanted a multiple of 16",
+        ("default", "default", "--b-steps", 0): "num_inference_steps",
+        ("default", "default", "--sheet", tmp_path / "a.html"): "--sheet",
+        ("default", "default", "--report", tmp_path / "a.png"): "--report",
+    }.items():
+        outcome = zimage("compare", *words, "--prompt", "a red circle")
         assert message in outcome.error, words

@@ -104,10 +104,22 @@ def test_what_cannot_be_collected_is_said_in_one_line(zimage, prompts, tmp_path,
     assert not (tmp_path / "a.gguf").exists()
 
 
-def test_an_imatrix_of_another_model_is_not_merged(zimage, prompts, tmp_path):
+def test_an_imatrix_of_another_model_is_refused_before_anything_is_drawn(
+    zimage, prompts, tmp_path, monkeypatch
+):
+    from zimage_core.pipeline import ZImagePipeline
     from zimage_core.quantize.imatrix import flat
 
+    monkeypatch.setattr(ZImagePipeline, "__call__", lambda *words, **options: pytest.fail("drawn"))
     write_imatrix(tmp_path / "other.gguf", flat({"x_embedder.weight": 48}))
     outcome = collect(zimage, prompts, tmp_path / "a.gguf", "--merge", tmp_path / "other.gguf", "--quiet")
     assert outcome.status == 1
     assert "x_embedder.weight has" in outcome.error
+    words = ("--merge", tmp_path / "other.gguf", "--component", "both", "--quiet")
+    assert collect(zimage, prompts, tmp_path / "a.gguf", *words).status == 1
+    write_imatrix(tmp_path / "third.gguf", flat({"x_embedder.weight": 64}))
+    with monkeypatch.context() as patch:
+        patch.setattr("zimage_core.cli.imatrix.load_pipeline", lambda _: pytest.fail("loaded"))
+        two = ("--merge", tmp_path / "other.gguf", "--merge", tmp_path / "third.gguf")
+        assert "x_embedder.weight has" in collect(zimage, prompts, tmp_path / "a.gguf", *two).error
+        assert "width" in collect(zimage, prompts, tmp_path / "a.gguf", "-W", 50).error

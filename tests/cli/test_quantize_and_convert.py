@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.tree import ROOT
 from tests.helpers.wide import wide_state, write_wide
@@ -159,3 +161,72 @@ def test_a_stopped_run_leaves_what_was_there(wide, tmp_path, number, code, words
     assert process.returncode == 128 + number, err
     assert "Traceback" not in err
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+# --- sources that are folders ----------------------------------------------------------------
+
+NANO = ROOT / "zimage_core" / "assets" / "nano"
+PREFIX = {
+    "transformer": "model.diffusion_model.",
+    "text_encoder": "text_encoders.qwen3_4b.transformer.",
+    "vae": "vae.",
+}
+
+
+@pytest.fixture(scope="module")
+def sources(model, tmp_path_factory):
+    """The tiny pipeline as a diffusers folder, a folder of loose files, and one file in a folder."""
+    loose, merged = tmp_path_factory.mktemp("loose"), tmp_path_factory.mktemp("merged")
+    everything = {}
+    for part, prefix in PREFIX.items():
+        state = load_file(next((model / part).glob("*.safetensors")))
+        save_file(state, loose / f"{part}.safetensors")
+        everything |= {prefix + name: tensor for name, tensor in state.items()}
+    save_file(everything, merged / "all.safetensors")
+    return {"diffusers": model, "loose": loose, "merged": merged, "file": merged / "all.safetensors"}
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "loose", "merged", "file"])
+@pytest.mark.parametrize("part", [None, *PREFIX])
+def test_every_folder_gives_the_part_that_is_asked_for(zimage, sources, tmp_path, kind, part):
+    words = () if part is None else ("--component", part)
+    outcome = zimage("convert", sources[kind], tmp_path / "a.safetensors", *words, "--quiet")
+    assert (outcome.status, outcome.out.count("\n")) == (0, 1)
+    assert inspect_file(tmp_path / "a.safetensors").kind == (part or "transformer")
+    if part != "vae":  # which is never quantised
+        words = ("--type", "Q8_0", *words, "--quiet")
+        assert zimage("quantize", sources[kind], tmp_path / "a.gguf", *words).status == 0
+        assert inspect_file(tmp_path / "a.gguf").kind == (part or "transformer")
+
+
+@pytest.mark.parametrize("source", [NANO, "default"])
+def test_the_shipped_folder_is_its_transformer(zimage, tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    assert zimage("convert", source, tmp_path / "a.gguf", "--quiet").status == 0
+    assert inspect_file(tmp_path / "a.gguf").kind == "transformer"
+    words = ("--type", "Q8_0", "--requantize", "--component", "text_encoder", "--quiet")
+    assert zimage("quantize", source, tmp_path / "b.gguf", *words).status == 0
+    assert inspect_file(tmp_path / "b.gguf").kind == "text_encoder"
+
+
+def test_a_folder_named_default_comes_before_the_embedded_model(zimage, wide, tmp_path, monkeypatch):
+    shutil.copytree(wide, tmp_path / "default")
+    monkeypatch.chdir(tmp_path)
+    assert zimage("convert", "default", tmp_path / "a.gguf", "--quiet").status == 0
+    assert "width 256, 2 layers" in inspect_file(tmp_path / "a.gguf").title, "the embedded one has 4"
+
+
+def test_what_cannot_be_written_is_refused_in_a_line(zimage, wide, tmp_path):
+    out = tmp_path / "a.safetensors"
+    for words, message in {
+        ("quantize", wide, out, "--type", "Q8_0"): "ends in .gguf",
+        ("convert", wide, out, "--shard-size", "1"): "only a folder of diffusers has shards",
+        ("convert", wide, tmp_path / "a.pt"): ".pt is not written",
+        ("quantize", wide, tmp_path / "a.gguf", "--type", "Q8_0", "--write-recipe", tmp_path / "a.gguf"): (
+            "names OUT itself"
+        ),
+    }.items():
+        outcome = zimage(*words)
+        assert outcome.status == 2, words
+        assert message in outcome.error
+    assert not list(tmp_path.iterdir())

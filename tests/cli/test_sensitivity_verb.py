@@ -74,6 +74,18 @@ def test_wrong_options(measure, tmp_path, words, message):
     assert not (tmp_path / "s.json").exists()
 
 
+def test_an_imatrix_of_another_model_is_refused_before_anything_is_drawn(measure, tmp_path, monkeypatch):
+    from zimage_core.pipeline import ZImagePipeline
+    from zimage_core.quantize.imatrix import flat, write_imatrix
+
+    monkeypatch.setattr(ZImagePipeline, "__call__", lambda *words, **options: pytest.fail("drawn"))
+    write_imatrix(tmp_path / "other.gguf", flat({"layers.0.attention.qkv.weight": 48}))
+    outcome = measure(tmp_path / "s.json", "--imatrix", tmp_path / "other.gguf", "--quiet")
+    assert "this is the imatrix of another model" in outcome.error
+    monkeypatch.setattr("zimage_core.cli.sensitivity.load_pipeline", lambda _: pytest.fail("loaded"))
+    assert "height" in measure(tmp_path / "s.json", "-H", 50).error
+
+
 def test_an_existing_file_is_kept(measure, tmp_path):
     out = tmp_path / "s.json"
     out.write_text("mine")

@@ -22,10 +22,11 @@ from tests.helpers.model_files import (
 from tests.helpers.streamed import ENCODER, encode, ringed, streamed
 from zimage_core import convert_file, quantize_file
 from zimage_core.config import TransformerConfig
-from zimage_core.errors import Unsupported, WrongModel
+from zimage_core.errors import BadFile, Unsupported, WrongModel
 from zimage_core.export.checkpoint import Checkpoint
 from zimage_core.weights import names
 from zimage_core.weights.card import require
+from zimage_core.weights.components import open_parts
 from zimage_core.weights.identify import identify
 from zimage_core.weights.inspection import inspect_file
 from zimage_core.weights.load import load_text_encoder, load_transformer
@@ -186,6 +187,14 @@ def test_names_of_tensors_tell_the_method(tensors, style, whole):
     shapes = (dit() if whole else {}) | dict.fromkeys(tensors.split(), (1,))
     with pytest.raises(WrongModel, match=f"quantised by .*{style}"):
         require(identify(header(shapes), "transformer"), "transformer", "x")
+
+
+def test_a_loose_folder_tells_of_weights_so_packed_that_nothing_is_recognised(tmp_path):
+    content = stored({"layers.0.q._weight_qdata": (8, 8), "layers.0.q._weight_scale": (8, 1)})
+    write_safetensors(tmp_path / "encoder.safetensors", content)
+    with pytest.raises(BadFile, match=r"unreadable: encoder\.safetensors is an unknown model.*torchao"):
+        open_parts(tmp_path)
+    assert "torchao" in inspect_file(tmp_path / "encoder.safetensors").title
 
 
 # --- GGUF: `.scale` beside a matrix of any type ------------------------------------------------------------

@@ -8,13 +8,13 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+from zimage_core.cli.beforehand import check_call
 from zimage_core.cli.model_options import (
     DTYPES,
     add_image,
     add_model,
     call_arguments,
     check_model,
-    given,
     load_pipeline,
     read_prompts,
     warnings_as_lines,
@@ -84,19 +84,16 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     a = _side(args, args.a)
     b = _side(args, args.b, dtype=args.b_dtype, text_encoder=args.b_text_encoder, vae=args.b_vae)
-    for path in filter(None, (args.report, args.sheet)):
-        check_destination(path, args.force)
+    _check_outputs(args)
 
-    from zimage_core.study.compare import compare
-    from zimage_core.weights.components import open_pipeline
+    from zimage_core.study.compare import check_shapes, compare
 
-    for side in (a, b):  # before A draws
-        for part in open_pipeline(given(side, COMPONENTS)).values():
-            part.file.close()
+    changes = {"num_inference_steps": args.b_steps, "guidance_scale": args.b_guidance}
+    later = {name: value for name, value in changes.items() if value is not None}
+    check_shapes(check_call(a, call, prompts), check_call(b, {**call, **later}, prompts))
     progress = Progress(quiet=args.quiet)
     progress.start("comparing")
     first = call.pop("seed")
-    later = {"num_inference_steps": args.b_steps, "guidance_scale": args.b_guidance}
     with warnings_as_lines():
         comparison = compare(
             lambda: load_pipeline(a),
@@ -104,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
             prompts,
             [(first + i) % 2**64 for i in range(args.count)],
             labels=_labels(args),
-            options_b={name: value for name, value in later.items() if value is not None},
+            options_b=later,
             block_steps=args.block_steps,
             on_run=lambda done, total: progress.step(done, total, "runs", "a run"),
             **call,
@@ -122,6 +119,16 @@ def _check(args: argparse.Namespace) -> None:
     checks.guidance(args.b_guidance, None, 0.0)
     if args.b_guidance is not None and args.cfg is not None:
         raise BadArgument("--b-guidance goes with --guidance; --cfg counts from 1")
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse reports that cannot be written, or whose names say something else."""
+    for name, endings in (("report", (".html", ".htm")), ("sheet", (".png",))):
+        path = getattr(args, name)
+        if path is not None:
+            check_destination(path, args.force)
+            if not path.lower().endswith(endings):
+                raise BadArgument(f"--{name} {printable(path)}: wanted a name that ends in {endings[0]}")
 
 
 def _side(args: argparse.Namespace, transformer: str, **own: str | None) -> argparse.Namespace:

@@ -29,7 +29,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="IN", help="GGUF, safetensors, or a folder of diffusers' layout")
+    add("source", metavar="IN", help="GGUF, safetensors, a folder, or default: the embedded model")
     add("out", metavar="OUT", help="NAME.gguf, NAME.safetensors, or a new folder")
     add("--to", choices=("diffusers", "single", "gguf"), help="default: what the name of OUT says")
     add(
@@ -44,7 +44,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="before each name of a single file: model.diffusion_model.",
     )
-    add("--shard-size", default="5GB", metavar="BYTES", help="of a folder's files, default 5GB")
+    add("--shard-size", metavar="BYTES", help="of a folder's files (default: 5GB)")
     add("--force", action="store_true", help="replace OUT if it is a file that exists")
     add("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run)
@@ -52,7 +52,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print one line about the file or folder."""
-    shard_bytes = parse_bytes("--shard-size", args.shard_size)
+    shard_bytes = None if args.shard_size is None else parse_bytes("--shard-size", args.shard_size)
     from zimage_core.export.converting import convert_file
 
     progress = Progress(args.quiet)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zimage_core.cli.beforehand import check_call
 from zimage_core.cli.model_options import (
     add_study,
     call_arguments,
@@ -18,7 +19,7 @@ from zimage_core.cli.model_options import (
     warnings_as_lines,
 )
 from zimage_core.cli.progress import Progress
-from zimage_core.errors import printable
+from zimage_core.errors import BadArgument, printable
 from zimage_core.files.atomic import check_destination
 from zimage_core.files.units import in_bytes
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from zimage_core.study.collect import OnPrompt
 
 FORMATS = ("gguf", "dat")
+_OTHER_ENDINGS = (".safetensors", ".sft", ".json", ".npz", ".pt", ".bin", ".txt")
 _EPILOG = """\
 Without a model the one that comes inside the package is used. Ctrl-C ends the collection and writes nothing;
 with --partial the file of the last whole prompt stays.
@@ -64,18 +66,22 @@ def run(args: argparse.Namespace) -> int:
     """Check the arguments, load the model, collect, and write the file."""
     prompts = read_prompts(args.prompts)
     check_destination(args.output, args.force)
+    if Path(args.output).suffix.lower() in _OTHER_ENDINGS:
+        raise BadArgument(f"-o {printable(args.output)}: wanted a name that ends in .gguf, or in .dat")
     check_model(args)
     call = call_arguments(args, prompts)
 
-    from zimage_core.quantize.imatrix import read_imatrix, write_imatrix
+    from zimage_core.quantize.imatrix import Imatrix, read_imatrix, write_imatrix
 
-    others = [read_imatrix(path) for path in args.merge]
+    earlier = Imatrix()
+    for path in args.merge:
+        earlier = earlier.merge(read_imatrix(path))
+    check_call(args, call, prompts)
     progress = Progress(quiet=args.quiet)
     began = time.perf_counter()
 
     def write(imatrix: Imatrix) -> Imatrix:
-        for other in others:
-            imatrix = imatrix.merge(other)
+        imatrix = imatrix.merge(earlier)
         write_imatrix(args.output, imatrix, args.format, args.force)
         args.force = True  # the next one replaces our own
         return imatrix
@@ -86,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             write(imatrix)
 
     with warnings_as_lines():
-        imatrix = write(_collect(args, prompts, call, progress, on_prompt))
+        imatrix = write(_collect(args, prompts, call, earlier, progress, on_prompt))
     _report(args, imatrix, time.perf_counter() - began, progress)
     return 0
 
@@ -95,19 +101,22 @@ def _collect(
     args: argparse.Namespace,
     prompts: list[str],
     call: dict[str, Any],
+    earlier: Imatrix,
     progress: Progress,
     on_prompt: OnPrompt,
 ) -> Imatrix:
-    from zimage_core.study.collect import COMPONENTS, collect_imatrix
+    from zimage_core.study.collect import COMPONENTS, collect_imatrix, widths
 
     pipeline = load_pipeline(args)
+    components = COMPONENTS if args.component == "both" else (args.component,)
+    earlier.check_fits(widths(pipeline, components), fewest=0)
     if not args.partial:
         progress.say(f"{printable(args.output)} is written at the end; Ctrl-C before writes nothing")
     progress.start("collecting")
     imatrix = collect_imatrix(
         pipeline,
         prompts,
-        components=COMPONENTS if args.component == "both" else (args.component,),
+        components=components,
         dataset="standard input" if args.prompts == "-" else Path(args.prompts).name,
         on_prompt=on_prompt,
         **call,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from zimage_core.cli.progress import Progress
@@ -39,8 +40,8 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="IN", help="GGUF, safetensors, or a folder of diffusers' layout")
-    add("out", metavar="OUT", help="the GGUF to write")
+    add("source", metavar="IN", help="GGUF, safetensors, a folder, or default: the embedded model")
+    add("out", metavar="OUT", help="the GGUF to write: NAME.gguf")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--type", metavar="NAME", help="a standard mix, such as Q4_K_M")
     choice.add_argument("--recipe", metavar="FILE", help="lines of PATTERN [LAYERS] = TYPE")
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.write_recipe is not None:
         check_destination(args.write_recipe, args.force)
+        if Path(args.write_recipe).resolve() == Path(args.out).resolve():
+            raise BadArgument("--write-recipe: names OUT itself; give the recipe another name")
 
     progress = Progress(args.quiet)
     progress.start("quantise")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from zimage_core.cli.beforehand import check_call
 from zimage_core.cli.model_options import (
     add_study,
     call_arguments,
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     """Check the arguments, load the model, record calls, measure, and write the file."""
     prompts = read_prompts(args.prompts)
     check_destination(args.output, args.force)
+    if Path(args.output).suffix.lower() != ".json":
+        raise BadArgument(f"-o {printable(args.output)}: JSON is written; wanted a name that ends in .json")
     check_model(args)
     if args.vram is not None or args.ram is not None:
         raise BadArgument("sensitivity: weights are exchanged in place; leave out --vram and --ram")
@@ -65,12 +68,13 @@ def run(args: argparse.Namespace) -> int:
     from zimage_core.export.sensitivity import Sensitivity, write_sensitivity
     from zimage_core.export.sizing import FAST
     from zimage_core.quantize.imatrix import read_imatrix
-    from zimage_core.study.sensitivity import check_types, measure
+    from zimage_core.study.sensitivity import check_imatrix, check_types, measure
     from zimage_core.study.velocity import record
 
     types = FAST if args.types is None else tuple(name.strip() for name in args.types.split(","))
     check_types((*types, *([args.probe] if args.probe else [])))
     imatrix = None if args.imatrix is None else read_imatrix(args.imatrix)
+    check_call(args, call, prompts)
     progress = Progress(quiet=args.quiet)
 
     def write(sensitivity: Sensitivity) -> None:
@@ -79,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     with warnings_as_lines():
         pipeline = load_pipeline(args)
+        check_imatrix(pipeline, imatrix, args.all_tensors)
         if not args.partial:
             progress.say(f"{printable(args.output)} is written at the end; Ctrl-C before writes nothing")
         progress.start("recording")

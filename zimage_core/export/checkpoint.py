@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zimage_core.assets import named
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadWeights, Unsupported, WrongModel, ZImageError, printable
 from zimage_core.formats import BlockFormat
@@ -24,7 +25,7 @@ from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names, storage
 from zimage_core.weights.card import WANTED, require
 from zimage_core.weights.components import open_component
-from zimage_core.weights.facts import facts, schedule_facts
+from zimage_core.weights.facts import facts
 from zimage_core.weights.opened import Opened
 
 SLAB = 1 << 24
@@ -75,10 +76,10 @@ class Checkpoint:
     """An open model of one network; a context manager that closes it.
 
     Args:
-        path: A GGUF or safetensors file, an index of shards, a folder of a component or of a pipeline; or an
-            open file, which `close` closes too.
-        component: "transformer", "text_encoder" or "vae". None means the one that the file holds, or the
-            transformer of a pipeline's folder.
+        path: A GGUF or safetensors file, an index of shards, a folder of a component or of a pipeline, or
+            "default" for the embedded model; or an open file, which `close` closes too.
+        component: "transformer", "text_encoder" or "vae". None means the one that the file or folder holds,
+            and of several the transformer.
 
     Attributes:
         facts: Image size and schedule, as `weights.facts` reads them.
@@ -92,9 +93,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | PathLike[str] | Opened, component: str | None = None) -> None:
-        place = Path(path.file.path if isinstance(path, Opened) else fspath(path))
-        if component is None and (place / "model_index.json").is_file():
-            component = "transformer"
+        path = path if isinstance(path, Opened) else named(path)
+        place = Path(path.file.path if isinstance(path, Opened) else path)
         opened = open_component(path, component or "")
         self.file, self.card = opened.file, opened.card
         self.component = component or self.card.kind
@@ -106,7 +106,7 @@ class Checkpoint:
             require(self.card, self.component, self.file.path)
             self.stated = _agreeing(opened.stated, self.card.config)
             self.folder = place if place.is_dir() else place.parent
-            self.facts = self._facts(opened) if self.component == "transformer" else {}
+            self.facts = facts(opened, self.folder) if self.component == "transformer" else {}
         except BaseException:
             self.file.close()
             raise
@@ -117,13 +117,6 @@ class Checkpoint:
             if name.endswith(suffix)
         )
         self._scaled = set(scaled) & set(self.file.tensors)
-
-    def _facts(self, opened: Opened) -> dict[str, Any]:
-        """Image size and schedule; a scheduler's folder beside the weights comes before the file's own."""
-        places = [self.folder, Path(self.file.path).parent]
-        places += [place.parent for place in places if (place.parent / "model_index.json").is_file()]
-        beside = (schedule_facts(place) for place in places)
-        return facts(opened) | next(filter(None, beside), {})
 
     @property
     def config(self) -> Any:
@@ -211,7 +204,17 @@ class Checkpoint:
                 data = self.file.source_of(part.name).read_at(first + row * width, count * width)
                 packed = torch.frombuffer(self._native(data, info.format), dtype=torch.uint8)
                 rows = scale if scale is None or scale.numel() == 1 else scale[row : row + count]
-                yield QuantTensor(packed.view(count, width), info.format, (count, columns), rows).dequantize()
+                found = QuantTensor(packed.view(count, width), info.format, (count, columns), rows)
+                yield found.dequantize() if info.format.name != "F64" else self._narrowed(found, part.name)
+
+    def _narrowed(self, wide: QuantTensor, name: str) -> Tensor:
+        """Float64 as float32; finite numbers that would become infinite are refused."""
+        numbers = wide.dequantize(torch.float64)
+        narrow = numbers.float()
+        if bool((narrow.isinf() & numbers.isfinite()).any()):
+            fault = f"{printable(name, 120)} holds numbers beyond the range of float32"
+            raise BadWeights(f"{printable(self.file.path)}: {fault}")
+        return narrow
 
     def _span(self, part: Part) -> tuple[int, int]:
         """Offset of a part in its file, and its number of bytes."""

@@ -59,9 +59,26 @@ class Converted:
     remarks: tuple[str, ...]
 
 
+_ENDINGS = {".gguf": "gguf", ".safetensors": "single", ".sft": "single"}
+_OTHER_ENDINGS = (
+    *(".bin", ".ckpt", ".h5", ".json", ".mlmodel", ".msgpack", ".npz", ".onnx", ".pickle", ".pkl", ".pt"),
+    *(".pt2", ".pth", ".tar", ".zip"),
+)
+
+
 def kind_of(out: str | PathLike[str]) -> str:
-    """The kind of file that a name stands for: .gguf, .safetensors, or else a folder."""
-    return {".gguf": "gguf", ".safetensors": "single"}.get(Path(out).suffix.lower(), "diffusers")
+    """The kind of file that a name stands for: .gguf, .safetensors (or .sft), or else a folder.
+
+    Raises:
+        BadArgument: The name ends like a file of a kind that is not written.
+    """
+    ending = Path(out).suffix.lower()
+    if ending in _OTHER_ENDINGS and not Path(out).is_dir():
+        raise BadArgument(f"{printable(fspath(out))}: {ending} is not written; wanted {_WANTED}")
+    return _ENDINGS.get(ending, "diffusers")
+
+
+_WANTED = "a name that ends in .gguf or .safetensors, or that of a folder"
 
 
 def convert_file(
@@ -72,7 +89,7 @@ def convert_file(
     component: str | None = None,
     dequantize: str | None = None,
     prefix: str = "",
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     log: Log | None = None,
@@ -86,7 +103,7 @@ def convert_file(
         component: "transformer", "text_encoder" or "vae", for a folder or file that holds several.
         dequantize: "bf16", "f16" or "f32": the type of floats that packed weights become.
         prefix: Text before each name of a single file, such as "model.diffusion_model.".
-        shard_bytes: Most bytes of one file of a diffusers folder.
+        shard_bytes: Most bytes of one file of a diffusers folder; None for 5 GB.
         overwrite: Replace an existing file (never a folder).
         progress: Called as progress(weights done, weights in all, tensor).
         log: Called with messages for the user.
@@ -95,19 +112,25 @@ def convert_file(
         Path, size, types and remarks of the file.
 
     Raises:
-        BadArgument: A kind or type is unknown, or there is a prefix for something else than a single file.
+        BadArgument: A kind or type is unknown, `out` ends like another kind of file, or an option is given
+            that the kind does not have: a prefix (single file) or the size of shards (diffusers folder).
         BadFile: The source cannot be read; `out` exists, is the source, or cannot be written.
         Unsupported: The source has packed weights, `out` is safetensors, and `dequantize` is missing; or a
             VAE is to become a GGUF; or the parts of one tensor have different types.
         WrongModel, BadWeights: The source is another model or a damaged one.
     """
-    to = to or kind_of(out)
-    if to not in KINDS:
+    if to is not None and to not in KINDS:
         raise BadArgument(f"to: got {printable(to, 40)!r}, wanted one of {', '.join(KINDS)}")
+    named = kind_of(out)
+    to = to or named
+    if to != named:
+        raise BadArgument(f"{printable(fspath(out))}: no name for a file of kind {to}; wanted {_WANTED}")
     if dequantize is not None and dequantize not in FLOATS:
         raise BadArgument(f"dequantize: got {printable(dequantize, 40)!r}, wanted one of {', '.join(FLOATS)}")
     if prefix and to != "single":
         raise BadArgument("prefix: only a single file has one")
+    if shard_bytes is not None and (to != "diffusers" or shard_bytes < 1):
+        raise BadArgument("shard_bytes (--shard-size): 1 or more, and only a folder of diffusers has shards")
     remarks: list[str] = []
 
     def say(text: str) -> None:
@@ -126,6 +149,8 @@ def convert_file(
             prefix = prefix or MODEL_PREFIX
             others = _tokenizer(checkpoint, to, say)
         targets = checkpoint.targets(layout, prefix)
+        if dequantize is not None and all(_is_plain(checkpoint, target) for target in targets):
+            say("nothing is packed, so every number keeps its type: dequantising changes nothing")
         make = _gguf_job if to == "gguf" else _safetensors_job
         jobs = [make(checkpoint, target, dequantize) for target in targets]
         rows = [(job.target.name, job.target.shape, job.format) for job in jobs]
@@ -139,7 +164,7 @@ def convert_file(
                 config,
                 metadata,
                 out,
-                shard_bytes=shard_bytes,
+                shard_bytes=shard_bytes or SHARD_BYTES,
                 others=others,
                 progress=progress,
                 log=say,
@@ -154,10 +179,16 @@ def convert_file(
     return Converted(fspath(out), nbytes, dict(types), tuple(remarks))
 
 
+def _is_plain(source: Checkpoint, target: Target) -> bool:
+    """Whether a tensor is stored as floats of one type, without a scale."""
+    stored = source.format_of(target)
+    return stored is not None and stored.is_float and not source.is_scaled(target)
+
+
 def _float(source: Checkpoint, target: Target, dequantize: str | None) -> BlockFormat | None:
     """The float type that a tensor must be converted to, or None if its bytes can be copied."""
     stored = source.format_of(target)
-    if stored is not None and stored.is_float and not source.is_scaled(target):
+    if _is_plain(source, target):
         return None
     if dequantize is not None:
         return FORMATS[FLOATS[dequantize]]
@@ -198,7 +229,7 @@ def _is_small(target: Target) -> bool:
 
 def _gguf_keys(source: Checkpoint, jobs: Sequence[Job], log: Log) -> dict[str, Any]:
     """The metadata of a converted GGUF."""
-    metadata = gguf_metadata(source, file_type=_file_type(source, jobs))
+    metadata = gguf_metadata(source, file_type=_file_type(source, jobs), log=log)
     if not _same_types(source, jobs):
         for key in ("zimage.recipe_name", "zimage.recipe"):
             metadata.pop(key, None)

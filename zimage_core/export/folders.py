@@ -18,7 +18,7 @@ from zimage_core.weights.gguf_writer import Layout
 STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 """Component -> beginning of the names of its files."""
 SHARD_BYTES = 5 * 10**9
-_VARIANT = re.compile(r"[A-Za-z0-9_]{1,40}")
+_VARIANT = re.compile(r"[A-Za-z]\w{0,31}", re.ASCII)
 
 
 def write_layout(

@@ -14,7 +14,7 @@ from typing import Any
 
 from zimage_core import __version__
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
-from zimage_core.errors import printable
+from zimage_core.errors import Unsupported, printable
 from zimage_core.export.checkpoint import Checkpoint
 from zimage_core.export.recipes import Recipe
 from zimage_core.export.vocabularies import folder_keys, tokenizer_folder
@@ -216,9 +216,12 @@ def context_length(source: Checkpoint) -> int | None:
 def _tokenizer_keys(source: Checkpoint, config: TextEncoderConfig, log: Log | None) -> dict[str, Any]:
     """llama.cpp's keys of the vocabulary beside a Hugging Face text encoder; empty if there is none."""
     folder = tokenizer_folder(source.folder) or tokenizer_folder(Path(source.file.path).parent)
-    if folder is not None:
-        return folder_keys(folder, config.vocab_size)
+    remark = f"there is no tokenizer beside {printable(source.file.path)}"
+    try:
+        if folder is not None:
+            return folder_keys(folder, config.vocab_size)
+    except Unsupported as error:
+        remark = str(error)
     if log is not None:
-        where = printable(source.file.path)
-        log(f"there is no tokenizer beside {where}, so the output has none; pass one to `zimage generate`")
+        log(f"the output has no tokenizer, so give one beside it (--tokenizer): {remark}")
     return {}

@@ -12,8 +12,9 @@ matrix, those without one are used, so that a mix does not depend on the calibra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from zimage_core.errors import BadArgument, printable
 from zimage_core.export.recipes import SOURCE, Recipe, Rule
@@ -161,3 +162,27 @@ def standard_mix(name: str, component: str, names: Mapping[str, object]) -> Reci
 
 def _bumps(bumps: Bumps, parts: Mapping[str, str]) -> list[Rule]:
     return [Rule(parts[part], fmt, layers) for part, layers, fmt in bumps]
+
+
+def refuse_idle_rules(recipe: Recipe, names: Sequence[str]) -> None:
+    """Refuse a recipe of the user with a rule for tensors that the model does not have.
+
+    Rules of the standard mixes may be in it: they name parts that only some models have.
+
+    Raises:
+        BadArgument: The message has the rule.
+    """
+    usual = {*KEPT, *TRANSFORMER_PARTS.values(), *TEXT_PARTS.values(), "output.weight", "token_embd.weight"}
+    matching = [rule for rule in recipe.rules if any(_may_apply(rule, name) for name in names)]
+    of_this_model = any(rule.pattern != "*" for rule in matching)
+    for rule in recipe.rules:
+        if rule not in matching and (rule.pattern not in usual or not of_this_model):
+            raise BadArgument(
+                f"the recipe {printable(recipe.name, 60)!r} has the rule `{printable(str(rule), 120)}`, but "
+                f"there is no such tensor among {len(names)}, {printable(names[0], 120)} for instance"
+            )
+
+
+def _may_apply(rule: Rule, name: str) -> bool:
+    """Whether a rule names a tensor; `first 1/8` and its like, which few layers may not fill, name all."""
+    return rule.applies(name, 0) if rule.layers[:1].isdigit() else fnmatchcase(name, rule.pattern)

@@ -12,7 +12,7 @@ from pathlib import Path
 from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
 from zimage_core.export.checkpoint import Checkpoint, Target
 from zimage_core.export.metadata import gguf_metadata
-from zimage_core.export.mixes import standard_mix
+from zimage_core.export.mixes import refuse_idle_rules, standard_mix
 from zimage_core.export.recipes import Recipe, choose_formats, read_recipe
 from zimage_core.export.sensitivity import Sensitivity, read_sensitivity
 from zimage_core.export.sizing import recipe_for_size
@@ -91,8 +91,8 @@ def quantize_file(
         Path, size, types, recipe, remarks and time of the file.
 
     Raises:
-        BadArgument: Not exactly one of type, recipe and size is given; a type is unknown; or the recipe has
-            no rule for some tensor.
+        BadArgument: Not exactly one of type, recipe and size is given; `out` does not end in .gguf; a type is
+            unknown; the recipe has no rule for some tensor, or a rule for none.
         BadFile: The source cannot be read; `out` exists, is the source, or cannot be written.
         BadWeights: The weights hold NaN or infinity (the message names tensor, count and position), or the
             model is incomplete.
@@ -104,6 +104,8 @@ def quantize_file(
         raise BadArgument("wanted exactly one of type (--type), recipe (--recipe) and size (--size)")
     if sensitivity is not None and size is None:
         raise BadArgument("sensitivity chooses types for a size (--size); give that too, or leave it out")
+    if Path(out).suffix.lower() != ".gguf":
+        raise BadArgument(f"{printable(fspath(out))}: a GGUF is written; give it a name that ends in .gguf")
     started = time.perf_counter()
     remarks: list[str] = []
 
@@ -131,9 +133,11 @@ def quantize_file(
         else:
             chosen = recipe if isinstance(recipe, Recipe) else read_recipe(fspath(recipe or ""))
         formats = choose_formats(checkpoint, targets, chosen, say)
+        if recipe is not None:
+            refuse_idle_rules(chosen, [target.name for target in targets])
         jobs = _jobs(targets, formats, matrix, say)
         label = matrix.path or "given as an object" if matrix is not None else ""
-        metadata = gguf_metadata(checkpoint, chosen, label, chosen.file_type)
+        metadata = gguf_metadata(checkpoint, chosen, label, chosen.file_type, say)
         layout = gguf_writer.lay_out(metadata, [(j.target.name, j.target.shape, j.format) for j in jobs])
         nonfinite: NonFinite = "replace" if allow_nonfinite else "raise"
         with atomic_file(out, overwrite, layout.nbytes) as file:

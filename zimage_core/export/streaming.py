@@ -17,6 +17,7 @@ from torch import Tensor
 from zimage_core.errors import BadWeights, printable
 from zimage_core.export.checkpoint import Target
 from zimage_core.formats import BlockFormat
+from zimage_core.quant.tensor import QuantTensor
 from zimage_core.quantize import float_types
 from zimage_core.quantize.encode import encode
 from zimage_core.weights.gguf_writer import Layout
@@ -30,6 +31,8 @@ NonFinite = Literal["raise", "replace", "keep"]
 "keep" is for copies and plain floats, and refuses only finite numbers that would become infinite."""
 
 _F16_MAX = 65504.0
+_LIMITS = {"F16": 65520.0, "BF16": (2 - 2.0**-8) * 2.0**127}
+"""Type -> the first number that it rounds to infinity."""
 
 
 class TensorSource(Protocol):
@@ -91,7 +94,7 @@ def write_tensors(
         log: Called with messages about NaN and infinity that were allowed.
 
     Raises:
-        BadWeights: NaN or infinity that is not allowed, or finite numbers beyond float16 in a tensor for F16.
+        BadWeights: NaN or infinity that is not allowed, or finite numbers beyond the range of the new type.
         BadFile: The source cannot be read, or was changed meanwhile.
         OSError: The file cannot be written.
     """
@@ -116,7 +119,7 @@ def packed_rows(
     """The bytes of a tensor in its new type, in pieces of whole rows.
 
     Raises:
-        BadWeights: NaN or infinity that is not allowed, or finite numbers beyond float16 in a tensor for F16.
+        BadWeights: NaN or infinity that is not allowed, or finite numbers beyond the range of the new type.
     """
     exact = source.format_of(job.target) == job.format and not source.is_scaled(job.target)
     check = _FiniteCheck(source.path, job, nonfinite)
@@ -134,7 +137,9 @@ def packed_rows(
         if nonfinite == "keep":
             packed = float_types.ENCODERS[job.format.name](slab, None)  # `encode` refuses what is not finite
         else:
-            packed = encode(check.replaced(slab), job.format, job.importance)
+            slab = check.replaced(slab)
+            packed = encode(slab, job.format, job.importance)
+            check.covered(slab, packed)
         yield packed.flatten().numpy().data
     check.report(log, "0 stands for NaN, the largest number for infinity")
 
@@ -152,8 +157,7 @@ class _FiniteCheck:
         self.path, self.job, self.nonfinite = path, job, nonfinite
         self.count, self.first, self.kind = 0, -1, ""
         self._seen = 0
-        # 65520 is the first number that rounds to infinity
-        self._limit = 65520.0 if job.format.name == "F16" else float("inf")
+        self._limit = _LIMITS.get(job.format.name, float("inf"))
 
     def passes(self, slab: Tensor) -> bool:
         """Check the next rows: count the numbers that cannot be encoded; return whether to go on."""
@@ -166,7 +170,8 @@ class _FiniteCheck:
             if found and not self.count:
                 index = int(bad.nonzero()[0, 0])
                 self.first = self._seen + index
-                self.kind = "beyond the range of F16" if flat[index].isfinite() else "NaN or infinite"
+                beyond = f"beyond the range of {self.job.format.name}"
+                self.kind = beyond if flat[index].isfinite() else "NaN or infinite"
             self.count += found
         self._seen += slab.numel()
         return not self.count or self.nonfinite == "replace"
@@ -183,6 +188,22 @@ class _FiniteCheck:
         finite = torch.nan_to_num(slab, nan=0.0, posinf=_F16_MAX, neginf=-_F16_MAX)
         return finite.clamp(-_F16_MAX, _F16_MAX) if self.job.format.name == "F16" else finite
 
+    def covered(self, slab: Tensor, packed: Tensor) -> None:
+        """Refuse numbers that no block can hold: most scales are float16, and larger ones are cut off.
+
+        Raises:
+            BadWeights: The largest number of the slab comes back as less than half of itself.
+        """
+        if not slab.numel() or not bool(slab.abs().amax() > _F16_MAX):
+            return
+        row, column = divmod(int(slab.abs().argmax()), slab.shape[1])
+        value = float(slab[row, column])
+        back = QuantTensor(packed[row : row + 1], self.job.format, (1, slab.shape[1])).dequantize()
+        if not abs(float(back[0, column])) > abs(value) / 2:
+            name, kind = printable(self.job.target.name, 120), self.job.format.name
+            fault = f"{name} holds {value:g}, beyond the range of {kind}; choose BF16 or F32 for it"
+            raise BadWeights(f"{printable(self.path)}: {fault}")
+
     def report(self, log: Log | None, outcome: str = "") -> None:
         """Raise BadWeights if numbers were counted; if they are allowed, log their count and `outcome`."""
         if not self.count:
@@ -195,7 +216,8 @@ class _FiniteCheck:
             hint = "download the checkpoint again, or allow them (--allow-nonfinite)"
             if self.kind.startswith("beyond"):
                 keep = self.nonfinite == "keep"
-                hint = "dequantise to bf16 or f32" if keep else "choose BF16 or F32 for it"
+                wide = "F32" if self.job.format.name == "BF16" else "BF16 or F32"
+                hint = f"dequantise to {wide.lower()}" if keep else f"choose {wide} for it"
             raise BadWeights(f"{printable(self.path)}: {fault}; {hint}")
         if log is not None:
             log(f"{fault}; {outcome}")

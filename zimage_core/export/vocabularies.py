@@ -11,13 +11,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from zimage_core.errors import BadFile
+from zimage_core.errors import BadFile, Unsupported, printable
 from zimage_core.files.untrusted import read_file, read_json, read_text
 from zimage_core.text.gguf_vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from zimage_core.text.pretokenizers import PRE_TOKENIZERS
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.text.tokenizer_json import read_folder
 from zimage_core.text.vocabulary import Vocabulary
+from zimage_core.weights.folder import has_tokenizer
 from zimage_core.weights.gguf_writer import TypedArray
 
 TOKENS_KEY = "tokenizer.ggml.tokens"
@@ -39,7 +40,7 @@ _MAX_TEMPLATE = 1 << 20
 def tokenizer_folder(folder: Path) -> Path | None:
     """The folder of the tokenizer that belongs to the text encoder in `folder`, or None."""
     for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
-        if (place / "tokenizer.json").is_file() or (place / "vocab.json").is_file():
+        if has_tokenizer(place):
             return place
     return None
 
@@ -51,7 +52,8 @@ def folder_keys(folder: Path, rows: int) -> dict[str, Any]:
     """The keys of a GGUF for the tokenizer in a folder; the vocabulary is padded to `rows` tokens.
 
     Raises:
-        BadFile: The tokenizer is damaged, or GGUF has no name for the way in which it splits text.
+        BadFile: The tokenizer is damaged.
+        Unsupported: It splits text in a way that has no name in GGUF.
     """
     config = _config(folder)
     added = config.get("added_tokens_decoder")
@@ -78,8 +80,8 @@ def vocabulary_keys(vocabulary: Vocabulary, rows: int, special: Collection[str] 
         special: Added tokens that are control tokens, besides those that begin with `<|`.
 
     Raises:
-        BadFile: The vocabulary is inconsistent, has more tokens than the embedding has rows, or splits text
-            in a way that no GGUF names.
+        BadFile: The vocabulary is inconsistent, or has more tokens than the embedding has rows.
+        Unsupported: It splits text in a way that has no name in GGUF.
     """
     ids = vocabulary.checked()
     if max(ids.values()) >= rows:
@@ -92,8 +94,8 @@ def vocabulary_keys(vocabulary: Vocabulary, rows: int, special: Collection[str] 
         types[number] = _token_type(text, text in vocabulary.added, special)
     names = {pre: name for name, pre in reversed(PRE_TOKENIZERS.items())}
     if vocabulary.pre not in names:
-        fault = "splits text in a way that GGUF has no name for (pre-tokenizer or normalizer)"
-        raise BadFile(vocabulary.path, fault, "take the tokenizer.json that came with Qwen3-4B")
+        where = printable(vocabulary.path)
+        raise Unsupported(f"GGUF has no name for how {where} splits text (pre-tokenizer and normalizer)")
     keys: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": names[vocabulary.pre],

@@ -18,7 +18,7 @@ from zimage_core.run.checks import read_path, shown
 from zimage_core.run.components import check_kind, is_network
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
-from zimage_core.weights.components import open_pipeline
+from zimage_core.weights.components import open_component, open_pipeline
 from zimage_core.weights.facts import facts
 from zimage_core.weights.load import load_network, opened_file
 from zimage_core.weights.opened import Opened
@@ -110,7 +110,8 @@ def find_components(
         source: Folder or repository.
         given: Components that the caller passes: a path, a network, or None for none.
         tokenizer: The caller's tokenizer; if None, the folder's is used together with its text encoder.
-        scheduler: The caller's scheduler; None uses the folder's.
+        scheduler: The caller's scheduler; None uses the folder's, but for a transformer from elsewhere that
+            states its own.
         mmap: Use the weights in place, as views of the files.
         variant: The variant of the files, such as "fp16"; None for those without one.
         others: Further arguments: those of the Hub, and those of diffusers that can be ignored.
@@ -133,7 +134,23 @@ def find_components(
     fileless = is_network(encoder) and opened_file(encoder) is None  # it has no tokenizer of its own
     if tokenizer is None and (fileless or "text_encoder" not in given):
         tokenizer = found.tokenizer
-    return {**found.paths, **given}, tokenizer, scheduler or found.scheduler
+    if scheduler is None and not _states_schedule(given.get("transformer")):
+        scheduler = found.scheduler
+    return {**found.paths, **given}, tokenizer, scheduler
+
+
+def _states_schedule(transformer: Any) -> bool:
+    """Whether a transformer's file, or the folder that it lies in, states a schedule."""
+    if transformer is None:
+        return False
+    if is_network(transformer):
+        part = opened_file(transformer)
+        return part is not None and "shift" in facts(part)
+    opened = open_component(read_path("transformer", transformer), "transformer", mmap=False)
+    try:
+        return "shift" in facts(opened)
+    finally:
+        opened.file.close()
 
 
 def keep_sample_size(transformer: ZImageTransformer | None, sample_size: int | None) -> int:
@@ -144,21 +161,25 @@ def keep_sample_size(transformer: ZImageTransformer | None, sample_size: int | N
         sample_size: The caller's size; None uses the size that the transformer or its file states, else 1024.
     """
     if sample_size is None and transformer is not None:
-        sample_size = transformer.sample_size or _known(transformer).get("sample_size")
+        sample_size = transformer.sample_size or _known(transformer, beside=False).get("sample_size")
     if transformer is not None:
         transformer.sample_size = sample_size
     return sample_size or NATIVE_SIZE
 
 
-def stated_scheduler(transformer: ZImageTransformer | None) -> FlowMatchEulerScheduler | None:
-    """The schedule that a transformer's file or the config.json beside it states; None if neither does."""
-    known = _known(transformer)
+def schedule_of(known: Mapping[str, Any]) -> FlowMatchEulerScheduler | None:
+    """The schedule that the facts of a transformer state; None where they state none."""
     if not known.keys() & {"shift", "scheduler"}:
         return None
-    shift = {"shift": known["shift"]} if "shift" in known else {}
-    return FlowMatchEulerScheduler.from_json({**known.get("scheduler", {}), **shift})
+    shift = known.get("shift", FlowMatchEulerScheduler.shift)
+    return FlowMatchEulerScheduler.from_json({**known.get("scheduler", {}), "shift": shift})
 
 
-def _known(transformer: ZImageTransformer | None) -> dict[str, Any]:
+def stated_scheduler(transformer: ZImageTransformer | None) -> FlowMatchEulerScheduler | None:
+    """The schedule that a transformer's file, or a folder that it lies in, states; None if none does."""
+    return schedule_of(_known(transformer))
+
+
+def _known(transformer: ZImageTransformer | None, beside: bool = True) -> dict[str, Any]:
     part = None if transformer is None else opened_file(transformer)
-    return {} if part is None else facts(part)
+    return {} if part is None else facts(part, beside=beside)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from zimage_core.config import AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.run import checks
 from zimage_core.run.checks import MAX_IMAGES, StepCallback, real, whole
@@ -72,6 +73,26 @@ class Limits:
     patch: int
     rows: int
     cols: int
+
+    @classmethod
+    def of(
+        cls,
+        net: TransformerConfig,
+        vae: AutoencoderConfig | None,
+        sample_size: int,
+        stated_shift: float | None,
+    ) -> Limits:
+        """The limits of two networks; without a VAE its usual factor is taken."""
+        return cls(
+            sample_size=sample_size,
+            stated_shift=stated_shift,
+            channels=net.in_channels,
+            caption_width=net.cap_feat_dim,
+            factor=(vae or AutoencoderConfig()).spatial_factor,
+            patch=net.patch_size,
+            rows=net.axes_lens[1],
+            cols=net.axes_lens[2],
+        )
 
     def defaults(self, shift: float | None = None) -> Defaults:
         """Defaults of a call with this shift, which counts only where the pipeline states none."""

@@ -200,6 +200,19 @@ def observed(net: nn.Module, table: Table) -> dict[str, tuple[str, ...]]:
     return {module: tuple(names) for module, names in found.items()}
 
 
+def widths(pipe: ZImagePipeline, components: Sequence[str]) -> dict[str, int]:
+    """Tensor of a file -> the number of its input channels, for every matrix that is observed."""
+    tables = {
+        "transformer": lambda: transformer_table(pipe.transformer.config, "fused"),
+        "text_encoder": lambda: text_encoder_table(pipe.text_encoder.config, "gguf"),
+    }
+    return {
+        name: getattr(pipe, part).get_submodule(module).in_features
+        for part in components
+        for module, name in linear_weights(getattr(pipe, part), tables[part]())
+    }
+
+
 def collect_imatrix(
     pipe: ZImagePipeline,
     prompts: Sequence[str],

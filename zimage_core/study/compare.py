@@ -22,6 +22,7 @@ from torch import Tensor
 
 from zimage_core.errors import BadArgument
 from zimage_core.pipeline import ZImagePipeline
+from zimage_core.run.request import Request, Run, prepare
 from zimage_core.sampling import noise
 from zimage_core.study.blocks import BlockError, BlockWatch, Spool, probes
 from zimage_core.study.comparison import Comparison, ImagePair, StepError
@@ -103,6 +104,7 @@ class Reference:
             or len(options.get("sigmas") or ())
             or pipe.limits.defaults(options.get("shift")).steps
         )
+        self._first = _checked(pipe, options)
         self._config, self._probed = pipe.transformer.config, probes(int(steps), block_steps)
         self._traces: list[_Traced] = []
         for i, (prompt, seed) in enumerate(self.jobs):
@@ -131,7 +133,9 @@ class Reference:
         """
         _check(options)
         began = time.perf_counter()
-        second = _Second(_made(model), self._config, self._traces, self._probed, self._spool)
+        pipe = _made(model)
+        check_shapes(self._first, _checked(pipe, {**self.options, **options}))
+        second = _Second(pipe, self._config, self._traces, self._probed, self._spool)
         for i, (prompt, seed) in enumerate(self.jobs):
             second.draw(i, prompt, seed, {**self.options, **options})
             if on_run is not None:
@@ -192,7 +196,11 @@ def compare(
             images differ in size.
     """
     count = len(prompts) * len(seeds)
-    _check(options_b or {})  # before A runs
+    _check(options)  # before A runs
+    _check(options_b or {})
+    if isinstance(a, ZImagePipeline) and isinstance(b, ZImagePipeline):
+        later = {**options, **(options_b or {})}
+        check_shapes(_checked(a, options), _checked(b, later))
 
     def ticks(before: int) -> OnRun | None:
         return None if on_run is None else lambda done: on_run(before + done, RUNS * count)
@@ -259,10 +267,6 @@ class _Second:
         reference = self._references[index]
         trace = _trace(self._pipe, prompt, seed, options)
         self.traces.append(trace)
-        if trace.image.shape != reference.image.shape:
-            raise BadArgument(
-                f"B draws images of {_size(trace)}, A of {_size(reference)}; give both one width and height"
-            )
         if trace.sigmas == reference.sigmas:
             steps = self._probed if index == 0 else ()
             with BlockWatch(self._pipe.transformer, steps, self._spool, compare=True) as watch:
@@ -300,8 +304,23 @@ def _share(parts: Sequence[tuple[float, float]]) -> float:
     return math.sqrt(sum(far for far, _ in parts) / max(sum(size for _, size in parts), 1e-300))
 
 
-def _size(trace: _Traced) -> str:
-    return f"{trace.image.shape[1]} x {trace.image.shape[0]}"
+def check_shapes(a: Run, b: Run) -> None:
+    """Refuse two calls whose images or latents differ in size; nothing was drawn yet.
+
+    Raises:
+        BadArgument: The message has both sizes.
+    """
+    if (a.width, a.height) != (b.width, b.height):
+        one, two = (f"{run.width} x {run.height}" for run in (a, b))
+        raise BadArgument(f"B draws images of {two}, A of {one}; give both one width and height")
+    if a.latents.shape != b.latents.shape:
+        one, two = (str(list(run.latents.shape[1:])) for run in (a, b))
+        raise BadArgument(f"B has latents of shape {two}, A of {one}; such models cannot be compared")
+
+
+def _checked(pipe: ZImagePipeline, options: Mapping[str, Any]) -> Run:
+    """A call's checked arguments, and its noise."""
+    return prepare(pipe.limits, pipe.scheduler, Request(**{**options, "prompt": "", "seed": 0}))
 
 
 def _pair(job: tuple[str, int], a: _Traced, b: _Traced) -> ImagePair:

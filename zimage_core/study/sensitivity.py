@@ -55,6 +55,13 @@ def check_types(types: Sequence[str]) -> None:
             raise BadArgument(f"unknown type {printable(name, 40)!r}; known are {', '.join(TYPES)}")
 
 
+def check_imatrix(pipe: ZImagePipeline, imatrix: Imatrix | None, every_tensor: bool = False) -> None:
+    """Raise WrongModel for an importance matrix of another model than the pipeline's."""
+    if imatrix is not None:
+        tensors = candidates(pipe, every_tensor)
+        imatrix.check_fits({name: layers[0].in_features for name, layers in tensors.items()})
+
+
 def measure(
     pipe: ZImagePipeline,
     calls: Sequence[Call],
@@ -95,8 +102,7 @@ def measure(
         raise BadArgument("sensitivity: wanted at least one recorded call and one type")
     check_whole(pipe)
     tensors = candidates(pipe, every_tensor)
-    if imatrix is not None:
-        imatrix.check_fits({name: layers[0].in_features for name, layers in tensors.items()})
+    check_imatrix(pipe, imatrix, every_tensor)
     runs = len(tensors) * (1 if probe else len(types))
     costs: dict[str, dict[str, float]] = {}
     done = 0

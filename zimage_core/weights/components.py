@@ -30,6 +30,7 @@ from zimage_core.weights.identify import identify, name_packing
 from zimage_core.weights.opened import Opened, is_folder, only_model, open_model, open_weights
 from zimage_core.weights.packings import stated_packing
 from zimage_core.weights.source import WeightFile, path_text
+from zimage_core.weights.storage import WAY_ROUND
 
 NAMING = (
     "ZImagePipeline.from_files(transformer=, text_encoder=, vae=), "
@@ -69,13 +70,15 @@ def open_component(
     if component:
         return open_parts(folder, (component,), mmap, variant)[component]
     parts = [name for name in COMPONENTS if component_folder(folder, name)]
-    if parts:
+    if parts[:1] == list(COMPONENTS[:1]):
         return open_component(folder, parts[0], mmap, variant)
-    if _holds_one_model(folder, variant):
+    if not parts and _holds_one_model(folder, variant):
         return _in_component_folder(folder, "", mmap, variant)
     survey = _Survey(folder, mmap, variant)
     try:
         kinds = [name for name in COMPONENTS if survey.candidates(name)]
+        if parts and kinds[:1] != list(COMPONENTS[:1]):  # no loose transformer beside the subfolders
+            return open_component(folder, parts[0], mmap, variant)
         return survey.choose(kinds[:1] or COMPONENTS[:1], None)[(kinds or COMPONENTS)[0]]
     finally:
         survey.close_others()
@@ -239,6 +242,9 @@ class _Survey:
                 found[part] = _with_config(each.file, part, each.card, stated, binding=False)
         if missing := [part for part in parts if part not in found]:
             kinds = " and ".join(WANTED[part][0] for part in missing)
+            unknown = [identify_open(each.file) for each in self.opened if each.card.kind == "unknown"]
+            packed = [each for each in unknown if each.card.problem.endswith(WAY_ROUND)]
+            self.refused += [f"{printable(each.name, 60)} is {each.card.title}" for each in packed]
             also = f" (unreadable: {self.refused[0]})" if self.refused else download.beside(self.folder)
             if (self.folder / "model_index.json").is_file():
                 fault = f"has no folder {' and '.join(missing)}{also}"

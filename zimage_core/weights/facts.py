@@ -29,14 +29,20 @@ _DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"
 """Fields of a scheduler_config.json that have no effect unless use_dynamic_shifting is true."""
 
 
-def facts(opened: Opened) -> dict[str, Any]:
-    """The facts that a file or the config.json beside it states; those that neither states are left out.
+def facts(opened: Opened, folder: Path | None = None, beside: bool = True) -> dict[str, Any]:
+    """What is stated of a transformer; what nothing states is left out.
+
+    Args:
+        opened: The transformer's file.
+        folder: The folder that was named, if there is one: its scheduler counts.
+        beside: Whether a scheduler_config.json is read at all.
 
     Returns:
         "sample_size": default height and width in pixels, int. "shift": of the noise levels, float.
         "scheduler": further fields of a scheduler_config.json, for a schedule that is not the usual one.
 
     Raises:
+        BadFile: The scheduler_config.json beside the file cannot be read.
         BadWeights: A value is of the wrong kind or out of range.
     """
     path, metadata = printable(opened.file.path), opened.file.metadata
@@ -44,16 +50,19 @@ def facts(opened: Opened) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise BadWeights(f"{path}: {FIELD} of its config.json is {printable(config, 60)!r}, wanted an object")
     keys = {PREFIX + name: metadata[PREFIX + name] for name in NAMES if PREFIX + name in metadata}
-    return _checked(keys | {PREFIX + name: config[name] for name in NAMES if name in config}, path)
+    own = _checked(keys | {PREFIX + name: config[name] for name in NAMES if name in config}, path)
+    if not beside:
+        return own
+    places = [*(() if folder is None else (folder,)), Path(opened.file.path).parent]
+    places += [place.parent for place in places if (place.parent / "model_index.json").is_file()]
+    schedule = next(filter(None, map(_schedule, places)), {})
+    if schedule:  # of the two schedules only one counts, whole
+        own = {name: value for name, value in own.items() if name == SIZE} | schedule
+    return own
 
 
-def schedule_facts(folder: Path) -> dict[str, Any]:
-    """The schedule that `scheduler/scheduler_config.json` in a folder states, as facts; empty without it.
-
-    Raises:
-        BadFile: The file cannot be read.
-        BadWeights: Its shift is not a number.
-    """
+def _schedule(folder: Path) -> dict[str, Any]:
+    """The schedule that `scheduler/scheduler_config.json` in a folder states, as facts; empty without it."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return {}

@@ -123,7 +123,7 @@ def identify(file: WeightFile, wanted: str = "", stated: Mapping[str, Any] | Non
 
 
 def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -> ModelCard:
-    metadata: Mapping[str, Any] = file.metadata
+    metadata = infer.values(file.metadata)
     shapes = {name: info.shape for name, info in file.tensors.items()}
     cards = {
         kind: card

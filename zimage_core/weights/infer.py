@@ -77,6 +77,18 @@ def axes(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
     return shape
 
 
+def values(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metadata with short texts of numbers, truth values and arrays, as safetensors has them, read."""
+    return {key: _value(item) if isinstance(item, str) else item for key, item in metadata.items()}
+
+
+def _value(text: str) -> Any:
+    if len(text) <= 40 and (text[:1] in "-[0123456789" or text in ("true", "false")):
+        with suppress(ValueError):
+            return json.loads(text, parse_constant=str)
+    return text
+
+
 def read_float(metadata: Mapping[str, Any], key: str, low: float, high: float) -> float | None:
     """A finite number of the metadata, from `low` to `high`; None where the key is absent."""
     if key not in metadata:
@@ -218,9 +230,6 @@ def _triple(metadata: Mapping[str, Any], key: str) -> tuple[int, int, int] | Non
     if key not in metadata:
         return None
     value = metadata[key]
-    if isinstance(value, str) and len(value) <= 40:  # safetensors metadata holds nothing but text
-        with suppress(ValueError):
-            value = json.loads(value)
     if not isinstance(value, (str, bytes)) and hasattr(value, "__len__") and len(value) == 3:
         items = [value[i] for i in range(3)]
         if all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= MAX_WIDTH for n in items):
