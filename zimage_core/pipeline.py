@@ -506,9 +506,8 @@ class ZImagePipeline(Ported):
         """Limits of these components, and the defaults of the checkpoint, Turbo or base."""
         require("transformer", self.transformer)
         vae = networks(self).get("vae")
-        return Limits.of(
-            self.transformer.config, None if vae is None else vae.config, self.sample_size, self._stated_shift
-        )
+        config = None if vae is None else vae.config
+        return Limits.of(self.transformer.config, config, self.sample_size, self._stated_shift)
 
     def files(self) -> dict[str, WeightFile]:
         """Component -> the open file whose bytes it uses; components built in memory are left out."""

@@ -100,6 +100,8 @@ def test_from_pretrained_takes_objects_and_none(folder, pipe):
     loaded = ZImagePipeline.from_pretrained(folder, transformer=mine, text_encoder=None, vae=None)
     assert loaded.transformer is mine
     assert loaded.vae is loaded.text_encoder is loaded.tokenizer is None
+    encoder = tiny.text_encoder()
+    assert ZImagePipeline.from_pretrained(folder, text_encoder=encoder).encode_prompt("a")[0][0].any()
     with pytest.raises(BadArgument, match="vae: got 3, wanted the path"):
         ZImagePipeline.from_pretrained(folder, vae=3)
     with pytest.raises(

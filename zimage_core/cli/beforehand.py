@@ -49,9 +49,8 @@ def check_call(args: argparse.Namespace, call: Mapping[str, Any], prompts: Seque
         scheduler = scheduler or stated_scheduler(known)
         size = known.get("sample_size", NATIVE_SIZE)
         limits = Limits.of(net, vae, size, None if scheduler is None else scheduler.shift)
-        return prepare(
-            limits, scheduler or FlowMatchEulerScheduler(), Request(**{**call, "prompt": prompts[0]})
-        )
+        scheduler = scheduler or FlowMatchEulerScheduler()
+        return prepare(limits, scheduler, Request(**{**call, "prompt": prompts[0]}))
     finally:
         for part in opened.values():
             part.file.close()

@@ -130,7 +130,9 @@ def find_components(
     hub_options = {name: others[name] for name in HUB_OPTIONS if others.get(name) is not None}
     elsewhere = (*given, "scheduler") if scheduler is not None else tuple(given)
     found = sources.find(source, elsewhere, hub_options, mmap, variant)
-    if tokenizer is None and "text_encoder" not in given:
+    encoder = given.get("text_encoder")
+    fileless = is_network(encoder) and opened_file(encoder) is None  # it has no tokenizer of its own
+    if tokenizer is None and (fileless or "text_encoder" not in given):
         tokenizer = found.tokenizer
     if scheduler is None and not _states_schedule(given.get("transformer")):
         scheduler = found.scheduler
@@ -166,8 +168,8 @@ def stated_scheduler(known: Mapping[str, Any]) -> FlowMatchEulerScheduler | None
     """The schedule among the facts of a transformer; None if they state none."""
     if not known.keys() & {"shift", "scheduler"}:
         return None
-    shift = {"shift": known["shift"]} if "shift" in known else {}
-    return FlowMatchEulerScheduler.from_json({**known.get("scheduler", {}), **shift})
+    shift = known.get("shift", FlowMatchEulerScheduler.shift)
+    return FlowMatchEulerScheduler.from_json({**known.get("scheduler", {}), "shift": shift})
 
 
 def known_of(transformer: torch.nn.Module | None, schedule: bool = True) -> dict[str, Any]:
