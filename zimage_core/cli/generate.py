@@ -16,9 +16,8 @@ from zimage_core.cli.model_options import (
     call_arguments,
     check_model,
     load_pipeline,
+    read_prompt,
     read_prompts,
-    read_text,
-    warnings_as_lines,
 )
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadArgument, printable
@@ -85,12 +84,11 @@ def run(args: argparse.Namespace) -> int:
         check_destination(name, overwrite=args.force)
 
     records: list[dict[str, Any]] = []
-    with warnings_as_lines():
-        try:
-            _make(args, prompts, call, names, records)
-        finally:  # what was written before a failure is reported too
-            if args.json:
-                sys.stdout.write(json.dumps(records, indent=2) + "\n")
+    try:
+        _make(args, prompts, call, names, records)
+    finally:  # what was written before a failure is reported too
+        if args.json:
+            sys.stdout.write(json.dumps(records, indent=2) + "\n")
     return 0
 
 
@@ -133,12 +131,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         raise BadArgument("give one prompt, or - to read it from standard input, or --prompts FILE")
     if args.prompts is not None:
         return read_prompts(args.prompts)
-    if args.text != "-":
-        return [args.named_text if args.text is None else args.text]
-    text = read_text("-").rstrip("\r\n")
-    if not text:
-        raise BadArgument("standard input is empty; a prompt was expected there")
-    return [text]
+    return [read_prompt(args.named_text if args.text is None else args.text)]
 
 
 def _check(args: argparse.Namespace, prompts: int) -> None:

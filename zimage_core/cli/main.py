@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from zimage_core import __version__
+from zimage_core.cli.messages import in_options, line, option_names, warnings_as_lines
 from zimage_core.errors import BadArgument, ZImageError, printable
 
 
@@ -45,14 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     try:
-        return int(args.run(args))
+        with warnings_as_lines(args.options):
+            return int(args.run(args))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         _drop_output()
         return 1
     except Exception as error:  # noqa: BLE001  the last resort: a fault of ours is one line too
-        return _report(error, args.traceback)
+        return _report(error, args)
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,24 +97,28 @@ def build_parser() -> Parser:
     )
     for verb in (generate, inspect, plan, quantize, convert, imatrix, sensitivity, compare, doctor):
         verb.add_parser(verbs, common)
+    for each in verbs.choices.values():
+        each.set_defaults(options=option_names(each))
     return parser
 
 
-def _report(error: Exception, traceback: bool) -> int:
+def _report(error: Exception, args: argparse.Namespace) -> int:
     """Write an error as one line; returns the exit status."""
-    if traceback:
+    if args.traceback:
         from traceback import print_exception
 
         print_exception(error, file=sys.stderr)
-    text = printable(error, 2000) or type(error).__name__
-    if isinstance(error, OSError) and error.filename is not None:
-        text = printable(f"{error.filename}: {(error.strerror or type(error).__name__).lower()}", 2000)
+    text = str(error) or type(error).__name__
+    if isinstance(error, ZImageError):
+        text = in_options(error, args.options)
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
     elif isinstance(error, MemoryError):
         text = "not enough memory; take a smaller image or a smaller quantisation of the model"
-    elif not isinstance(error, (ZImageError, OSError, RecursionError)):
-        hint = "" if traceback else " (run it with --debug to see where)"
+    elif not isinstance(error, (OSError, RecursionError)):
+        hint = "" if args.traceback else " (run it with --debug to see where)"
         text = f"internal error, {type(error).__name__}: {text}{hint}"
-    sys.stderr.write(f"error: {text}\n")
+    sys.stderr.write(f"error: {line(text)}\n")
     return 2 if isinstance(error, BadArgument) else 1
 
 

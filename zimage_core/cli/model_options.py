@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 MAX_PROMPT_FILE = 16 << 20
-MAX_WARNING = 100_000
-"""Characters of a warning: one on a cut prompt shows all that is lost before it says what to do."""
 
 
 def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> argparse._ArgumentGroup:
@@ -129,10 +125,16 @@ def call_arguments(args: argparse.Namespace, prompts: Sequence[str]) -> dict[str
     # these import torch, which a parser does not wait for
     from zimage_core.run import checks
     from zimage_core.run.request import Request
+    from zimage_core.sampling.schedule import MAX_STEPS
+    from zimage_core.text.prompt import MAX_LENGTH
 
     call = given(args, (field.name for field in fields(Request)))
     checks.seed(call.get("seed"), None)
     checks.guidance(call.get("guidance_scale"), call.get("cfg"), 0.0)
+    if "num_inference_steps" in call:
+        checks.whole("num_inference_steps", call["num_inference_steps"], 1, MAX_STEPS)
+    if "max_sequence_length" in call:
+        checks.whole("max_sequence_length", call["max_sequence_length"], 1, MAX_LENGTH)
     for prompt in (*prompts, call.get("negative_prompt", "")):
         checks.prompts("prompt", prompt)
     return call
@@ -174,40 +176,34 @@ def load_pipeline(args: argparse.Namespace) -> ZImagePipeline:
 
 
 def read_prompts(name: str) -> list[str]:
-    """Prompts of a file, one a line; empty lines are passed over."""
-    prompts = [line.strip() for line in read_text(name).splitlines() if line.strip()]
+    """Prompts of a file, one a line, without the white space around them; empty lines are passed over."""
+    from zimage_core.files.untrusted import lines
+
+    prompts = [line.strip() for line in lines(read_text(name)) if line.strip()]
     if not prompts:
         raise BadArgument(f"--prompts {printable(name)}: no prompt in it; one a line was expected")
     return prompts
 
 
+def read_prompt(text: str) -> str:
+    """The prompt itself, or for "-" what standard input holds, without the end of its last line."""
+    if text != "-":
+        return text
+    found = read_text("-").rstrip("\r\n")
+    if not found:
+        raise BadArgument("standard input is empty; a prompt was expected there")
+    return found
+
+
 def read_text(name: str) -> str:
     """Text of a file, or of standard input for "-", in UTF-8."""
+    from zimage_core.files.untrusted import decode_text, read_file
+
     if name == "-":
         data = sys.stdin.buffer.read(MAX_PROMPT_FILE + 1)
         name = "standard input"
     else:
-        from zimage_core.files.untrusted import read_file
-
         data = read_file(name)
     if len(data) > MAX_PROMPT_FILE:
         raise BadFile(name, f"holds more than {MAX_PROMPT_FILE >> 20} MiB of prompts")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadFile(name, f"is not text in UTF-8: byte {error.start} is invalid") from None
-
-
-@contextmanager
-def warnings_as_lines() -> Iterator[None]:
-    """Show each warning of the library as one line on stderr."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")  # whatever PYTHONWARNINGS says: a warning is a line, not an error
-        warnings.showwarning = _show_warning
-        yield
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **named: object) -> None:
-    """Write a warning of the library as one line; those of other packages are for developers."""
-    if issubclass(category, UserWarning):
-        sys.stderr.write(f"warning: {printable(message, MAX_WARNING)}\n")
+    return decode_text(name, data)

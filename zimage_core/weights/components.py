@@ -29,10 +29,7 @@ from zimage_core.weights.opened import Opened, is_folder, only_model, open_model
 from zimage_core.weights.packings import stated_packing
 from zimage_core.weights.source import WeightFile, path_text
 
-NAMING = (
-    "ZImagePipeline.from_files(transformer=, text_encoder=, vae=), "
-    "or --transformer FILE --text-encoder FILE --vae FILE on the command line"
-)
+NAMING = "transformer=, text_encoder= and vae="
 MAX_CONFIG_BYTES = 1 << 20
 
 
