@@ -133,8 +133,10 @@ def folder(tmp_path):
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("delay", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize(
+    ("number", "delay"),
+    [(n, d) for n in (signal.SIGINT, signal.SIGTERM) for d in (0.0, 0.5, 3.0)] + [(signal.SIGHUP, 3.0)],
+)
 def test_a_stopped_run_ends_at_once_and_leaves_whole_images(number, delay, model, folder):
     stopped(number, delay, model, folder)
 
@@ -149,6 +151,15 @@ def test_a_signal_in_the_middle_of_an_import_ends_it_as_well():
     assert (process.wait(120), process.stderr.read()) == (143, "")
 
 
+def test_nohup_stays_without_effect():
+    code = (
+        "import os, signal, zimage_core.cli.main as m; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+        "m._handle_signals(); os.kill(os.getpid(), signal.SIGHUP); print('alive')"
+    )
+    process = start(code=code)
+    assert (process.communicate(timeout=120)[0], process.returncode) == ("alive\n", 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(50))
 def test_a_run_can_be_stopped_at_any_time(seed, model, folder):
@@ -159,7 +170,7 @@ def test_a_run_can_be_stopped_at_any_time(seed, model, folder):
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
 def test_closed_streams_are_no_fault(tmp_path, closed):
     """As cron and daemons start programs."""
-    command = f'"{sys.executable}" -m zimage_core.cli.main doctor {closed}'
+    command = f'"{sys.executable}" -m zimage_core doctor {closed}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert "Traceback" not in done.stdout + done.stderr
     assert done.returncode == 0, done.stderr

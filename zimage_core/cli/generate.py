@@ -106,7 +106,7 @@ def _make(
         progress.step(step + 1, pipe.num_timesteps)
         return tensors
 
-    pipeline = load_pipeline(args)
+    pipeline = load_pipeline(args, fit=True)
     call["callback_on_step_end"] = on_step
     for number, path in enumerate(names):
         progress.start(f"image {number + 1}/{len(names)}" if len(names) > 1 else "drawing")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from zimage_core.cli.hardware import device_options, settle_threads
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, printable
 
@@ -38,7 +39,9 @@ def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) ->
     model.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="arithmetic of the networks (default: auto)"
     )
-    model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    model.add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ... (default: auto)"
+    )
     model.add_argument(
         "--vram", metavar="BYTES", help="limit of GPU memory: 6GiB, auto, least; see `zimage plan`"
     )
@@ -160,11 +163,22 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def load_pipeline(args: argparse.Namespace) -> ZImagePipeline:
-    """The pipeline that the options of `add_model` name; without any the embedded model."""
+def load_pipeline(args: argparse.Namespace, fit: bool = False) -> ZImagePipeline:
+    """The pipeline that the options of `add_model` name; without any the embedded model.
+
+    Args:
+        args: The options.
+        fit: Whether weights may be streamed to a GPU that was not asked for and has too little memory.
+    """
+    pipeline = _loaded(args, device_options(args, fit))
+    if args.own_process:
+        settle_threads(pipeline, args)
+    return pipeline
+
+
+def _loaded(args: argparse.Namespace, options: dict[str, Any]) -> ZImagePipeline:
     from zimage_core.pipeline import ZImagePipeline
 
-    options = given(args, ("device", "vram", "ram"))
     if args.dtype != "auto":
         options["dtype"] = args.dtype
     parts = given(args, (*COMPONENTS, "tokenizer"))
