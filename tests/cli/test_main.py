@@ -167,10 +167,13 @@ def test_a_run_can_be_stopped_at_any_time(seed, model, folder):
     stopped(draw.choice([signal.SIGINT, signal.SIGTERM]), draw.uniform(0, 5), model, folder)
 
 
-@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
-def test_closed_streams_are_no_fault(tmp_path, closed):
+@pytest.mark.parametrize(
+    ("words", "closed"),
+    [("plan", "0<&-"), ("plan", "1>&-"), ("plan", "2>&-"), ("doctor", "0<&- 1>&- 2>&-")],
+)
+def test_closed_streams_are_no_fault(tmp_path, words, closed):
     """As cron and daemons start programs."""
-    command = f'"{sys.executable}" -m zimage_core doctor {closed}'
+    command = f'"{sys.executable}" -m zimage_core {words} {closed}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert "Traceback" not in done.stdout + done.stderr
     assert done.returncode == 0, done.stderr
