@@ -403,7 +403,8 @@ class ZImagePipeline:
         nothing is downloaded if HF_HUB_OFFLINE is set.
 
         Args:
-            pretrained_model_name_or_path: Folder, file with all components, or repository.
+            pretrained_model_name_or_path: Folder, file with all components, repository, or "default" for
+                the embedded model.
             transformer: Path of a transformer to use instead.
             text_encoder: Path of a text encoder to use instead. A repository that holds only quantised
                 transformers needs the other components from elsewhere.

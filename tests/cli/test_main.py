@@ -53,6 +53,16 @@ def test_options_of_an_image_are_arguments_of_the_call():
             assert call_arguments(args, ["a"]) == {**wanted, name: 1.5}, verb
 
 
+def test_the_embedded_model_has_a_name_for_every_verb(zimage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "nothing is missing" in zimage("inspect", "default").out
+    assert zimage("plan", "--model", "default").out == zimage("plan").out
+    assert zimage("convert", "default", "a.safetensors", "--quiet").status == 0
+    drawn = zimage("generate", "red circle", "--model", "default", "--steps", 1, "--quiet", "-o", "a.png")
+    assert drawn.status == 0
+    assert read_metadata("a.png").settings["width"] == 80
+
+
 @pytest.mark.parametrize("words", [(), ("bogus",), ("inspect",), ("inspect", "--bogus", "x"), ("\x1b[31m",)])
 def test_a_wrong_command_is_one_line_and_status_2(zimage, words):
     outcome = zimage(*words)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from zimage_core.assets import named
 from zimage_core.cli.progress import Progress
 from zimage_core.files.units import in_bytes, parse_bytes
 
@@ -29,7 +30,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="IN", help="GGUF, safetensors, or a folder of diffusers' layout")
+    add("source", metavar="IN", help="GGUF, safetensors, or a folder of diffusers' layout, or default")
     add("out", metavar="OUT", help="NAME.gguf, NAME.safetensors, or a new folder")
     add("--to", choices=("diffusers", "single", "gguf"), help="default: what the name of OUT says")
     add(
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     progress.start("convert")
     try:
         done = convert_file(
-            args.source,
+            named(args.source),
             args.out,
             args.to,
             component=args.component,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MAX_COUNT = 100_000
 _EPILOG = """\
-Without a model the one that comes inside the package is used.
+Without a model, or with --model default, the one inside the package is used.
 PROMPT - reads one prompt from standard input; --prompts FILE makes images of every line of a file.
 Image i of a run is made from seed + i, so `--seed` of its settings makes it again alone.
 """

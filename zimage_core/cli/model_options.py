@@ -27,7 +27,11 @@ def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) ->
         without: Parts that the verb names itself.
     """
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="DIR", help="model folder, or a repository org/repo[:Q4_K_M]")
+    model.add_argument(
+        "--model",
+        metavar="DIR",
+        help="folder, repository org/repo[:Q4_K_M], or default, the model inside the package",
+    )
     model.add_argument("--variant", metavar="NAME", help="of the files in DIR, such as fp16 (default: none)")
     files = {"transformer": "GGUF or safetensors", "text_encoder": "GGUF or safetensors"}
     for part, text in {**files, "vae": "safetensors or GGUF"}.items():

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from zimage_core.assets import named
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadArgument
 from zimage_core.files.atomic import check_destination
@@ -39,7 +40,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="IN", help="GGUF, safetensors, or a folder of diffusers' layout")
+    add("source", metavar="IN", help="GGUF, safetensors, or a folder of diffusers' layout, or default")
     add("out", metavar="OUT", help="the GGUF to write")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--type", metavar="NAME", help="a standard mix, such as Q4_K_M")
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     progress.start("quantise")
     try:
         done = quantize_file(
-            args.source,
+            named(args.source),
             args.out,
             args.type,
             recipe=args.recipe,
@@ -113,4 +114,4 @@ def _size(args: argparse.Namespace) -> int | None:
     from zimage_core.export.sizing import largest_transformer
 
     vram = parse_bytes("--fit", args.fit)
-    return largest_transformer(args.source, vram, args.width, args.height)
+    return largest_transformer(named(args.source), vram, args.width, args.height)
