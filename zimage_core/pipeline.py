@@ -30,6 +30,7 @@ from zimage_core.run.nonfinite import checked, guard_attention
 from zimage_core.run.placement import Placement
 from zimage_core.run.request import Batch, Encoding, Limits, Request, encoding, make_batch, prepare
 from zimage_core.run.result import Clock, Timings, ZImageResult, peak_memory, settings_of, to_output
+from zimage_core.run.unlearned import unlearned
 from zimage_core.sampling.schedule import BASE_SHIFT, FlowMatchEulerScheduler
 from zimage_core.text.prompt import prompt_ids
 from zimage_core.text.tokenizer import Tokenizer
@@ -212,7 +213,7 @@ class ZImagePipeline:
         """Run the steps of a call: check, encode, denoise, decode, report."""
         clock = Clock()
         run = prepare(self.limits, self.scheduler, request)
-        for remark in run.remarks:
+        for remark in (*run.remarks, *unlearned(self.text_encoder, run.batch.prompts)):
             warnings.warn(remark, UserWarning, stacklevel=3)
         opened = self._opened()
         for part in opened.values():
