@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from zimage_core.cli.main import build_parser
-from zimage_core.cli.messages import in_options, line
+from zimage_core.cli.messages import in_options, line, say
 from zimage_core.errors import BadFile
 
 OPTIONS = build_parser().parse_args(["generate", "a"]).options
@@ -37,6 +40,18 @@ def test_every_verb_has_its_own_options():
     quantize = build_parser().parse_args(["quantize", "a", "b", "--type", "Q8_0"]).options
     assert in_options("size: too small", quantize) == "--size: too small"
     assert in_options("num_inference_steps: got 0", quantize) == "num_inference_steps: got 0"
+
+
+def test_a_line_takes_the_place_of_a_bar(monkeypatch):
+    shown = []
+    stream = SimpleNamespace(isatty=lambda: True, write=shown.append)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    say("warning: a")
+    monkeypatch.setenv("TERM", "dumb")
+    say("error: b")
+    monkeypatch.undo()
+    assert shown == ["\r\x1b[Kwarning: a\n", "error: b\n"]
 
 
 def test_a_long_message_keeps_its_ends():

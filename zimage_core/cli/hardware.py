@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
+from zimage_core.cli.messages import say
 from zimage_core.errors import printable
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def device_options(args: argparse.Namespace, fit: bool) -> dict[str, Any]:
         count = torch.cuda.device_count()
         others = f", the first of {count}; --device cuda:1 takes another" if count > 1 else ""
         if not args.quiet:
-            sys.stderr.write(f"device: {where} ({printable(torch.cuda.get_device_name(where))}{others})\n")
+            say(f"device: {where} ({printable(torch.cuda.get_device_name(where))}{others})")
         if fit and not options:
             options["vram"] = "auto"
     return {"device": str(where), **options}

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from zimage_core import __version__
 from zimage_core.cli.hardware import wait_passively
-from zimage_core.cli.messages import in_options, line, option_names, warnings_as_lines
+from zimage_core.cli.messages import in_options, line, option_names, say, warnings_as_lines
 from zimage_core.errors import BadArgument, OverBudget, ZImageError, printable
 
 
@@ -127,7 +127,7 @@ def _report(error: Exception, args: argparse.Namespace) -> int:
     elif not isinstance(error, (OSError, RecursionError)):
         hint = "" if args.traceback else " (run it with --debug to see where)"
         text = f"internal error, {type(error).__name__}: {text}{hint}"
-    sys.stderr.write(f"error: {line(text)}\n")
+    say(f"error: {line(text)}")
     return 2 if isinstance(error, BadArgument) else 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import warnings
@@ -69,13 +70,19 @@ def line(text: str) -> str:
     return shown if len(shown) <= MOST else f"{shown[: MOST - 350]} [...] {shown[-340:]}"
 
 
+def say(text: str) -> None:
+    """Write one line to stderr, in place of a progress bar that may stand there."""
+    clear = "\r\x1b[K" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else ""
+    sys.stderr.write(f"{clear}{text}\n")
+
+
 @contextmanager
 def warnings_as_lines(options: Mapping[str, str]) -> Iterator[None]:
     """Show each warning of the library as one line on stderr; those of other packages are for developers."""
 
     def show(message: Warning | str, category: type[Warning], *rest: object, **named: object) -> None:
         if issubclass(category, UserWarning):
-            sys.stderr.write(f"warning: {line(in_options(message, options))}\n")
+            say(f"warning: {line(in_options(message, options))}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # whatever PYTHONWARNINGS says: a warning is a line, not an error
