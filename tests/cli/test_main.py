@@ -57,9 +57,9 @@ def test_the_embedded_model_has_a_name_for_every_verb(zimage, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert "nothing is missing" in zimage("inspect", "default").out
     assert zimage("plan", "--model", "default").out == zimage("plan").out
-    assert zimage("convert", "default", "a.safetensors", "--quiet").status == 0
-    drawn = zimage("generate", "red circle", "--model", "default", "--steps", 1, "--quiet", "-o", "a.png")
-    assert drawn.status == 0
+    assert zimage("convert", "default", "a.gguf", "--quiet").status == 0
+    words = ("--transformer", "a.gguf", "--steps", 1, "--quiet", "-o", "a.png")
+    assert zimage("generate", "red circle", "--model", "default", *words).status == 0
     assert read_metadata("a.png").settings["width"] == 80
 
 

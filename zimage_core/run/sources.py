@@ -98,7 +98,9 @@ def _alike(path: Path) -> str:
     names: list[str] = []
     with suppress(OSError):  # a parent that is not there, or is not ours to read
         names = [each.name for each in islice(path.parent.iterdir(), 1000)]
-    return "".join(f"did you mean {printable(path.with_name(name))}?" for name in get_close_matches(path.name, names, 1))
+    return "".join(
+        f"did you mean {printable(path.with_name(name))}?" for name in get_close_matches(path.name, names, 1)
+    )
 
 
 def _in_file(path: Path, given: Collection[str], mmap: bool) -> Sources:
