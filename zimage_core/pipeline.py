@@ -38,6 +38,7 @@ from zimage_core.run.placement import Placement
 from zimage_core.run.ported import Ported
 from zimage_core.run.request import Batch, Encoding, Limits, Request, encoding, make_batch, prepare
 from zimage_core.run.result import Clock, Timings, ZImageResult, peak_memory, settings_of, to_output
+from zimage_core.run.unlearned import unlearned
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.prompt import prompt_ids
 from zimage_core.text.tokenizer import Tokenizer
@@ -236,7 +237,7 @@ class ZImagePipeline(Ported):
         run = prepare(self.limits, self.scheduler, request)
         if run.output_type != "latent":
             require("vae", self.vae)
-        for remark in run.remarks:
+        for remark in (*run.remarks, *unlearned(self.text_encoder, run.batch.prompts)):
             warnings.warn(remark, UserWarning, stacklevel=3)
         opened = self._opened()
         for part in opened.values():
@@ -434,7 +435,8 @@ class ZImagePipeline(Ported):
         nothing is downloaded if HF_HUB_OFFLINE is set.
 
         Args:
-            pretrained_model_name_or_path: Folder, file with all components, or repository.
+            pretrained_model_name_or_path: Folder, file with all components, repository, or "default" for
+                the embedded model.
             transformer: A transformer to use instead of the folder's: a path, an object, or None for none.
             text_encoder: A text encoder to use instead, in the same form. A repository that holds only
                 quantised transformers needs the other components from elsewhere.

@@ -295,6 +295,26 @@ def loosen(text: str, rng: np.random.Generator) -> str:
     return re.sub("色(?!背景|的)", "", text) if rng.random() < 0.1 else text
 
 
+def words() -> dict[str, list[str]]:
+    """The words of all prompts by kind, as `zimage_core.assets.words` reads them."""
+    plural = [shape.replace("cross", "crosse") + "s" for shape in SHAPES]
+    chinese = [ZH[shape] for shape in SHAPES]
+    colours = [ZH[colour] for colour in COLOURS]
+    return {
+        "colours": [*COLOURS, *colours, *(colour.removesuffix("色") for colour in colours)],
+        "shapes": [*SHAPES, *plural, *chinese, *SHORT.values()],
+        "sizes": ["small", "big", "large", ZH["small"], ZH["big"]],
+        "places": ["left", "right", "top", "bottom", "center", "middle", *(ZH[place] for place in POSITIONS)],
+        "counts": [*WORDS.values(), ZH[2], ZH[3]],
+        "kinds": ["letter", "digit", "character", "字母", "数字", "汉字"],
+        "others": [
+            *("a", "an", "the", "on", "in", "at", "of", "with", "background", ","),
+            *("，", "背景", "一个", "有", "在", "的", "上"),  # noqa: RUF001
+        ],
+        "glyphs": [*GLYPHS],
+    }
+
+
 def sheet(drawn: Sequence[np.ndarray], columns: int = 10) -> Image.Image:
     """Images [SIZE, SIZE, 3] uint8 side by side."""
     step = SIZE + 4

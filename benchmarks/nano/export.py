@@ -3,7 +3,8 @@
     python -m benchmarks.nano.export --runs RUNS [--to zimage_core/assets/nano]
 
 transformer.gguf and text_encoder.gguf hold Q8_0 where rows are whole blocks of 32, F16 for the other
-matrices (w2, whose rows are 682 long) and F32 for vectors; vae.safetensors is F16. Sizes are printed.
+matrices (w2, whose rows are 682 long) and F32 for vectors; vae.safetensors is F16; words.json has the words
+of the prompts. Sizes are printed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gguf.quants import quantize
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.nano.draw import SIZE
+from benchmarks.nano.draw import SIZE, words
 from benchmarks.nano.model import TRANSFORMER, encoder_config
 from benchmarks.nano.train_vae import CONFIG, LATENT_NOISE
 from benchmarks.nano.vocabulary import PLAIN, SPECIAL, tokenizer
@@ -129,6 +130,11 @@ def export_vae(runs: Path, path: Path) -> None:
     save_file(tensors, path, metadata=metadata)
 
 
+def export_words(path: Path) -> None:
+    lines = (f'  "{kind}": {json.dumps(found, ensure_ascii=False)}' for kind, found in words().items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, required=True)
@@ -138,6 +144,7 @@ def main() -> None:
     export_transformer(args.runs, args.to / "transformer.gguf")
     export_text_encoder(args.runs, args.to / "text_encoder.gguf")
     export_vae(args.runs, args.to / "vae.safetensors")
+    export_words(args.to / "words.json")
     for file in sorted(args.to.iterdir()):
         print(f"{file.name:24} {file.stat().st_size:>10,} bytes")
 

@@ -57,7 +57,9 @@ def test_files_are_refused_before_anything_is_drawn(zimage, tmp_path, monkeypatc
         (("default", NANO / "text_encoder.gguf"), "text encoder"),
         (("default", "default", "--report", tmp_path / "x.html"), "exists already"),
         (("default", "default", "--vae", NANO / "vae.safetensors"), "give --text-encoder too"),
-        (("default", "default", "-n", 0), "count"),
+        (("default", "default", "-n", 0), "--count: got 0"),
+        (("default", "default", "--b-steps", 0), "--b-steps: got 0"),
+        (("default", "default", "--b-guidance", 99), "--b-guidance: got 99"),
         (("default", "default", "--cfg", 2, "--b-guidance", 1), "--b-guidance goes with --guidance"),
     ]
     for words, message in cases:

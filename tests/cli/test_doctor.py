@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import PackageNotFoundError
 
+import pytest
 import torch
 
 from zimage_core.cli import doctor
@@ -17,6 +18,26 @@ def test_it_names_versions_devices_and_where_things_run(zimage):
     assert facts["devices"][0]["threads"] == torch.get_num_threads()
     assert facts["runs"][0].startswith("cpu")
     assert len(facts["devices"]) == 1 + torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lines", "why"),
+    [("cpu", 1, "no GPU: slab by slab"), ("sm_86", 2, "are more than 465 to 631"), ("sm_86", 2, "no planar")],
+)
+def test_formats_with_the_same_paths_share_a_line(zimage, architecture, lines, why):
+    words = ("doctor", "--paths", "--architecture", architecture)
+    shown = zimage(*words).out.splitlines()
+    assert len(shown) == 2 + 2 * lines
+    assert sum(why in line for line in shown) == 1
+    found = json.loads(zimage(*words, "--json").out)["paths"]
+    assert sorted(name for line in shown[3::2] for name in line.split()) == sorted(f["format"] for f in found)
+
+
+def test_the_default_device_is_the_one_that_is_taken(monkeypatch):
+    devices = [{"name": "cpu", "cores": 4}, {"name": "cuda:0", "architecture": "sm_86"}]
+    cpu, gpu = doctor._plan(devices, "cuda:0")
+    assert cpu.startswith("cpu (with --device cpu): ")
+    assert gpu.startswith("cuda:0 (default): ")
 
 
 def test_a_missing_package_is_a_problem_and_status_1(zimage, monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from zimage_core.cli.model_options import read_prompts
 from zimage_core.errors import BadFile
 from zimage_core.files.png import read_metadata
 from zimage_core.pipeline import ZImagePipeline
@@ -62,9 +63,30 @@ def test_prompts_come_from_a_file_one_a_line(zimage, model, tmp_path):
     assert found == ["red circle", "蓝色方形"]
 
 
-def test_a_prompt_comes_from_standard_input(zimage, model, tmp_path, monkeypatch):
+def test_only_line_ends_separate_prompts(tmp_path):
+    """Other characters that end a line for `str.splitlines` occur within prompts copied from elsewhere."""
+    inside = "a fox\u2028in\u2029the\x85snow\x0bat\x0cnight\x1cor\x1dby\x1eday"
+    (tmp_path / "p.txt").write_bytes(f"\ufeffone\r\n{inside}\rthree\n\n \t\nfour".encode())
+    assert read_prompts(str(tmp_path / "p.txt")) == ["one", inside, "three", "four"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["p.txt", "-"])
+def test_a_text_in_another_encoding_is_named(zimage, tmp_path, monkeypatch, encoding, name):
+    monkeypatch.chdir(tmp_path)
+    data = "a red circle\n红\n".encode(encoding)
+    (tmp_path / "p.txt").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    outcome = zimage("generate", "--prompts", name)
+    assert outcome.status == 1
+    assert "UTF-16" in outcome.error
+    assert "save it as UTF-8" in outcome.error
+
+
+@pytest.mark.parametrize("words", [["-"], ["--prompt", "-"]])
+def test_a_prompt_comes_from_standard_input(zimage, model, tmp_path, monkeypatch, words):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("два слова\n".encode())))
-    outcome = zimage("generate", "-", "--model", model, *SMALL, "-o", tmp_path / "a.png")
+    outcome = zimage("generate", *words, "--model", model, *SMALL, "-o", tmp_path / "a.png")
     assert outcome.status == 0
     assert read_metadata(tmp_path / "a.png").settings["prompt"] == "два слова"
 
@@ -81,7 +103,7 @@ def test_json_tells_how_it_was_made(zimage, model, tmp_path):
     assert len(record["seconds"]["steps"]) == 2
     assert record["peak_memory_bytes"] > 0
     assert outcome.err.count("\n") == 1, "guidance on a distilled checkpoint warns in one line"
-    assert outcome.err.startswith("warning: guidance_scale=0.5")
+    assert outcome.err.startswith("warning: --guidance 0.5 ")
 
 
 def test_without_a_seed_two_runs_differ(zimage, model, tmp_path):
@@ -126,20 +148,23 @@ def test_names_of_our_own_choice_never_collide(zimage, model, tmp_path, monkeypa
         ([], "give one prompt"),
         (["a", "--prompts", "b"], "give one prompt"),
         (["a", "-W", 33], "32 and 48"),
-        (["a", "-H", 0], "height"),
+        (["a", "-H", 0], "--height: got 0"),
         (["a", "-W", "1e3"], "--width"),
-        (["a", "--steps", 0], "steps"),
+        (["a", "--steps", 0], "--steps: got 0"),
         (["a", "--steps", -1], "steps"),
-        (["a", "--guidance", "nan"], "guidance"),
+        (["a", "--guidance", "nan"], "--guidance: got"),
         (["a", "--guidance", "inf"], "guidance"),
-        (["a", "--cfg", 0.5], "cfg"),
+        (["a", "--cfg", 0.5], "--cfg: got"),
         (["a", "--cfg", 2, "--guidance", 1], "--guidance"),
-        (["a", "--seed", -1], "seed"),
+        (["a", "--seed", -1], "--seed: got -1"),
         (["a", "--seed", 2**64], "seed"),
-        (["a", "-n", 0], "count"),
+        (["a", "--max-length", 0], "--max-length: got 0"),
+        (["a", "--vram", "6GiB", "--device", "cpu"], "give --ram alone, such as --ram 4GiB"),
+        (["a", "--ram", "lots"], "--ram: got lots"),
+        (["a", "-n", 0], "--count: got 0"),
         (["a", "-o", "a.jpg"], ".png"),
         (["a", "--dtype", "int8"], "--dtype"),
-        (["a", "--device", "quantum"], "device"),
+        (["a", "--device", "quantum"], "--device: got 'quantum'"),
         (["a\0b"], "NUL"),
         (["a" * 20_000], "16384"),
         (["\udc80"], "surrogate"),
@@ -245,9 +270,10 @@ def test_a_folder_that_cannot_be_written_is_found_before_drawing(zimage, monkeyp
     assert outcome.status == 1
 
 
-def test_a_cut_prompt_can_be_read_whole(zimage, model, tmp_path):
+def test_a_cut_prompt_is_said_and_how_to_keep_it(zimage, model, tmp_path):
     words = ("generate", "a " * 600, "--model", model, *SMALL)
     outcome = zimage(*words, "-o", tmp_path / "a.png")
-    assert outcome.err.startswith("warning: ")
-    assert outcome.err.rstrip().endswith("raise max_sequence_length (up to 1504)")
+    assert outcome.err.startswith("warning: the prompt has ")
+    assert len(outcome.err) < 1100, "a long text loses its middle"
+    assert outcome.err.rstrip().endswith("raise --max-length (up to 1504)")
     assert zimage(*words, "--max-length", 1504, "-o", tmp_path / "b.png").err == ""

@@ -91,9 +91,9 @@ def test_an_interruption_leaves_nothing_or_whole_prompts(zimage, prompts, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--steps", 0), "num_inference_steps"),
+        (("--steps", 0), "--steps: got 0"),
         (("--dtype", "float16"), "float16 scales parts of a block"),
-        (("--seed", -1), "seed"),
+        (("--seed", -1), "--seed: got -1"),
         (("--vae", "x"), "--vae alone cannot draw"),
     ],
 )

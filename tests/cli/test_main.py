@@ -53,6 +53,16 @@ def test_options_of_an_image_are_arguments_of_the_call():
             assert call_arguments(args, ["a"]) == {**wanted, name: 1.5}, verb
 
 
+def test_the_embedded_model_has_a_name_for_every_verb(zimage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "nothing is missing" in zimage("inspect", "default").out
+    assert zimage("plan", "--model", "default").out == zimage("plan").out
+    assert zimage("convert", "default", "a.gguf", "--quiet").status == 0
+    words = ("--transformer", "a.gguf", "--steps", 1, "--quiet", "-o", "a.png")
+    assert zimage("generate", "red circle", "--model", "default", *words).status == 0
+    assert read_metadata("a.png").settings["width"] == 80
+
+
 @pytest.mark.parametrize("words", [(), ("bogus",), ("inspect",), ("inspect", "--bogus", "x"), ("\x1b[31m",)])
 def test_a_wrong_command_is_one_line_and_status_2(zimage, words):
     outcome = zimage(*words)
@@ -133,8 +143,10 @@ def folder(tmp_path):
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("delay", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize(
+    ("number", "delay"),
+    [(n, d) for n in (signal.SIGINT, signal.SIGTERM) for d in (0.0, 0.5, 3.0)] + [(signal.SIGHUP, 3.0)],
+)
 def test_a_stopped_run_ends_at_once_and_leaves_whole_images(number, delay, model, folder):
     stopped(number, delay, model, folder)
 
@@ -149,6 +161,15 @@ def test_a_signal_in_the_middle_of_an_import_ends_it_as_well():
     assert (process.wait(120), process.stderr.read()) == (143, "")
 
 
+def test_nohup_stays_without_effect():
+    code = (
+        "import os, signal, zimage_core.cli.main as m; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+        "m._handle_signals(); os.kill(os.getpid(), signal.SIGHUP); print('alive')"
+    )
+    process = start(code=code)
+    assert (process.communicate(timeout=120)[0], process.returncode) == ("alive\n", 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(50))
 def test_a_run_can_be_stopped_at_any_time(seed, model, folder):
@@ -156,10 +177,13 @@ def test_a_run_can_be_stopped_at_any_time(seed, model, folder):
     stopped(draw.choice([signal.SIGINT, signal.SIGTERM]), draw.uniform(0, 5), model, folder)
 
 
-@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
-def test_closed_streams_are_no_fault(tmp_path, closed):
+@pytest.mark.parametrize(
+    ("words", "closed"),
+    [("plan", "0<&-"), ("plan", "1>&-"), ("plan", "2>&-"), ("doctor", "0<&- 1>&- 2>&-")],
+)
+def test_closed_streams_are_no_fault(tmp_path, words, closed):
     """As cron and daemons start programs."""
-    command = f'"{sys.executable}" -m zimage_core.cli.main doctor {closed}'
+    command = f'"{sys.executable}" -m zimage_core {words} {closed}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert "Traceback" not in done.stdout + done.stderr
     assert done.returncode == 0, done.stderr

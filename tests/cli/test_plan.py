@@ -78,7 +78,7 @@ def test_a_budget_too_small_is_one_line(zimage):
     [
         (("--vram", "lots"), "--vram: got lots, wanted bytes"),
         (("--ram", "-1"), "--ram: got -1"),
-        (("-W", "100"), "width: got 100, wanted a multiple of 16"),
+        (("-W", "100"), "--width: got 100, wanted a multiple of 16"),
         (("-n", "0"), "--count: got 0"),
         (("--link", "0"), "--link: got 0"),
         (("--architecture", "sm_1x"), "not known"),

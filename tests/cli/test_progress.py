@@ -19,7 +19,9 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that advances when told to."""
+    """A clock that advances when told to, beside a wide terminal."""
+    monkeypatch.setattr(progress, "_columns", lambda: 200)
+    monkeypatch.setenv("TERM", "xterm")
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     return now
@@ -44,6 +46,29 @@ def test_a_terminal_sees_one_line_with_pace_and_rest(clock, monkeypatch):
     # the first step carries the text encoder: the pace is that of the others
     assert frames[4] == "[##################......] drawing 3/4 steps, 2.00 s a step, 2 s left"
     assert frames[-1] == ""
+
+
+@pytest.mark.parametrize("columns", [200, 100, 40, 10, 2])
+def test_a_line_is_cut_to_the_terminal(monkeypatch, columns):
+    """A line that wraps leaves its upper part behind when it is redrawn."""
+    out = Terminal()
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr(progress, "_columns", lambda: columns)
+    bar = Progress()
+    bar.start("quantise")
+    bar.weights(3, 4, "model.diffusion_model.layers.29.feed_forward.w2.weight")
+    bar.start("图像" * 60)
+    shown = out.getvalue().split("\r\x1b[K")[1:]
+    width = [len(line) + sum(character > "\u2e80" for character in line) for line in shown]
+    assert max(width) < columns
+    assert columns < 200 or shown[1].endswith(".feed_forward.w2.weight")
+
+
+def test_a_dumb_terminal_sees_plain_lines(clock, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    shown = run(Terminal(), clock, monkeypatch)
+    assert "\x1b" not in shown
+    assert "\r" not in shown
 
 
 def test_a_file_sees_plain_lines(clock, monkeypatch):

@@ -170,7 +170,7 @@ def test_lifting_the_budget_gives_the_plain_pipeline_back(wanted):
         (lambda p: p.to("cpu"), "to: this pipeline has a memory budget"),
         (lambda p: p.dequantize_weights(1), "dequantize_weights: this pipeline has a memory budget"),
         (lambda p: p.capture(), "capture: this pipeline has a memory budget"),
-        (lambda p: p.limit_memory(vram="6GiB"), "vram is memory of a GPU"),
+        (lambda p: p.limit_memory(vram="6GiB"), "vram: it is memory of a GPU"),
         (lambda p: p.limit_memory(ram="much"), "ram: got much"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ def test_what_is_neither_folder_nor_repository_is_said_so(name):
 
 
 def test_a_file_is_not_a_folder(saved):
-    with pytest.raises(BadFile, match="from_files"):
+    with pytest.raises(BadFile, match="transformer=, text_encoder= and vae="):
         ZImagePipeline.from_pretrained(saved / "model_index.json")
 
 
@@ -234,7 +235,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_offline_and_not_cached_is_a_sentence(cache):
-    with pytest.raises(BadFile, match="org/repo: is not in the cache and HF_HUB_OFFLINE is set; unset it"):
+    with pytest.raises(BadFile, match=r"no such folder here, .* cache and HF_HUB_OFFLINE is set; unset it"):
         ZImagePipeline.from_pretrained("org/repo")
 
 
@@ -259,11 +260,12 @@ def test_online_the_chosen_files_are_downloaded(cache, saved, monkeypatch):
     asked = {}
 
     class Api:
-        def list_repo_files(self, repo, revision, token):
+        def model_info(self, repo, revision, token, timeout):
             asked["from"] = (revision, token)
-            return [str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()] + [
-                "extra/x.safetensors"
-            ]
+            names = [str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()]
+            return SimpleNamespace(
+                siblings=[SimpleNamespace(rfilename=name) for name in (*names, "extra/x.safetensors")]
+            )
 
     def download(repo, allow_patterns, token, revision, cache_dir):
         asked[repo] = allow_patterns
@@ -325,16 +327,41 @@ def test_parts_that_do_not_fit_are_refused_before_one_is_loaded(saved, tmp_path,
         ZImagePipeline.from_files(**{**parts(saved), "text_encoder": wide})
 
 
+@pytest.mark.parametrize(
+    "name", ["zimge", "models/zimge", "./zimge", "models/zimge:Q4_K_M", "../zimge", "models/a/zimge"]
+)
+def test_a_misspelt_path_is_no_repository(saved, tmp_path, monkeypatch, name):
+    """Its parent is here, so nothing is asked of the Hub."""
+    (tmp_path / "models" / "zimage").mkdir(parents=True)
+    (tmp_path / "models" / "a" / "zimage").mkdir(parents=True)
+    (tmp_path / "zimage").mkdir()
+    monkeypatch.chdir(tmp_path / "models" if name.startswith("../") else tmp_path)
+    monkeypatch.setattr(hub, "fetch", lambda *_: pytest.fail("asked the Hub"))
+    with pytest.raises(BadFile, match=r"there is no such folder.*; did you mean .*zimage\?$"):
+        sources.find(name)
+
+
+def test_the_embedded_model_has_a_name(tmp_path, monkeypatch, saved):
+    monkeypatch.chdir(tmp_path)
+    pipe = ZImagePipeline.from_pretrained("default", vae=saved.parent / "m" / "vae")
+    assert pipe.sample_size == 80
+    assert {Path(file.path).parent for file in pipe.files().values()} == {NANO, saved / "vae"}
+    shutil.copytree(saved, "default")
+    assert ZImagePipeline.from_pretrained("default").sample_size == 1024, "a folder comes first"
+
+
 def test_a_failing_network_is_a_sentence(cache, monkeypatch):
     import huggingface_hub
 
     class Api:
-        def list_repo_files(self, repo, revision, token):
+        def model_info(self, repo, revision, token, timeout):
             raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    with pytest.raises(BadFile, match="the Hub gave: no route; check the name, the network"):
+    with pytest.raises(
+        BadFile, match=r"as a repository .* cannot be asked for: no route; check the path, or"
+    ):
         ZImagePipeline.from_pretrained("org/repo")
 
 

@@ -16,8 +16,8 @@ from zimage_core.cli.model_options import (
     call_arguments,
     check_model,
     load_pipeline,
+    read_prompt,
     read_prompts,
-    warnings_as_lines,
 )
 from zimage_core.cli.progress import Progress
 from zimage_core.config import COMPONENTS
@@ -51,7 +51,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="transformer file of the reference, or default")
     parser.add_argument("b", metavar="B", help="transformer file that is judged, or default")
     words = parser.add_mutually_exclusive_group(required=True)
-    words.add_argument("--prompt", dest="text", metavar="TEXT", help="what to draw")
+    words.add_argument("--prompt", dest="text", metavar="TEXT", help="what to draw; - is standard input")
     words.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
     add_model(parser, without=("transformer",))
     image = add_image(parser)
@@ -79,7 +79,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the arguments, compare, write the reports and print the figures."""
-    prompts = [args.text] if args.text is not None else read_prompts(args.prompts)
+    prompts = [read_prompt(args.text)] if args.text is not None else read_prompts(args.prompts)
     call = call_arguments(args, prompts)
     _check(args)
     a = _side(args, args.a)
@@ -94,18 +94,17 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress(quiet=args.quiet)
     progress.start("comparing")
     first = call.pop("seed")
-    with warnings_as_lines():
-        comparison = compare(
-            lambda: load_pipeline(a),
-            lambda: load_pipeline(b),
-            prompts,
-            [(first + i) % 2**64 for i in range(args.count)],
-            labels=_labels(args),
-            options_b=later,
-            block_steps=args.block_steps,
-            on_run=lambda done, total: progress.step(done, total, "runs", "a run"),
-            **call,
-        )
+    comparison = compare(
+        lambda: load_pipeline(a),
+        lambda: load_pipeline(b),
+        prompts,
+        [(first + i) % 2**64 for i in range(args.count)],
+        labels=_labels(args),
+        options_b=later,
+        block_steps=args.block_steps,
+        on_run=lambda done, total: progress.step(done, total, "runs", "a run"),
+        **call,
+    )
     progress.finish()
     _write(args, comparison)
     return 0
@@ -113,10 +112,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     from zimage_core.run import checks
+    from zimage_core.sampling.schedule import MAX_STEPS
 
     checks.whole("count", args.count, 1, MAX_SEEDS)
-    checks.whole("block-steps", args.block_steps, 0, MAX_SEEDS)
-    checks.guidance(args.b_guidance, None, 0.0)
+    checks.whole("block_steps", args.block_steps, 0, MAX_SEEDS)
+    if args.b_steps is not None:
+        checks.whole("b_steps", args.b_steps, 1, MAX_STEPS)
+    if args.b_guidance is not None:
+        checks.real("b_guidance", args.b_guidance, 0, checks.MAX_GUIDANCE)
     if args.b_guidance is not None and args.cfg is not None:
         raise BadArgument("--b-guidance goes with --guidance; --cfg counts from 1")
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from zimage_core.assets import named
 from zimage_core.cli.progress import Progress
 from zimage_core.files.units import in_bytes, parse_bytes
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     progress.start("convert")
     try:
         done = convert_file(
-            args.source,
+            named(args.source),
             args.out,
             args.to,
             component=args.component,

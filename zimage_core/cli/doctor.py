@@ -87,10 +87,16 @@ def _paths(args: argparse.Namespace, devices: list[dict[str, Any]]) -> int:
         return 0
     heads = "".join(f"{f'{what} ({m})':>21}" for what, m in TOKENS.items())
     lines = [f"paths of a {ROWS} x {WIDTH} weight on {architecture}, {in_bytes(free)} free"]
-    lines.append(f"  {'format':<10}{heads}  why")
-    for row in found:
-        paths = "".join(f"{path:>21}" for path in row["paths"].values())
-        lines.append(f"  {row['format']:<10}{paths}  {row['reason']}")
+    lines.append(f"{heads}  why")
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in found:  # formats that differ in their crossover alone share a line
+        reason = row["reason"].replace(f" {row['crossover']}", " {}").replace(row["format"], "the format")
+        groups.setdefault((*row["paths"].values(), reason), []).append(row)
+    for (*paths, reason), rows in groups.items():
+        limits = sorted({row["crossover"] for row in rows})
+        most = str(limits[0]) if len(limits) == 1 else f"{limits[0]} to {limits[-1]}"
+        lines.append("".join(f"{path:>21}" for path in paths) + f"  {reason.format(most)}")
+        lines.append(f"    {' '.join(row['format'] for row in rows)}")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
@@ -100,10 +106,13 @@ def examine() -> dict[str, Any]:
     problems: list[str] = []
     versions: dict[str, str | None] = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
     problems += [f"{name} is not installed" for name in NEEDED if versions[name] is None]
-    devices = [_cpu()]
+    devices, default = [_cpu()], "cpu"
     if versions["torch"] is not None:
         try:
+            from zimage_core.run.checks import read_device
+
             devices += _gpus(devices[0])
+            default = str(read_device("auto"))
         except (ImportError, OSError, RuntimeError) as error:
             problems.append(f"torch cannot be used: {printable(error)}")
     model, fault = _embedded_model()
@@ -115,7 +124,7 @@ def examine() -> dict[str, Any]:
         "packages": versions,
         "devices": devices,
         "embedded_model": model,
-        "runs": _plan(devices),
+        "runs": _plan(devices, default),
         "problems": problems,
     }
 
@@ -185,15 +194,19 @@ def _embedded_model() -> tuple[dict[str, Any] | None, str]:
     return {"nbytes": found.nbytes, "parts": {part.kind: part.title for part in found.parts}}, ""
 
 
-def _plan(devices: list[dict[str, Any]]) -> list[str]:
-    """What `zimage generate` does here with its defaults, in sentences."""
-    cpu = devices[0]
-    plan = [
-        f"cpu (default): all three networks in float32 on {cpu.get('threads', cpu['cores'])} threads; "
-        "quantised weights stay packed in memory and are unpacked tile by tile"
-    ]
-    for device in devices[1:]:
-        plan.append(f"{device['name']}: with --device {device['name']}, {_on_gpu(device['architecture'])}")
+def _plan(devices: list[dict[str, Any]], default: str) -> list[str]:
+    """What `zimage generate` does on each device, in sentences."""
+    plan = []
+    for device in devices:
+        name = device["name"]
+        if name == "cpu":
+            does = (
+                f"all three networks in float32 on {device.get('threads', device['cores'])} threads, or one "
+                "for a small model; quantised weights stay packed in memory and are unpacked tile by tile"
+            )
+        else:
+            does = _on_gpu(device["architecture"])
+        plan.append(f"{name} ({'default' if name == default else f'with --device {name}'}): {does}")
     return plan
 
 

@@ -16,9 +16,8 @@ from zimage_core.cli.model_options import (
     call_arguments,
     check_model,
     load_pipeline,
+    read_prompt,
     read_prompts,
-    read_text,
-    warnings_as_lines,
 )
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadArgument, printable
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 MAX_COUNT = 100_000
 _EPILOG = """\
-Without a model the one that comes inside the package is used.
+Without a model, or with --model default, the one inside the package is used.
 PROMPT - reads one prompt from standard input; --prompts FILE makes images of every line of a file.
 Image i of a run is made from seed + i, so `--seed` of its settings makes it again alone.
 """
@@ -85,12 +84,11 @@ def run(args: argparse.Namespace) -> int:
         check_destination(name, overwrite=args.force)
 
     records: list[dict[str, Any]] = []
-    with warnings_as_lines():
-        try:
-            _make(args, prompts, call, names, records)
-        finally:  # what was written before a failure is reported too
-            if args.json:
-                sys.stdout.write(json.dumps(records, indent=2) + "\n")
+    try:
+        _make(args, prompts, call, names, records)
+    finally:  # what was written before a failure is reported too
+        if args.json:
+            sys.stdout.write(json.dumps(records, indent=2) + "\n")
     return 0
 
 
@@ -108,7 +106,7 @@ def _make(
         progress.step(step + 1, pipe.num_timesteps)
         return tensors
 
-    pipeline = load_pipeline(args)
+    pipeline = load_pipeline(args, fit=True)
     call["callback_on_step_end"] = on_step
     for number, path in enumerate(names):
         progress.start(f"image {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
@@ -133,12 +131,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         raise BadArgument("give one prompt, or - to read it from standard input, or --prompts FILE")
     if args.prompts is not None:
         return read_prompts(args.prompts)
-    if args.text != "-":
-        return [args.named_text if args.text is None else args.text]
-    text = read_text("-").rstrip("\r\n")
-    if not text:
-        raise BadArgument("standard input is empty; a prompt was expected there")
-    return [text]
+    return [read_prompt(args.named_text if args.text is None else args.text)]
 
 
 def _check(args: argparse.Namespace, prompts: int) -> None:

@@ -16,7 +16,6 @@ from zimage_core.cli.model_options import (
     check_model,
     load_pipeline,
     read_prompts,
-    warnings_as_lines,
 )
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadArgument, printable
@@ -91,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
         if args.partial and done < len(prompts):
             write(imatrix)
 
-    with warnings_as_lines():
-        imatrix = write(_collect(args, prompts, call, earlier, progress, on_prompt))
+    imatrix = write(_collect(args, prompts, call, earlier, progress, on_prompt))
     _report(args, imatrix, time.perf_counter() - began, progress)
     return 0
 

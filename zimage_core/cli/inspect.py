@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from zimage_core.assets import named
 from zimage_core.errors import ZImageError, printable
 from zimage_core.files.units import in_bytes, in_count
 from zimage_core.weights.inspection import PARTS, Inspection, dumps, inspect_file
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     status = 0
     for path in args.files:
         try:
-            inspection = inspect_file(path, full=args.full)
+            inspection = inspect_file(named(path), full=args.full)
         except ZImageError as error:
             if args.traceback:
                 raise

@@ -1,6 +1,7 @@
 """`zimage VERB ...`: finds the verb, turns errors into one line and an exit status.
 
-Exit status: 0 done, 1 it failed, 2 the command itself was wrong, 130 interrupted, 143 terminated. The verbs
+Exit status: 0 done, 1 it failed, 2 the command itself was wrong, 130 interrupted, 143 terminated,
+129 hung up. The verbs
 are imported once signals are handled, and none of them loads torch before it runs.
 """
 
@@ -15,14 +16,17 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from zimage_core import __version__
-from zimage_core.errors import BadArgument, ZImageError, printable
+from zimage_core.cli.hardware import wait_passively
+from zimage_core.cli.messages import in_options, line, option_names, say, warnings_as_lines
+from zimage_core.errors import BadArgument, OverBudget, ZImageError, printable
 
 
 def process() -> NoReturn:
-    """The installed command: a process of its own, with its own signals and streams."""
+    """The installed command: a process of its own, with its own signals, streams and threads."""
     _handle_signals()
     _open_streams()
-    status = main()
+    wait_passively()
+    status = main(own_process=True)
     try:
         sys.stdout.flush()
     except OSError:
@@ -31,11 +35,12 @@ def process() -> NoReturn:
     sys.exit(status)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, own_process: bool = False) -> int:
     """Run one command.
 
     Args:
         argv: Words after `zimage`; None takes them from the process.
+        own_process: Whether settings of the whole process, such as the number of threads, may be changed.
 
     Returns:
         The exit status.
@@ -44,15 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: From argparse: 2 for a wrong command, 0 after --help.
     """
     args = build_parser().parse_args(argv)
+    args.own_process = own_process
     try:
-        return int(args.run(args))
+        with warnings_as_lines(args.options):
+            return int(args.run(args))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         _drop_output()
         return 1
     except Exception as error:  # noqa: BLE001  the last resort: a fault of ours is one line too
-        return _report(error, args.traceback)
+        return _report(error, args)
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,29 +102,37 @@ def build_parser() -> Parser:
     )
     for verb in (generate, inspect, plan, quantize, convert, imatrix, sensitivity, compare, doctor):
         verb.add_parser(verbs, common)
+    for each in verbs.choices.values():
+        each.set_defaults(options=option_names(each))
     return parser
 
 
-def _report(error: Exception, traceback: bool) -> int:
+def _report(error: Exception, args: argparse.Namespace) -> int:
     """Write an error as one line; returns the exit status."""
-    if traceback:
+    if args.traceback:
         from traceback import print_exception
 
         print_exception(error, file=sys.stderr)
-    text = printable(error, 2000) or type(error).__name__
-    if isinstance(error, OSError) and error.filename is not None:
-        text = printable(f"{error.filename}: {(error.strerror or type(error).__name__).lower()}", 2000)
+    text = str(error) or type(error).__name__
+    if isinstance(error, ZImageError):
+        text = in_options(error, args.options)
+        if isinstance(error, OverBudget) and getattr(args, "device", "") == "auto" and "GPU memory" in text:
+            text += "; --device cpu computes without the GPU"
+    elif isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for it
+        text = "the GPU has too little free memory; give --vram auto, --device cpu or a smaller image"
     elif isinstance(error, MemoryError):
         text = "not enough memory; take a smaller image or a smaller quantisation of the model"
-    elif not isinstance(error, (ZImageError, OSError, RecursionError)):
-        hint = "" if traceback else " (run it with --debug to see where)"
+    elif not isinstance(error, (OSError, RecursionError)):
+        hint = "" if args.traceback else " (run it with --debug to see where)"
         text = f"internal error, {type(error).__name__}: {text}{hint}"
-    sys.stderr.write(f"error: {text}\n")
+    say(f"error: {line(text)}")
     return 2 if isinstance(error, BadArgument) else 1
 
 
 def _handle_signals() -> None:
-    """Let Ctrl-C and SIGTERM end the process at once, without a traceback or an unfinished file.
+    """Let Ctrl-C, SIGTERM and SIGHUP end the process at once, without a traceback or an unfinished file.
 
     The process ends inside the handler. An exception instead would have to travel through foreign code
     (imports, callbacks, destructors) that prints or swallows it.
@@ -137,6 +152,8 @@ def _handle_signals() -> None:
 
     signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, leave)
 
 
 def _open_streams() -> None:

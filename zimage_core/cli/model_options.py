@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from zimage_core.cli.hardware import device_options, settle_threads
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, printable
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 MAX_PROMPT_FILE = 16 << 20
-MAX_WARNING = 100_000
-"""Characters of a warning: one on a cut prompt shows all that is lost before it says what to do."""
 
 
 def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> argparse._ArgumentGroup:
@@ -30,7 +27,11 @@ def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) ->
         without: Parts that the verb names itself.
     """
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="DIR", help="model folder, or a repository org/repo[:Q4_K_M]")
+    model.add_argument(
+        "--model",
+        metavar="DIR",
+        help="folder, repository org/repo[:Q4_K_M], or default, the model inside the package",
+    )
     model.add_argument("--variant", metavar="NAME", help="of the files in DIR, such as fp16 (default: none)")
     files = {"transformer": "GGUF or safetensors", "text_encoder": "GGUF or safetensors"}
     for part, text in {**files, "vae": "safetensors or GGUF"}.items():
@@ -42,7 +43,9 @@ def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) ->
     model.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="arithmetic of the networks (default: auto)"
     )
-    model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    model.add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ... (default: auto)"
+    )
     model.add_argument(
         "--vram", metavar="BYTES", help="limit of GPU memory: 6GiB, auto, least; see `zimage plan`"
     )
@@ -136,12 +139,17 @@ def call_arguments(args: argparse.Namespace, prompts: Sequence[str]) -> dict[str
     # these import torch, which a parser does not wait for
     from zimage_core.run import checks
     from zimage_core.run.request import Request
-    from zimage_core.sampling.schedule import FlowMatchEulerScheduler
+    from zimage_core.sampling.schedule import MAX_STEPS, FlowMatchEulerScheduler
+    from zimage_core.text.prompt import MAX_LENGTH
 
     call = given(args, (field.name for field in fields(Request)))
     checks.seed(call.get("seed"), None)
     checks.guidance(call.get("guidance_scale"), call.get("cfg"), 0.0)
     FlowMatchEulerScheduler(call.get("shift", 3.0))
+    if "num_inference_steps" in call:
+        checks.whole("num_inference_steps", call["num_inference_steps"], 1, MAX_STEPS)
+    if "max_sequence_length" in call:
+        checks.whole("max_sequence_length", call["max_sequence_length"], 1, MAX_LENGTH)
     for prompt in (*prompts, call.get("negative_prompt", "")):
         checks.prompts("prompt", prompt)
     return call
@@ -167,11 +175,22 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def load_pipeline(args: argparse.Namespace) -> ZImagePipeline:
-    """The pipeline that the options of `add_model` name; without any the embedded model."""
+def load_pipeline(args: argparse.Namespace, fit: bool = False) -> ZImagePipeline:
+    """The pipeline that the options of `add_model` name; without any the embedded model.
+
+    Args:
+        args: The options.
+        fit: Whether weights may be streamed to a GPU that was not asked for and has too little memory.
+    """
+    pipeline = _loaded(args, device_options(args, fit))
+    if args.own_process:
+        settle_threads(pipeline, args)
+    return pipeline
+
+
+def _loaded(args: argparse.Namespace, options: dict[str, Any]) -> ZImagePipeline:
     from zimage_core.pipeline import ZImagePipeline
 
-    options = given(args, ("device", "vram", "ram"))
     if args.dtype != "auto":
         options["dtype"] = args.dtype
     parts = given(args, (*COMPONENTS, "tokenizer"))
@@ -183,40 +202,34 @@ def load_pipeline(args: argparse.Namespace) -> ZImagePipeline:
 
 
 def read_prompts(name: str) -> list[str]:
-    """Prompts of a file, one a line; empty lines are passed over."""
-    prompts = [line.strip() for line in read_text(name).splitlines() if line.strip()]
+    """Prompts of a file, one a line, without the white space around them; empty lines are passed over."""
+    from zimage_core.files.untrusted import lines
+
+    prompts = [line.strip() for line in lines(read_text(name)) if line.strip()]
     if not prompts:
         raise BadArgument(f"--prompts {printable(name)}: no prompt in it; one a line was expected")
     return prompts
 
 
+def read_prompt(text: str) -> str:
+    """The prompt itself, or for "-" what standard input holds, without the end of its last line."""
+    if text != "-":
+        return text
+    found = read_text("-").rstrip("\r\n")
+    if not found:
+        raise BadArgument("standard input is empty; a prompt was expected there")
+    return found
+
+
 def read_text(name: str) -> str:
     """Text of a file, or of standard input for "-", in UTF-8."""
+    from zimage_core.files.untrusted import decode_text, read_file
+
     if name == "-":
         data = sys.stdin.buffer.read(MAX_PROMPT_FILE + 1)
         name = "standard input"
     else:
-        from zimage_core.files.untrusted import read_file
-
         data = read_file(name)
     if len(data) > MAX_PROMPT_FILE:
         raise BadFile(name, f"holds more than {MAX_PROMPT_FILE >> 20} MiB of prompts")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadFile(name, f"is not text in UTF-8: byte {error.start} is invalid") from None
-
-
-@contextmanager
-def warnings_as_lines() -> Iterator[None]:
-    """Show each warning of the library as one line on stderr."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")  # whatever PYTHONWARNINGS says: a warning is a line, not an error
-        warnings.showwarning = _show_warning
-        yield
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *rest: object, **named: object) -> None:
-    """Write a warning of the library as one line; those of other packages are for developers."""
-    if issubclass(category, UserWarning):
-        sys.stderr.write(f"warning: {printable(message, MAX_WARNING)}\n")
+    return decode_text(name, data)

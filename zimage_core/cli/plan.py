@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zimage_core.assets import NANO
+from zimage_core.assets import DEFAULT, named
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, OverBudget
 from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
@@ -117,7 +117,7 @@ def _paths(args: argparse.Namespace) -> dict[str, str | Opened]:
         missing = " and ".join(f"--{n.replace('_', '-')}" for n in COMPONENTS if n not in given)
         raise BadArgument(f"a plan needs all three networks: give {missing} too, or --model FOLDER")
     wanted = [name for name in COMPONENTS if name not in given]
-    return {**open_parts(args.model or NANO, wanted), **given}
+    return {**open_parts(named(args.model or DEFAULT), wanted), **given}
 
 
 def _shows(stream: Any, signs: str) -> bool:

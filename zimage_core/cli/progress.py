@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+import unicodedata
 
 from zimage_core.files.units import in_count
 
@@ -22,7 +24,7 @@ class Progress:
 
     def __init__(self, quiet: bool = False) -> None:
         self._out = None if quiet else sys.stderr
-        self._terminal = not quiet and sys.stderr.isatty()
+        self._terminal = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._label = ""
         self._started = self._first = self._shown = 0.0
         self._quarter = 0
@@ -39,7 +41,7 @@ class Progress:
         self._shown = 0.0
         self._quarter = 0
         if self._terminal:
-            self._write(f"\r\x1b[K{label} ...")
+            self._redraw(f"{label} ...")
 
     def step(self, done: int, total: int, what: str = "steps", each: str = "a step") -> None:
         """Show that `done` of `total` steps, or whatever `what` names, are finished."""
@@ -69,12 +71,35 @@ class Progress:
         """Show `text` at each quarter of a job, or, on a terminal, the bar with `text` and `rest`."""
         if self._terminal:
             filled = "#" * (WIDTH * done // max(total, 1))
-            self._write(f"\r\x1b[K[{filled:.<{WIDTH}}] {text}{rest}")
+            self._redraw(f"[{filled:.<{WIDTH}}] {text}{rest}")
         elif 4 * done // max(total, 1) > self._quarter:
             self._quarter = 4 * done // max(total, 1)
             self._write(f"{text}\n")
+
+    def _redraw(self, text: str) -> None:
+        """Show text in place of the line that is there, cut to the terminal: what wraps is never cleared."""
+        self._write(f"\r\x1b[K{_cut(text, _columns() - 1)}")
 
     def _write(self, text: str) -> None:
         if self._out is not None:
             self._out.write(text)
             self._out.flush()
+
+
+def _columns() -> int:
+    """Width of the terminal on stderr, which may change at any time."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def _cut(text: str, columns: int) -> str:
+    """Text that takes at most so many columns, of which wide characters take two."""
+    if len(text) * 2 <= columns:
+        return text
+    for end, character in enumerate(text):
+        columns -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if columns < 0:
+            return text[:end]
+    return text

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from zimage_core.assets import named
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadArgument
 from zimage_core.files.atomic import check_destination
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     progress.start("quantise")
     try:
         done = quantize_file(
-            args.source,
+            named(args.source),
             args.out,
             args.type,
             recipe=args.recipe,
@@ -116,4 +117,4 @@ def _size(args: argparse.Namespace) -> int | None:
     from zimage_core.export.sizing import largest_transformer
 
     vram = parse_bytes("--fit", args.fit)
-    return largest_transformer(args.source, vram, args.width, args.height)
+    return largest_transformer(named(args.source), vram, args.width, args.height)

@@ -14,7 +14,6 @@ from zimage_core.cli.model_options import (
     check_model,
     load_pipeline,
     read_prompts,
-    warnings_as_lines,
 )
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadArgument, printable
@@ -81,33 +80,32 @@ def run(args: argparse.Namespace) -> int:
         write_sensitivity(sensitivity, args.output, args.force)
         args.force = True  # the next one replaces our own
 
-    with warnings_as_lines():
-        pipeline = load_pipeline(args)
-        check_imatrix(pipeline, imatrix, args.all_tensors)
-        if not args.partial:
-            progress.say(f"{printable(args.output)} is written at the end; Ctrl-C before writes nothing")
-        progress.start("recording")
-        calls = record(pipeline, prompts, every=args.every, **call)
-        progress.start("measuring")
-        sensitivity = measure(
-            pipeline,
-            calls,
-            types,
-            imatrix=imatrix,
-            probe=args.probe,
-            every_tensor=args.all_tensors,
-            settings={
-                "prompts": "standard input" if args.prompts == "-" else Path(args.prompts).name,
-                "images": len(prompts),
-                "calls": len(calls),
-                "probe": args.probe,
-                "imatrix": None if args.imatrix is None else Path(args.imatrix).name,
-                **call,
-            },
-            on_tensor=lambda done, runs, name: progress.step(done, runs, name, "a run"),
-            on_costs=write if args.partial else None,
-        )
-        progress.finish()
+    pipeline = load_pipeline(args)
+    check_imatrix(pipeline, imatrix, args.all_tensors)
+    if not args.partial:
+        progress.say(f"{printable(args.output)} is written at the end; Ctrl-C before writes nothing")
+    progress.start("recording")
+    calls = record(pipeline, prompts, every=args.every, **call)
+    progress.start("measuring")
+    sensitivity = measure(
+        pipeline,
+        calls,
+        types,
+        imatrix=imatrix,
+        probe=args.probe,
+        every_tensor=args.all_tensors,
+        settings={
+            "prompts": "standard input" if args.prompts == "-" else Path(args.prompts).name,
+            "images": len(prompts),
+            "calls": len(calls),
+            "probe": args.probe,
+            "imatrix": None if args.imatrix is None else Path(args.imatrix).name,
+            **call,
+        },
+        on_tensor=lambda done, runs, name: progress.step(done, runs, name, "a run"),
+        on_costs=write if args.partial else None,
+    )
+    progress.finish()
     write(sensitivity)
     sys.stdout.write(f"{printable(args.output)}: {len(sensitivity.costs)} tensors, {len(types)} types\n")
     for name, costs in sorted(sensitivity.costs.items(), key=lambda item: -max(item[1].values()))[:5]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from zimage_core.errors import BadArgument, BadFile, printable
 from zimage_core.export.checkpoint import Checkpoint, Target
 from zimage_core.files.atomic import write_atomically
-from zimage_core.files.untrusted import read_text
+from zimage_core.files.untrusted import lines, read_text
 from zimage_core.formats import FORMATS, BlockFormat
 
 SOURCE = "source"
@@ -177,7 +177,7 @@ def parse_recipe(text: str, name: str, path: str = "recipe") -> Recipe:
     """Read a recipe from its text, with the errors of `read_recipe`."""
     rules: list[Rule] = []
     remarks: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines(text), 1):
         stripped = line.strip()
         if stripped.startswith("#"):
             if not rules:

@@ -15,6 +15,11 @@ from zimage_core.files.model_names import SUFFIXES, parse
 REPO_ID = re.compile(r"(?P<repo>[\w.-]{1,96}/[\w.-]{1,96})(?::(?P<tag>[\w.-]{1,64}))?")
 """org/repo, or org/repo:Q4_K_M as llama.cpp and Ollama write it."""
 
+TIMEOUT = 10.0
+"""Seconds to wait for the Hub's list of files."""
+
+_NO_FOLDER = "there is no such folder here, and as a repository of the Hub"
+
 _TAG = re.compile(
     r"(?:^|[-_.])((?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4|NVFP4|BF16|FP?16|FP?32|FP8[A-Z0-9_]*))(?=[-.]|$)",
     re.IGNORECASE,
@@ -108,8 +113,8 @@ def fetch(
     match = REPO_ID.fullmatch(source)
     if match is None:
         raise BadArgument(
-            f"{printable(source)!r} is neither a folder nor a repository's name; give a folder, org/repo or "
-            "org/repo:Q4_K_M"
+            f"{printable(source)!r} is neither a folder here nor a repository's name; give a folder, "
+            "org/repo, org/repo:Q4_K_M, or default for the embedded model"
         )
     try:
         import huggingface_hub
@@ -124,17 +129,20 @@ def fetch(
         local = _cached(repo, where)
         if local is None:
             asked = "local_files_only" if local_files_only else "HF_HUB_OFFLINE"
-            raise BadFile(repo, f"is not in the cache and {asked} is set", "unset it or give a folder")
+            fault = f"{_NO_FOLDER} it is not in the cache and {asked} is set"
+            raise BadFile(source, fault, "unset it or give a folder")
         return local
     try:
-        files = huggingface_hub.HfApi().list_repo_files(repo, revision=revision, token=token)
+        # asked once, where list_repo_files would try again for half a minute
+        info = huggingface_hub.HfApi().model_info(repo, revision=revision, token=token, timeout=TIMEOUT)
+        files = [file.rfilename for file in info.siblings or ()]
     except Exception as error:
         # the errors of requests, httpx and the package itself have no narrower base class in common
         reason = _first_line(error)
         local = _cached(repo, where)
         if local is None:
-            fault = f"is not in the cache and the Hub gave: {reason}"
-            raise BadFile(repo, fault, "check the name, the network and your token") from error
+            fault = f"{_NO_FOLDER} it is not in the cache and cannot be asked for: {reason}"
+            raise BadFile(source, fault, "check the path, or the network and your token") from error
         return local
     chosen = select(files, tag, repo, variant)
     try:

@@ -6,6 +6,7 @@ raises `BadFile`, and reading takes little more memory than the file has bytes.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import math
@@ -96,10 +97,32 @@ def read_text(path: str | PathLike[str]) -> str:
     data = read_file(path)
     if data.startswith(b"version https://git-lfs"):
         raise BadFile(path, "a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`")
+    return decode_text(path, data)
+
+
+def decode_text(path: str | PathLike[str], data: bytes) -> str:
+    """Text of UTF-8 bytes; a byte order mark is dropped.
+
+    Raises:
+        BadFile: The bytes are not UTF-8, or hold NUL, as UTF-16 does; the message names `path`.
+    """
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
+    if wide or b"\0" in data:
+        fault = "text in UTF-16 or UTF-32" if wide else "binary, or text in UTF-16: it holds NUL bytes"
+        raise BadFile(path, f"not JSON or text in UTF-8 but {fault}", "save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadFile(path, f"not JSON or text in UTF-8: byte {error.start} is invalid") from None
+        fault = f"not JSON or text in UTF-8: byte {error.start} is invalid"
+        raise BadFile(path, fault, "save it as UTF-8") from None
+
+
+def lines(text: str) -> list[str]:
+    """Lines of a text, which end with LF, CRLF or CR and with nothing else.
+
+    `str.splitlines` would also end them at form feeds and at other separators that occur within a line.
+    """
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def read_json(path: str | PathLike[str]) -> dict[str, Any]:

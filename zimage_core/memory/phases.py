@@ -116,7 +116,7 @@ class PhaseManager:
         if missing := [name for name in COMPONENTS if name not in opened]:
             raise Unsupported(f"a memory budget needs files: {' and '.join(missing)} came from none")
         if device.type == "cpu" and (budget.vram is not None or budget.ram is None):
-            raise BadArgument("vram is memory of a GPU: on a CPU give ram alone, such as ram='4GiB'")
+            raise BadArgument("vram: it is memory of a GPU; on a CPU give ram= alone, such as ram='4GiB'")
         if device.type != "cpu" and budget.vram is None:
             budget = replace(budget, vram="auto")
         vae = networks["vae"]

@@ -194,26 +194,36 @@ def read_path(name: str, path: Any) -> str | os.PathLike[str]:
 
 
 def read_device(device: str | torch.device) -> torch.device:
-    """Return a device that this machine has.
+    """Return a device that this machine has; "auto" is the first GPU if torch can use it, else the CPU.
 
     Raises:
         BadArgument: The value is no name of a device.
         Unsupported: This machine, or this build of torch, has no such device.
     """
+    if device == "auto":
+        return torch.device("cuda:0" if _computes("cuda:0") else "cpu")
     try:
         where = torch.device(device)
     except (RuntimeError, TypeError):
         raise BadArgument(
-            f"device: got {printable(device, 60)!r}, wanted a torch device like 'cpu'"
+            f"device: got {printable(device, 60)!r}, wanted 'auto', 'cpu', 'cuda' or 'cuda:1'"
         ) from None
     if where.type not in ("cpu", "cuda"):
-        raise Unsupported(f"device: {where.type} is not supported; use device='cpu' or 'cuda'")
+        raise Unsupported(f"device: {where.type} is not supported; use device='cpu' or device='cuda'")
     count = torch.cuda.device_count() if where.type == "cuda" and torch.cuda.is_available() else 0
     if where.type == "cuda" and count == 0:
         raise Unsupported("device: this machine has no GPU that torch can use; use device='cpu'")
     if where.type == "cuda" and (where.index or 0) >= count:
         raise Unsupported(f"device: there is no {where}, this machine has {count} GPUs, counted from 0")
     return where
+
+
+def _computes(device: str) -> bool:
+    """Whether torch can compute on a GPU: it is there, this build has kernels for it, and memory is left."""
+    try:
+        return torch.cuda.is_available() and float(torch.ones(1, device=device) + 1) == 2
+    except RuntimeError:
+        return False
 
 
 Dtype = torch.dtype | str | Mapping[str, "torch.dtype | str"] | None

@@ -344,8 +344,8 @@ def _remarks(distilled: bool, scale: float, request: Request) -> tuple[str, ...]
         if scale <= 1:
             meaning = f"; off is 0, and {scale:g} here is the {scale + 1:g} of programs that count from 1"
         remarks.append(
-            f"guidance_scale={scale:g} runs the network twice a step and burns the images of this "
-            f"checkpoint, which was distilled to need no guidance{meaning}"
+            f"guidance_scale={scale:g} runs the network twice a step and makes harsh, oversaturated "
+            f"images, because this checkpoint was distilled to need no guidance{meaning}"
         )
     if scale == 0 and request.negative_prompt:
         remarks.append("negative_prompt has no effect at guidance_scale=0")

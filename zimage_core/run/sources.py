@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from zimage_core.assets import NANO
+from zimage_core.assets import NANO, named
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, ZImageError, printable
 from zimage_core.files import hub
@@ -59,9 +62,10 @@ def find(
     mmap: bool = True,
     variant: str | None = None,
 ) -> Sources:
-    """Sources of a folder, a file with all components, or a repository "org/repo" or "org/repo:Q4_K_M".
+    """Sources of a folder, a file with all components, "default" or a repository "org/repo[:Q4_K_M]".
 
-    A folder that exists is taken before a repository of the same name.
+    A folder that exists comes before the embedded model and before a repository of its name (see `hub`). A
+    path below a folder that exists is never looked for on the Hub.
 
     Args:
         source: Folder, file or repository.
@@ -75,14 +79,34 @@ def find(
         BadFile: A component is missing, or there are several of one kind; the message names it.
         WrongModel: The folder holds another kind of pipeline.
     """
-    path = Path(source)
+    path = Path(named(source))
     if os.fspath(source) and path.is_dir():  # "" would be the working folder
         return _in_folder(path, None, given, mmap, variant)
     if os.fspath(source) and path.exists():
         return _in_file(path, given, mmap)
     tag = hub.REPO_ID.fullmatch(os.fspath(source))
+    parent = os.fspath(source).partition("/")[0]
+    alike = _alike(Path(tag["repo"]) if tag else path)
+    if tag is None and alike:
+        raise BadFile(path, "there is no such folder or file", alike)
+    if tag is not None and Path(parent).is_dir():
+        fault = (
+            "there is no such folder or file, and no repository of the Hub is meant, "
+            f"since {printable(parent)} is a folder here"
+        )
+        raise BadFile(path, fault, alike or "check the path")
     folder = hub.fetch(os.fspath(source), **(hub_options or {}), variant=variant)
     return _in_folder(folder, tag["tag"] if tag else None, given, mmap, variant)
+
+
+def _alike(path: Path) -> str:
+    """The name beside a path that does not exist which is most like its own; "" if there is none."""
+    names: list[str] = []
+    with suppress(OSError):  # a parent that is not there, or is not ours to read
+        names = [each.name for each in islice(path.parent.iterdir(), 1000)]
+    return "".join(
+        f"did you mean {printable(path.with_name(name))}?" for name in get_close_matches(path.name, names, 1)
+    )
 
 
 def _in_file(path: Path, given: Collection[str], mmap: bool) -> Sources:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, Unsupported, printable
 from zimage_core.files import documents
-from zimage_core.files.untrusted import read_json, read_text
+from zimage_core.files.untrusted import lines, read_json, read_text
 from zimage_core.text.pretokenizers import (
     DIGIT,
     FALLBACK,
@@ -281,9 +281,9 @@ def read_vocab_merges(
     Raises:
         BadFile: A file is damaged.
     """
-    lines = [line for line in read_text(merges).split("\n") if line.strip("\r")]
-    if lines and lines[0].startswith("#version"):
-        del lines[0]
+    rules = [line for line in lines(read_text(merges)) if line]
+    if rules and rules[0].startswith("#version"):
+        del rules[0]
     extra: dict[str, int] = {}
     if added is not None:
         pairs = ((number, {"content": text}) for text, number in read_json(added).items())
@@ -293,7 +293,7 @@ def read_vocab_merges(
     return Vocabulary(
         path=fspath(vocab),
         tokens=read_json(vocab),
-        merges=split_merges((line.rstrip("\r") for line in lines), fspath(merges)),
+        merges=split_merges(rules, fspath(merges)),
         added=extra,
         pre=PRE_TOKENIZERS[pre],
     )

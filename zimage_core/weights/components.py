@@ -32,10 +32,7 @@ from zimage_core.weights.packings import stated_packing
 from zimage_core.weights.source import WeightFile, path_text
 from zimage_core.weights.storage import WAY_ROUND
 
-NAMING = (
-    "ZImagePipeline.from_files(transformer=, text_encoder=, vae=), "
-    "or --transformer FILE --text-encoder FILE --vae FILE on the command line"
-)
+NAMING = "transformer=, text_encoder= and vae="
 MAX_CONFIG_BYTES = 1 << 20
 
 
