@@ -12,6 +12,8 @@ from typing import Any
 from zimage_core.errors import BadArgument, Unsupported, printable
 from zimage_core.fields import Fields
 
+NATIVE_SIZE = 1024
+"""Pixels a side of an image, where a transformer's file does not state another size."""
 COMPONENTS = ("transformer", "text_encoder", "vae")
 """The three networks of a pipeline, by the names of their folders in diffusers' layout."""
 

@@ -45,6 +45,15 @@ def test_files_can_be_named_one_by_one(zimage, model, tmp_path):
     assert np.array_equal(pixels(tmp_path / "files.png"), pixels(tmp_path / "folder.png"))
 
 
+def test_a_new_folder_is_made(zimage, model, tmp_path):
+    words = ("generate", "a", "--model", model, *SMALL, "--seed", 3)
+    assert zimage(*words, "-o", f"{tmp_path}/new/deep/").status == 0
+    assert [p.name for p in (tmp_path / "new" / "deep").iterdir()] == ["zimage-3.png"]
+    (tmp_path / "file").write_text("x")
+    assert "file" in zimage(*words, "-o", f"{tmp_path}/file/").error
+    assert "use new.png, or new.jpg/ for a new folder" in zimage(*words, "-o", "new.jpg").error
+
+
 def test_image_i_is_made_from_seed_plus_i(zimage, model, tmp_path):
     zimage("generate", "a", "--model", model, *SMALL, "--seed", 7, "-n", 3, "-o", tmp_path / "n.png")
     zimage("generate", "a", "--model", model, *SMALL, "--seed", 9, "-o", tmp_path / "alone.png")

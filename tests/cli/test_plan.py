@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -68,7 +69,7 @@ def test_a_diffusers_folder_is_read(zimage, model):
 
 
 def test_a_budget_too_small_is_one_line(zimage):
-    outcome = zimage("plan", "--vram", "10MB")
+    outcome = zimage("plan", "--vram", "10MB", "-W", 1024, "-H", 1024)
     assert outcome.status == 1
     assert "10 MB of GPU memory are given and 1024 x 1024 px need at least" in outcome.error
 
@@ -80,6 +81,9 @@ def test_a_budget_too_small_is_one_line(zimage):
         (("--ram", "-1"), "--ram: got -1"),
         (("-W", "100"), "--width: got 100, wanted a multiple of 16"),
         (("-n", "0"), "--count: got 0"),
+        (("-H", "0"), "--height: got 0"),
+        (("--architecture", "cpu", "--vram", "6GiB"), "on a CPU give --ram alone, such as --ram 4GiB"),
+        (("--architecture", "cpu", "--link", "9"), "--link: on a CPU nothing is moved"),
         (("--link", "0"), "--link: got 0"),
         (("--architecture", "sm_1x"), "not known"),
         (("--transformer", "x"), "give --text-encoder and --vae too"),
@@ -89,6 +93,35 @@ def test_a_wrong_word_is_named(zimage, words, message):
     outcome = zimage("plan", *words)
     assert outcome.status == 2
     assert message in outcome.error
+
+
+def test_the_size_is_the_models_own(zimage, model):
+    assert zimage("plan", "--vram", "1GiB").out.startswith("80 x 80 px")
+    assert zimage("plan", "--vram", "1GiB", "-W", 160).out.startswith("160 x 80 px")
+    assert zimage("plan", "--model", model, "--vram", "4GiB").out.startswith("1024 x 1024 px")
+
+
+def test_a_cpu_has_a_plan_that_its_run_would_follow(zimage, tmp_path):
+    words = ("plan", "--architecture", "cpu")
+    lines = zimage(*words, "--ram", "2GiB").out.splitlines()
+    assert lines[0].endswith("float32")
+    assert lines[2].startswith("host memory: peak ")
+    assert "GPU" not in zimage(*words).out
+    least = re.search("at least ([0-9]+) MB", zimage(*words).out)[1]
+    assert zimage(*words, "--ram", f"{int(least) + 1}MB").status == 0
+    short = ("--ram", "500MB")
+    planned = zimage(*words, *short)
+    run = zimage("generate", "red circle", "--device", "cpu", *short, "--seed", 1, "-o", tmp_path / "a.png")
+    assert (planned.status, run.status) == (1, 1)
+    for outcome in (planned, run):
+        assert "of host memory are given and 80 x 80 px need at least" in outcome.err
+
+
+@pytest.mark.parametrize("words", [(), ("--json",), ("--vram", "6GiB"), ("--architecture", "cpu")])
+def test_too_little_host_memory_is_an_error_of_the_plan_too(zimage, words):
+    outcome = zimage("plan", "--ram", "100MB", *words)
+    assert (outcome.status, outcome.out) == (1, "")
+    assert "100 MB of host memory are given and" in outcome.error
 
 
 def test_a_wrong_file_is_named(zimage):

@@ -93,7 +93,7 @@ def test_encode_prompt_alone_works_under_a_budget():
 def test_too_small_a_budget_says_what_is_needed_before_anything_runs():
     pipe = open_with(RUNTIME + MIB)
     with pytest.raises(
-        OverBudget, match=r"ram=\d+ is too little for 64 x 48 pixels: at least 8\d\d MB of host"
+        OverBudget, match=r"ram: .* are given and 64 x 48 px need at least 8\d\d MB; give more"
     ):
         draw(pipe)
     pipe.limit_memory(ram="4GiB")

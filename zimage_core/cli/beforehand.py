@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from zimage_core.cli.model_options import given
-from zimage_core.config import COMPONENTS, AutoencoderConfig, TransformerConfig
+from zimage_core.config import COMPONENTS, NATIVE_SIZE, AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def check_call(args: argparse.Namespace, call: Mapping[str, Any], prompts: Seque
     Raises:
         ZImageError: What loading or the call would raise, but for faults in the weights themselves.
     """
-    from zimage_core.run.loading import NATIVE_SIZE, find_components, stated_scheduler
+    from zimage_core.run.loading import find_components, stated_scheduler
     from zimage_core.run.request import Limits, Request, prepare
     from zimage_core.run.sources import embedded
     from zimage_core.sampling.schedule import FlowMatchEulerScheduler

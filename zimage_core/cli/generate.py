@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,7 +53,9 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
     model = add_model(parser)
     model.add_argument(
-        "--profile", metavar="FILE", help="with a limit: write when weights were moved, a page of HTML"
+        "--profile",
+        metavar="FILE",
+        help="with a limit: write a page of HTML that shows when weights moved",
     )
     image = add_image(parser)
     image.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn, and printed)")
@@ -61,7 +64,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     output = parser.add_argument_group("output")
     output.add_argument(
-        "-o", "--output", metavar="FILE", help="PNG, or a folder (default: zimage-SEED.png here)"
+        "-o", "--output", metavar="FILE", help="PNG, or a folder with / (default: zimage-SEED.png here)"
     )
     output.add_argument("--force", action="store_true", help="replace files that exist")
     output.add_argument(
@@ -152,12 +155,13 @@ def _names(args: argparse.Namespace, count: int) -> list[Path]:
     """Where the images go, in order."""
     if args.output is None or args.output.endswith("/") or Path(args.output).is_dir():
         folder = Path(args.output or ".")
+        with suppress(FileExistsError):  # a file of that name is refused with the images' names
+            folder.mkdir(parents=True, exist_ok=True)
         return [_free(folder, f"zimage-{(args.seed + i) % 2**64}", args.force) for i in range(count)]
     target = Path(args.output)
     if target.suffix.lower() != ".png":
-        raise BadArgument(
-            f"--output {printable(args.output)}: images are written as PNG; use a name ending in .png"
-        )
+        hint = f"use {printable(target.with_suffix('.png'))}, or {printable(args.output)}/ for a new folder"
+        raise BadArgument(f"--output {printable(args.output)}: images are written as PNG; {hint}")
     if count == 1:
         return [target]
     digits = len(str(count))

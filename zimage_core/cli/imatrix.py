@@ -40,7 +40,8 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         "imatrix",
         parents=[common],
         help="collect an importance matrix for `zimage quantize`",
-        description="Draw an image of every prompt and write how large the inputs of each weight were.",
+        description="Draw an image of every prompt and write the mean square of each input channel of "
+        "each weight, which `zimage quantize --imatrix` uses as the importance of its columns.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -13,7 +13,7 @@ from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, OverBudget
 from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
 from zimage_core.memory.plan import Plan
-from zimage_core.memory.planner import make_plan
+from zimage_core.memory.planner import Job, beside, plan_job, plan_on_cpu
 from zimage_core.memory.rates import known
 from zimage_core.memory.sizes import read_sizes
 from zimage_core.weights.components import open_parts
@@ -35,7 +35,8 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="say what an image needs in memory, and what a budget gives",
         description="Say from headers alone what lies where in each phase of a run, how much memory that is "
-        "and how long it should take. Without --vram: what cards of 4 to 24 GiB give. Needs no GPU.",
+        "and how long it should take. Without --vram: what cards of 4 to 24 GiB give. Needs no GPU. "
+        "With --architecture cpu the plan is that of a run on a CPU, which --ram limits.",
     )
     parser.add_argument("--model", metavar="FOLDER", help="default: the embedded model")
     for name in COMPONENTS:
@@ -43,9 +44,9 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
             f"--{name.replace('_', '-')}", metavar="FILE", help="taken instead of the folder's"
         )
     parser.add_argument("--vram", metavar="BYTES", help="GPU memory for the run: 6GiB, 6GB, 6g or bytes")
-    parser.add_argument("--ram", metavar="BYTES", help="host memory, likewise; default: enough")
-    parser.add_argument("-W", "--width", type=int, default=1024, metavar="PX")
-    parser.add_argument("-H", "--height", type=int, default=1024, metavar="PX")
+    parser.add_argument("--ram", metavar="BYTES", help="host memory, in the same form; default: enough")
+    for letter, side in (("-W", "width"), ("-H", "height")):
+        parser.add_argument(letter, f"--{side}", type=int, metavar="PX", help="default: the model's own size")
     parser.add_argument("-n", "--count", type=int, default=1, metavar="N", help="images of one run")
     parser.add_argument("--caption", type=int, default=128, metavar="TOKENS", help="default 128")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="default 8")
@@ -55,9 +56,11 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="default: float16 before Ampere, else bfloat16",
+        help="default: float32 on a CPU, float16 before Ampere, else bfloat16",
     )
-    parser.add_argument("--architecture", default="sm_86", metavar="NAME", help="of the GPU, default sm_86")
+    parser.add_argument(
+        "--architecture", default="sm_86", metavar="NAME", help="of the GPU, or cpu; default: sm_86"
+    )
     parser.add_argument(
         "--link", type=float, metavar="GB/s", help="from host to GPU; default: its usual slot"
     )
@@ -71,34 +74,43 @@ def run(args: argparse.Namespace) -> int:
     ram = None if args.ram is None else parse_bytes("--ram", args.ram)
     limits = {"count": MOST, "caption": MOST, "steps": MOST, "width": MOST_SIDE, "height": MOST_SIDE}
     for name, most in limits.items():
-        if not 1 <= getattr(args, name) <= most:
-            raise BadArgument(f"--{name}: got {getattr(args, name)}, wanted 1 to {most}")
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= most:
+            raise BadArgument(f"{name}: got {value}, wanted 1 to {most}")
     if args.link is not None and not 0 < args.link <= 1e6:
-        raise BadArgument(f"--link: got {args.link:g}, wanted a positive number of GB/s")
+        raise BadArgument(f"link: got {args.link:g}, wanted a positive number of GB/s")
     rates = known(args.architecture, None if args.link is None else args.link * 1e9)
+    cpu = args.architecture == "cpu"
+    if cpu and vram is not None:
+        raise BadArgument("vram: it is memory of a GPU; on a CPU give ram= alone, such as ram='4GiB'")
     old = args.architecture in ("sm_70", "sm_72", "sm_75")
-    sizes = read_sizes(_paths(args), args.dtype or ("float16" if old else "bfloat16"))
+    sizes = read_sizes(_paths(args), args.dtype or ("float32" if cpu else "float16" if old else "bfloat16"))
+    width, height = args.width or sizes.sample_size, args.height or sizes.sample_size
+    job = Job(sizes, width, height, args.count, args.caption, rates, args.guidance, args.steps)
 
-    def plan(budget: int | None) -> Plan:
-        return make_plan(
-            sizes, args.width, args.height, args.count, args.caption,
-            vram=budget, ram=ram, rates=rates, guidance=args.guidance, steps=args.steps,
-        )  # fmt: skip
+    def plan(limit: int | None) -> Plan:
+        return plan_on_cpu(job, limit) if cpu else plan_job(job, limit, ram)
 
-    if vram is not None:
-        found = plan(vram)
-        _write(found.to_json() if args.json else _lines(found, SIGNS if _shows(sys.stdout, SIGNS) else ASCII))
+    around = beside(sizes) if cpu else 0
+    limit = ram if cpu else vram
+    if limit is not None:
+        found = plan(limit)
+        signs = SIGNS if _shows(sys.stdout, SIGNS) else ASCII
+        _write(found.to_json() if args.json else _lines(found, signs, around))
         return 0
     cards: dict[str, Plan | str] = {}
+    refused: OverBudget | None = None
     for name, budget in (*((f"{gib} GiB", gib << 30) for gib in CARDS), ("no limit", None)):
         try:
             cards[name] = plan(budget)
         except OverBudget as error:
-            cards[name] = str(error)
+            cards[name], refused = str(error), error
+    if refused is not None and all(isinstance(found, str) for found in cards.values()):
+        raise refused  # no card helps, such as where host memory is too small
     if args.json:
         _write({name: found if isinstance(found, str) else found.to_json() for name, found in cards.items()})
     else:
-        _write(_cards(cards))
+        _write(_cards(cards, around))
     return 0
 
 
@@ -129,14 +141,22 @@ def _shows(stream: Any, signs: str) -> bool:
     return True
 
 
-def _lines(plan: Plan, signs: str) -> list[str]:
+def _lines(plan: Plan, signs: str, around: int) -> list[str]:
     """One plan: a table of the networks, a bar for each phase, times and reasons."""
     host = "" if plan.ram is None else f" of {in_bytes(plan.ram)}"
     budget = "no limit" if plan.vram is None else f"budget {in_bytes(plan.vram)}"
+    memory = (
+        f"GPU memory: {budget}, peak {in_bytes(plan.peak)}, at least {in_bytes(plan.floor)}; "
+        f"host memory: {in_bytes(plan.ram_need)}{host}, {in_bytes(plan.ring)} of it pinned"
+    )
+    if around:
+        memory = (
+            f"host memory: peak {in_bytes(plan.peak + around)}, at least {in_bytes(plan.floor + around)}; "
+            f"{in_bytes(around)} of it for Python, torch and tables of tokens, not in the table"
+        )
     rows = [
         *_head(plan),
-        f"GPU memory: {budget}, peak {in_bytes(plan.peak)}, at least {in_bytes(plan.floor)}; "
-        f"host memory: {in_bytes(plan.ram_need)}{host}, {in_bytes(plan.ring)} of it pinned",
+        memory,
         "",
         f"{'network':<13}{'resident':>10}{'streamed':>10}{'on host':>10}{'blocks kept':>13}  slots",
     ]
@@ -175,7 +195,12 @@ def _lines(plan: Plan, signs: str) -> list[str]:
 def _head(plan: Plan) -> list[str]:
     count = f"{plan.images} images" if plan.images > 1 else "1 image"
     rates, guided = plan.rates, ", guided" if plan.guidance else ""
-    speed = f"{rates.flops / 1e12:.3g} TFLOP/s, link {rates.link / 1e9:.3g} GB/s"
+    moves = (
+        f"memory {rates.bandwidth / 1e9:.3g}"
+        if rates.architecture == "cpu"
+        else f"link {rates.link / 1e9:.3g}"
+    )
+    speed = f"{rates.flops / 1e12:.3g} TFLOP/s, {moves} GB/s"
     return [
         f"{plan.width} x {plan.height} px, {count}, caption of {plan.caption_tokens} tokens, "
         f"{plan.steps} steps{guided}, {plan.dtype}",
@@ -192,7 +217,7 @@ def _bar(counts: Sequence[int], scale: int, signs: str) -> str:
     return text + signs[-1] * (WIDTH - len(text))
 
 
-def _cards(plans: Mapping[str, Plan | str]) -> list[str]:
+def _cards(plans: Mapping[str, Plan | str], around: int) -> list[str]:
     """A line for each budget; a text stands for a plan that there is none of."""
     rows: list[str] = []
     head: list[str] = []
@@ -202,7 +227,8 @@ def _cards(plans: Mapping[str, Plan | str]) -> list[str]:
             refused = refused or [plan.removeprefix("plan: ")]
             rows.append(f"{name:<9}does not fit")
             continue
-        head = head or [*_head(plan), f"at least {in_bytes(plan.floor)} of GPU memory", ""]
+        what = "host" if around else "GPU"
+        head = head or [*_head(plan), f"at least {in_bytes(plan.floor + around)} of {what} memory", ""]
         part, times = plan.component("transformer"), plan.times
         kept = f"{len(part.resident_blocks)}/{part.blocks} blocks stay"
         moved = "nothing streamed"
@@ -210,7 +236,7 @@ def _cards(plans: Mapping[str, Plan | str]) -> list[str]:
             moved = f"{in_bytes(part.each_step)} a step in {in_seconds(times.transfer)}"
         vae = "VAE at once" if plan.tile is None else f"VAE in tiles of {plan.tile} latents"
         rows.append(
-            f"{name:<9}peak {in_bytes(plan.peak):>8}  step {in_seconds(times.step):>7}  run "
+            f"{name:<9}peak {in_bytes(plan.peak + around):>8}  step {in_seconds(times.step):>7}  run "
             f"{in_seconds(plan.seconds):>7}  {'all networks stay' if plan.resident else kept}, {moved}, {vae}"
         )
     return [*head, *rows, *refused]

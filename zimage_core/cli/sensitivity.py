@@ -41,7 +41,11 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--types", metavar="A,B", help="to choose among (default: the K types and Q8_0)")
-    parser.add_argument("--probe", metavar="TYPE", help="measure this type, take the others by weight errors")
+    parser.add_argument(
+        "--probe",
+        metavar="TYPE",
+        help="measure this type, estimate the others",
+    )
     parser.add_argument("--imatrix", metavar="FILE", help="importance matrix, as for `zimage quantize`")
     parser.add_argument(
         "--every", type=int, default=4, metavar="N", help="keep one call of so many (default: 4)"

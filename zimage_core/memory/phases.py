@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from zimage_core.config import COMPONENTS
-from zimage_core.errors import BadArgument, OverBudget, Unsupported
+from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.files.atomic import write_atomically
-from zimage_core.files.units import in_bytes, parse_bytes
+from zimage_core.files.units import parse_bytes
 from zimage_core.memory import page_cache, traffic
 from zimage_core.memory.attach import forbid_planes, load, maps_of, stream_model, unstream
 from zimage_core.memory.device import Ring, device_for
 from zimage_core.memory.edits import Moved
 from zimage_core.memory.plan import Component, Plan
-from zimage_core.memory.planner import RUNTIME, Job, plan_job
+from zimage_core.memory.planner import Job, plan_job, plan_on_cpu
 from zimage_core.memory.rates import Rates, known, measure
 from zimage_core.memory.sizes import sizes_of
 from zimage_core.memory.stream import Stream
@@ -153,19 +153,8 @@ class PhaseManager:
         """
         rates = self._rates = self._rates or self._machine()
         job = Job(self._sizes, width, height, images, caption_tokens, rates, guidance, steps)
-        vram, ram = self._amounts(job)
-        if self.device.type == "cpu" and vram < job.floor():
-            raise OverBudget(
-                f"ram={self.budget.ram} is too little for {width} x {height} pixels: at least "
-                f"{in_bytes(job.floor() + self._around())} of host memory are needed; give more or make a "
-                "smaller image"
-            )
-        plan = plan_job(job, vram, ram)
-        if plan.maps_on_host and self.device.type == "cpu":
-            raise OverBudget(
-                f"ram={self.budget.ram} does not hold the decoding of {width} x {height} pixels, not even in "
-                "tiles; give more or make a smaller image"
-            )
+        ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
+        plan = plan_on_cpu(job, ram) if self.device.type == "cpu" else plan_job(job, self._vram(job), ram)
         self._plan = plan
         # all planes that would be made or none: what makes them does not know the budget
         self._planes = plan.phase("encode").planes == job.planes()
@@ -275,26 +264,18 @@ class PhaseManager:
             self._traffic[name] = network.stream.traffic()
         unstream(network)
 
-    def _amounts(self, job: Job) -> tuple[int, int | None]:
-        """vram and ram in bytes; on a CPU the host memory plays the device's part."""
-        ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
-        if self.device.type == "cpu":
-            return max(1, (ram or 0) - self._around()), None
+    def _vram(self, job: Job) -> int:
+        """The limit of GPU memory in bytes."""
         if self.budget.vram == "least":
-            return job.floor(), ram
+            return job.floor()
         if self.budget.vram == "auto":
             free = torch.cuda.mem_get_info(self.device)[0]
             cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             tensors = [tensor for name in self._loaded for tensor in tensors_of(self._networks[name])]
             held = sum(tensor.nbytes for tensor in tensors if tensor.device.type == self.device.type)
             held += sum(stream.device_bytes for stream in self._streams().values())
-            return max(1, free + cached + held - SPARE), ram
-        return parse_bytes("vram", self.budget.vram), ram
-
-    def _around(self) -> int:
-        """Bytes of host memory on a CPU beside what the plan counts: Python, torch, tables of tokens."""
-        sizes = self._sizes
-        return RUNTIME + sum(part.host for part in (sizes.text_encoder, sizes.transformer, sizes.vae))
+            return max(1, free + cached + held - SPARE)
+        return parse_bytes("vram", self.budget.vram)
 
     def _machine(self) -> Rates:
         if self.device.type == "cpu":

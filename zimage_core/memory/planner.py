@@ -267,6 +267,38 @@ def plan_job(job: Job, vram: int | None = None, ram: int | None = None) -> Plan:
     return replace(plan, reasons=found)
 
 
+def beside(sizes: Sizes) -> int:
+    """Bytes of host memory that a run on a CPU takes beside what its plan counts: Python, torch, tables."""
+    return RUNTIME + sum(part.host for part in (sizes.text_encoder, sizes.transformer, sizes.vae))
+
+
+def plan_on_cpu(job: Job, ram: int | None = None) -> Plan:
+    """Plan a run on a CPU, whose memory plays the device's part.
+
+    Args:
+        job: The run, with the rates of a CPU.
+        ram: Bytes of host memory for the whole process; None for no limit.
+
+    Raises:
+        OverBudget: ram does not hold the least.
+    """
+    if ram is None:
+        return plan_job(job)
+    around, size = beside(job.sizes), f"{job.width} x {job.height} px"
+    if ram < around + job.floor():
+        raise OverBudget(
+            f"ram: {in_bytes(ram)} of host memory are given and {size} need at least "
+            f"{in_bytes(job.floor() + around)}; give more or make a smaller image"
+        )
+    plan = plan_job(job, ram - around)
+    if plan.maps_on_host:
+        raise OverBudget(
+            f"ram: {in_bytes(ram)} of host memory do not hold the decoding of {size}, not even in tiles; "
+            "give more or make a smaller image"
+        )
+    return plan
+
+
 def _all_resident(job: Job, vram: int | None, floor: int) -> Plan | None:
     """All weights stay through all phases; None if that does not fit."""
     live = {"encode": job.encode_live, "denoise": job.denoise_live, "decode": job.decode_live(AT_ONCE)}

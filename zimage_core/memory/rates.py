@@ -26,6 +26,9 @@ DISK = 3.5e9
 PAGEABLE = 0.5
 """Speed of a copy from ordinary memory over one from pinned memory, as assumed: the driver copies twice."""
 
+CPU_FLOPS, CPU_BANDWIDTH = 3e11, 4e10
+"""Operations, and bytes read and written, of a CPU in a second, as assumed for eight cores."""
+
 # generation of the slot that cards of a family stand in
 _SLOT = {
     "sm_70": 3, "sm_75": 3, "sm_80": 4, "sm_86": 4, "sm_89": 4, "sm_90": 5, "sm_100": 5, "sm_120": 5,
@@ -71,12 +74,17 @@ def known(architecture: str, link: float | None = None) -> Rates:
     """Rates of a family of GPUs, from the table of `quant.dispatch` and the slot that it usually stands in.
 
     Args:
-        architecture: "sm_86", "gfx1100" ...; others map to the nearest older one.
+        architecture: "sm_86", "gfx1100" ...; others map to the nearest older one; or "cpu".
         link: Bytes per second from host memory, if known.
 
     Raises:
         BadArgument: The architecture is not known, or the link not positive.
     """
+    if architecture == "cpu":
+        if link is not None:
+            raise BadArgument("link: on a CPU nothing is moved to a GPU; leave it out")
+        speeds = (CPU_FLOPS, CPU_FLOPS, CPU_BANDWIDTH, CPU_BANDWIDTH / 2, CPU_BANDWIDTH / 2)
+        return Rates(*speeds, architecture="cpu", source="eight cores assumed")
     name = family(architecture)
     found, slot = ARCHITECTURES[name], _SLOT[name]
     speed = PCIE[slot] if link is None else link

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 
-from zimage_core.config import COMPONENTS, AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.config import (
+    COMPONENTS,
+    NATIVE_SIZE,
+    AutoencoderConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+)
 from zimage_core.errors import BadArgument, BadWeights, printable
 from zimage_core.formats import DTYPE_NAMES, FORMATS
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
 from zimage_core.quant.dispatch import PLANAR_BITS, SCRATCH_BYTES, crossover, planar_bytes, planar_width
 from zimage_core.weights import names
 from zimage_core.weights.components import open_pipeline
+from zimage_core.weights.facts import SIZE, facts
 from zimage_core.weights.opened import Opened
 from zimage_core.weights.source import WeightFile
 
@@ -125,12 +132,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The three networks of a pipeline, and the dtype that their small tensors are kept in."""
+    """The three networks of a pipeline, the dtype of their small tensors, and the side of an image."""
 
     transformer: Part
     text_encoder: Part
     vae: Part
     dtype: str
+    sample_size: int = NATIVE_SIZE
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +158,8 @@ def read_sizes(paths: Mapping[str, str | PathLike[str] | Opened], dtype: str = "
     """
     parts = open_pipeline({name: paths[name] for name in COMPONENTS})
     try:
-        return sizes_of(parts, dtype)
+        side = facts(parts["transformer"]).get(SIZE, NATIVE_SIZE)
+        return replace(sizes_of(parts, dtype), sample_size=side)
     finally:
         for part in parts.values():
             part.file.close()
@@ -165,7 +174,8 @@ def sizes_of(parts: Mapping[str, Opened], dtype: str = "bfloat16") -> Sizes:
     """
     if dtype not in ITEMSIZE:
         raise BadArgument(f"dtype: got {printable(dtype, 40)!r}, wanted one of {', '.join(ITEMSIZE)}")
-    return Sizes(**{name: _part(name, parts[name], dtype) for name in COMPONENTS}, dtype=dtype)
+    transformer, text_encoder, vae = (_part(name, parts[name], dtype) for name in COMPONENTS)
+    return Sizes(transformer, text_encoder, vae, dtype)
 
 
 def _part(name: str, part: Opened, dtype: str) -> Part:

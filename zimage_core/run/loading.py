@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zimage_core.config import COMPONENTS
+from zimage_core.config import COMPONENTS, NATIVE_SIZE
 from zimage_core.errors import Unsupported
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
@@ -23,7 +23,6 @@ from zimage_core.weights.facts import facts
 from zimage_core.weights.load import load_network, opened_file
 from zimage_core.weights.opened import Opened
 
-NATIVE_SIZE = 1024
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 ALWAYS = ("low_cpu_mem_usage", "use_safetensors")
 """Arguments of diffusers that are ignored, because the library always does what they ask for."""
