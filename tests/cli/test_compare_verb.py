@@ -37,6 +37,15 @@ def test_settings_are_compared_and_reports_written(zimage, tmp_path):
     assert "comparing 6/6 runs" in outcome.err
 
 
+def test_a_prompt_that_the_sheet_has_no_letters_for_is_in_a_legend(zimage, tmp_path):
+    words = ("-W", 16, "-H", 16, "--steps", 1, "--block-steps", 0, "--quiet")
+    sheet = tmp_path / "a.png"
+    outcome = zimage(
+        "compare", "default", "default", "--prompt", "黑色背景中间有一个黄色星形", *words, "--sheet", sheet
+    )
+    assert outcome.err == f"{sheet}: row 1: seed 0, 黄色星形\n"
+
+
 def test_other_steps_compare_images_alone(zimage):
     outcome = zimage("compare", "default", "default", *SMALL, "--b-steps", 3, "--quiet")
     assert "steps and blocks were not compared" in outcome.out

@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from zimage_core.cli.beforehand import check_call
+from zimage_core.cli.messages import say
 from zimage_core.cli.model_options import (
     DTYPES,
     add_image,
@@ -165,6 +166,8 @@ def _write(args: argparse.Namespace, comparison: Comparison) -> None:
         write_atomically(args.report, report.html(comparison).encode(), args.force)
     if args.sheet is not None:
         write_atomically(args.sheet, report.sheet_png(comparison), args.force)
+        for row in report.legend(comparison):
+            say(f"{printable(args.sheet)}: {printable(row)}")
     text = json.dumps(comparison.to_json(), indent=2, ensure_ascii=False)
     sys.stdout.write((text if args.json else "\n".join(_lines(comparison))) + "\n")
 

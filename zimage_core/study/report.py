@@ -49,9 +49,25 @@ def contact_sheet(comparison: Comparison) -> Image:
         for column, image in enumerate((pair.a, pair.b, difference(pair))):
             large = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(large, (MARGIN + column * (width + MARGIN), top))
-        pen.text((MARGIN, top + height + 2), _fit(f"{pair.seed}: {pair.prompt}", 3 * width), fill="black")
+        pen.text((MARGIN, top + height + 2), _fit(_caption(i, pair), 3 * width), fill="black")
         pen.text((MARGIN, top + height + BAND), f"PSNR {_db(pair.psnr)}, SSIM {pair.ssim:.4f}", fill="black")
     return sheet
+
+
+def legend(comparison: Comparison) -> list[str]:
+    """The rows of a contact sheet whose prompts it has no letters for, each as a line of text."""
+    rows = enumerate(comparison.images[:MOST_ROWS])
+    return [f"row {i + 1}: seed {p.seed}, {p.prompt}" for i, p in rows if not _has_letters(p.prompt)]
+
+
+def _caption(row: int, pair: ImagePair) -> str:
+    prompt = pair.prompt if _has_letters(pair.prompt) else f"the prompt of row {row + 1}, see the legend"
+    return f"{pair.seed}: {prompt}"
+
+
+def _has_letters(text: str) -> bool:
+    """Whether Pillow's built-in font can write a text: it has Latin letters only."""
+    return all(ord(character) < 256 for character in text)
 
 
 def difference(pair: ImagePair) -> np.ndarray[Any, Any]:
