@@ -43,7 +43,7 @@ def test_a_prompt_that_the_sheet_has_no_letters_for_is_in_a_legend(zimage, tmp_p
     outcome = zimage(
         "compare", "default", "default", "--prompt", "黑色背景中间有一个黄色星形", *words, "--sheet", sheet
     )
-    assert outcome.err == f"{sheet}: row 1: seed 0, 黄色星形\n"
+    assert outcome.err == f"{sheet}: row 1: seed 0, 黑色背景中间有一个黄色星形\n"
 
 
 def test_other_steps_compare_images_alone(zimage):
@@ -86,7 +86,7 @@ def test_images_of_two_sizes_are_refused_before_anything_is_drawn(zimage, tmp_pa
         ("default", tmp_path / "b.safetensors"): "B draws images of 1024 x 1024, A of 80 x 80; give both",
         (tmp_path / "b.safetensors", "default"): "B draws images of 80 x 80, A of 1024 x 1024; give both",
         ("default", tmp_path / "a.safetensors", "-W", 50): "width: got 50, wanted a multiple of 16",
-        ("default", "default", "--b-steps", 0): "num_inference_steps",
+        ("default", "default", "--b-steps", 0): "--b-steps: got 0",
         ("default", "default", "--sheet", tmp_path / "a.html"): "--sheet",
         ("default", "default", "--report", tmp_path / "a.png"): "--report",
     }.items():
