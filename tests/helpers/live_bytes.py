@@ -64,7 +64,7 @@ class LiveBytes(TorchDispatchMode):
 @contextmanager
 def as_the_kernels(monkeypatch: Any) -> Iterator[None]:
     """Products, attention and the element-wise steps of S3-DiT leave their result and nothing else behind."""
-    from zimage_core.models import transformer
+    from zimage_core.models import block_norms, transformer
     from zimage_core.nn import linear as linear_module
 
     def like(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -83,10 +83,10 @@ def as_the_kernels(monkeypatch: Any) -> Iterator[None]:
         raise AssertionError("this path is not taken on the meta device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(transformer, "rms_norm_modulate", like)
-        patch.setattr(transformer, "gate_norm_residual", like)
+        patch.setattr(block_norms, "rms_norm_modulate", like)
+        patch.setattr(block_norms, "gate_norm_residual", like)
         patch.setattr(transformer, "silu_gate", like)
-        patch.setattr(transformer, "qk_norm_rope", two)
+        patch.setattr(block_norms, "qk_norm_rope", two)
         patch.setattr(linear_module, "ops", SimpleNamespace(linear=product, embedding=no_call))
         patch.setattr(nn.functional, "scaled_dot_product_attention", mixture)
         yield

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers import parity
-from zimage_core.models import sequence, transformer
+from zimage_core.models import block_norms, sequence, transformer
 from zimage_core.nn import layers
 from zimage_core.nn.elementwise import rms_norm_modulate
 
@@ -112,7 +112,7 @@ def _half_split_rotation(monkeypatch):
         normed = rms_norm_modulate(q, q_weight, eps), rms_norm_modulate(k, k_weight, eps)
         return tuple(layers.rotate_half(x, turn) for x in normed)
 
-    monkeypatch.setattr(transformer, "qk_norm_rope", qk_norm_rope)
+    monkeypatch.setattr(block_norms, "qk_norm_rope", qk_norm_rope)
 
 
 MISTAKES = [
