@@ -163,7 +163,7 @@ def test_a_way_of_cutting_words_that_a_gguf_cannot_name_is_refused_there(tmp_pat
     from zimage_core.export.vocabularies import vocabulary_keys
 
     load(tmp_path, changed("model.ignore_merges", True))
-    with pytest.raises(Unsupported, match="GGUF has no name for how .* splits text"):
+    with pytest.raises(Unsupported, match=r"GGUF has no name for how .* splits text"):
         vocabulary_keys(tokenizer_json.read_folder(tmp_path), 300)
 
 
