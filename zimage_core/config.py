@@ -365,7 +365,7 @@ _FIXED = {
     "use_beta_sigmas": False,
     "stochastic_sampling": False,
 }
-_DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
+DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
 """Keys that have a meaning only with use_dynamic_shifting."""
 EULER = "FlowMatchEulerDiscreteScheduler"
 """diffusers' class with the sampler of this library."""
@@ -401,7 +401,7 @@ def scheduler_shift(values: Mapping[str, Any]) -> tuple[float, tuple[str, ...]]:
         )
     shift = stated[0] if stated else TURBO_SHIFT
     cautions = [] if stated else [f"no shift is stated, {shift:g} (Turbo's) is used"]
-    known = {*_FIXED, *_DYNAMIC, "shift", "flow_shift"}
+    known = {*_FIXED, *DYNAMIC, "shift", "flow_shift"}
     unknown = sorted(key for key in values if key not in known and not key.startswith("_"))
     if name not in (EULER, "FlowMatchEulerScheduler"):  # its other keys are known to it alone
         cautions.append(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, Unsupported, printable
-from zimage_core.files import documents
+from zimage_core.files import json_kinds
 from zimage_core.files.untrusted import lines, read_json, read_text
 from zimage_core.text.pretokenizers import (
     DIGIT,
@@ -64,9 +64,9 @@ class _Reader:
 
     def read(self) -> Vocabulary:
         data = read_json(self.path)
-        if "model" not in data and (other := documents.name_of(data)):
+        if "model" not in data and (other := json_kinds.name_of(data)):
             hint = "give tokenizer.json or the folder that holds it"
-            if other == documents.VOCABULARY:
+            if other == json_kinds.VOCABULARY:
                 hint = "give the folder that also holds merges.txt"
             raise BadFile(self.path, f"this is {other}, not a tokenizer.json", hint)
         if data and not data.keys() & TOP:

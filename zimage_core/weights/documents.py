@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zimage_core.errors import ZImageError
-from zimage_core.files import documents, untrusted
+from zimage_core.files import json_kinds, untrusted
 from zimage_core.weights.card import ModelCard
 from zimage_core.weights.infer import Shape
 from zimage_core.weights.source import Source
@@ -53,7 +53,7 @@ def describe(source: Source, head: bytes) -> tuple[str, str, dict[str, Any]] | N
     try:
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
             data = untrusted.read_json(source.path)
-            name = documents.name_of(data)
+            name = json_kinds.name_of(data)
             return ("document", name, _facts(data) if "config" in name else {}) if name else None
         if source.size > MAX_TEXT or b"\0" in head:
             return None

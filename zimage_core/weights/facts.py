@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zimage_core.config import DYNAMIC
 from zimage_core.errors import BadWeights, printable
 from zimage_core.files.untrusted import read_json
 from zimage_core.weights import infer
@@ -25,8 +26,6 @@ SIZE, SHIFT, SCHEDULER = "sample_size", "shift", "scheduler"
 NAMES = (SIZE, SHIFT, SCHEDULER)
 MAX_SIZE = 8192
 _USUAL = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
-_DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
-"""Fields of a scheduler_config.json that have no effect unless use_dynamic_shifting is true."""
 
 
 def facts(opened: Opened, folder: Path | None = None, beside: bool = True) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def _schedule(folder: Path) -> dict[str, Any]:
         return {}
     fields = {name: value for name, value in read_json(path).items() if _USUAL.get(name) != value}
     shift = fields.pop(SHIFT, None)
-    ignored = () if fields.get("use_dynamic_shifting") else _DYNAMIC
+    ignored = () if fields.get("use_dynamic_shifting") else DYNAMIC
     rest = {
         name: value
         for name, value in fields.items()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zimage_core.errors import BadFile, printable
-from zimage_core.files import documents
+from zimage_core.files import json_kinds
 from zimage_core.files.untrusted import MAX_DIGITS
 from zimage_core.formats import FORMATS, BlockFormat, Field
 from zimage_core.weights.magic import refuse_known
@@ -261,7 +261,7 @@ def read_index(place: str | PathLike[str] | Source) -> dict[str, list[str]]:
         raise BadFile(path, f"the index {fault}", AGAIN) from None
     places = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(places, dict) or not places:
-        name = documents.name_of(document) if isinstance(document, dict) else ""
+        name = json_kinds.name_of(document) if isinstance(document, dict) else ""
         fault = "not an index of shards: no weight_map" + (f" (this is {name})" if name else "")
         raise BadFile(path, fault, "name a model file or its folder")
     if len(places) > MAX_TENSORS:
