@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import tiny
 from tests.helpers.gguf_writer import write_gguf
+from zimage_core.cli.main import main
 from zimage_core.errors import BadFile, ZImageError
+from zimage_core.export.checkpoint import Checkpoint
 from zimage_core.memory.sizes import read_sizes
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.weights.components import open_component, open_parts
@@ -366,3 +368,26 @@ def test_a_component_below_a_folder_with_another_model_is_found(copy):
     (copy / "vae.safetensors").rename(copy / "sub" / "ae.safetensors")
     (copy / "text_encoder.safetensors").unlink()
     assert load_vae(copy).config.latent_channels == 16
+
+
+@pytest.mark.parametrize("verb", ["plan", "convert", "quantize"])
+def test_every_verb_takes_a_file_with_all_components_and_a_variant(copy, states, beside, verb, tmp_path):
+    save_file(merged(states, *COMPONENTS), beside / "all.safetensors")
+    for part in COMPONENTS:
+        both_variants(copy / part, states[part], FILE[part])
+    out = {
+        "plan": (),
+        "convert": (tmp_path / "o.safetensors",),
+        "quantize": (tmp_path / "o.gguf", "--type", "Q8_0"),
+    }
+    for words in ((beside / "all.safetensors",), (copy, "--variant", "fp16")):
+        force = () if verb == "plan" else ("--force", "--quiet")
+        named = ("--model", *words) if verb == "plan" else (words[0], *out[verb], *words[1:])
+        assert main([verb, *map(str, (*named, *force))]) == 0
+    with pytest.raises(BadFile, match="no files of the variant 'bf8'"):
+        Checkpoint(copy, variant="bf8")
+
+
+def test_a_path_that_is_not_there_is_no_directory(tmp_path):
+    with pytest.raises(BadFile, match="absent: no such file; check the path"):
+        open_parts(tmp_path / "absent")

@@ -33,6 +33,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     add("source", metavar="IN", help="GGUF, safetensors, a folder, or default: the embedded model")
     add("out", metavar="OUT", help="NAME.gguf, NAME.safetensors, or a new folder")
     add("--to", choices=("diffusers", "single", "gguf"), help="default: what the name of OUT says")
+    add("--variant", metavar="NAME", help="of the files in the folder IN, such as fp16 (default: none)")
     add(
         "--component",
         choices=("transformer", "text_encoder", "vae"),
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             args.to,
             component=args.component,
+            variant=args.variant,
             dequantize=args.dequantize,
             prefix=args.prefix,
             shard_bytes=shard_bytes,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zimage_core.assets import DEFAULT, named
+from zimage_core.assets import DEFAULT
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, OverBudget
 from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
@@ -38,7 +38,10 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         "and how long it should take. Without --vram: what cards of 4 to 24 GiB give. Needs no GPU. "
         "With --architecture cpu the plan is that of a run on a CPU, which --ram limits.",
     )
-    parser.add_argument("--model", metavar="FOLDER", help="default: the embedded model")
+    parser.add_argument(
+        "--model", metavar="DIR", help="folder, repository org/repo[:Q4_K_M], or default, the embedded model"
+    )
+    parser.add_argument("--variant", metavar="NAME", help="of the files in DIR, such as fp16 (default: none)")
     for name in COMPONENTS:
         parser.add_argument(
             f"--{name.replace('_', '-')}", metavar="FILE", help="taken instead of the folder's"
@@ -128,8 +131,11 @@ def _paths(args: argparse.Namespace) -> dict[str, str | Opened]:
     if args.model is None and given:
         missing = " and ".join(f"--{n.replace('_', '-')}" for n in COMPONENTS if n not in given)
         raise BadArgument(f"a plan needs all three networks: give {missing} too, or --model FOLDER")
+    from zimage_core.run.locate import locate
+
+    place, tag = locate(args.model or DEFAULT, variant=args.variant)
     wanted = [name for name in COMPONENTS if name not in given]
-    return {**open_parts(named(args.model or DEFAULT), wanted), **given}
+    return {**open_parts(place, wanted, variant=args.variant, tag=tag), **given}
 
 
 def _shows(stream: Any, signs: str) -> bool:

@@ -59,6 +59,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     add("--write-recipe", metavar="FILE", help="write the chosen types as a recipe, too")
     add("--imatrix", metavar="FILE", help="importance matrix, from `zimage imatrix`")
+    add("--variant", metavar="NAME", help="of the files in the folder IN, such as fp16 (default: none)")
     add(
         "--component",
         choices=("transformer", "text_encoder"),
@@ -93,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             sensitivity=args.sensitivity,
             imatrix=args.imatrix,
             component=args.component,
+            variant=args.variant,
             overwrite=args.force,
             requantize=args.requantize,
             allow_nonfinite=args.allow_nonfinite,

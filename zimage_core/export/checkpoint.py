@@ -80,6 +80,7 @@ class Checkpoint:
             "default" for the embedded model; or an open file, which `close` closes too.
         component: "transformer", "text_encoder" or "vae". None means the one that the file or folder holds,
             and of several the transformer.
+        variant: In a folder, the variant of the files, such as "fp16"; None for those without one.
 
     Attributes:
         facts: Image size and schedule, as `weights.facts` reads them.
@@ -92,10 +93,12 @@ class Checkpoint:
         Unsupported: The weights are stored in a way that is not supported.
     """
 
-    def __init__(self, path: str | PathLike[str] | Opened, component: str | None = None) -> None:
+    def __init__(
+        self, path: str | PathLike[str] | Opened, component: str | None = None, variant: str | None = None
+    ) -> None:
         path = path if isinstance(path, Opened) else named(path)
         place = Path(path.file.path if isinstance(path, Opened) else path)
-        opened = open_component(path, component or "")
+        opened = open_component(path, component or "", variant=variant)
         self.file, self.card = opened.file, opened.card
         self.component = component or self.card.kind
         try:

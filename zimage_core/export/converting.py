@@ -87,6 +87,7 @@ def convert_file(
     to: str | None = None,
     *,
     component: str | None = None,
+    variant: str | None = None,
     dequantize: str | None = None,
     prefix: str = "",
     shard_bytes: int | None = None,
@@ -101,6 +102,7 @@ def convert_file(
         out: The file to write, or for "diffusers" a folder, which must be empty or not exist yet.
         to: "diffusers", "single" or "gguf"; None decides by the name of `out`.
         component: "transformer", "text_encoder" or "vae", for a folder or file that holds several.
+        variant: In a folder, the variant of the files, such as "fp16"; None for those without one.
         dequantize: "bf16", "f16" or "f32": the type of floats that packed weights become.
         prefix: Text before each name of a single file, such as "model.diffusion_model.".
         shard_bytes: Most bytes of one file of a diffusers folder; None for 5 GB.
@@ -138,7 +140,7 @@ def convert_file(
         if log is not None:
             log(text)
 
-    with Checkpoint(source, component) as checkpoint:
+    with Checkpoint(source, component, variant) as checkpoint:
         layout = LAYOUTS[checkpoint.component].get(to)
         if layout is None:
             where = printable(checkpoint.file.path)

@@ -60,6 +60,7 @@ def quantize_file(
     sensitivity: Sensitivity | str | PathLike[str] | None = None,
     imatrix: Imatrix | str | PathLike[str] | None = None,
     component: str | None = None,
+    variant: str | None = None,
     overwrite: bool = False,
     requantize: bool = False,
     allow_nonfinite: bool = False,
@@ -81,6 +82,7 @@ def quantize_file(
         sensitivity: Measured costs for `size`, or the path of their file.
         imatrix: An importance matrix, or the path of its file.
         component: "transformer" or "text_encoder", for a folder or file that holds several.
+        variant: In a folder, the variant of the files, such as "fp16"; None for those without one.
         overwrite: Replace an existing file.
         requantize: Accept a source that is quantised already.
         allow_nonfinite: Encode NaN as 0 and infinity as the largest float16, instead of refusing them.
@@ -121,7 +123,7 @@ def quantize_file(
         else read_sensitivity(sensitivity)
     )
     check_destination(out, overwrite)
-    with Checkpoint(source, component) as checkpoint:
+    with Checkpoint(source, component, variant) as checkpoint:
         refuse_same_file(checkpoint, out)
         targets = _targets(checkpoint, requantize)
         for caution in checkpoint.card.cautions:

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from zimage_core.assets import NANO, named
+from zimage_core.assets import NANO
 from zimage_core.config import COMPONENTS
-from zimage_core.errors import BadArgument, BadFile, ZImageError, printable
-from zimage_core.files import hub
+from zimage_core.errors import BadArgument, BadFile, printable
 from zimage_core.run.checks import read_path
+from zimage_core.run.locate import locate
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
-from zimage_core.weights.components import (
-    NAMING,
-    check_pipeline_class,
-    open_component,
-    open_parts,
-    scheduler_values,
-)
+from zimage_core.weights.components import check_pipeline_class, open_parts, scheduler_values
 from zimage_core.weights.folder import has_tokenizer
 from zimage_core.weights.opened import Opened, open_weights
 from zimage_core.weights.source import WeightFile
@@ -64,9 +55,6 @@ def find(
 ) -> Sources:
     """Sources of a folder, a file with all components, "default" or a repository "org/repo[:Q4_K_M]".
 
-    A folder that exists comes before the embedded model and before a repository of its name (see `hub`). A
-    path below a folder that exists is never looked for on the Hub.
-
     Args:
         source: Folder, file or repository.
         given: Components that the caller has from elsewhere, "scheduler" among them; they may be missing
@@ -79,72 +67,18 @@ def find(
         BadFile: A component is missing, or there are several of one kind; the message names it.
         WrongModel: The folder holds another kind of pipeline.
     """
-    path = Path(named(source))
-    if os.fspath(source) and path.is_dir():  # "" would be the working folder
-        return _in_folder(path, None, given, mmap, variant)
-    if os.fspath(source) and path.exists():
-        return _in_file(path, given, mmap)
-    tag = hub.REPO_ID.fullmatch(os.fspath(source))
-    parent = os.fspath(source).partition("/")[0]
-    alike = _alike(Path(tag["repo"]) if tag else path)
-    if tag is None and alike:
-        raise BadFile(path, "there is no such folder or file", alike)
-    if tag is not None and Path(parent).is_dir():
-        fault = (
-            "there is no such folder or file, and no repository of the Hub is meant, "
-            f"since {printable(parent)} is a folder here"
-        )
-        raise BadFile(path, fault, alike or "check the path")
-    folder = hub.fetch(os.fspath(source), **(hub_options or {}), variant=variant)
-    return _in_folder(folder, tag["tag"] if tag else None, given, mmap, variant)
-
-
-def _alike(path: Path) -> str:
-    """The name beside a path that does not exist which is most like its own; "" if there is none."""
-    names: list[str] = []
-    with suppress(OSError):  # a parent that is not there, or is not ours to read
-        names = [each.name for each in islice(path.parent.iterdir(), 1000)]
-    return "".join(
-        f"did you mean {printable(path.with_name(name))}?" for name in get_close_matches(path.name, names, 1)
-    )
-
-
-def _in_file(path: Path, given: Collection[str], mmap: bool) -> Sources:
-    """Sources of one file that holds all components; tokenizer and scheduler may lie beside it."""
+    path, tag = locate(source, hub_options, variant)
+    if path.is_dir() and tag is None:
+        check_pipeline_class(path)
+    beside = path if path.is_dir() else path.parent
+    values = None if "scheduler" in given else scheduler_values(beside)
+    scheduler = None if values is None else FlowMatchEulerScheduler.from_json(values)
     wanted = [part for part in COMPONENTS if part not in given]
-    scheduler = _scheduler(path.parent, given)
-    opened = None
-    try:
-        opened = open_component(path, mmap=mmap)
-        held = (opened.card.kind, *opened.card.also)
-        missing = [part.replace("_", " ") for part in wanted if part not in held]
-        fault = f"is {opened.card.title} without {' and '.join(missing)}, and no folder" if missing else ""
-    except ZImageError:
-        fault = "is a file, not a folder"
-    if fault or opened is None:
-        if opened is not None:
-            opened.file.close()
-        raise BadFile(path, fault, f"name all files instead: {NAMING}")
-    return Sources({part: open_component(opened, part) for part in wanted}, None, scheduler)
-
-
-def _in_folder(
-    folder: Path, tag: str | None, given: Collection[str], mmap: bool, variant: str | None
-) -> Sources:
-    if tag is None:
-        check_pipeline_class(folder)
-    scheduler = _scheduler(folder, given)
     return Sources(
-        dict(open_parts(folder, [part for part in COMPONENTS if part not in given], mmap, variant, tag)),
-        next((place for place in (folder / "tokenizer", folder) if has_tokenizer(place)), None),
+        dict(open_parts(path, wanted, mmap, variant, tag)),
+        next((place for place in (beside / "tokenizer", beside) if has_tokenizer(place)), None),
         scheduler,
     )
-
-
-def _scheduler(folder: Path, given: Collection[str]) -> FlowMatchEulerScheduler | None:
-    """The schedule that a folder states; None if it states none, or if the caller has one."""
-    values = None if "scheduler" in given else scheduler_values(folder)
-    return None if values is None else FlowMatchEulerScheduler.from_json(values)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,13 @@ def open_parts(
     variant: str | None = None,
     tag: str | None = None,
 ) -> dict[str, Opened]:
-    """Open the components in a folder: the one rule of what a folder means.
+    """Open the components in a folder, or in one file that holds them: the one rule of what a path means.
 
     The subfolder of a component (diffusers' layout) is taken first. Other components are looked for among all
     model files of the folder, by their contents; a file that holds several serves each of them.
 
     Args:
-        folder: The folder, of a pipeline or of one component.
+        folder: The folder, of a pipeline or of one component; or the file.
         wanted: The components to open.
         mmap: Hand out tensors as views of the files.
         variant: The variant of the files, such as "fp16"; None for those without one.
@@ -106,7 +106,9 @@ def open_parts(
     Raises:
         BadFile: A component is missing, cannot be opened, or there are several of one kind.
     """
-    folder = Path(fspath(folder))
+    folder = Path(path_text(folder))
+    if not is_folder(str(folder)):
+        return _in_file(folder, wanted, mmap)
     found = {} if tag else {part: component_folder(folder, part) for part in wanted}
     places = {part: place for part, place in found.items() if place is not None}
     varied = {part for part, place in places.items() if variant in {m.variant for m in models_in(place)}}
@@ -130,6 +132,22 @@ def open_parts(
             each.file.close()
         raise
     return opened
+
+
+def _in_file(path: Path, wanted: Sequence[str], mmap: bool) -> dict[str, Opened]:
+    """The components in one file that holds all that are wanted."""
+    advice = f"name all files instead: {NAMING}"
+    try:
+        opened = open_component(path, mmap=mmap)
+    except BadFile as error:
+        if not path.is_file():
+            raise
+        raise BadFile(path, f"is no folder: {error.fault}", advice) from None
+    held = (opened.card.kind, *opened.card.also)
+    if missing := [part.replace("_", " ") for part in wanted if part not in held]:
+        opened.file.close()
+        raise BadFile(path, f"is {opened.card.title} without {' and '.join(missing)}, and no folder", advice)
+    return {part: open_component(opened, part) for part in wanted}
 
 
 def _holds_one_model(folder: Path, variant: str | None) -> bool:
