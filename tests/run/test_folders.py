@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,6 +143,16 @@ def test_what_lies_beside_a_component_is_named_and_ignored(beside, states, want_
     with pytest.warns(
         UserWarning, match=r"1 tensors of the file belong to no part of Z-Image .*: my\.own\.x"
     ):
+        assert torch.equal(latents(beside), want_loose)
+
+
+def test_a_transformer_without_prefix_is_no_foreign_content_of_the_others(beside, states, want_loose):
+    bare = {**states["transformer"], **merged(states, "vae")}
+    save_file(
+        bare | {f"cond_stage_model.{n}": v for n, v in states["text_encoder"].items()}, beside / "a.sft"
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*belong to no part")
         assert torch.equal(latents(beside), want_loose)
 
 

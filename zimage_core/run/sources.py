@@ -72,7 +72,11 @@ def find(
         check_pipeline_class(path)
     beside = path if path.is_dir() else path.parent
     values = None if "scheduler" in given else scheduler_values(beside)
-    scheduler = None if values is None else FlowMatchEulerScheduler.from_json(values)
+    try:
+        scheduler = None if values is None else FlowMatchEulerScheduler.from_json(values)
+    except BadArgument as error:  # the file is wrong, not the caller's argument
+        config = beside / "scheduler" / "scheduler_config.json"
+        raise BadFile(config, str(error).removeprefix(f"{config.name}: "), "correct or remove it") from None
     wanted = [part for part in COMPONENTS if part not in given]
     return Sources(
         dict(open_parts(path, wanted, mmap, variant, tag)),

@@ -148,7 +148,7 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
     if found.kind not in _DETECTORS:
         return found
     # a part is judged by its own tensors, whatever else lies in the file
-    elsewhere = (*FOREIGN_PREFIXES, *_other_components(found.kind, shapes))
+    elsewhere = (*FOREIGN_PREFIXES, *filter(None, _other_components(found.kind, shapes)))
     problem = storage.storage_problem(file, found.prefix, elsewhere) or found.problem
     notes = storage.storage_notes(storage.own_tensors(file, found.prefix, elsewhere))
     return replace(found, problem=problem, notes=found.notes + notes)
@@ -231,7 +231,7 @@ def _compare(card: ModelCard, table: names.Table, shapes: Shapes, unused: Callab
     wanted = names.checkpoint_shapes(table)
     inside = _under(shapes, card.prefix)
     others = _other_components(card.kind, shapes)
-    elsewhere = (*FOREIGN_PREFIXES, *others)
+    elsewhere = (*FOREIGN_PREFIXES, *filter(None, others))
     strangers: list[str] = []
     foreign: list[str] = []
     # a vision tower beside a language model makes it another model, so that is no foreign content
@@ -241,7 +241,10 @@ def _compare(card: ModelCard, table: names.Table, shapes: Shapes, unused: Callab
         ours = full.startswith(card.prefix) and (name in wanted or storage.is_companion(name, inside))
         if ours or unused(name) or full.startswith(elsewhere) or full in GLOBAL_TENSORS:
             continue
-        (foreign if in_one and not full.startswith(card.prefix) else strangers).append(full)
+        if not in_one or full.startswith(card.prefix):
+            strangers.append(full)
+        elif "" not in others:  # else it belongs to the network without a prefix, which judges it
+            foreign.append(full)
     if foreign:
         some = ", ".join(printable(name, 80) for name in foreign[:3]) + (", ..." if foreign[3:] else "")
         caution = f"{len(foreign)} tensors of the file belong to no part of Z-Image and are ignored: {some}"
@@ -256,12 +259,12 @@ def _compare(card: ModelCard, table: names.Table, shapes: Shapes, unused: Callab
 
 
 def _other_components(kind: str, shapes: Shapes) -> list[str]:
-    """Prefixes of the other networks in an all-in-one checkpoint."""
+    """Prefixes of the other networks in an all-in-one checkpoint; one may be empty."""
     found = []
     for other, groups in _ANCHORS.items():
         for anchors in groups if other != kind else ():
             prefix, hits = find_prefix(shapes, anchors)
-            if prefix and hits >= ENOUGH_ANCHORS[other]:
+            if hits >= ENOUGH_ANCHORS[other]:
                 found.append(prefix)
     return found
 
