@@ -53,6 +53,7 @@ def remark(prompt: str) -> str:
     if not (seen["shapes"] or seen["glyphs"]) and re.search(f"[{''.join(learned()['glyphs'])}]", text):
         seen["glyphs"], seen["sizes"] = 1, 0  # one that is an article or a size elsewhere, such as A or 大
     subjects = seen["shapes"] + seen["glyphs"]
+    unknown = list(dict.fromkeys(unknown))
     if unknown:
         fault = "the word " if len(unknown) == 1 else "the words "
         fault += ", ".join(f"'{printable(word, 30)}'" for word in unknown[:3])
