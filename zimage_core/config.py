@@ -369,7 +369,7 @@ DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
 """Keys that have a meaning only with use_dynamic_shifting."""
 EULER = "FlowMatchEulerDiscreteScheduler"
 """diffusers' class with the sampler of this library."""
-_PASS = "or pass scheduler=FlowMatchEulerScheduler(shift=...)"
+_PASS = "or pass a FlowMatchEulerScheduler as scheduler"
 
 
 def scheduler_shift(values: Mapping[str, Any]) -> tuple[float, tuple[str, ...]]:

@@ -10,6 +10,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.helpers import tiny
 from tests.helpers.tree import ROOT
 from zimage_core.errors import BadFile
 from zimage_core.text.tokenizer import Tokenizer
@@ -249,3 +250,19 @@ def test_what_lies_beside_models_is_named(zimage, tmp_path, text, words):
     if text.startswith("{"):
         with pytest.raises(BadFile, match=f"this is {words}.*, not a tokenizer.json"):
             Tokenizer.from_json(tmp_path / "x.json")
+
+
+def test_a_tokenizer_that_a_run_refuses_is_missing(zimage, tmp_path):
+    """inspect once called a folder whole whose tokenizer no run could read."""
+    damages = {
+        "merges.txt": lambda file: (file.unlink(), file.symlink_to("../../blobs/gone")),
+        "vocab.json": lambda file: file.write_text("{}"),
+        "tokenizer_config.json": lambda file: file.unlink(),
+    }
+    for name, damage in damages.items():
+        model = tiny.folder(tmp_path / name)
+        assert "nothing is missing" in zimage("inspect", model).out
+        damage(model / "tokenizer" / name)
+        outcome = zimage("inspect", model)
+        assert "nothing is missing" not in outcome.out
+        assert "problem" in outcome.out

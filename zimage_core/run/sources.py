@@ -16,7 +16,7 @@ from zimage_core.run.locate import locate
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.components import check_pipeline_class, open_parts, scheduler_values
-from zimage_core.weights.folder import has_tokenizer
+from zimage_core.weights.folder import has_tokenizer, tokenizer_of
 from zimage_core.weights.opened import Opened, open_weights
 from zimage_core.weights.source import WeightFile
 
@@ -80,7 +80,7 @@ def find(
     wanted = [part for part in COMPONENTS if part not in given]
     return Sources(
         dict(open_parts(path, wanted, mmap, variant, tag)),
-        next((place for place in (beside / "tokenizer", beside) if has_tokenizer(place)), None),
+        tokenizer_of(beside),
         scheduler,
     )
 

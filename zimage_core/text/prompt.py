@@ -7,6 +7,7 @@ No template language is evaluated, and no template is read from a file.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 from zimage_core.config import TransformerConfig
 from zimage_core.errors import BadArgument, Unsupported, printable
@@ -101,13 +102,7 @@ def prompt_ids(
         )
     check_prompt(prompt, max_prompt_bytes)
     if template is None:
-        for token in TEMPLATE_TOKENS:
-            if token not in tokenizer.added_tokens:
-                raise Unsupported(
-                    f"the tokenizer has no token {token}, which Z-Image's prompt template needs; use the"
-                    " tokenizer of the Qwen3 text encoder (a vocab.json with merges.txt needs its"
-                    " tokenizer_config.json or added_tokens.json beside it), or give template="
-                )
+        check_template_tokens(tokenizer.added_tokens)
     text = render(prompt, enable_thinking, template)
     ids = tokenizer.encode(text)
     if len(ids) > max_sequence_length:
@@ -115,6 +110,21 @@ def prompt_ids(
         lost = tokenizer.decode(ids[max_sequence_length:])
         _warn_of_loss(lost, tail, len(ids), max_sequence_length)
     return ids[:max_sequence_length]
+
+
+def check_template_tokens(added: Collection[str]) -> None:
+    """Refuse a tokenizer that lacks the tokens of Qwen3's template.
+
+    Raises:
+        Unsupported: A token is not among the added ones.
+    """
+    for token in TEMPLATE_TOKENS:
+        if token not in added:
+            raise Unsupported(
+                f"the tokenizer has no token {token}, which Z-Image's prompt template needs; use the"
+                " tokenizer of the Qwen3 text encoder (a vocab.json with merges.txt needs its"
+                " tokenizer_config.json or added_tokens.json beside it), or give template="
+            )
 
 
 def _head(template: str | None) -> str:

@@ -174,6 +174,11 @@ def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
     return any(os.path.lexists(Path(folder, name)) for name in ("tokenizer.json", "vocab.json"))
 
 
+def tokenizer_of(folder: Path) -> Path | None:
+    """Where the tokenizer of a folder of parts lies, or None."""
+    return next((place for place in (folder / "tokenizer", folder) if has_tokenizer(place)), None)
+
+
 def listed(models: Sequence[Model]) -> str:
     """Names of models for a message, the first four."""
     return ", ".join([*(printable(model.name, 60) for model in models[:4]), *(["..."] if models[4:] else [])])

@@ -25,7 +25,7 @@ from zimage_core.weights.components import (
     open_pipeline,
     scheduler_values,
 )
-from zimage_core.weights.folder import folders_below, has_tokenizer, loose_models
+from zimage_core.weights.folder import folders_below, has_tokenizer, loose_models, tokenizer_of
 from zimage_core.weights.identify import identify
 from zimage_core.weights.opened import Opened, open_model, open_weights
 from zimage_core.weights.source import Source, path_text
@@ -215,6 +215,21 @@ def _short(value: object) -> Any:
         return printable(value)
 
 
+def _check_tokenizer(folder: Path) -> None:
+    """Refuse the tokenizer of a folder as the first prompt of a run would.
+
+    Raises:
+        BadFile: It cannot be read.
+        Unsupported: It is of another kind, or lacks the tokens of the template.
+    """
+    from zimage_core.text.prompt import check_template_tokens
+    from zimage_core.text.tokenizer_json import read_folder
+
+    vocabulary = read_folder(folder)
+    vocabulary.checked()
+    check_template_tokens(vocabulary.added)
+
+
 def _tokenizer(path: Path) -> Inspection:
     from zimage_core.text.tokenizer_json import read_folder, read_tokenizer_json
 
@@ -308,6 +323,8 @@ def _verdict(path: Path, parts: list[Inspection]) -> tuple[list[str], str]:
             scheduler_shift(schedule)
         opened = open_parts(path, mmap=False)
         open_pipeline(opened)
+        if (place := tokenizer_of(path)) is not None:
+            _check_tokenizer(place)
     except ZImageError as error:
         return [], str(error)
     finally:
