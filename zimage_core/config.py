@@ -259,7 +259,9 @@ def _refuse_windows(read: Fields, layers: int) -> None:
 
 def _rotary_base(read: Fields) -> float:
     """The base of the rotary frequencies; scaled ones are refused."""
-    bases = {read.number("rope_theta", low=1, high=1e12)} if read.get("rope_theta", None) else set()
+    bases = (
+        {read.number("rope_theta", low=1, high=1e12)} if read.get("rope_theta", None) is not None else set()
+    )
     for name in ("rope_scaling", "rope_parameters"):
         found = read.get(name, {})
         if isinstance(found, Mapping) and isinstance(found.get("full_attention"), Mapping):

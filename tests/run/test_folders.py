@@ -402,3 +402,10 @@ def test_every_verb_takes_a_file_with_all_components_and_a_variant(copy, states,
 def test_a_path_that_is_not_there_is_no_directory(tmp_path):
     with pytest.raises(BadFile, match="absent: no such file; check the path"):
         open_parts(tmp_path / "absent")
+
+
+def test_a_component_whose_download_goes_on_is_told(copy):
+    own = copy / "transformer/diffusion_pytorch_model.safetensors"
+    own.rename(own.with_name(own.name + ".part"))
+    with pytest.raises(BadFile, match=r"its folder transformer holds no model file.*\.part"):
+        ZImagePipeline.from_pretrained(copy)

@@ -262,7 +262,10 @@ class _Survey:
             self.refused += [f"{printable(each.name, 60)} is {each.card.title}" for each in packed]
             also = f" (unreadable: {self.refused[0]})" if self.refused else download.beside(self.folder)
             if (self.folder / "model_index.json").is_file():
+                hollow = next((self.folder / part for part in missing if (self.folder / part).is_dir()), None)
                 fault = f"has no folder {' and '.join(missing)}{also}"
+                if hollow is not None:
+                    fault = f"its folder {hollow.name} holds no model file{download.beside(hollow)}"
                 raise BadFile(self.folder, fault, "download the whole repository")
             raise BadFile(self.folder, f"has no file that is {kinds}{also}", _naming(missing[0]))
         self._kept |= {id(each.file) for each in found.values()}

@@ -68,7 +68,7 @@ def axes(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
     if shape is None:
         raise BadWeights(
             f"the tensor {name!r} is missing, so the size of the model cannot be told; "
-            "a file without it was cut, or is one shard of several"
+            "a file without it was cut, is one shard of several, or is packed in a way that is not known here"
         )
     if len(shape) != rank:
         shape = squeezed(shape)
