@@ -19,12 +19,11 @@ OWN_STEMS = ("diffusion_pytorch_model", "model")
 
 _VARIANT = r"(?:\.(?P<{0}>[A-Za-z]\w{{0,31}}))?"
 _BEFORE, _AFTER = _VARIANT.format("before"), _VARIANT.format("after")
-_NAME = re.compile(
-    rf"(?P<stem>.+?){_BEFORE}(?:-(?P<number>\d{{3,6}})-of-(?P<count>\d{{3,6}}))?{_AFTER}\.(?:safetensors|sft)",
-    re.IGNORECASE,
+_NAME = (
+    rf"(?P<stem>.+?){_BEFORE}(?:-(?P<number>\d{{3,6}})-of-(?P<count>\d{{3,6}}))?{_AFTER}\.(?:safetensors|sft)"
 )
-_INDEX = re.compile(rf"(?P<stem>.+?)\.(?:safetensors|sft){_BEFORE}\.index{_AFTER}\.json", re.IGNORECASE)
-_GGUF = re.compile(r"(?P<stem>.+?)(?:-(?P<number>\d{3,6})-of-(?P<count>\d{3,6}))?\.gguf", re.IGNORECASE)
+_INDEX = rf"(?P<stem>.+?)\.(?:safetensors|sft){_BEFORE}\.index{_AFTER}\.json"
+_GGUF = r"(?P<stem>.+?)(?:-(?P<number>\d{3,6})-of-(?P<count>\d{3,6}))?\.gguf"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class ModelName:
 def parse(name: str) -> ModelName | None:
     """The parts of a file's name without folder; None if it is not that of a model file."""
     for pattern in (_INDEX, _NAME, _GGUF):
-        if match := pattern.fullmatch(name):
+        if match := re.fullmatch(pattern, name, re.IGNORECASE):
             found = match.groupdict()
             count = int(found.get("count") or 1)
             return ModelName(

@@ -16,7 +16,7 @@ from zimage_core.weights.infer import Shape, count_layers
 MAX_LORA_RANK = 1024
 NOT_APPLIED = "adapters and ControlNets cannot be applied by this version: no command takes one"
 
-_FACTOR = re.compile(
+_FACTOR = (
     r"(.+?)[._](lora_[ABab]|lora_embedding_[AB]|lora_(?:down|up)|lora(?:_linear_layer)?\.(?:down|up))"
     r"(?:\.[\w-]{1,64})??(?:\.weight)?"
 )
@@ -33,14 +33,10 @@ _KINDS = (
     ("differences of norms", r"[wb]_norm"),
 )
 """Noun phrase of a kind -> the last piece of its tensors' names, before the name of a PEFT adapter."""
-_LEAF = re.compile(
-    rf"(.+)\.(?:{'|'.join(f'({leaf})' for _, leaf in _KINDS)})(?:\.[\w-]{{1,64}})??(?:\.weight)?"
-)
+_LEAF = rf"(.+)\.(?:{'|'.join(f'({leaf})' for _, leaf in _KINDS)})(?:\.[\w-]{{1,64}})??(?:\.weight)?"
 _GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
-_DORA = re.compile(r"(.+)[._](?:dora_scale|lora_magnitude_vector)(?:\.[\w-]{1,64})??(?:\.weight)?")
-_BESIDE = re.compile(
-    r".+[._](?:alpha|scale|scalar|rank|rescale|bias|reshape_weight|lora_mid\.weight|lora\.mid\.weight)"
-)
+_DORA = r"(.+)[._](?:dora_scale|lora_magnitude_vector)(?:\.[\w-]{1,64})??(?:\.weight)?"
+_BESIDE = r".+[._](?:alpha|scale|scalar|rank|rescale|bias|reshape_weight|lora_mid\.weight|lora\.mid\.weight)"
 """Tensors that adapters have beside those of a kind, and that other files may have as well."""
 
 DIALECTS = {
@@ -54,7 +50,7 @@ DIALECTS = {
 }
 """Prefix of every key -> the program that writes it. Any other prefix will do as well."""
 
-_TARGET = re.compile(
+_TARGET = (
     r"(?:(?<=_)|^)(?:"
     r"(?:layers|noise_refiner|context_refiner|siglip_refiner)_\d{1,3}_"
     r"(?:attention_(?:processor_)?(?:to_[qkv]|to_out_0|to_out|qkv|out|norm_[qk]|[qk]_norm)|attention_norm[12]|ffn_norm[12]"
@@ -65,7 +61,7 @@ _TARGET = re.compile(
 )
 """Names of the S3-DiT's modules with '_' for '.' and '-', as kohya's programs write them."""
 
-_LANGUAGE = re.compile(
+_LANGUAGE = (
     r"(?<!text_model_encoder_)(?<![a-z]_encoder_)layers_\d{1,3}_"
     r"(?:self_attn_(?:[qkvo]_proj|[qk]_norm)|mlp_(?:gate|up|down)_proj|input_layernorm|post_attention_layernorm)"
     r"(?:_weight)?$"
@@ -84,8 +80,8 @@ def identify_adapter(shapes: Mapping[str, Shape]) -> ModelCard | None:
     if 2 * others > len(shapes) or not (factors or kinds):
         return None  # a model that holds a few such tensors is a model
     targets = list(dict.fromkeys([*factors, *(target for each in kinds.values() for target in each)]))
-    known = [target for target in targets if _TARGET.search(_flat(target))]
-    language = [target for target in targets if _LANGUAGE.search(_flat(target))]
+    known = [target for target in targets if re.search(_TARGET, _flat(target))]
+    language = [target for target in targets if re.search(_LANGUAGE, _flat(target))]
     ours = bool(known) and 2 * len(known) >= len(targets) - len(language)
     details = [_ranks(factors)] if factors else []
     if ours:
@@ -121,18 +117,18 @@ def _taken_apart(shapes: Mapping[str, Shape]) -> tuple[_Factors, dict[str, list[
     kinds: dict[str, list[str]] = {}
     others = 0
     for name, shape in shapes.items():
-        if match := _FACTOR.fullmatch(name):
+        if match := re.fullmatch(_FACTOR, name):
             factors.setdefault(match[1], {})["down" if match[2].endswith(_DOWN) else "up"] = shape
-        elif match := _LEAF.fullmatch(name):
+        elif match := re.fullmatch(_LEAF, name):
             kind = _KINDS[(match.lastindex or 0) - 2][0]
             kind = "a BOFT adapter" if kind == "an OFT adapter" and len(shape) == 4 else kind
             kinds.setdefault(kind, []).append(match[1])
         elif (stem := name.rpartition(".")[0].rpartition(".")[0]) and _is_glora(stem, shapes):
             kinds.setdefault("a GLoRA adapter", []).append(stem)
-        elif match := _DORA.fullmatch(name):
+        elif match := re.fullmatch(_DORA, name):
             kinds.setdefault("its DoRA magnitudes", []).append(match[1])
         else:
-            others += _BESIDE.fullmatch(name) is None
+            others += re.fullmatch(_BESIDE, name) is None
     return factors, kinds, others
 
 
@@ -153,7 +149,7 @@ def _ranks(factors: _Factors) -> str:
 
 def _dialect(target: str) -> tuple[str, str]:
     """Prefix of the targets' names and the program that writes such names."""
-    module = _TARGET.search(_flat(target)) or _LANGUAGE.search(_flat(target))
+    module = re.search(_TARGET, _flat(target)) or re.search(_LANGUAGE, _flat(target))
     known = max((each for each in DIALECTS if target.startswith(each)), key=len, default="")
     prefix = target[: module.start()] if module else known
     if prefix and not known:

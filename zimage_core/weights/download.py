@@ -26,13 +26,13 @@ SMALL = 4096
 _UNTRAINED_ROWS = 1024  # of an embedding: its vocabulary is padded with tokens that no text ever held
 
 _EMBEDDINGS = ("token_embd.weight", "embed_tokens.weight")
-_MAY_BE_ZERO = re.compile(r"before_proj|after_proj|zero|control|lora|lokr|hada|\boft_|\.diff(_[bm])?$|siglip")
+# patterns are texts: `re` compiles and keeps those that are used, which for most files are none
+_MAY_BE_ZERO = r"before_proj|after_proj|zero|control|lora|lokr|hada|\boft_|\.diff(_[bm])?$|siglip"
 """Names of adapters, ControlNets and unused branches, which begin as zeros and may stay so."""
 
-_UNFINISHED = re.compile(
+_UNFINISHED = (
     r"\.(part|partial|filepart|crdownload|download|opdownload|incomplete|unfinished|tmp|temp|aria2|aria2__temp"
-    r"|!ut|!qb|xltd|td)$",
-    re.IGNORECASE,
+    r"|!ut|!qb|xltd|td)$"
 )
 _MODEL = r"\.(?:gguf|safetensors|sft)"
 _PARTS = (
@@ -45,9 +45,8 @@ _PARTS = (
     r"(?P<stem>x)(?P<number>[a-z]{2})(?P<total>)(?P<ending>)",
 )
 """Names of files that were cut by bytes, as `split`, 7-Zip and uploaders number them."""
-_NAMES = tuple(re.compile(pattern, re.IGNORECASE) for pattern in _PARTS)
 _NUMBERED, _VAGUE = 1, 2  # the names of llama-gguf-split's own parts; from here on, names that may mean more
-_ZIPPED = re.compile(r"(.+)\.z\d\d", re.IGNORECASE)
+_ZIPPED = r"(.+)\.z\d\d"
 _MOST_ENTRIES = 10_000
 _MOST_NAMED = 12
 
@@ -59,7 +58,7 @@ class _Part(NamedTuple):
         whole: Name of the whole file.
         number: The part's number or letters.
         total: Number of parts, or 0 if the name does not tell.
-        pattern: Index in `_NAMES`.
+        pattern: Index in `_PARTS`.
         frame: The name without the number, which all parts share.
     """
 
@@ -91,8 +90,8 @@ class _Part(NamedTuple):
 
 
 def _part(name: str) -> _Part | None:
-    for pattern, regex in enumerate(_NAMES):
-        if found := regex.fullmatch(name):
+    for pattern, regex in enumerate(_PARTS):
+        if found := re.fullmatch(regex, name, re.IGNORECASE):
             whole = found["stem"] + (found["ending"] or "")
             whole = "joined.gguf" if whole == "x" else whole
             frame = f"{name[: found.start('number')]}*{name[found.end('number') :]}"
@@ -114,7 +113,7 @@ def explained(error: BadFile, head: bytes) -> BadFile:
     headed = head[:4] == b"GGUF" or head[8:9] == b"{"
     if part is not None and not (headed and (not cut or part.pattern == _NUMBERED)):
         return _of_part(error, part) or error
-    if zipped := _ZIPPED.fullmatch(name):
+    if zipped := re.fullmatch(_ZIPPED, name, re.IGNORECASE):
         whole = shlex.quote(printable(f"{zipped[1]}.zip", 120))
         return BadFile(error.path, "one part of a zip archive", f"unpack all parts together: `7z x {whole}`")
     if reason := unfinished(error.path):
@@ -154,7 +153,7 @@ def _of_part(error: BadFile, part: _Part) -> BadFile | None:
 
 def unfinished(path: str) -> str:
     """Why the file is probably still being downloaded, from its name and its folder, or ""."""
-    if found := _UNFINISHED.search(path):
+    if found := re.search(_UNFINISHED, path, re.IGNORECASE):
         return f"{printable(found[0])} is how downloads that have not finished are named"
     if os.path.lexists(f"{path}.aria2"):
         return "aria2's control file lies beside it, so its download has not finished; let it finish"
@@ -171,7 +170,7 @@ def beside(folder: str | os.PathLike[str]) -> str:
         if re.search(_MODEL, name, re.IGNORECASE) and not re.search(f"{_MODEL}$", name, re.IGNORECASE):
             if _part(name) is not None:
                 return f", but {printable(name, 120)}, one part of a file; name it to be told how to join all"
-            if _UNFINISHED.search(name):
+            if re.search(_UNFINISHED, name, re.IGNORECASE):
                 return f", but {printable(name, 120)}, whose download has not finished"
     return ""
 
@@ -229,7 +228,12 @@ def zeros_allowed(info: TensorInfo) -> int:
     that were never trained.
     """
     wide = [size for size in info.shape if size > 1]
-    if len(wide) < 2 or info.nbytes < SMALL or info.format.name == "BOOL" or _MAY_BE_ZERO.search(info.name):
+    if (
+        len(wide) < 2
+        or info.nbytes < SMALL
+        or info.format.name == "BOOL"
+        or re.search(_MAY_BE_ZERO, info.name)
+    ):
         return info.nbytes
     allowed = LONG_RUN - 1
     if info.name.endswith(_EMBEDDINGS):
