@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from zimage_core.config import COMPONENTS
-from zimage_core.errors import BadArgument, Busy, Unsupported
+from zimage_core.config import COMPONENTS, AutoencoderConfig
+from zimage_core.errors import BadArgument, Busy, Unsupported, ZImageError
 from zimage_core.files.units import parse_bytes
 from zimage_core.memory.plan import Plan
 from zimage_core.memory.planner import make_plan
@@ -25,6 +25,7 @@ from zimage_core.run.checks import Dtype, StepCallback, read_device, read_dtypes
 from zimage_core.run.components import FOLDERS, check_components, check_kinds, networks, require
 from zimage_core.run.decode import decode
 from zimage_core.run.denoise import Denoiser, denoise
+from zimage_core.run.device_faults import explained
 from zimage_core.run.loading import (
     PathLike,
     find_components,
@@ -184,7 +185,9 @@ class ZImagePipeline(Ported):
             Unsupported: The pipeline lacks a component that the call needs; the message names it.
             BadFile: A model file was changed since it was opened.
             OverBudget: The memory budget is too small for this image.
-            OutOfMemory: The GPU has too little memory for decoding, even in tiles; the error has the latents.
+            OutOfMemory: The GPU has too little memory; if only the decoding failed, even in tiles, the error
+                has the latents.
+            DeviceFault: The GPU or its driver failed.
             NonFinite: NaN or infinity; the message names the step, the block and, if a weight holds it, the
                 tensor.
         """
@@ -222,9 +225,16 @@ class ZImagePipeline(Ported):
                     "this pipeline is already running, in another thread or around this callback; wait, or "
                     "build a second one (mapped files are shared, so it costs little memory)"
                 )
+            fault: ZImageError | None = None
             with torch.no_grad():
-                result = self._generate(request)
-            return result if return_dict else (result.images,)
+                try:
+                    result = self._generate(request)
+                    return result if return_dict else (result.images,)
+                except RuntimeError as error:
+                    fault = explained(error, self.device, self._placement.memory is not None)
+                    if fault is None:
+                        raise
+            raise fault  # outside of the handler, since torch's error holds the frames that hold the memory
         finally:
             # no function is called here, so a second Ctrl-C cannot interrupt it and leave the object busy
             if "run" in self._running and self._running["run"] is token:
@@ -252,14 +262,15 @@ class ZImagePipeline(Ported):
         with self._placement.phase("denoise"):
             predict = self._placement.predict(self.transformer)
             denoiser = Denoiser(self.transformer, *captions, run, predict)
-            latents = denoise(self, denoiser, run, clock.step, clock.lap)
-        del denoiser, captions  # frees what they hold before the decoder needs the memory
+            images: Any = denoise(self, denoiser, run, clock.step, clock.lap).cpu()
+            del predict, denoiser, captions  # frees what they hold before the decoder needs the memory
         steps = clock.steps()
-        images: Any = latents.cpu()
         if run.output_type != "latent":
             with self._placement.phase("decode"):
                 keep = None if self._placement.memory is None else self._placement.memory.keep
+                latents = images.to(self.vae.device)
                 images = to_output(decode(self.vae, latents, run.debug, keep), run.output_type)
+                del latents
         timings = Timings(encoded, steps, decode=clock.lap(), total=clock.total())
         return ZImageResult(
             images=images,
@@ -577,8 +588,8 @@ class ZImagePipeline(Ported):
         change.
 
         Args:
-            budget: Bytes by which the weights may grow. Default: free GPU memory less 2 GiB for the rest of a
-                run; 0 on a CPU, where packed weights are mapped from their file.
+            budget: Bytes by which the weights may grow. Default: free GPU memory less what it takes to decode
+                an image of the model's own size; 0 on a CPU, where packed weights are mapped from their file.
 
         Returns:
             Name of each weight that is dense now -> bytes by which it grew.
@@ -588,7 +599,9 @@ class ZImagePipeline(Ported):
             Unsupported: The pipeline has a memory budget, which places the weights.
         """
         require("transformer", self.transformer)
-        return self._placement.dequantize_weights(self.transformer, budget)
+        vae = networks(self).get("vae")
+        config = AutoencoderConfig() if vae is None else vae.config
+        return self._placement.dequantize_weights(self.transformer, budget, config)
 
     def make_resident(self, budget: int | None = None) -> dict[str, int]:
         """Deprecated name of `dequantize_weights`."""

@@ -22,7 +22,7 @@ from zimage_core.export.recipes import SOURCE, Recipe, choose_format, is_matrix
 from zimage_core.export.sensitivity import Sensitivity
 from zimage_core.files.units import in_bytes
 from zimage_core.memory.activations import denoise_bytes
-from zimage_core.memory.planner import WORKSPACE
+from zimage_core.memory.job import WORKSPACE
 from zimage_core.quant.dispatch import SCRATCH_BYTES
 from zimage_core.weights import gguf_writer
 

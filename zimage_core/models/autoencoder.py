@@ -142,8 +142,9 @@ class Autoencoder(Network):
         out: Tensor = self.decoder(z) if tile is None else decode_tiled(self.decoder, z, tile, keep)
         if not return_dict:
             return (out,)
-        out.sample = out.view_as(out)  # type: ignore[attr-defined]
-        return out
+        image = out.view_as(out)  # with an attribute that holds itself a tensor would never be freed
+        image.sample = out  # type: ignore[attr-defined]
+        return image
 
     forward = decode
 

@@ -61,6 +61,27 @@ def _choose(x: Tensor, weight: QuantTensor, free: int, planes: bool, mode: str) 
     return dispatch.choose(weight.format.name, rows, width, len(x), name, free, mode, dtype, planes)
 
 
+def make_planes(weight: QuantTensor, tokens: int, dtype: torch.dtype) -> None:
+    """Make the planes of a weight ahead of products with so many rows of x, if those would use them."""
+    if weight.scale is None and weight.planes.planes is None and not weight.planes.closed:
+        name = architecture(weight.device)
+        choice = dispatch.choose(
+            weight.format.name,
+            *weight.shape,
+            tokens,
+            name,
+            1 << 62,
+            dispatch.mode(),
+            str(dtype).removeprefix("torch."),
+            False,
+        )
+        if choice.path == "fused":
+            from zimage_core.kernels.planar import repack
+
+            weight.planes.planes = repack(weight.packed, weight.format)
+            weight.planes.closed = True
+
+
 def _make_planes(x: Tensor, weight: QuantTensor) -> None:
     """Make the planes of a weight if x is the first input that needs them and memory suffices."""
     if _choose(x, weight, 1 << 62, False, dispatch.mode()).path != "fused":
@@ -134,6 +155,24 @@ def _scratch(device: torch.device, nbytes: int) -> Tensor:
         with torch.inference_mode(False):  # the buffer is used after the caller's mode ends
             found = _local.scratch[device, stream] = torch.empty(nbytes, dtype=torch.uint8, device=device)
     return found[:nbytes]
+
+
+def take_scratch(device: torch.device, nbytes: int) -> None:
+    """Let this thread's scratch of the current stream have so many bytes from now on."""
+    _scratch(device, nbytes)
+
+
+def scratch_bytes(weight: QuantTensor, dtype: torch.dtype) -> int:
+    """Bytes of scratch that a product with a packed weight takes, for x of a dtype."""
+    if weight.format.weights == 1:
+        return 0  # converted into memory of its own
+    return min(SCRATCH_BYTES, weight.shape[0] * weight.shape[-1] * dtype.itemsize)
+
+
+def release_scratch(device: torch.device) -> None:
+    """Drop this thread's scratch of a device; the next product takes new memory."""
+    for key in [key for key in _local.scratch if key[0] == device]:
+        del _local.scratch[key]
 
 
 def hand_over_scratch(device: torch.device, stream: int) -> Tensor | None:

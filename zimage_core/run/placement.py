@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from zimage_core.config import NATIVE_SIZE, AutoencoderConfig
 from zimage_core.errors import Unsupported
+from zimage_core.memory.activations import decode_bytes
 from zimage_core.memory.phases import MemoryBudget, MemoryReport, PhaseManager
 from zimage_core.models.transformer import Predict, ZImageTransformer
 from zimage_core.nn.cuda_graphs import StepGraphs
@@ -20,8 +22,9 @@ from zimage_core.run.checks import read_device, read_dtype, whole
 from zimage_core.run.request import Run
 from zimage_core.weights.load import opened_file
 
-RESERVE = 2 << 30
-"""Bytes of GPU memory that `dequantize_weights` leaves for activations, scratch and the VAE."""
+RESERVE = 768 << 20
+"""Bytes of GPU memory that `dequantize_weights` leaves beside the activations of decoding: gaps between
+tensors, scratch, workspaces of libraries."""
 
 Networks = Mapping[str, Any]
 """The pipeline's current transformer, text_encoder and vae by name."""
@@ -88,13 +91,17 @@ class Placement:
         compiled = getattr(transformer, "dynamo_ctx", None)
         return None if compiled is None else compiled(transformer.predict)
 
-    def dequantize_weights(self, transformer: ZImageTransformer, budget: int | None) -> dict[str, int]:
+    def dequantize_weights(
+        self, transformer: ZImageTransformer, budget: int | None, vae: AutoencoderConfig
+    ) -> dict[str, int]:
         """Keep the largest weights dense; see `ZImagePipeline.dequantize_weights`."""
         self._refuse_budget("dequantize_weights")
         if budget is not None:
             budget = whole("budget", budget, 0, 1 << 50)
         elif transformer.device.type == "cuda":
-            budget = max(0, torch.cuda.mem_get_info(transformer.device)[0] - RESERVE)
+            side = (transformer.sample_size or NATIVE_SIZE) // vae.spatial_factor
+            free = torch.cuda.mem_get_info(transformer.device)[0]
+            budget = max(0, free - decode_bytes(vae, side, side) - RESERVE)
         else:
             return {}
         layers = {
