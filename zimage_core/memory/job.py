@@ -30,7 +30,7 @@ SMALL_TENSOR = 1 << 20
 """Bytes of a tensor up to which torch's allocator takes it from segments for small ones."""
 SMALL = 12 << 20
 """Bytes of those segments, which are of 2 MiB, and of the rounding of the others to 2 MiB."""
-GAPS = {"encode": 0.25, "denoise": 0.1, "decode": 0.12}
+GAPS = {"encode": 0.25, "denoise": 0.1, "decode": 0.12, "planes": 0.02}
 """Bytes that the allocator leaves unused between the temporary tensors of a phase, over the bytes of those.
 tests/memory/test_gaps.py compares it with the allocator's rules, followed on the meta device."""
 MAP_PASSES = 6
@@ -163,11 +163,12 @@ class Job:
     def planes(self, *parts: Part) -> int:
         """Bytes of the planes that products of few rows ask for; default: of both networks that have some."""
         architecture = self.rates.architecture
-        return sum(
+        planes = sum(
             matrix.planes(self.tokens_of(part, name), architecture)
             for part in parts or (self.encoder, self.net)
             for name, matrix in matrices(part)
         )
+        return planes + int(GAPS["planes"] * planes)
 
     def encode_seconds(self) -> float:
         """Compute of all captions."""
