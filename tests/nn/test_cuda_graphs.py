@@ -70,10 +70,10 @@ def test_each_shape_and_dtype_has_a_graph_and_the_oldest_goes():
 def test_scratch_is_handed_over_once():
     """A graph owns the scratch whose address it holds; the thread makes a new one."""
     device = torch.device("cpu")
-    mine = gpu._scratch(device, 100)
+    mine = gpu._scratch(device, 10, 10, torch.uint8)
     assert gpu.hand_over_scratch(device, 0).data_ptr() == mine.data_ptr()
     assert gpu.hand_over_scratch(device, 0) is None
-    assert gpu._scratch(device, 100).data_ptr() != mine.data_ptr()
+    assert gpu._scratch(device, 10, 10, torch.uint8).data_ptr() != mine.data_ptr()
 
 
 def test_without_a_gpu_capture_is_refused_in_a_sentence():
