@@ -22,18 +22,6 @@ RUN = 2048
 
 
 @triton.jit
-def _tanh(x):
-    """tanh of float32 without overflow at either end and without cancellation in the middle."""
-    size = tl.abs(x)
-    e = tl.exp(-2.0 * size)
-    square = x * x
-    # Taylor to x^9; the next term is below 2^-26 of the sum where size < 1/4
-    series = x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835)))))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(size < 0.25, series, tl.where(x < 0, -far, far))
-
-
-@triton.jit
 def _rms_norm_modulate_kernel(
     x, weight, scale, y,        # [rows, size], [size], [size] or None, [rows, size] contiguous
     size, stride_x, eps,        # stride in elements
@@ -63,7 +51,7 @@ def _gate_norm_residual_kernel(
     base = tl.load(x + row * stride_x + col, mask=live, other=0.0).to(tl.float32)
     gain = tl.load(weight + col, mask=live, other=0.0).to(tl.float32)
     if gate is not None:
-        gain = gain * _tanh(tl.load(gate + col, mask=live, other=0.0).to(tl.float32))
+        gain = gain * tl.load(gate + col, mask=live, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(v * v) / size + eps)
     tl.store(y + row * size + col, (base + v * inverse * gain).to(y.dtype.element_ty), mask=live)
 
@@ -153,7 +141,7 @@ def gate_norm_residual(
     gate: torch.Tensor | None,
     factor: float,
 ) -> torch.Tensor:
-    """x, branch [..., D], weight [D], gate [D] or None -> x + tanh(gate) * norm(branch), contiguous."""
+    """x, branch [..., D], weight [D], gate [D] or None -> x + gate * norm(branch), contiguous."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel():
         rows, branches, size = _rows(x), _rows(branch), x.shape[-1]

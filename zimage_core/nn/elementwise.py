@@ -53,15 +53,15 @@ def rms_norm_modulate_torch(x: Tensor, weight: Tensor, eps: float, scale: Tensor
 def gate_norm_residual(
     x: Tensor, branch: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, factor: float = 1.0
 ) -> Tensor:
-    """x + tanh(gate) * weight * branch / rms(branch): a gated branch joins the residual stream.
+    """x + gate * weight * branch / rms(branch): a gated branch joins the residual stream.
 
     Args:
         x: [..., D], any strides.
         branch: [..., D], the output of the branch times `factor`.
         weight: [D].
         eps: Added to the mean square of the branch, as it is without `factor`.
-        gate: D numbers with any leading axes of length 1, or None for an open gate (1, not tanh of
-            something). One vector for each member of a batch, broadcast to x, runs in plain torch.
+        gate: D numbers with any leading axes of length 1, or None for 1. One vector for each member of a
+            batch, broadcast to x, runs in plain torch.
         factor: Factor by which the branch was multiplied before. eps is multiplied by its square, so a power
             of two cancels exactly.
 
@@ -84,7 +84,7 @@ def gate_norm_residual_torch(
     x: Tensor, branch: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, factor: float = 1.0
 ) -> Tensor:
     """`gate_norm_residual` in plain torch, unchecked."""
-    gain = weight.float() if gate is None else weight.float() * gate.float().tanh()
+    gain = weight.float() if gate is None else weight.float() * gate.float()
     return torch.addcmul(x.float(), _unit(branch, eps * factor * factor), gain).to(x.dtype)
 
 
