@@ -22,7 +22,7 @@ MOST_PATHS = 256
 
 
 @dataclass
-class _Scratch:
+class Scratch:
     """Scratch memory of a stream, and the views of it that were asked for."""
 
     buffer: Tensor | None = None
@@ -31,7 +31,7 @@ class _Scratch:
 
 class _Local(threading.local):
     def __init__(self) -> None:
-        self.scratch: dict[tuple[torch.device, int], _Scratch] = {}
+        self.scratch: dict[tuple[torch.device, int], Scratch] = {}
 
 
 _local = _Local()
@@ -192,7 +192,7 @@ def _scratch(device: torch.device, height: int, width: int, dtype: torch.dtype) 
     Each stream has a buffer of its own. Work on one stream runs in order, so the next weight cannot overwrite
     one that a product still reads.
     """
-    mine = _local.scratch.setdefault((device, _stream(device)), _Scratch())
+    mine = _local.scratch.setdefault((device, _stream(device)), Scratch())
     view = mine.views.get((height, width, dtype))
     if view is None:
         nbytes = height * width * dtype.itemsize
@@ -208,10 +208,15 @@ def _stream(device: torch.device) -> int:
     return _kernels().launch.current_stream(device.index) if device.type == "cuda" else 0
 
 
-def hand_over_scratch(device: torch.device, stream: int) -> Tensor | None:
+def hand_over_scratch(device: torch.device, stream: int) -> Scratch | None:
     """Hand this thread's scratch of a stream over to the caller, whose graph contains its address."""
-    mine = _local.scratch.pop((device, stream), None)
-    return None if mine is None else mine.buffer
+    return _local.scratch.pop((device, stream), None)
+
+
+def take_scratch(device: torch.device, stream: int, scratch: Scratch | None) -> None:
+    """Use what `hand_over_scratch` gave again, for this thread's next products on the stream."""
+    if scratch is not None:
+        _local.scratch[device, stream] = scratch
 
 
 def release_scratch(device: torch.device) -> None:
