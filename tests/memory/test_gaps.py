@@ -31,8 +31,7 @@ def build(make, dtype=torch.bfloat16):
 
 @pytest.fixture(scope="module")
 def net():
-    """All blocks allocate alike, so a few stand for all."""
-    return build(lambda: ZImageTransformer(TransformerConfig(n_layers=3)))
+    return build(lambda: ZImageTransformer(TransformerConfig()))
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -75,7 +74,7 @@ def test_denoising_fits_its_segment(net, width, height, caption, more):
     job = Job(SIZES, width, height, caption_tokens=caption, **more)
     high, room = run(net, job), arena(job, "denoise", job.denoise_live)
     assert high <= room
-    assert room <= 1.06 * high or room - high < 16 << 20, "no more is taken than needed"
+    assert room <= 1.08 * high or room - high < 16 << 20, "no more is taken than needed"
 
 
 @pytest.mark.parametrize("side", [256, 512, 1024, 1536])

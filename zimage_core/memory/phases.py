@@ -38,7 +38,7 @@ from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.quant.dispatch import kernels_for
-from zimage_core.quant.gpu import make_planes, release_scratch, scratch_bytes, take_scratch
+from zimage_core.quant.gpu import make_planes, release_scratch, reserve_scratch, scratch_bytes
 from zimage_core.weights.opened import Opened
 
 NETWORKS = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
@@ -254,7 +254,7 @@ class PhaseManager:
             network, dtype = self._networks[NETWORKS[needs.name]], self._dtype(NETWORKS[needs.name])
             # at once, because as it grew each smaller one would leave a gap
             sizes = (scratch_bytes(weight, dtype) for _, weight in packed_products(network))
-            take_scratch(self.device, max(sizes, default=0))
+            reserve_scratch(self.device, max(sizes, default=0))
 
     def _dtype(self, name: str) -> torch.dtype:
         network: Any = self._networks[name]
@@ -295,9 +295,10 @@ class PhaseManager:
         part = None if job is None else {"text_encoder": job.encoder, "transformer": job.net}.get(name)
         if job is None or part is None or not kernels_for(self.device):
             return
-        self._segments.reserve(job.planes(part))
+        planes = job.planes(part)
+        self._segments.reserve(planes)
         for place, weight in packed_products(network):
-            make_planes(weight, job.tokens_of(part, place), self._dtype(name))
+            make_planes(weight, job.tokens_of(part, place), self._dtype(name), free=planes)
 
     def _evict(self, name: str) -> None:
         """Take a network off the device."""
