@@ -15,7 +15,8 @@ from zimage_core import __version__
 from zimage_core.errors import ZImageError, printable
 from zimage_core.files.units import in_bytes
 from zimage_core.formats import FORMATS
-from zimage_core.quant.dispatch import HAS_TRITON, choose, crossover
+from zimage_core.quant.dispatch import choose, crossover
+from zimage_core.quant.probe import lacks
 
 NEEDED = ("torch", "numpy", "gguf", "safetensors", "tokenizers", "sentencepiece", "pillow")
 OPTIONAL = ("triton", "huggingface_hub")
@@ -122,6 +123,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": versions,
+        "kernels_lack": lacks(),
         "devices": devices,
         "embedded_model": model,
         "runs": _plan(devices, default),
@@ -161,18 +163,21 @@ def _gpus(cpu: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
     from zimage_core.quant.gpu import architecture
+    from zimage_core.quant.probe import obstacle
 
     cpu["threads"] = torch.get_num_threads()
     found: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
+        properties, device = torch.cuda.get_device_properties(index), torch.device("cuda", index)
+        arch = architecture(device)
         free, total = torch.cuda.mem_get_info(index)
         found.append(
             {
                 "name": f"cuda:{index}",
                 "title": properties.name,
                 "compute_capability": f"{properties.major}.{properties.minor}",
-                "architecture": architecture(torch.device("cuda", index)),
+                "architecture": arch,
+                "kernels_obstacle": obstacle(device),
                 "memory_bytes": total,
                 "memory_free_bytes": free,
             }
@@ -205,21 +210,16 @@ def _plan(devices: list[dict[str, Any]], default: str) -> list[str]:
                 "for a small model; quantised weights stay packed in memory and are unpacked tile by tile"
             )
         else:
-            does = _on_gpu(device["architecture"])
+            does = _on_gpu(device)
         plan.append(f"{name} ({'default' if name == default else f'with --device {name}'}): {does}")
     return plan
 
 
-def _on_gpu(architecture: str) -> str:
+def _on_gpu(device: dict[str, Any]) -> str:
     """What happens to quantised weights on a GPU."""
-    if not HAS_TRITON:
-        return (
-            "quantised weights are unpacked by plain torch in float32, slowly; "
-            "install Triton 3.6 or newer (pip install 'zimage-core[gpu]')"
-        )
-    if architecture.startswith("sm_") and int(architecture[3:]) < 70:
-        return "quantised weights are unpacked by plain torch in float32, slowly: Triton needs Volta or newer"
-    most = crossover(FORMATS["Q4_K"], architecture)
+    if why := device["kernels_obstacle"]:
+        return f"quantised weights are unpacked by plain torch, slower than by kernels: {why}"
+    most = crossover(FORMATS["Q4_K"], device["architecture"])
     few = f"up to {most} rows of x multiplied as they are (Q4_K), beyond that " if most else ""
     return f"quantised weights stay packed; {few}unpacked for each product by a kernel; see --paths"
 
@@ -227,6 +227,8 @@ def _on_gpu(architecture: str) -> str:
 def _lines(facts: dict[str, Any]) -> list[str]:
     lines = [f"zimage-core {facts['zimage_core']}, Python {facts['python']}, {facts['platform']}"]
     lines += [f"  {name:<16} {found or 'not installed'}" for name, found in facts["packages"].items()]
+    lacking = facts["kernels_lack"] or "Triton, a C compiler and Python.h are there"
+    lines.append(f"  {'GPU kernels':<16} {lacking}")
     lines.append("devices")
     for device in facts["devices"]:
         parts = [device["title"]]
