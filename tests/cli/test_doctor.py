@@ -65,3 +65,16 @@ def test_what_kernels_lack_is_a_line_with_and_without_a_gpu(zimage, monkeypatch)
     assert "  GPU kernels      there is no C compiler; install gcc\n" in zimage("doctor").out
     (line,) = doctor._plan([gpu_device(obstacle="Triton is not installed")], "cuda:0")
     assert "unpacked by plain torch, slower than by kernels: Triton is not installed" in line
+
+
+@pytest.mark.parametrize(
+    ("architecture", "transformer", "says"),
+    [
+        ("sm_90", ("cudnn", "flash"), "cudnn (transformer), flash (text encoder), efficient (VAE)"),
+        ("sm_75", (), "attention: chunks of queries (transformer), flash"),
+        ("gfx1100", ("flash",), "efficient (VAE), where this torch has it, else chunks of queries"),
+    ],
+)
+def test_the_kind_of_attention_is_said(architecture, transformer, says):
+    (line,) = doctor._plan([gpu_device(architecture, transformer=transformer)], "cpu")
+    assert says in line

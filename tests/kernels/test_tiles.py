@@ -10,8 +10,9 @@ from zimage_core.kernels import tiles
 @pytest.mark.parametrize(
     ("arch", "kin"),
     [
-        ("sm_121", "sm_120"), ("sm_87", "sm_86"), ("sm_88", "sm_86"), ("sm_90", "sm_90"), ("sm_75", "default"),
-        ("sm_103", "default"), ("gfx90a", "gfx942"), ("gfx1151", "gfx1100"), ("gfx1030", "gfx1100"),
+        ("sm_121", "sm_120"), ("sm_87", "sm_86"), ("sm_88", "sm_86"), ("sm_90", "sm_90"),
+        ("sm_75", "default"), ("sm_103", "default"), ("gfx90a", "gfx942"),
+        ("gfx1151", "gfx1100"), ("gfx1030", "gfx1100"),
     ],
 )  # fmt: skip
 def test_tiles_of_the_nearest_kin(arch, kin, monkeypatch):

@@ -162,14 +162,17 @@ def _cpu() -> dict[str, Any]:
 def _gpus(cpu: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
+    from zimage_core.nn.attention import attention_backends
     from zimage_core.quant.gpu import architecture
     from zimage_core.quant.probe import obstacle
+    from zimage_core.run.checks import read_dtypes
 
     cpu["threads"] = torch.get_num_threads()
     found: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties, device = torch.cuda.get_device_properties(index), torch.device("cuda", index)
         arch = architecture(device)
+        dtype = str(read_dtypes(None, None, device)["transformer"]).removeprefix("torch.")
         free, total = torch.cuda.mem_get_info(index)
         found.append(
             {
@@ -178,6 +181,11 @@ def _gpus(cpu: dict[str, Any]) -> list[dict[str, Any]]:
                 "compute_capability": f"{properties.major}.{properties.minor}",
                 "architecture": arch,
                 "kernels_obstacle": obstacle(device),
+                "attention": {
+                    "transformer": attention_backends(arch, "transformer", dtype),
+                    "text encoder": attention_backends(arch, "text encoder", dtype),
+                    "VAE": attention_backends(arch, "VAE", "float32", 512),
+                },
                 "memory_bytes": total,
                 "memory_free_bytes": free,
             }
@@ -210,7 +218,7 @@ def _plan(devices: list[dict[str, Any]], default: str) -> list[str]:
                 "for a small model; quantised weights stay packed in memory and are unpacked tile by tile"
             )
         else:
-            does = _on_gpu(device)
+            does = f"{_on_gpu(device)}; {_attention(device)}"
         plan.append(f"{name} ({'default' if name == default else f'with --device {name}'}): {does}")
     return plan
 
@@ -222,6 +230,14 @@ def _on_gpu(device: dict[str, Any]) -> str:
     most = crossover(FORMATS["Q4_K"], device["architecture"])
     few = f"up to {most} rows of x multiplied as they are (Q4_K), beyond that " if most else ""
     return f"quantised weights stay packed; {few}unpacked for each product by a kernel; see --paths"
+
+
+def _attention(device: dict[str, Any]) -> str:
+    """The first choice of each network."""
+    first = {use: (names or ("chunks of queries",))[0] for use, names in device["attention"].items()}
+    amd = device["architecture"].startswith("gfx")
+    otherwise = ", where this torch has it, else chunks of queries" if amd else ""
+    return f"attention: {', '.join(f'{name} ({use})' for use, name in first.items())}{otherwise}"
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from zimage_core.config import AutoencoderConfig
-from zimage_core.nn.layers import attention
+from zimage_core.nn.attention import attention
 from zimage_core.nn.linear import Linear
 
 NORM_EPS = 1e-6
