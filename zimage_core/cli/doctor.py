@@ -88,6 +88,8 @@ def _paths(args: argparse.Namespace, devices: list[dict[str, Any]]) -> int:
         return 0
     heads = "".join(f"{f'{what} ({m})':>21}" for what, m in TOKENS.items())
     lines = [f"paths of a {ROWS} x {WIDTH} weight on {architecture}, {in_bytes(free)} free"]
+    if args.architecture is None and (why := gpu.get("kernels_obstacle")):
+        lines.append(f"these need kernels, which do not run here, so plain torch unpacks all weights: {why}")
     lines.append(f"{heads}  why")
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in found:  # formats that differ in their crossover alone share a line
