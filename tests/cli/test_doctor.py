@@ -78,3 +78,14 @@ def test_what_kernels_lack_is_a_line_with_and_without_a_gpu(zimage, monkeypatch)
 def test_the_kind_of_attention_is_said(architecture, transformer, says):
     (line,) = doctor._plan([gpu_device(architecture, transformer=transformer)], "cpu")
     assert says in line
+
+
+def test_paths_of_this_gpu_say_that_no_kernel_runs_here(zimage, monkeypatch):
+    facts = {
+        "devices": [{"name": "cpu"}, {**gpu_device(obstacle="no compiler"), "memory_free_bytes": 1 << 33}]
+    }
+    monkeypatch.setattr(doctor, "examine", lambda: facts)
+    assert (
+        "do not run here, so plain torch unpacks all weights: no compiler" in zimage("doctor", "--paths").out
+    )
+    assert "no compiler" not in zimage("doctor", "--paths", "--architecture", "sm_90").out
