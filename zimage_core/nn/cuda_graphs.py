@@ -84,8 +84,9 @@ class CudaRecorder:
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # the same stream as before, so that its scratch is not allocated again inside the graph;
-        # thread_local, because another pipeline's threads may copy and allocate meanwhile
-        with torch.cuda.graph(graph, pool, stream, "thread_local"):
+        # thread_local, because another pipeline's threads may copy and allocate meanwhile; torch waits for
+        # the current device
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool, stream, "thread_local"):
             out = work()
         return graph, out
 

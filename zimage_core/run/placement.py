@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from zimage_core.errors import Unsupported
 from zimage_core.memory.activations import decode_bytes
 from zimage_core.memory.phases import MemoryBudget, MemoryReport, PhaseManager
 from zimage_core.models.transformer import Predict, ZImageTransformer
+from zimage_core.nn.attention import Use, settings
 from zimage_core.nn.cuda_graphs import StepGraphs
 from zimage_core.nn.layers import has_hooks
 from zimage_core.nn.linear import Linear, tensors_of
@@ -26,6 +27,8 @@ from zimage_core.weights.load import opened_file
 RESERVE = 768 << 20
 """Bytes of GPU memory that `dequantize_weights` leaves beside the activations of decoding: gaps between
 tensors, scratch, workspaces of libraries."""
+
+_USES: dict[str, Use] = {"encode": "text encoder", "denoise": "transformer", "decode": "VAE"}
 
 Networks = Mapping[str, Any]
 """The pipeline's current transformer, text_encoder and vae by name."""
@@ -185,9 +188,16 @@ class Placement:
                 guidance=guided, steps=run.steps,
             )  # fmt: skip
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Context in which the network of "encode", "denoise" or "decode" is on the device."""
-        return nullcontext() if self.memory is None else self.memory.phase(name)
+    @contextmanager
+    def phase(self, name: str, network: Any) -> Iterator[None]:
+        """Context in which the network of "encode", "denoise" or "decode" is on the device.
+
+        torch's settings are those that the network needs there; see `nn.attention.settings`.
+        """
+        device = network.device if self.memory is None else self.memory.device
+        moved = nullcontext() if self.memory is None else self.memory.phase(name)
+        with settings(device, _USES[name], network.dtype), moved:
+            yield
 
     def report(self) -> MemoryReport | None:
         """Report of what was planned and moved in the last run; None without a budget."""
