@@ -9,7 +9,7 @@ from tests.helpers.best_fit import BestFit
 from tests.helpers.live_bytes import as_the_kernels, on_meta
 from tests.helpers.model_headers import full_size
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
-from zimage_core.memory.job import AT_ONCE, SMALL, Job
+from zimage_core.memory.job import AT_ONCE, Job
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
@@ -40,7 +40,7 @@ def meta(*shape, dtype=torch.bfloat16):
 
 def arena(job, phase, live):
     """Bytes of the segment that a phase takes for its temporary tensors, scratch included."""
-    return job.scratch[phase] + live + job.gaps(phase, live) - SMALL
+    return job.scratch[phase] + live + job.gaps(phase, live)
 
 
 def run(net, job):
@@ -74,7 +74,7 @@ def test_denoising_fits_its_segment(net, width, height, caption, more):
     job = Job(SIZES, width, height, caption_tokens=caption, **more)
     high, room = run(net, job), arena(job, "denoise", job.denoise_live)
     assert high <= room
-    assert room <= 1.08 * high or room - high < 16 << 20, "no more is taken than needed"
+    assert room <= 1.08 * high or room - high < 20 << 20, "no more is taken than needed"
 
 
 @pytest.mark.parametrize("side", [256, 512, 1024, 1536])

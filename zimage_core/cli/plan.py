@@ -176,7 +176,7 @@ def _lines(plan: Plan, signs: str, around: int) -> list[str]:
     scale = max(plan.peak, plan.vram or 0)
     rows.append("")
     for phase in plan.phases:
-        rest = phase.scratch + phase.planes + phase.workspace + phase.gaps
+        rest = phase.scratch + phase.planes + phase.workspace + phase.gaps + phase.small
         counts = (phase.weights + phase.others, phase.slots, phase.activations, rest)
         rows.append(f"{phase.name:<8}{_bar(counts, scale, signs)} {in_bytes(phase.peak):>8}")
         told = (f"{name} {in_bytes(count)}" for name, count in zip(names, counts, strict=False) if count)

@@ -17,22 +17,22 @@ from zimage_core.memory.activations import (
     images_bytes,
     padded,
 )
+from zimage_core.memory.allocator import (
+    GAPS,
+    MIDDLE_SEGMENT,
+    MIDDLE_TENSOR,
+    OTHER_WORKSPACE,
+    PLANE_GAPS,
+    SMALL_SEGMENTS,
+    SMALL_TENSOR,
+    WORKSPACE,
+    segment,
+)
 from zimage_core.memory.plan import PHASES, Phase
 from zimage_core.memory.rates import Rates, decode_flops, encode_flops, known, step_flops, step_traffic
 from zimage_core.memory.sizes import Block, Part, Sizes, matrices
 from zimage_core.quant.dispatch import family
 
-WORKSPACE = {"sm_90": 32 << 20, "sm_100": 32 << 20}
-"""Bytes that the library of products takes for itself, by family; 9 MiB elsewhere. Source: PyTorch, notes on
-CUDA semantics, cuBLAS workspaces."""
-_WORKSPACE = 9 << 20
-SMALL_TENSOR = 1 << 20
-"""Bytes of a tensor up to which torch's allocator takes it from segments for small ones."""
-SMALL = 12 << 20
-"""Bytes of those segments, which are of 2 MiB, and of the rounding of the others to 2 MiB."""
-GAPS = {"encode": 0.25, "denoise": 0.1, "decode": 0.12, "planes": 0.02}
-"""Bytes that the allocator leaves unused between the temporary tensors of a phase, over the bytes of those.
-tests/memory/test_gaps.py compares it with the allocator's rules, followed on the meta device."""
 MAP_PASSES = 6
 """How often a map of the image crosses the link at each resolution, where it is kept on the host."""
 FINEST = 2.0625 / 8
@@ -89,7 +89,8 @@ class Job:
             for phase, part in zip(PHASES, (self.encoder, self.net, self.vae), strict=True)
         }
         gpu = self.rates.architecture != "cpu"
-        self.workspace = WORKSPACE.get(family(self.rates.architecture), _WORKSPACE) if gpu else 0
+        workspace = WORKSPACE.get(family(self.rates.architecture), OTHER_WORKSPACE) if gpu else 0
+        self.workspace = segment(workspace)
         self.encode_live = encode_bytes(encoder, caption_tokens, self.dtype, self.captions)
         rest = (caption_tokens, self.dtype, images, self.captions, steps)
         self.denoise_live = denoise_bytes(net, self.rows, self.cols, *rest)
@@ -104,24 +105,34 @@ class Job:
         self.denoise_need_with_refiner = stays + self.around("denoise", self.denoise_live)
 
     def gaps(self, phase: str, live: int) -> int:
-        """Bytes that torch's allocator leaves unused where temporary tensors of so many bytes are alive."""
+        """Bytes unused in the segment of a phase's temporary tensors, of which `live` bytes live at once."""
+        if self.rates.architecture == "cpu":
+            return 0
+        between = int(GAPS[phase] * live)
+        filled = self.scratch[phase] + live + between
+        return between + segment(filled) - filled
+
+    def small(self, phase: str) -> int:
+        """Bytes of the segments for small tensors of a phase, and of the rounding of its weights."""
         if self.rates.architecture == "cpu":
             return 0
         latent = self.net_config.in_channels * self.rows * self.cols * FLOAT32
-        # predictions of each image and side, in two dtypes; as small tensors they are not among the others
-        small = 2 * self.images * self.captions * latent if latent <= SMALL_TENSOR else 0
-        return SMALL + small + int(GAPS[phase] * live)
+        # predictions of each image and side, in two dtypes: as small tensors they are not among the others
+        predictions = 2 * self.images * self.captions * latent if latent <= SMALL_TENSOR else 0
+        part = dict(zip(PHASES, (self.encoder, self.net, self.vae), strict=True))[phase]
+        rounding = MIDDLE_SEGMENT if part.nbytes < MIDDLE_TENSOR else 0
+        return SMALL_SEGMENTS + predictions + rounding
 
     def around(self, phase: str, live: int) -> int:
         """Bytes beside the weights, where temporary tensors of so many bytes are alive."""
-        return live + self.gaps(phase, live) + self.scratch[phase] + self.workspace
+        return live + self.gaps(phase, live) + self.scratch[phase] + self.workspace + self.small(phase)
 
     def phase(
         self, name: str, weights: int, slots: int, live: int, others: int = 0, planes: int = 0
     ) -> Phase:
         """A phase whose temporary tensors have `live` bytes."""
-        scratch, gaps = self.scratch[name], self.gaps(name, live)
-        return Phase(name, weights, others, slots, live, scratch, planes, self.workspace, gaps)
+        apart = (self.workspace, self.gaps(name, live), self.small(name))
+        return Phase(name, weights, others, slots, live, self.scratch[name], planes, *apart)
 
     def decode_live(self, way: Way) -> int:
         """Activations of decoding, finished images among them."""
@@ -168,7 +179,7 @@ class Job:
             for part in parts or (self.encoder, self.net)
             for name, matrix in matrices(part)
         )
-        return planes + int(GAPS["planes"] * planes)
+        return planes + int(PLANE_GAPS * planes)
 
     def encode_seconds(self) -> float:
         """Compute of all captions."""

@@ -26,7 +26,7 @@ from zimage_core.memory.attach import (
 )
 from zimage_core.memory.device import Ring, device_for
 from zimage_core.memory.edits import Moved
-from zimage_core.memory.job import SMALL, Job
+from zimage_core.memory.job import Job
 from zimage_core.memory.plan import Component, Phase, Plan
 from zimage_core.memory.planner import plan_job, plan_on_cpu
 from zimage_core.memory.rates import Rates, known, measure
@@ -246,7 +246,7 @@ class PhaseManager:
     def _reserve(self, needs: Phase) -> None:
         """Take the segment of a phase's temporary tensors, and in it the scratch of its products."""
         try:
-            self._segments.reserve(needs.scratch + needs.activations + max(0, needs.gaps - SMALL))
+            self._segments.reserve(needs.scratch + needs.activations + needs.gaps)
         except torch.OutOfMemoryError:
             if needs.name != "decode":  # which goes on in smaller tiles by itself
                 raise

@@ -60,7 +60,8 @@ class Phase:
         scratch: Dense weights, one matrix at a time.
         planes: Copies of weights in the layout of the fused kernel.
         workspace: What libraries take.
-        gaps: What torch's allocator leaves unused between tensors; none on a CPU.
+        gaps: What torch's allocator leaves unused between temporary tensors; none on a CPU.
+        small: What it takes for small tensors; none on a CPU.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Phase:
     planes: int
     workspace: int
     gaps: int
+    small: int
 
     @property
     def peak(self) -> int:
