@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from benchmarks import gpu, predictions, standing, step_model
+from benchmarks import gpu, plots, predictions, standing, step_model
 from benchmarks.records import COLUMNS, text
 from benchmarks.report import ROOT
 from zimage_core.formats import FORMATS
@@ -106,6 +106,29 @@ def test_values_come_from_the_rows_of_a_run():
 def test_a_part_that_was_not_measured_leaves_the_gaps_out():
     rows = [row for row in ROWS if row["variant"] != "element-wise"]
     assert "step_gaps" not in standing.evaluate(rows)
+
+
+class Axes:
+    """Records the bars of a plot; matplotlib is not needed."""
+
+    def __init__(self) -> None:
+        self.bars: list[tuple[list[float], list[float]]] = []
+
+    def bar(self, labels, heights, width, bottoms, **_) -> None:
+        assert len(labels) == 2
+        self.bars.append((list(heights), list(bottoms)))
+
+    def set(self, **_) -> None:
+        """Titles."""
+
+
+def test_the_parts_of_a_step_are_stacked_up_to_the_whole():
+    axes = Axes()
+    assert plots.parts(ROWS, axes)
+    tops = [sum(pair) for pair in zip(*axes.bars[-1], strict=True)]
+    assert tops == pytest.approx([1e3 * step_model.step().replayed().middle, 80.1])
+    assert [heights[1] for heights, _ in axes.bars] == pytest.approx([60, 9, 5, 5.1, 1])
+    assert not plots.parts([row for row in ROWS if row["variant"] != "whole"], Axes())
 
 
 def test_a_value_is_written_with_gpu_and_date_and_a_missed_aim_is_said(tmp_path):
