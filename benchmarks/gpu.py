@@ -25,6 +25,7 @@ import torch
 from benchmarks import run, standing
 from benchmarks.report import RESULTS
 from benchmarks.timing import Ceilings
+from benchmarks.variants import short
 from zimage_core.config import TransformerConfig
 
 
@@ -101,6 +102,27 @@ def run_part(
     return bench.results.rows, bench.ceilings
 
 
+def run_parts(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of all parts that were asked for.
+
+    Raises:
+        SystemExit: The device failed, after which only another process can use it.
+    """
+    rows: list[dict[str, Any]] = []
+    measured = None
+    for i, number in enumerate(given.part):
+        try:
+            found, measured = run_part(number, given, measured)
+        except Exception as error:  # a case that fails is a row; what arrives here is the device's
+            left = " ".join(map(str, given.part[i + 1 :]))
+            more = f"; go on with --part {left}, then --update-readme --from FILES" if left else ""
+            raise SystemExit(
+                f"part {number} ended early, rows so far are written: {short(error)}{more}"
+            ) from error
+        rows += found
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Run what the command line asks for, or read it; all rows come back."""
     parser = argparse.ArgumentParser(
@@ -125,10 +147,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if not torch.cuda.is_available() and not given.rehearse:
             raise SystemExit("there is no GPU here: use --rehearse, or --update-readme --from FILES")
         given.out = given.out or (None if given.rehearse else RESULTS)
-        rows, measured = [], None
-        for number in given.part:
-            found, measured = run_part(number, given, measured)
-            rows += found
+        rows = run_parts(given)
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         date = time.strftime("%Y-%m-%d")
     values = standing.evaluate(rows)

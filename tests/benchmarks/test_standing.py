@@ -181,6 +181,17 @@ def test_the_parts_fit_into_nine_minutes():
     assert sum(part.seconds for part in gpu.PARTS.values()) <= 9 * 60 - 30
 
 
+def test_a_device_that_fails_ends_the_list_with_what_is_left(monkeypatch):
+    def failing(number, given, measured):
+        if number == 2:
+            raise RuntimeError("an illegal memory access")
+        return [], None
+
+    monkeypatch.setattr(gpu, "run_part", failing)
+    with pytest.raises(SystemExit, match=r"part 2 ended early.*illegal memory access; go on with --part 3 4"):
+        gpu.main(["--rehearse", "--part", "1", "2", "3", "4"])
+
+
 def test_without_a_gpu_the_list_says_what_to_do(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="there is no GPU here"):
