@@ -111,8 +111,10 @@ def _attention(bench: Bench, size: Size) -> list[Variant]:
 
 def _dequantise(bench: Bench, fmt: BlockFormat, size: Size) -> Variant:
     """Every packed weight into one scratch buffer; more copies than the cache holds, in rotation."""
-    if bench.no_kernels:
+    if not bench.gpu:
         from zimage_core.cpu.dequantize import dequantize_into
+    elif bench.no_kernels:
+        return Variant("dequantise", note=bench.no_kernels)
     else:
         from zimage_core.kernels.dequantize import dequantize_into
     device, dtype = bench.device, bench.dtype
