@@ -46,7 +46,7 @@ def parts(bench: Bench, fmt: BlockFormat, pixels: int, caption: int, config: Tra
 
 
 def _whole(bench: Bench, fmt: BlockFormat, size: Size) -> Variant:
-    """The step itself; `model_cases.step` compares it with an oracle."""
+    """The step itself, which has to be finite; `model_cases.step` compares it with an oracle."""
     pixels, caption, config = size
     device, dtype = bench.device, bench.dtype
     model = fill_packed(blank(lambda: ZImageTransformer(config), dtype, device, dtype), fmt, dtype, device)
@@ -54,7 +54,11 @@ def _whole(bench: Bench, fmt: BlockFormat, size: Size) -> Variant:
     latent = torch.randn(config.in_channels, 1, side, side, device=device)
     words = torch.randn(caption, config.cap_feat_dim, device=device).to(dtype)
     call = model_cases.stepper(model, latent, torch.full((1,), 0.5), words, replay=bench.gpu)
-    return Variant("whole", call, capture=False, flops=model_cases.step_flops(*size))
+
+    def error() -> float:
+        return 0.0 if torch.isfinite(call(0)).all() else float("nan")
+
+    return Variant("whole", call, error, capture=False, flops=model_cases.step_flops(*size))
 
 
 def _linears(bench: Bench, size: Size) -> Variant:
