@@ -19,6 +19,7 @@ from functools import lru_cache
 
 from benchmarks import cases
 from benchmarks.report import compiled_rows
+from zimage_core.config import TransformerConfig
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.quant.dispatch import ARCHITECTURES
 
@@ -132,7 +133,7 @@ TANH = 328 / 16
 
 GAP = Range(0.75e-6, 2.2e-6)
 """Seconds from one kernel to the next of a graph. Audit: 0.5 to 1.5 ms a step."""
-OTHER = 8
+OTHER = 7
 """Launches of a step besides the four parts: patches, pads, concatenations, the last norm. Audit: 668 to 682
 in all. The time of these few is counted as gaps."""
 
@@ -298,8 +299,9 @@ def step(
     pixels: int = cases.PIXELS,
     caption: int = cases.CAPTION,
     tanh: bool = False,
+    config: TransformerConfig = cases.TRANSFORMER,
 ) -> StepCost:
-    """The parts of one step of the full-size transformer.
+    """The parts of one step of the transformer.
 
     Args:
         gpu: The card.
@@ -307,10 +309,12 @@ def step(
         pixels: Side of the image.
         caption: Tokens of the caption.
         tanh: As if every row computed tanh of the gates.
+        config: Of the transformer; by default the full size.
     """
     fmt = FORMATS[name]
-    linears, attention = cases.step_linears(pixels, caption), cases.step_attention(pixels, caption)
-    elementwise = cases.step_elementwise(pixels, caption)
+    size = (pixels, caption, config)
+    linears, attention = cases.step_linears(*size), cases.step_attention(*size)
+    elementwise = cases.step_elementwise(*size)
     packed = [case for case in linears if case.k % fmt.weights == 0]
     counts = {
         "linear": sum(case.count for case in linears),

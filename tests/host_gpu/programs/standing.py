@@ -3,7 +3,8 @@
     standing.py [ARGUMENTS OF benchmarks.gpu]
 
 Nothing is checked, since kernels compute nothing. cuDNN is left out (`project`), so the rows of its attention
-are refused; any other row has to be timed. The answer has the rows that were not.
+are refused; any other row has to be timed. The answer has the rows that were not. It also has the launches of
+a step, counted and by the model.
 """
 
 from __future__ import annotations
@@ -15,8 +16,31 @@ import fake_cuda
 fake_cuda.settings(FAKE_ARCH=90)
 
 import project
+import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, step_model
+from benchmarks.model_cases import stepper
+from benchmarks.weights import blank, fill_packed
+from zimage_core.formats import FORMATS
+from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.quant import dispatch
+
+
+def launches(name="Q4_K", pixels=64, caption=32):
+    """(launches of a step that dequantises its weights, those of the model of a step)."""
+    dispatch.MODE = "dequantise"
+    config, device, dtype = gpu.TINY_CONFIG, torch.device("cuda", 0), torch.bfloat16
+    model = blank(lambda: ZImageTransformer(config), dtype, device)
+    fill_packed(model, FORMATS[name], dtype, device)
+    latent = torch.zeros(config.in_channels, 1, pixels // 8, pixels // 8, device=device)
+    words = torch.zeros(caption, config.cap_feat_dim, device=device, dtype=dtype)
+    step = stepper(model, latent, torch.zeros(1), words)
+    step(0)
+    before = fake_cuda.counts()
+    step(0)
+    calls = fake_cuda.counts() - before
+    wanted = step_model.step(name=name, pixels=pixels, caption=caption, config=config).launches
+    return calls["launch"] + calls["blas"], wanted
 
 
 def main():
@@ -26,6 +50,7 @@ def main():
     left = [row for row in rows if row["median_us"] == "" and row["what"] != "ceiling"]
     columns = ("what", "case", "format", "variant", "note")
     project.answer(
+        launches=launches(),
         timed=len(timed),
         kinds=sorted({row["what"] for row in timed}),
         graphs=sorted(
