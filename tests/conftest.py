@@ -31,6 +31,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402, after the number of threads is set
 
+from tests.host_gpu import driven  # noqa: E402
+
 # Without a GPU kernels run in Triton's interpreter. Triton decides when it is imported, by whichever test.
 # Compilation, the other half, happens in processes of its own.
 if not torch.cuda.is_available():
@@ -54,5 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for mark, names in absent.items():
             if names and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(names)}"))
+        if item.get_closest_marker("fake_cuda") and (reason := driven.missing()):
+            item.add_marker(pytest.mark.skip(reason=reason))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -53,8 +53,9 @@ def record(work: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # the same stream as before, so that its scratch is not allocated again inside the graph;
-    # thread_local, because another pipeline's threads may copy and allocate meanwhile
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    # thread_local, because another pipeline's threads may copy and allocate meanwhile; torch waits for the
+    # current device
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         out = work()
     return _Graph(graph, hand_over_scratch(out.device, stream.cuda_stream)), out
 

@@ -85,6 +85,12 @@ API void fake_take_at(long nth, size_t size) {
 // see "Failures" in settings.h; whether there is such a kind
 API int fake_fail(const char* kind, long nth, int error, long times) { return ask_to_fail(kind, nth, error, times); }
 
+API void fake_set_delays(long any, long copy, long launch) {
+  any_delay = any;
+  copy_delay = copy;
+  launch_delay = launch;
+}
+
 API void fake_set_fast(int on) { fast = on != 0; }
 
 // "count name" lines of what was launched since the last reset; owned by the library until the next call

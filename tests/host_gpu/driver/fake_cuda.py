@@ -11,6 +11,7 @@ try:
     _library.fake_count.restype = ctypes.c_long
     _library.fake_used.restype = _library.fake_most.restype = ctypes.c_size_t
     _library.fake_set_total.argtypes = [ctypes.c_size_t]
+    _library.fake_set_delays.argtypes = [ctypes.c_long] * 3
     _library.fake_take.argtypes = [ctypes.c_int, ctypes.c_long]
     _library.fake_take_at.argtypes = [ctypes.c_long, ctypes.c_size_t]
     _library.fake_fail.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_long]
@@ -83,8 +84,8 @@ def fail(kind, nth=1, error=UNKNOWN, times=1, sticky=False):
 
     `kind` is the name of a counter: malloc, host_alloc, copy, launch, blas, graph_launch, module, event (its
     creation), record, event_wait, event_query, stream_wait, synchronize, free. A sticky error is returned by
-    every later call until the process ends. The environment variable FAKE_FAIL=kind:nth:error:times,... asks for
-    the same at the start of a process, with 0 times for a sticky one.
+    every later call until the process ends. The environment variable FAKE_FAIL=kind:nth:error:times,... asks
+    for the same at the start of a process, with 0 times for a sticky one.
     """
     if not _library.fake_fail(kind.encode(), nth, error, 0 if sticky else times):
         raise ValueError(f"fake_cuda: no counter {kind!r}; there are {', '.join(_NAMES)}")
@@ -94,6 +95,14 @@ def launched(reset=False):
     """Kernels and products by name since the last reset, not counting those of fast mode."""
     lines = _library.fake_launched(int(reset)).decode().splitlines()
     return {name: int(count) for count, name in (line.split(" ", 1) for line in lines)}
+
+
+def set_delays(any_us=0, copy_us=0, launch_us=0):
+    """Usual delays in microseconds: of each operation, and beside it of copies to the device and of launches.
+
+    A delay is drawn evenly from 0 to twice that; one in sixteen is eight times as long.
+    """
+    _library.fake_set_delays(any_us, copy_us, launch_us)
 
 
 def set_fast(on):

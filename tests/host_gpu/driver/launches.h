@@ -39,7 +39,7 @@ static int launch(const std::string& name, cudaStream_t handle, const void* memo
     Lock lock(memory_mutex);
     launched[name]++;
   }
-  enqueue(stream, [] {});
+  enqueue(stream, [=] { stream->delay(launch_delay); });
   return cudaSuccess;
 }
 

@@ -121,7 +121,11 @@ API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMem
     auto staged = std::make_shared<std::vector<char>>(bytes, bytes + size);
     enqueue(stream, [=] { memcpy(to, staged->data(), size); });
   } else {
-    enqueue(stream, [=] { memcpy(to, from, size); });
+    bool upload = kind_of(from) == PINNED;
+    enqueue(stream, [=] {
+      if (upload) stream->delay(copy_delay);
+      memcpy(to, from, size);
+    });
   }
   if (to_pageable || (from_pageable && size > STAGED)) {
     counts[N_copy_wait]++;

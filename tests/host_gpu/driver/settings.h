@@ -12,7 +12,8 @@ static const int DEVICES = std::min(16L, setting("FAKE_DEVICES", 1));
 static std::atomic<size_t> total{size_t(setting("FAKE_MB", 81920)) << 20};  // memory of each device
 static const size_t CONTEXT = size_t(setting("FAKE_CONTEXT_MB", 0)) << 20;  // that a context takes of its device
 static const bool NO_COPY = setting("FAKE_NO_COPY", 0);           // copies write nothing to device memory
-static const long DELAY = setting("FAKE_DELAY_US", 0);            // usual delay before each operation of a stream
+static std::atomic<long> any_delay{setting("FAKE_DELAY_US", 0)};  // usual delay before each operation of a stream
+static std::atomic<long> copy_delay{0}, launch_delay{0};          // beside that, of copies to the device and of launches
 static const long SEED = setting("FAKE_SEED", 0);                 // of the delays
 static const bool VERBOSE = setting("FAKE_VERBOSE", 0);           // print every error that is returned
 static std::atomic<bool> fast{setting("FAKE_FAST", 0) != 0};      // launches are counted and nothing else

@@ -31,7 +31,7 @@ struct Stream {
       queue.pop_front();
       busy = true;
       lock.unlock();
-      delay();
+      delay(any_delay);
       op();
       op = nullptr;
       lock.lock();
@@ -40,10 +40,10 @@ struct Stream {
     }
   }
 
-  // evenly from 0 to twice DELAY, and one time in sixteen eight times that
-  void delay() {
-    if (!DELAY) return;
-    long micros = random() % (2 * DELAY + 1);
+  // evenly from 0 to twice the usual delay, and one time in sixteen eight times that
+  void delay(long usual) {
+    if (!usual) return;
+    long micros = random() % (2 * usual + 1);
     if (random() % 16 == 0) micros *= 8;
     std::this_thread::sleep_for(std::chrono::microseconds(micros));
   }
