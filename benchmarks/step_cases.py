@@ -16,7 +16,7 @@ from benchmarks.timing import Call, copies
 from benchmarks.variants import Bench, Variant, run_case
 from benchmarks.weights import relative_error
 from zimage_core.nn import elementwise as package
-from zimage_core.nn.layers import attention
+from zimage_core.nn.attention import attention
 
 Attention = Callable[..., Tensor]
 """q, k and v [L, H, D] -> [L, H * D]."""

@@ -69,9 +69,13 @@ def architecture(device: torch.device) -> tuple[str, int]:
 def matmul_tile(count: int, arch: str) -> Tile:
     """The tile of the fused kernel for `count` rows of x: the first entry of the table that is tall enough.
 
-    AMD GPUs without entries use those of another AMD GPU, because AMD's compiler fails with NVIDIA's stages.
+    An NVIDIA GPU without entries uses those of an older one of its generation: sm_121 those of sm_120. AMD GPUs
+    without entries use those of another AMD GPU, because AMD's compiler fails with NVIDIA's stages.
     """
     relative = "gfx942" if arch.startswith("gfx9") else "gfx1100" if arch.startswith("gfx") else "default"
+    if arch.startswith("sm_"):
+        kin = [key for key in _table() if key[:-1] == arch[:-1] and key <= arch]
+        relative = max(kin, default=relative)
     entries = _table().get(arch) or _table()[relative]
     entry = next((e for e in entries if count <= e["rows"]), entries[-1])
     return Tile(entry["bm"], entry["bn"], entry["warps"], entry["stages"])

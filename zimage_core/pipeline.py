@@ -61,7 +61,8 @@ class ZImagePipeline(Ported):
             shift 3. Its shift decides the defaults of the call: a shift of 6 means the base checkpoint, any
             other a distilled one (they have 3). Where none is given or stated, the `shift` of a call decides
             instead. Replacing the scheduler later changes no default.
-        vae: The VAE, which always runs in float32, as in the official code and the model's own config.
+        vae: The VAE, which always runs in float32, as in the official code and the model's own config; its
+            convolutions are TF32 where torch allows it, as by default on Ampere and newer.
         text_encoder: The text encoder; its width must be the transformer's caption width.
         tokenizer: The text encoder's tokenizer.
         transformer: The S3-DiT.
@@ -249,7 +250,7 @@ class ZImagePipeline(Ported):
         self._placement.begin(networks(self), run, max(len(each) for each in (*ids.values(), *embeds)))
         captions = self._encode(run.batch, ids, run.debug, self.transformer.device)
         encoded = clock.lap()
-        with self._placement.phase("denoise"):
+        with self._placement.phase("denoise", self.transformer):
             predict = self._placement.predict(self.transformer)
             denoiser = Denoiser(self.transformer, *captions, run, predict)
             latents = denoise(self, denoiser, run, clock.step, clock.lap)
@@ -257,7 +258,7 @@ class ZImagePipeline(Ported):
         steps = clock.steps()
         images: Any = latents.cpu()
         if run.output_type != "latent":
-            with self._placement.phase("decode"):
+            with self._placement.phase("decode", self.vae):
                 keep = None if self._placement.memory is None else self._placement.memory.keep
                 images = to_output(decode(self.vae, latents, run.debug, keep), run.output_type)
         timings = Timings(encoded, steps, decode=clock.lap(), total=clock.total())
@@ -293,7 +294,7 @@ class ZImagePipeline(Ported):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Captions [L, cap_feat_dim] of both sides; a text that occurs twice is encoded once."""
         features = {}
-        with self._placement.phase("encode") if ids else nullcontext():
+        with self._placement.phase("encode", self.text_encoder) if ids else nullcontext():
             for text, each in ids.items():
                 call = partial(self.text_encoder, each)
                 features[text] = checked(self.text_encoder, "text encoder", call, debug).to(device)

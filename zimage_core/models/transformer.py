@@ -20,8 +20,9 @@ from zimage_core.models import sequence
 from zimage_core.models.block_norms import norm_modulate, norm_residual, norms_rope
 from zimage_core.models.block_source import RESIDENT, BlockSource
 from zimage_core.models.ported import Network
+from zimage_core.nn.attention import attention
 from zimage_core.nn.elementwise import silu_gate
-from zimage_core.nn.layers import RMSNorm, Rotation, attention, rotation
+from zimage_core.nn.layers import RMSNorm, Rotation, rotation
 from zimage_core.nn.linear import Linear
 
 FREQUENCIES = 256

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from zimage_core.errors import Unsupported
 from zimage_core.memory.phases import MemoryBudget, MemoryReport, PhaseManager
 from zimage_core.models.transformer import Predict, ZImageTransformer
+from zimage_core.nn.attention import Use, settings
 from zimage_core.nn.cuda_graphs import StepGraphs
 from zimage_core.nn.layers import has_hooks
 from zimage_core.nn.linear import Linear, tensors_of
@@ -22,6 +23,8 @@ from zimage_core.weights.load import opened_file
 
 RESERVE = 2 << 30
 """Bytes of GPU memory that `dequantize_weights` leaves for activations, scratch and the VAE."""
+
+_USES: dict[str, Use] = {"encode": "text encoder", "denoise": "transformer", "decode": "VAE"}
 
 Networks = Mapping[str, Any]
 """The pipeline's current transformer, text_encoder and vae by name."""
@@ -147,9 +150,16 @@ class Placement:
                 guidance=guided, steps=run.steps,
             )  # fmt: skip
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Context in which the network of "encode", "denoise" or "decode" is on the device."""
-        return nullcontext() if self.memory is None else self.memory.phase(name)
+    @contextmanager
+    def phase(self, name: str, network: Any) -> Iterator[None]:
+        """Context in which the network of "encode", "denoise" or "decode" is on the device.
+
+        torch's settings are those that the network needs there; see `nn.attention.settings`.
+        """
+        device = network.device if self.memory is None else self.memory.device
+        moved = nullcontext() if self.memory is None else self.memory.phase(name)
+        with settings(device, _USES[name], network.dtype), moved:
+            yield
 
     def report(self) -> MemoryReport | None:
         """Report of what was planned and moved in the last run; None without a budget."""
