@@ -83,9 +83,9 @@ class CudaRecorder:
                 work()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # the same stream as before, so that its scratch is not allocated again inside the graph;
-        # thread_local, because another pipeline's threads may copy and allocate meanwhile
-        with torch.cuda.graph(graph, pool, stream, "thread_local"):
+        # the same stream as before, so that its scratch is not allocated again inside the graph
+        mode = "thread_local"  # another pipeline's threads may copy and allocate meanwhile
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
             out = work()
         return graph, out
 
