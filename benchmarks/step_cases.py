@@ -82,23 +82,23 @@ def inputs_of(
         return q, k, 1 + random(size), 1 + random(size), eps, angle.cos(), angle.sin()
     x = random(rows, size)
     if case.name == "rms_norm_modulate":
-        return x, 1 + random(size), eps, random(size)
+        return x, 1 + random(size), eps, random(size).float()
     if case.name == "silu_gate":
         return x, random(rows, size), 1.0
-    return x, random(rows, size), 1 + random(size), eps, random(size), 1.0
+    return x, random(rows, size), 1 + random(size), eps, random(size).float(), 1.0
 
 
 def _step(name: str, inputs: Any, normed: Callable[[Tensor, Tensor, float], Tensor]) -> Any:
     """A step written out with a given RMSNorm (x, weight, eps); every operation rounds to its dtype."""
     if name == "rms_norm_modulate":
         x, weight, eps, scale = inputs
-        return normed(x, weight, eps) * (1 + scale)
+        return normed(x, weight, eps) * (1 + scale.to(x.dtype))
     if name == "silu_gate":
         gate, up, factor = inputs
         return functional.silu(gate) * up * factor
     if name == "gate_norm_residual":
         x, branch, weight, eps, gate, factor = inputs
-        return x + gate.tanh() * normed(branch, weight, eps * factor**2)
+        return x + gate.to(x.dtype) * normed(branch, weight, eps * factor**2)
     q, k, q_weight, k_weight, eps, cos, sin = inputs
     cos, sin = cos[:, None], sin[:, None]
     rotated = []

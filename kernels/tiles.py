@@ -14,6 +14,8 @@ DEQUANTIZE_WARPS = 4
 REPACK_WARPS = 4
 ORDER = 8
 """Tiles along N that run side by side and share a tile of x."""
+SPLITS = 16
+"""Most programs along K."""
 TABLE = Path(__file__).parent / "tiles.json"
 """File of the tiles: written from the analysis in docs/kernels.md, then by `python -m benchmarks.tune`."""
 
@@ -29,6 +31,7 @@ class Tile:
     splits: int = 1
 
 
+@cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, where every program takes about a millisecond."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,6 +93,6 @@ def matmul(count: int, rows: int, width: int, device: torch.device) -> Tile:
     tile = matmul_tile(count, arch)
     programs = -(-count // tile.bm) * -(-rows // tile.bn)
     splits = 1
-    while splits < 16 and programs * splits < 2 * processors and width >= 1024 * splits:
+    while splits < SPLITS and programs * splits < 2 * processors and width >= 1024 * splits:
         splits *= 2
     return Tile(tile.bm, tile.bn, tile.warps, tile.stages, splits)

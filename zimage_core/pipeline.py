@@ -247,11 +247,12 @@ class ZImagePipeline(Ported):
         self._interrupt, self._guidance_scale, self._num_timesteps = False, run.guidance_scale, run.steps
         ids = self._tokenize(run.batch, run.encoding)
         embeds = (*(run.batch.prompt_embeds or ()), *(run.batch.negative_prompt_embeds or ()))
-        self._placement.begin(networks(self), run, max(len(each) for each in (*ids.values(), *embeds)))
+        longest = max(len(each) for each in (*ids.values(), *embeds))
+        self._placement.begin(networks(self), run, longest)
         captions = self._encode(run.batch, ids, run.debug, self.transformer.device)
         encoded = clock.lap()
         with self._placement.phase("denoise", self.transformer):
-            predict = self._placement.predict(self.transformer)
+            predict = self._placement.predict(self.transformer, run, longest)
             denoiser = Denoiser(self.transformer, *captions, run, predict)
             latents = denoise(self, denoiser, run, clock.step, clock.lap)
         del denoiser, captions  # frees what they hold before the decoder needs the memory
@@ -559,11 +560,18 @@ class ZImagePipeline(Ported):
         self._placement.to(networks(self), targets)
         return self
 
-    def capture(self, on: bool = True) -> None:
+    def capture(self, on: bool | None = True) -> None:
         """Record the steps of later runs as CUDA graphs, one for each image size and caption length.
 
-        A graph is recorded at the first step with new shapes and then replayed, in later runs too. It holds
-        the activations of a step. Results do not change.
+        A graph is recorded at the first step with new shapes and then replayed, in later runs too. The graphs
+        share memory for the activations of a step. Results do not change. A graph repeats what was recorded:
+        call this again after replacing functions that the network calls.
+
+        Args:
+            on: True records always, False never. None, the initial state, records from the ninth step with
+                the same shapes on, on NVIDIA GPUs where a step is expected to wait for the host; never with a
+                memory budget, hooks, a callback, `debug`, or compiled or replaced modules. If that fails, a
+                warning says so and the steps run one by one.
 
         Raises:
             Unsupported: The transformer is not on a CUDA GPU, or has a memory budget.

@@ -67,13 +67,13 @@ def test_a_small_budget_says_what_would_fit():
     with pytest.raises(OverBudget) as caught:
         make_plan(Q4_K_M, 2048, 2048, vram=2 * 10**9)
     text = str(caught.value)
-    assert "2 GB of GPU memory are given and 2048 x 2048 px need at least 2.6 GB" in text
+    assert "2 GB of GPU memory are given and 2048 x 2048 px need at least 2.61 GB" in text
     assert "\n" not in text
     width = int(text.partition("an image of ")[2].split()[0])
     assert make_plan(Q4_K_M, width, width, vram=2 * 10**9).peak <= 2 * 10**9
     with pytest.raises(OverBudget):
         make_plan(Q4_K_M, width + 16, width + 16, vram=2 * 10**9)
-    assert "a quantisation whose blocks have at most 53.5 MB (here: 354 MB)" in text
+    assert "a quantisation whose blocks have at most 49.6 MB (here: 354 MB)" in text
 
 
 def test_images_keep_their_shape_in_the_advice():

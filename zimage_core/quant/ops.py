@@ -19,7 +19,7 @@ from zimage_core.errors import BadArgument, BadShape, Unsupported
 from zimage_core.formats import FORMATS
 from zimage_core.quant import gpu
 from zimage_core.quant.dequantize import dense_rows
-from zimage_core.quant.dispatch import PLAIN_WEIGHTS, SCRATCH_BYTES, kernels_for
+from zimage_core.quant.dispatch import PLAIN_WEIGHTS, SCRATCH_BYTES
 from zimage_core.quant.plain import slabs
 from zimage_core.quant.tensor import PlaneCache, QuantTensor, per_row
 
@@ -74,6 +74,8 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
             "packed weights give no gradients; run under torch.no_grad(), or make them dense by "
             "pipe.dequantize_weights(budget) or by dequantize_weight(dtype) of the layer"
         )
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return _packed_linear(x, weight, bias)
     with torch.no_grad():
         if torch.compiler.is_compiling():
             planes = list(weight.planes.planes or ())
@@ -83,7 +85,7 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
 
 
 def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
-    if x.dtype != torch.float64 and kernels_for(x.device):
+    if x.dtype != torch.float64 and gpu.kernels_run(x.device):
         return gpu.linear(x, weight, bias)
     if x.device.type != "cpu":
         return plain_linear(x, weight, bias)

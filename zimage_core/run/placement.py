@@ -17,6 +17,7 @@ from zimage_core.nn.layers import has_hooks
 from zimage_core.nn.linear import Linear, tensors_of
 from zimage_core.quant.dispatch import largest_that_fit
 from zimage_core.quant.tensor import QuantTensor
+from zimage_core.run.capturing import AFTER, has_room, pays
 from zimage_core.run.checks import read_device, read_dtype, whole
 from zimage_core.run.request import Run
 from zimage_core.weights.load import opened_file
@@ -35,7 +36,9 @@ class Placement:
 
     def __init__(self) -> None:
         self.memory: PhaseManager | None = None
-        self.graphs: StepGraphs | None = None
+        self.graphs: StepGraphs | None = None  # those that `capture` asked for
+        self._own: StepGraphs | None = None  # those recorded where it pays
+        self._may_record = True
         self._as_loaded = True
         self._addresses: list[int] = []  # of the weights that the graphs read
 
@@ -50,12 +53,12 @@ class Placement:
                 "a pipeline with a memory budget is not copied or pickled: call limit_memory() without "
                 "arguments first, or open the model a second time (mapped files are shared)"
             )
-        return self.__dict__
+        return {**self.__dict__, "_own": None}
 
     def to(self, networks: Networks, targets: tuple[str | torch.device | torch.dtype, ...]) -> None:
         """Move the networks to devices, or cast transformer and text encoder to dtypes, in this order."""
         self._refuse_budget("to")
-        self.graphs = self._new_graphs(networks)
+        self._forget_graphs()
         for target in targets:
             if isinstance(target, torch.dtype):
                 self._as_loaded = False
@@ -67,8 +70,8 @@ class Placement:
                 for network in networks.values():
                     network.to(place)
 
-    def capture(self, transformer: ZImageTransformer, on: bool) -> None:
-        """Start or stop recording steps; see `ZImagePipeline.capture`."""
+    def capture(self, transformer: ZImageTransformer, on: bool | None) -> None:
+        """Record steps always, never, or where it pays (None); see `ZImagePipeline.capture`."""
         if on:
             self._refuse_budget("capture")
         if on and transformer.device.type != "cuda":
@@ -76,20 +79,48 @@ class Placement:
                 f"capture: steps can be recorded on a CUDA GPU only, not on {transformer.device}"
             )
         self.graphs = StepGraphs(transformer.predict) if on else None
+        self._own, self._may_record = None, on is None
 
-    def predict(self, transformer: ZImageTransformer) -> Predict | None:
+    def predict(self, transformer: ZImageTransformer, run: Run, caption_tokens: int) -> Predict | None:
         """Function to call instead of `transformer.predict`: recorded graphs, a compiled one, or None."""
+        graphs = self.graphs
+        if graphs is None:
+            # torch.compile(pipe.transformer) compiles the module's call, but a run calls its methods
+            compiled = getattr(transformer, "dynamo_ctx", None)
+            if compiled is not None:
+                function: Predict = compiled(transformer.predict)
+                return function
+            if not self._records_unasked(transformer, run, caption_tokens):
+                return None
+            graphs = self._own
+        addresses = [tensor.data_ptr() for tensor in tensors_of(transformer)]
+        replaced = graphs is not None and len(graphs) > 0 and addresses != self._addresses
+        if graphs is None or graphs.step != transformer.predict or replaced:
+            graphs = self._new_graphs(transformer)
+        self._addresses = addresses
+        # a graph is replayed without Python, so that no hook would be called
+        hooked = any(has_hooks(module) for module in transformer.modules())
+        return None if hooked else graphs
+
+    def _records_unasked(self, transformer: ZImageTransformer, run: Run, caption_tokens: int) -> bool:
+        """Whether steps are recorded though `capture` did not ask for it."""
+        # a callback may put in hooks and other weights between steps
+        if not self._may_record or self.memory is not None or run.debug or run.callback is not None:
+            return False
+        # a module whose forward was replaced or compiled may do what no graph repeats
+        if any("forward" in vars(m) or m._compiled_call_impl is not None for m in transformer.modules()):
+            return False
+        size = (*run.latents.shape[-2:], caption_tokens)
+        recorded = self._own is not None and len(self._own) > 0
+        return pays(transformer, *size) and (recorded or has_room(transformer, *size))
+
+    def _new_graphs(self, transformer: ZImageTransformer) -> StepGraphs:
+        """Empty graphs, as recorded ones hold the addresses of weights."""
         if self.graphs is not None:
-            addresses = [tensor.data_ptr() for tensor in tensors_of(transformer)]
-            if self.graphs.step != transformer.predict or (len(self.graphs) and addresses != self._addresses):
-                self.graphs = StepGraphs(transformer.predict)  # the transformer or a weight was replaced
-            self._addresses = addresses
-            # a graph is replayed without Python, so that no hook would be called
-            hooked = any(has_hooks(module) for module in transformer.modules())
-            return None if hooked else self.graphs
-        # torch.compile(pipe.transformer) compiles the module's call, but a run calls its methods
-        compiled = getattr(transformer, "dynamo_ctx", None)
-        return None if compiled is None else compiled(transformer.predict)
+            self.graphs = graphs = StepGraphs(transformer.predict)
+        else:
+            self._own = graphs = StepGraphs(transformer.predict, after=AFTER, asked=False)
+        return graphs
 
     def dequantize_weights(self, transformer: ZImageTransformer, budget: int | None) -> dict[str, int]:
         """Keep the largest weights dense; see `ZImagePipeline.dequantize_weights`."""
@@ -114,7 +145,7 @@ class Placement:
         for name in chosen:
             layers[name].dequantize_weight(dtype)
             self._as_loaded = False
-        self.graphs = self._new_graphs({"transformer": transformer})
+        self._forget_graphs()
         return {name: growth[name] for name in chosen}
 
     def limit_memory(
@@ -138,7 +169,7 @@ class Placement:
         found = {name: opened_file(network) for name, network in networks.items()}
         opened = {name: each for name, each in found.items() if each is not None}
         self.memory = PhaseManager(networks, opened, device, MemoryBudget(vram, ram))
-        self.graphs = None
+        self.graphs = self._own = None
 
     def begin(self, networks: Networks, run: Run, caption_tokens: int) -> None:
         """Plan a run where memory is limited."""
@@ -172,6 +203,8 @@ class Placement:
                 "call limit_memory() without arguments first, or open it anew"
             )
 
-    def _new_graphs(self, networks: Networks) -> StepGraphs | None:
-        """Empty graphs after weights were moved or changed, as recorded graphs hold their old addresses."""
-        return None if self.graphs is None else StepGraphs(networks["transformer"].predict)
+    def _forget_graphs(self) -> None:
+        """Drop recorded graphs, whose memory would otherwise stay until the next run."""
+        self._own = None
+        if self.graphs is not None:
+            self.graphs = StepGraphs(self.graphs.step)
