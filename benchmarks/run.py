@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -27,8 +28,11 @@ from benchmarks.report import RESULTS
 from benchmarks.timing import Budget, Ceilings, ceilings, name_of, warm_up
 from benchmarks.variants import Bench, short
 from zimage_core.config import AutoencoderConfig, TransformerConfig
+from zimage_core.nn.attention import settings
 
 WHAT = ("dequant", "matmul", "elementwise", "attention", "block", "step", "parts", "vae", "image")
+STEP = ("matmul", "attention", "block", "step", "parts")
+"""Kinds that are computed with torch's settings of a denoising step."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ROWS_GPU = (1, 8, 16, 32, 64, 128, 288, 512, 1056, 2048, 4128)
 ROWS_CPU = (32, 288)
@@ -181,7 +185,8 @@ def run(
             print(f"{what}: out of time, {len(work)} cases planned", flush=True)
             return
         try:
-            case(bench, *arguments)
+            with settings(bench.device, "transformer", bench.dtype) if what in STEP else nullcontext():
+                case(bench, *arguments)
         except Exception as error:  # noqa: BLE001 - out of memory while setting up, say: the others go on
             shown = [each for each in arguments if not isinstance(each, TransformerConfig)]
             about = " ".join(str(getattr(each, "name", each)) for each in shown)
