@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from zimage_core.cpu.dequantize import dequantize_into as by_torch
+from zimage_core.formats import FORMATS
 from zimage_core.kernels import launch
+from zimage_core.kernels.dequantize import dequantize_into
 from zimage_core.kernels.launch import LARGEST, Launch
 
 
@@ -123,3 +126,20 @@ def test_amd_and_the_interpreter_leave_every_launch_to_triton(kernel, monkeypatc
     for _ in range(2):
         go((1, 1), (Pointer(),), (), (1,))
     assert ways(kernel) == ["triton"] * 4
+
+
+def test_a_launch_that_is_repeated_writes_the_same(device):
+    """On a GPU the second of each pair is direct, but for bytes that 16 does not divide."""
+    fmt, generator = FORMATS["Q4_K"], torch.Generator().manual_seed(0)
+    size = 8 * fmt.nbytes
+    memory = torch.randint(0, 60, (size + 16,), generator=generator, dtype=torch.uint8)
+    wanted = torch.empty(8, 256)
+    for start in (0, 4, 0, 16):
+        packed = memory[start : start + size].clone().view(8, -1)
+        there = torch.empty(size + 16, dtype=torch.uint8, device=device)
+        there[start : start + size] = packed.view(-1).to(device)
+        by_torch(wanted, packed, fmt)
+        for _ in range(2):
+            out = torch.full((8, 256), float("nan"), device=device)
+            dequantize_into(out, there[start : start + size].view(8, -1), fmt)
+            assert torch.equal(out.cpu(), wanted)
