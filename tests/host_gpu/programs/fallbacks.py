@@ -33,10 +33,10 @@ if case == "headers":
 if case == "triton":
     sys.modules["triton"] = None  # each import of it fails
 
-import project  # noqa: E402 - after the machine is as the case wants it
+import project
 
-from zimage_core.errors import ZImageError  # noqa: E402
-from zimage_core.quant import probe  # noqa: E402
+from zimage_core.errors import ZImageError
+from zimage_core.quant import probe
 
 if case == "triton":
     probe.find_spec = lambda name: None
