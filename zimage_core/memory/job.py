@@ -33,6 +33,8 @@ from zimage_core.memory.rates import Rates, decode_flops, encode_flops, known, s
 from zimage_core.memory.sizes import Block, Part, Sizes, matrices
 from zimage_core.quant.dispatch import family
 
+PLAIN_SWIGLU = 10
+"""Bytes that SwiGLU in plain torch takes for each number: float32 copies of both factors, and their product."""
 MAP_PASSES = 6
 """How often a map of the image crosses the link at each resolution, where it is kept on the host."""
 FINEST = 2.0625 / 8
@@ -55,6 +57,7 @@ class Job:
         rates: Rates of the machine; default those known of sm_86.
         guidance: Whether there is a negative side.
         steps: Steps of the run.
+        kernels: Whether Triton kernels run on the GPU; plain torch takes more memory.
 
     Raises:
         BadArgument: A size or number is out of range.
@@ -62,11 +65,11 @@ class Job:
 
     def __init__(
         self, sizes: Sizes, width: int, height: int, images: int = 1, caption_tokens: int = 128,
-        rates: Rates | None = None, guidance: bool = False, steps: int = 8,
+        rates: Rates | None = None, guidance: bool = False, steps: int = 8, kernels: bool = True,
     ) -> None:  # fmt: skip
         self.sizes, self.rates, self.dtype = sizes, rates or known("sm_86"), sizes.dtype
         self.width, self.height, self.images, self.caption = width, height, images, caption_tokens
-        self.guidance, self.steps = guidance, steps
+        self.guidance, self.steps, self.kernels = guidance, steps, kernels
         self.captions = 2 if guidance else 1
         self.net, self.encoder, self.vae = sizes.transformer, sizes.text_encoder, sizes.vae
         net, encoder, vae = self.net.config, self.encoder.config, self.vae.config
@@ -85,7 +88,7 @@ class Job:
         self.rows, self.cols = height // vae.spatial_factor, width // vae.spatial_factor
         self.flops_rate = self.rates.flops32 if self.dtype == "float32" else self.rates.flops
         self.scratch = {
-            phase: part.scratch(sizes.dtype)
+            phase: part.scratch(sizes.dtype, kernels)
             for phase, part in zip(PHASES, (self.encoder, self.net, self.vae), strict=True)
         }
         gpu = self.rates.architecture != "cpu"
@@ -94,6 +97,9 @@ class Job:
         self.encode_live = encode_bytes(encoder, caption_tokens, self.dtype, self.captions)
         rest = (caption_tokens, self.dtype, images, self.captions, steps)
         self.denoise_live = denoise_bytes(net, self.rows, self.cols, *rest)
+        if not kernels:
+            tokens = padded(image_tokens(net, self.rows, self.cols)) + padded(caption_tokens)
+            self.denoise_live += PLAIN_SWIGLU * tokens * net.hidden_dim
         # a caption alone, and an image of one patch beside it
         refine = denoise_bytes(net, net.patch_size, net.patch_size, *rest)
         self.visited_live = max(self.denoise_live, max(self.net.once, default=0) + refine)
@@ -173,7 +179,7 @@ class Job:
 
     def planes(self, *parts: Part) -> int:
         """Bytes of the planes that products of few rows ask for; default: of both networks that have some."""
-        architecture = self.rates.architecture
+        architecture = self.rates.architecture if self.kernels else "cpu"
         planes = sum(
             matrix.planes(self.tokens_of(part, name), architecture)
             for part in parts or (self.encoder, self.net)
@@ -238,7 +244,7 @@ class Job:
             return width, height
 
         def floor(width: int, height: int) -> int:
-            rest = (self.rates, self.guidance, self.steps)
+            rest = (self.rates, self.guidance, self.steps, self.kernels)
             return Job(self.sizes, width, height, self.images, self.caption, *rest).floor()
 
         low, high = 0, long // unit - 1  # low fits, or nothing does

@@ -165,7 +165,8 @@ class PhaseManager:
             OverBudget: The budget does not hold the least that this image needs.
         """
         rates = self._rates = self._rates or self._machine()
-        job = Job(self._sizes, width, height, images, caption_tokens, rates, guidance, steps)
+        kernels = self.device.type == "cpu" or kernels_for(self.device)
+        job = Job(self._sizes, width, height, images, caption_tokens, rates, guidance, steps, kernels)
         ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
         plan = plan_on_cpu(job, ram) if self.device.type == "cpu" else plan_job(job, self._vram(job), ram)
         self._plan, self._job = plan, job
@@ -283,17 +284,21 @@ class PhaseManager:
         else:
             ring = Ring(device_for(self.device), plan.ring)
             self._decoder = load(self._vae.decoder.modules(), ring, maps_of(file))
-        if self._planes:
-            self._make_planes(name, network)
-        forbid_planes(network)
         self._loaded[name], self._modules[name] = key, self._ids(name)
+        if self._planes:
+            try:
+                self._make_planes(name, network)
+            except BaseException:
+                self._evict(name)
+                raise
+        forbid_planes(network)
         self._held[name] = self._segments.reserved - before
 
     def _make_planes(self, name: str, network: nn.Module) -> None:
         """Make the planes that the plan counts, before the segment of temporary tensors is taken."""
         job = self._job
         part = None if job is None else {"text_encoder": job.encoder, "transformer": job.net}.get(name)
-        if job is None or part is None or not kernels_for(self.device):
+        if job is None or part is None:
             return
         planes = job.planes(part)
         self._segments.reserve(planes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import fake_cuda
 
@@ -93,17 +94,8 @@ def two(threads):
     pipes = [project.open_pipeline(device="cuda", vram=VRAM) for _ in range(2)]
     torch.zeros(1, device="cuda")
     fake_cuda.take(torch.cuda.mem_get_info()[0] - 2 * (1 << 30))
-    errors = []
-    for _ in range(2):
-        if threads:
-            workers = [threading.Thread(target=lambda p=p: errors.append(attempt(p))) for p in pipes]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-        else:
-            errors += [attempt(pipe) for pipe in pipes]
-    return pipes[0], errors
+    with ThreadPoolExecutor(2 if threads else 1) as workers:
+        return pipes[0], [*workers.map(attempt, pipes * 2)]
 
 
 KINDS = {
