@@ -90,6 +90,7 @@ def load(
                 moved.spare, moved.device_bytes = piece[ends[-1] :], piece.nbytes
         ring.device.order("compute", ring.device.record("copy"))
     except BaseException:
+        ring.device.settle()
         moved.restore()
         raise
     return moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections import deque
@@ -37,13 +38,16 @@ class Device:
         self.staged = staged
 
     def memory(self, nbytes: int) -> Tensor:
-        """Uninitialised bytes on the device, uint8 [nbytes]."""
+        """Uninitialised bytes on the device, uint8 [nbytes]; call `settle` before they are freed."""
         with torch.inference_mode(False):  # written by other threads, read in later runs
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def host_memory(self, nbytes: int) -> Tensor:
         """Uninitialised bytes on the host that copies can be queued from, uint8 [nbytes]."""
         return self.memory(nbytes)
+
+    def free_host_memory(self) -> None:
+        """Let go of what `host_memory` gave last."""
 
     def copy(self, host: Tensor, target: Tensor) -> None:
         """Queue a copy of bytes to the device."""
@@ -58,6 +62,13 @@ class Device:
 
     def wait(self, event: Event) -> None:
         """Block the calling thread until `event` is passed."""
+
+    def settle(self) -> None:
+        """Block the calling thread until no copy is on its way, before memory that they write into is freed.
+
+        `Tensor.record_stream` would do the same, but ends the process where the GPU has failed.
+        """
+        self.wait(self.record("copy"))
 
     def seconds(self, event: Event) -> float:
         """When an event was passed, on the clock of time.perf_counter."""
@@ -74,21 +85,29 @@ class CudaDevice(Device):
     def __init__(self, device: torch.device) -> None:
         super().__init__(staged=True)
         self.device = torch.empty(0, device=device).device  # with its number
+        self._pinned = torch.empty(0)
         self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._start = self.record("copy")
         self.wait(self._start)
         self._zero = time.perf_counter()
 
-    def memory(self, nbytes: int) -> Tensor:
-        """Memory of the calling thread's stream that the copies write into."""
-        found = super().memory(nbytes)
-        found.record_stream(self._copies)  # freed, it waits for the copies
-        return found
-
     def host_memory(self, nbytes: int) -> Tensor:
         """Pinned memory; torch rounds it up to a power of two and keeps it for the next ring."""
         with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            self._pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return self._pinned
+
+    def free_host_memory(self) -> None:
+        """Forget the memory of the latest ring."""
+        self._pinned = torch.empty(0)
+
+    def settle(self) -> None:
+        """Wait; a GPU that fails copies no more."""
+        try:
+            super().settle()
+        except RuntimeError:
+            # torch would end the process where pinned memory of a GPU that failed is freed
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pinned))
 
     def copy(self, host: Tensor, target: Tensor) -> None:
         """Queue a copy; returns before it is done."""
@@ -207,3 +226,4 @@ class Ring:
         with self._changed:
             self._chunks.clear()
             self._made = False
+            self.device.free_host_memory()

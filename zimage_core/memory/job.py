@@ -34,7 +34,7 @@ from zimage_core.memory.sizes import Block, Part, Sizes, matrices
 from zimage_core.quant.dispatch import family
 
 PLAIN_SWIGLU = 10
-"""Bytes that SwiGLU in plain torch takes for each number: float32 copies of both factors, and their product."""
+"""Bytes of SwiGLU in plain torch for each number: float32 copies of both factors, and their product."""
 MAP_PASSES = 6
 """How often a map of the image crosses the link at each resolution, where it is kept on the host."""
 FINEST = 2.0625 / 8
