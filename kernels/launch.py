@@ -17,6 +17,8 @@ from triton.runtime import driver
 
 LARGEST = 2**31 - 1
 """Largest integer that Triton passes in 32 bits."""
+MOST = 1024
+"""Sets of dtypes and sizes that a launch remembers; the kernels behind them are far fewer."""
 
 
 class Launch:
@@ -77,6 +79,8 @@ class Launch:
         found = self._by_triton(grid, tensors, sizes, lengths)
         # AMD's compiler looks at the size of the storage too, so Triton goes on looking there
         if usual and isinstance(found, CompiledKernel) and torch.version.hip is None:
+            if len(self._compiled) >= MOST:
+                self._compiled.clear()
             self._compiled[known] = found
 
     def _by_triton(self, grid: Any, tensors: Any, sizes: Any, lengths: Any) -> Any:

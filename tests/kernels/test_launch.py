@@ -95,6 +95,15 @@ def test_whatever_else_changes_goes_through_triton(kernel, change):
     assert ways(kernel)[3] == ("direct" if kept else "triton")
 
 
+def test_what_is_remembered_is_bounded(kernel, monkeypatch):
+    monkeypatch.setattr(launch, "MOST", 3)
+    go = Launch(kernel, {})
+    for size in (1, 2, 3, 4, 4):
+        go((1, 1), (Pointer(),), (size,), (1,))
+        assert len(go._compiled) <= 3
+    assert ways(kernel) == ["triton"] * 4 + ["direct"]
+
+
 def test_another_device_is_made_current_and_compiles_for_itself(kernel, monkeypatch):
     current = []
 

@@ -114,6 +114,10 @@ def test_scratch_is_taken_again_and_released():
     gpu.take_scratch(device, 0, scratch)
     gpu.release_scratch(device)
     assert gpu.hand_over_scratch(device, 0) is None
+    for place, gone in (("cuda:1", True), ("cuda", True), ("cuda:0", False), ("cpu", False)):
+        gpu.take_scratch(torch.device("cuda", 1), 7, scratch)
+        gpu.release_scratch(torch.device(place))
+        assert (gpu.hand_over_scratch(torch.device("cuda", 1), 7) is None) == gone
 
 
 def test_without_a_gpu_capture_is_refused_in_a_sentence():

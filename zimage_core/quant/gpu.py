@@ -238,6 +238,10 @@ def scratch_bytes(weight: QuantTensor, dtype: torch.dtype) -> int:
 
 
 def release_scratch(device: torch.device) -> None:
-    """Drop this thread's scratch of a device, on all streams; the next product makes it anew."""
-    for key in [key for key in _local.scratch if key[0] == device]:
-        del _local.scratch[key]
+    """Drop this thread's scratch of a device, on all streams; the next product makes it anew.
+
+    Without a number, "cuda" means all GPUs.
+    """
+    for place, stream in list(_local.scratch):
+        if place.type == device.type and device.index in (None, place.index):
+            del _local.scratch[place, stream]
