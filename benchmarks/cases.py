@@ -7,7 +7,7 @@ multiples of 32, as the transformer does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.models.sequence import pad_count
@@ -42,12 +42,18 @@ class LinearCase:
 
 @dataclass(frozen=True)
 class ElementwiseCase:
-    """One of the fused element-wise steps over `rows` rows of `size` numbers a head."""
+    """One of the fused element-wise steps over `rows` rows of `size` numbers a head, `count` times a step."""
 
     name: str
     rows: int
     size: int
     heads: int = 1
+    count: int = 1
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of one of its arrays; of q and k together for `qk_norm_rope`."""
+        return self.rows * self.size * self.heads * (2 if self.name == "qk_norm_rope" else 1)
 
     def nbytes(self, itemsize: int) -> int:
         """Every input read once and every result written once; vectors are left out."""
@@ -174,6 +180,40 @@ def elementwise(rows: int, config: TransformerConfig = TRANSFORMER) -> list[Elem
         ElementwiseCase("qk_norm_rope", rows, config.head_dim, config.n_heads),
         ElementwiseCase("silu_gate", rows, config.hidden_dim),
         ElementwiseCase("gate_norm_residual", rows, config.dim),
+    ]
+
+
+STEP = ("layers", "noise_refiner")
+"""The stacks of blocks that run in every step. The context refiner and all modulations are computed once in a
+run, by `ZImageTransformer.prepare`."""
+
+
+def step_linears(
+    pixels: int = PIXELS, caption: int = CAPTION, config: TransformerConfig = TRANSFORMER
+) -> list[LinearCase]:
+    """The matrices of `ZImageTransformer.predict`."""
+    blocks, ends = block_linears(pixels, caption, config), small_linears(pixels, caption, config)
+    return [case for case in blocks if case.name.partition(".")[0] in STEP] + [
+        case for case in ends if case.name in ("x_embedder", "final.linear")
+    ]
+
+
+def step_attention(
+    pixels: int = PIXELS, caption: int = CAPTION, config: TransformerConfig = TRANSFORMER
+) -> list[AttentionCase]:
+    """The attentions of `ZImageTransformer.predict`."""
+    return [case for case in attention(pixels, caption, config) if case.name in STEP]
+
+
+def step_elementwise(
+    pixels: int = PIXELS, caption: int = CAPTION, config: TransformerConfig = TRANSFORMER
+) -> list[ElementwiseCase]:
+    """The fused element-wise steps of `ZImageTransformer.predict`."""
+    return [
+        replace(case, count=blocks * (2 if case.name in ("rms_norm_modulate", "gate_norm_residual") else 1))
+        for stage, rows, blocks in stages(pixels, caption, config)
+        if stage in STEP
+        for case in elementwise(rows, config)
     ]
 
 

@@ -174,7 +174,7 @@ def launch(cell: Cell) -> None:
             matmul(empty(count, WIDTH, dtype=dtype), planes, fmt, ROWS, row if cell.kernel == "sum" else None)
     elif cell.kernel in ("rms_norm_modulate", "gate_norm_residual"):
         x = empty(TOKENS, ROWS, dtype=dtype)
-        factor = None if cell.tile else row
+        factor = None if cell.tile else empty(ROWS, dtype=torch.float32)
         if cell.kernel == "rms_norm_modulate":
             elementwise.rms_norm_modulate(x, row, 1e-5, factor)
         else:

@@ -1,64 +1,74 @@
 """Figures that docs/kernels.md calls a model: from byte counts, assumed rates and instruction counts.
 
-Run as `python -m benchmarks.model`. Nothing is measured; the rates are those that `quant.dispatch` assumes.
+Run as `python -m benchmarks.model`. Nothing is measured; `step_model.py` has the model.
 """
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from benchmarks import cases
+from benchmarks import cases, step_model
 from benchmarks.report import arguments, write
-from benchmarks.tables import compiled_rows
+from benchmarks.step_model import GPUS, MAIN, Gpu, Range
 from zimage_core.formats import FORMATS
 from zimage_core.quant.dispatch import ARCHITECTURES, crossover
 
-ARCH = "sm_90"
-ATTENTION = 0.65
-"""Rate of fused attention over that of large products."""
-ISSUE = 132 * 4 * 32 * 1.7e9
-"""Instructions of threads a second: multiprocessors, schedulers, lanes, clock of an H200."""
 NAME = "Q4_K"
+NAMES = (NAME, "Q8_0")
+PIXELS = (1024, 512)
+
+
+def _ms(value: Range) -> list[float]:
+    return [round(1e3 * end, 3) for end in (value.low, value.high)]
+
+
+def step(gpu: Gpu, pixels: int) -> dict[str, Any]:
+    """Milliseconds of the parts of a step, each from low to high; what depends on the format by format."""
+    costs = {name: step_model.step(gpu, name, pixels) for name in NAMES}
+    cost = costs[NAME]
+    return {
+        "floor": round(1e3 * cost.floor, 3),
+        "linears": _ms(cost.linears),
+        "attention": {backend: _ms(value) for backend, value in cost.attention.items()},
+        "dequantise": {name: _ms(each.dequantise) for name, each in costs.items()},
+        "elementwise": _ms(cost.elementwise),
+        "gaps": _ms(cost.gaps),
+        "replayed": {name: _ms(each.replayed()) for name, each in costs.items()},
+        "host": _ms(cost.host),
+        "launches": cost.launches,
+    }
+
+
+def matrix(gpu: Gpu) -> dict[str, Any]:
+    """Microseconds of single limits of the largest matrix, w1, packed as Q4_K."""
+    fmt = FORMATS[NAME]
+    weights = cases.TRANSFORMER.hidden_dim * cases.TRANSFORMER.dim
+    packed, dense = fmt.nbytes / fmt.weights, 2.0
+    count = step_model.fused_instructions(NAME, gpu.architecture)
+    return {
+        "weights": weights,
+        "dequantise_bytes": 1e6 * weights * (packed + dense) / gpu.copy,
+        "fused_bytes": 1e6 * weights * packed / gpu.copy,
+        "fused_instructions": 1e6 * weights * count / gpu.issue,
+        "instructions_a_weight": count,
+    }
 
 
 def main() -> None:
     """Print and write them."""
     args = arguments(__doc__, "model.json").parse_args()
-    gpu, fmt = ARCHITECTURES[ARCH], FORMATS[NAME]
-    weights = cases.TRANSFORMER.hidden_dim * cases.TRANSFORMER.dim
-    packed, dense = fmt.nbytes / fmt.weights, 2.0
-    linear = 1e12 * cases.teraflops(cases.block_linears())
-    attention = 1e12 * cases.teraflops(cases.attention())
-    step = (linear + attention / ATTENTION) / gpu.tensor_flops
-    traffic = sum(case.weights for case in cases.block_linears()) * (packed + dense)
-    count = [
-        float(row["per_weight"])
-        for row in compiled_rows()
-        if (row["kernel"], row["target"], row["format"]) == ("matmul", ARCH, NAME)
-        and row["tile"].startswith("32x64")
-    ][-1]
+    fmt = FORMATS[NAME]
+    packed = sum(case.weights for case in cases.step_linears() if case.k % fmt.weights == 0)
+    traffic = packed * (fmt.nbytes / fmt.weights + 2.0)
     figures = {
         "assumed": {
-            "architecture": ARCH,
-            "flops": gpu.tensor_flops,
-            "bandwidth": gpu.bandwidth,
-            "issue": ISSUE,
+            gpu.name: {"flops": gpu.flops, "copy": gpu.copy, "issue": gpu.issue} for gpu in GPUS.values()
         },
         "crossover_rows": {name: crossover(fmt, name) for name in ARCHITECTURES},
-        "step_1024_ms": {"resident": 1e3 * step, "floor": 1e3 * (linear + attention) / gpu.tensor_flops},
-        "dequantise_a_step": {
-            "bytes": traffic,
-            "ms": 1e3 * traffic / gpu.bandwidth,
-            "over_step": traffic / gpu.bandwidth / step,
-        },
-        "w1_us": {
-            "weights": weights,
-            "dequantise": 1e6 * weights * (packed + dense) / gpu.bandwidth,
-            "dequantise_and_read": 1e6 * weights * (packed + 2 * dense) / gpu.bandwidth,
-            "fused_reads": 1e6 * weights * packed / gpu.bandwidth,
-            "fused_instructions": 1e6 * weights * count / ISSUE,
-            "instructions_a_weight": count,
-        },
+        "step_ms": {gpu.name: {str(pixels): step(gpu, pixels) for pixels in PIXELS} for gpu in GPUS.values()},
+        "dequantise_a_step": {"bytes": traffic, "ms_of_copy": 1e3 * traffic / MAIN.copy},
+        "w1_us": matrix(MAIN),
     }
     print(json.dumps(figures, indent=1))
     write(args.out, figures)

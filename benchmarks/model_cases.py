@@ -107,6 +107,12 @@ def block(bench: Bench, fmt: BlockFormat, rows: int, config: TransformerConfig) 
     run_case(bench, head | {"k": config.dim}, variants, flops, "resident")
 
 
+def step_flops(pixels: int, caption: int, config: TransformerConfig) -> float:
+    """Operations of one step."""
+    size = (pixels, caption, config)
+    return 1e12 * cases.teraflops([*cases.step_linears(*size), *cases.step_attention(*size)])
+
+
 def step(bench: Bench, fmt: BlockFormat, pixels: int, caption: int, config: TransformerConfig) -> None:
     """One step of the whole transformer: packed weights, eager and replayed, resident, diffusers' Linear."""
     device, dtype = bench.device, bench.dtype
@@ -119,10 +125,7 @@ def step(bench: Bench, fmt: BlockFormat, pixels: int, caption: int, config: Tran
     with torch.no_grad():
         want = members["oracle"][0]([latent], t, [words.float()])[0]
     rows = cases.image_rows(pixels, config) + cases.padded(caption)
-    flops = 1e12 * sum(
-        cases.teraflops(kind(pixels, caption, config))
-        for kind in (cases.block_linears, cases.small_linears, cases.attention)
-    )
+    flops = step_flops(pixels, caption, config)
     nbytes = _nbytes(members["packed"][0])
     variants = []
     for name in MEMBERS:
@@ -133,9 +136,13 @@ def step(bench: Bench, fmt: BlockFormat, pixels: int, caption: int, config: Tran
         if model is not None and bench.gpu and name in bench.given.replay:
             replayed = stepper(model, latent, t, words, replay=True)
             variants.append(_checked(f"{name} replayed", replayed, want, limit, nbytes))
-    case = f"{config.n_layers}+{2 * config.n_refiner_layers} blocks, {pixels} px, caption {caption}"
-    head = {"what": "step", "case": case, "format": fmt.name, "m": rows, "n": config.hidden_dim}
-    run_case(bench, head | {"k": config.dim}, variants, flops, "resident")
+    head = {"what": "step", "case": step_name(pixels, caption, config), "format": fmt.name, "m": rows}
+    run_case(bench, head | {"n": config.hidden_dim, "k": config.dim}, variants, flops, "resident")
+
+
+def step_name(pixels: int, caption: int, config: TransformerConfig) -> str:
+    """The case of a step in the table."""
+    return f"{config.n_layers}+{2 * config.n_refiner_layers} blocks, {pixels} px, caption {caption}"
 
 
 def _checked(

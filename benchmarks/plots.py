@@ -1,4 +1,4 @@
-"""Plots of result files: roofline, crossover over M, bandwidth by format.
+"""Plots of result files: roofline, crossover over M, bandwidth by format, parts of a step.
 
     python -m benchmarks.plots benchmarks/results/gpu_part*.csv [--out FOLDER]
 
@@ -8,13 +8,17 @@ Needs matplotlib (`pip install zimage-core[bench]`). A plot is drawn where the r
 from __future__ import annotations
 
 import argparse
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import standing, step_model
 from benchmarks.records import read
 from benchmarks.report import RESULTS
+from benchmarks.step_model import Gpu
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -83,6 +87,40 @@ def bandwidth(rows: Rows, axes: Any) -> bool:
     return True
 
 
+def parts(rows: Rows, axes: Any, gpu: Gpu = step_model.MAIN) -> bool:
+    """Milliseconds of a 1024 px step by part, predicted and measured; whether all were measured.
+
+    Lines at the predicted bars are the ranges of the parts.
+    """
+    cost = step_model.step(gpu)
+    predicted = {
+        "linears": cost.linears,
+        "attention": cost.attention[step_model.CUDNN],
+        "dequantise": cost.dequantise,
+        "element-wise": cost.elementwise,
+        "gaps": cost.gaps,
+    }
+    rest = standing.gaps(rows)
+    if rest is None:
+        return False
+    measured = {name: standing.part(rows, name) for name in standing.PARTS} | {"gaps": rest}
+    bottoms = [0.0, 0.0]
+    for name, found in predicted.items():
+        heights = [1e3 * found.middle, measured[name] or 0.0]
+        spread = [1e3 * (found.high - found.low) / 2, 0.0]
+        axes.bar([f"predicted, {gpu.name}", "measured"], heights, 0.5, bottoms, yerr=spread, label=name)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    axes.set(ylabel="ms", title="a step at 1024 px, Q4_K")
+    return True
+
+
+def _gpu(path: Path) -> Gpu:
+    """The card of a result file where the model knows it, else the model's main one."""
+    about = path.with_suffix(".json")
+    name = json.loads(about.read_text("utf-8"))["machine"]["gpu"] if about.exists() else None
+    return step_model.gpu_named(name or "") or step_model.MAIN
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Write every plot that the rows hold something for, and print its name."""
     parser = argparse.ArgumentParser(
@@ -101,11 +139,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows = [row for path in given.files for row in read(path)]
     given.out.mkdir(parents=True, exist_ok=True)
-    for plot in (roofline, crossover, bandwidth):
+    drawn = {"roofline": roofline, "crossover": crossover, "bandwidth": bandwidth}
+    drawn["parts"] = partial(parts, gpu=_gpu(given.files[0]))
+    for name, plot in drawn.items():
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
         if plot(rows, axes):
             axes.legend(fontsize=8)
-            path = given.out / f"{given.name or given.files[0].stem}_{plot.__name__}.png"
+            path = given.out / f"{given.name or given.files[0].stem}_{name}.png"
             figure.savefig(path, dpi=120)
             print(path.name)
         pyplot.close(figure)

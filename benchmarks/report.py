@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -106,6 +107,12 @@ def write(path: Path, figures: Mapping[str, Any]) -> None:
 def read(name: str) -> Any:
     """The committed figures `results/NAME`."""
     return json.loads((RESULTS / name).read_text("utf-8"))
+
+
+def compiled_rows() -> list[dict[str, str]]:
+    """The committed matrix of compiled kernels."""
+    with (RESULTS / "compile_matrix.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def markdown(columns: str, rows: Iterable[Iterable[Any]]) -> str:

@@ -1,13 +1,14 @@
 """Time kernels, blocks, steps and images, beside what others do with the same bytes in the same run.
 
-    python -m benchmarks.run {dequant,matmul,elementwise,attention,block,step,vae,image,all}
+    python -m benchmarks.run {dequant,matmul,elementwise,attention,block,step,parts,vae,image,all}
         [--format Q4_K Q6_K | all] [--m 32 4128] [--shape w13 3840x3840 | all] [--device cuda]
         [--dtype bfloat16] [--repeats 20] [--seconds 0.4] [--compile] [--baseline resident] [--out FOLDER]
 
 Every variant is checked against the reference dequantiser and float64 before anything is timed; a wrong
-one is refused and the table says so. Variants run in turn inside each repeat. `of_ceiling` compares with a
-large copy and a large product measured at the start. Writes results/WHAT_DEVICE_DATE.csv, or the CSV that
---out names, and a JSON with the environment after every case; `python -m benchmarks.plots` draws them.
+one is refused and the table says so. Only --no-check leaves that out, for a device that computes nothing.
+Variants run in turn inside each repeat. `of_ceiling` compares with a large copy and a large product measured
+at the start. Writes results/WHAT_DEVICE_DATE.csv, or the CSV that --out names, and a JSON with the
+environment after every case; `python -m benchmarks.plots` draws them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -26,8 +28,11 @@ from benchmarks.report import RESULTS
 from benchmarks.timing import Budget, Ceilings, ceilings, name_of, warm_up
 from benchmarks.variants import Bench, short
 from zimage_core.config import AutoencoderConfig, TransformerConfig
+from zimage_core.nn.attention import settings
 
-WHAT = ("dequant", "matmul", "elementwise", "attention", "block", "step", "vae", "image")
+WHAT = ("dequant", "matmul", "elementwise", "attention", "block", "step", "parts", "vae", "image")
+STEP = ("matmul", "attention", "block", "step", "parts")
+"""Kinds that are computed with torch's settings of a denoising step."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ROWS_GPU = (1, 8, 16, 32, 64, 128, 288, 512, 1056, 2048, 4128)
 ROWS_CPU = (32, 288)
@@ -55,6 +60,10 @@ def parser() -> argparse.ArgumentParser:
     add("--no-graphs", dest="graphs", action="store_false", help="time eager calls, launch gaps included")
     add("--replay", nargs="*", default=["packed"], help="models whose step is also replayed from a graph")
     add("--interpret", action="store_true", help="on a CPU: check the kernels in Triton's interpreter")
+    add(
+        "--no-check", dest="check", action="store_false",
+        help="time without comparing results; standing figures are never taken from such a run",
+    )  # fmt: skip
     add("--transformer", type=Path, help="files of `image`, all three or none")
     add("--text-encoder", type=Path)
     add("--vae", type=Path)
@@ -134,7 +143,7 @@ def run(
         config: Of the transformer; by default the full size, with two main blocks on a CPU.
         vae: Configuration of the VAE; by default the full size.
     """
-    from benchmarks import kernel_cases, model_cases, step_cases
+    from benchmarks import kernel_cases, model_cases, part_cases, step_cases
 
     given = bench.given
     layers = given.layers or (cases.TRANSFORMER.n_layers if bench.gpu else 2)
@@ -161,6 +170,8 @@ def run(
         work = [(model_cases.block, (fmt, m, config)) for fmt in found for m in joint]
     elif what == "step":
         work = [(model_cases.step, (fmt, *size)) for fmt in found]
+    elif what == "parts":
+        work = [(part_cases.parts, (fmt, *size)) for fmt in found]
     elif what == "vae":
         work = [(model_cases.vae, (given.pixels, vae or AutoencoderConfig()))]
     else:
@@ -174,7 +185,8 @@ def run(
             print(f"{what}: out of time, {len(work)} cases planned", flush=True)
             return
         try:
-            case(bench, *arguments)
+            with settings(bench.device, "transformer", bench.dtype) if what in STEP else nullcontext():
+                case(bench, *arguments)
         except Exception as error:  # noqa: BLE001 - out of memory while setting up, say: the others go on
             shown = [each for each in arguments if not isinstance(each, TransformerConfig)]
             about = " ".join(str(getattr(each, "name", each)) for each in shown)

@@ -1,7 +1,8 @@
-"""The standing figures: what is aimed at, what was predicted, what was last measured.
+"""The standing figures: what is aimed at, what the model predicts, what was last measured.
 
-`standing.json` holds them, the table in README.md is made from it. A value comes out of the rows of result
-files alone, so it can be had again from the files.
+`standing.json` holds aims and measurements, `predictions.py` computes the predictions, and the table in
+README.md is made from both. A value comes out of the rows of result files alone, so it can be had again from
+the files.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases
+from benchmarks import cases, predictions
+from benchmarks.predictions import FEW, MAIN, MANY, SHAPE, SMALL
 from benchmarks.records import read
 from benchmarks.report import fill_tables, markdown
 from zimage_core.files.atomic import write_atomically
@@ -21,9 +23,10 @@ DATA = Path(__file__).parent / "standing.json"
 README = Path(__file__).parent / "README.md"
 
 Rows = Sequence[Mapping[str, Any]]
-MAIN = ("Q4_K", "Q6_K", "Q8_0")
-SHAPE = next(iter(cases.shapes()))
-FEW, MANY = cases.padded(cases.CAPTION), cases.stages()[0][1]
+PARTS = ("linears", "attention", "dequantise", "element-wise")
+"""Parts whose times add up to a step without its gaps; `attention` is the package's."""
+LITTLE = cases.stages(SMALL)[0][1]
+"""Rows of x in a step at 512 px."""
 
 
 def _pick(rows: Rows, variant: str, column: str = "median_us", **where: Any) -> float | None:
@@ -72,9 +75,28 @@ def crossover(rows: Rows) -> float | None:
     return None
 
 
-def _compared(rows: Rows, first: str, second: str, **where: Any) -> float | None:
-    """Time of one variant over another's at 1024 px."""
-    return _over(_pick(rows, first, m=MANY, **where), _pick(rows, second, m=MANY, **where))
+def _compared(rows: Rows, first: str, second: str, m: int = MANY, **where: Any) -> float | None:
+    """Time of one variant over another's, by default at 1024 px."""
+    return _over(_pick(rows, first, m=m, **where), _pick(rows, second, m=m, **where))
+
+
+def part(rows: Rows, variant: str) -> float | None:
+    """Milliseconds of one part of a step at 1024 px, see `part_cases`."""
+    return _over(_pick(rows, variant, what="parts", format="Q4_K", m=MANY), 1e3)
+
+
+def gaps(rows: Rows) -> float | None:
+    """Milliseconds of a replayed step that its parts, each as a graph of its own, do not account for."""
+    whole, *parts = (part(rows, name) for name in ("whole", *PARTS))
+    return None if whole is None or None in parts else whole - sum(each or 0.0 for each in parts)
+
+
+def _step(m: int) -> Callable[[Rows], float | None]:
+    return lambda rows: _over(_pick(rows, "packed replayed", what="step", format="Q4_K", m=m), 1e3)
+
+
+def _eager(m: int) -> Callable[[Rows], float | None]:
+    return lambda rows: _compared(rows, "packed", "packed replayed", m, what="step", format="Q4_K")
 
 
 def _elementwise(name: str) -> Callable[[Rows], float | None]:
@@ -104,10 +126,16 @@ FIGURES: dict[str, Callable[[Rows], float | None]] = {
     "crossover": crossover,
     "block_diffusers": lambda rows: _compared(rows, "diffusers", "packed", what="block", format="Q4_K"),
     "block_resident": lambda rows: _compared(rows, "resident", "packed", what="block", format="Q4_K"),
-    "step_replayed": lambda rows: _over(
-        _pick(rows, "packed replayed", what="step", format="Q4_K", m=MANY), 1e3
-    ),
-    "step_eager": lambda rows: _compared(rows, "packed", "packed replayed", what="step", format="Q4_K"),
+    "step_linears": lambda rows: part(rows, "linears"),
+    "step_attention_cudnn": lambda rows: part(rows, "attention, cudnn"),
+    "step_attention_flash": lambda rows: part(rows, "attention, flash"),
+    "step_dequantise": lambda rows: part(rows, "dequantise"),
+    "step_elementwise": lambda rows: part(rows, "element-wise"),
+    "step_gaps": gaps,
+    "step_replayed": _step(MANY),
+    "step_eager": _eager(MANY),
+    "step_512_replayed": _step(LITTLE),
+    "step_512_eager": _eager(LITTLE),
     **{f"elementwise_{name}": _elementwise(name) for name in cases.STREAMS},
     "attention": _attention,
 }
@@ -148,11 +176,14 @@ def from_files(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], str, str]:
     """(rows, GPU, date) of result files of one GPU.
 
     Raises:
-        SystemExit: A file is not of a GPU, or they are of two.
+        SystemExit: A file is not of a GPU, or they are of two, or its results were not checked.
     """
     rows, gpus, dates = [], set(), set()
     for path in sorted(paths):
-        about = json.loads(path.with_suffix(".json").read_text("utf-8"))["machine"]
+        head = json.loads(path.with_suffix(".json").read_text("utf-8"))
+        if not head.get("arguments", {}).get("check", True):
+            raise SystemExit(f"{path.name} was made with --no-check: its kernels may have computed anything")
+        about = head["machine"]
         gpus.add(about["gpu"])
         dates.add(about["date"])
         rows += read(path)
@@ -163,8 +194,14 @@ def from_files(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], str, str]:
 
 def table(figures: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
-    rows = ([f["text"], aim(f), f["prediction"] or "none", measured(f)] for f in figures)
+    rows = ([f["text"], aim(f), predicted(f), measured(f)] for f in figures)
     return markdown("figure | aim | predicted | last measured", rows)
+
+
+def predicted(figure: Mapping[str, Any]) -> str:
+    """The model's range, for the GPU of the measurement where the model knows it."""
+    found = figure["measured"]
+    return predictions.shown(figure["id"], found["gpu"] if found else "")
 
 
 def aim(figure: Mapping[str, Any]) -> str:
@@ -176,14 +213,15 @@ def aim(figure: Mapping[str, Any]) -> str:
 
 
 def measured(figure: Mapping[str, Any]) -> str:
-    """Value, GPU and date, and whether the aim is met."""
+    """Value, GPU and date, whether the aim is missed, and how the prediction fared."""
     found = figure["measured"]
     if found is None:
         return "not yet measured"
     value = found["value"]
     met = value >= figure.get("least", -math.inf) and value <= figure.get("most", math.inf)
-    missed = "" if met else ", missed"
-    return f"{value:g} {figure['unit']} ({found['gpu']}, {found['date']}){missed}"
+    said = ["" if met else "missed", predictions.meets(figure["id"], found["gpu"], value)]
+    about = ", ".join(filter(None, said))
+    return f"{value:g} {figure['unit']} ({found['gpu']}, {found['date']})" + (f": {about}" if about else "")
 
 
 def update(rows: Rows, gpu: str, date: str) -> None:

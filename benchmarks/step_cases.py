@@ -16,8 +16,10 @@ from benchmarks.timing import Call, copies
 from benchmarks.variants import Bench, Variant, run_case
 from benchmarks.weights import relative_error
 from zimage_core.nn import elementwise as package
-from zimage_core.nn.layers import attention
+from zimage_core.nn.attention import attention
 
+Attention = Callable[..., Tensor]
+"""q, k and v [L, H, D] -> [L, H * D]."""
 BACKENDS = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 
 
@@ -26,12 +28,12 @@ def elementwise(bench: Bench, case: cases.ElementwiseCase) -> None:
     name, device, dtype = case.name, bench.device, bench.dtype
     moved = case.nbytes(dtype.itemsize)
     rotation = copies(moved, device)
-    inputs = [_inputs(case, dtype, device, seed) for seed in range(rotation)]
-    want = _exact(name, inputs[0])
+    inputs = [inputs_of(case, dtype, device, seed) for seed in range(rotation)]
+    want = exact(name, inputs[0])
     about = {"limit": bench.limit(1e-2, 1e-5), "nbytes": moved}
 
     def error(call: Call) -> float:
-        return relative_error(_joined(call(0)), want)
+        return relative_error(joined(call(0)), want)
 
     def ours(label: str, run: Callable[..., Any], **more: Any) -> Variant:
         call = _keeping(run, inputs)
@@ -63,7 +65,7 @@ def _keeping(run: Callable[..., Any], inputs: list[Any]) -> Call:
     return call
 
 
-def _inputs(
+def inputs_of(
     case: cases.ElementwiseCase, dtype: torch.dtype, device: torch.device, seed: int
 ) -> tuple[Any, ...]:
     """The arguments of a step, gains of norms around 1."""
@@ -80,23 +82,23 @@ def _inputs(
         return q, k, 1 + random(size), 1 + random(size), eps, angle.cos(), angle.sin()
     x = random(rows, size)
     if case.name == "rms_norm_modulate":
-        return x, 1 + random(size), eps, random(size)
+        return x, 1 + random(size), eps, random(size).float()
     if case.name == "silu_gate":
         return x, random(rows, size), 1.0
-    return x, random(rows, size), 1 + random(size), eps, random(size), 1.0
+    return x, random(rows, size), 1 + random(size), eps, random(size).float(), 1.0
 
 
 def _step(name: str, inputs: Any, normed: Callable[[Tensor, Tensor, float], Tensor]) -> Any:
     """A step written out with a given RMSNorm (x, weight, eps); every operation rounds to its dtype."""
     if name == "rms_norm_modulate":
         x, weight, eps, scale = inputs
-        return normed(x, weight, eps) * (1 + scale)
+        return normed(x, weight, eps) * (1 + scale.to(x.dtype))
     if name == "silu_gate":
         gate, up, factor = inputs
         return functional.silu(gate) * up * factor
     if name == "gate_norm_residual":
         x, branch, weight, eps, gate, factor = inputs
-        return x + gate.tanh() * normed(branch, weight, eps * factor**2)
+        return x + gate.to(x.dtype) * normed(branch, weight, eps * factor**2)
     q, k, q_weight, k_weight, eps, cos, sin = inputs
     cos, sin = cos[:, None], sin[:, None]
     rotated = []
@@ -107,10 +109,10 @@ def _step(name: str, inputs: Any, normed: Callable[[Tensor, Tensor, float], Tens
     return tuple(rotated)
 
 
-def _exact(name: str, inputs: Any) -> Tensor:
+def exact(name: str, inputs: Any) -> Tensor:
     """A step in float64."""
     wide = [v.double() if isinstance(v, Tensor) else v for v in inputs]
-    return _joined(
+    return joined(
         _step(name, wide, lambda x, weight, eps: x / (x.square().mean(-1, True) + eps).sqrt() * weight)
     )
 
@@ -125,38 +127,52 @@ def _rounded_each(name: str, *inputs: Any) -> Any:
     return _step(name, inputs, normed)
 
 
-def _joined(found: Any) -> Tensor:
+def joined(found: Any) -> Tensor:
     return torch.cat(found) if isinstance(found, tuple) else found
 
 
 def attend(bench: Bench, case: cases.AttentionCase) -> None:
     """The package's attention against each backend of torch on a batch of one."""
-    device, dtype = bench.device, bench.dtype
-    q, k, v = (torch.randn(case.length, case.heads, case.head_dim, device=device).to(dtype) for _ in range(3))
-    picked = min(32, case.length)
-    a, b, c = (t[:, :1].double().transpose(0, 1) for t in (q, k, v))
-    scores = a[:, :picked] @ b.transpose(1, 2) / case.head_dim**0.5
-    want = (scores.softmax(-1) @ c)[0]
+    heads = attention_inputs(bench, case)
+    limit, moved = bench.limit(1e-2, 1e-5), case.nbytes(bench.dtype.itemsize)
+    found = {name: partial(run, *heads) for name, run in attentions(bench).items()}
+    variants = [
+        Variant(name, lambda i, run=run: run(), partial(attention_error, run, heads), limit, moved)
+        for name, run in found.items()
+    ]
+    head = {"what": "attention", "case": case.name, "m": case.length, "n": case.heads, "k": case.head_dim}
+    run_case(bench, head | {"count": case.count}, variants, case.flops, "flash")
 
-    def backend(choice: Any) -> Call:
-        def run(i: int) -> Tensor:
+
+def attention_inputs(bench: Bench, case: cases.AttentionCase) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q, k and v [length, heads, head size]."""
+    shape = (case.length, case.heads, case.head_dim)
+    q, k, v = (torch.randn(shape, device=bench.device).to(bench.dtype) for _ in range(3))
+    return q, k, v
+
+
+def attentions(bench: Bench, math: bool = True) -> dict[str, Attention]:
+    """The package's attention, and each backend of torch by its name; `math` builds the matrix of scores."""
+
+    def backend(choice: Any) -> Attention:
+        def run(*heads: Tensor) -> Tensor:
             with sdpa_kernel(choice):
-                heads = [t.transpose(0, 1)[None] for t in (q, k, v)]
-                out = functional.scaled_dot_product_attention(*heads)
+                out = functional.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in heads))
             return out[0].transpose(0, 1).flatten(1)
 
         return run
 
-    runs: dict[str, Call] = {"nn.attention": lambda i: attention(q, k, v)}
+    found: dict[str, Attention] = {"nn.attention": attention}
     for name in BACKENDS if bench.gpu else ("flash",):
         if hasattr(SDPBackend, BACKENDS[name]):
-            runs[name] = backend(getattr(SDPBackend, BACKENDS[name]))
-    runs["math"] = backend(SDPBackend.MATH)
-    limit, moved = bench.limit(1e-2, 1e-5), case.nbytes(dtype.itemsize)
+            found[name] = backend(getattr(SDPBackend, BACKENDS[name]))
+    return found | ({"math": backend(SDPBackend.MATH)} if math else {})
 
-    def error(call: Call) -> float:
-        return relative_error(call(0)[:picked, : case.head_dim], want)
 
-    variants = [Variant(name, run, partial(error, run), limit, moved) for name, run in runs.items()]
-    head = {"what": "attention", "case": case.name, "m": case.length, "n": case.heads, "k": case.head_dim}
-    run_case(bench, head | {"count": case.count}, variants, case.flops, "flash")
+def attention_error(run: Callable[[], Tensor], heads: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Error of the first queries of the first head against float64."""
+    length, _, size = heads[0].shape
+    picked = min(32, length)
+    a, b, c = (t[:, 0].double() for t in heads)
+    want = (a[:picked] @ b.t() / size**0.5).softmax(-1) @ c
+    return relative_error(run()[:picked, :size], want)

@@ -7,13 +7,14 @@ This measures nothing. The table of docs/numerics.md is written by `python -m be
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import standing
-from benchmarks.report import RESULTS, ROOT, fill_tables, markdown, read
+from benchmarks.predictions import text
+from benchmarks.report import ROOT, compiled_rows, fill_tables, markdown, read
+from benchmarks.step_model import Range
 from zimage_core.formats import by_name
 from zimage_core.quantize.encode import ENCODERS
 
@@ -130,12 +131,6 @@ def recipes(report: Mapping[str, Any]) -> str:
     return markdown("size of | types by | file | velocity | PSNR, dB | SSIM | right", rows)
 
 
-def compiled_rows() -> list[dict[str, str]]:
-    """The committed matrix of compiled kernels."""
-    with (RESULTS / "compile_matrix.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def counts(rows: Sequence[Mapping[str, str]]) -> str:
     """Instructions a weight of the kernels, and the registers and shared memory of the fused one."""
 
@@ -175,6 +170,29 @@ def counts(rows: Sequence[Mapping[str, str]]) -> str:
     )
 
 
+def steps(report: Mapping[str, Any]) -> str:
+    """A row a GPU and size: the modelled milliseconds of a step by part."""
+    lines = []
+    for gpu, sizes in report["step_ms"].items():
+        for pixels, cost in sizes.items():
+            formats, backends = list(cost["dequantise"]), list(cost["attention"])
+            ranges = [
+                cost["linears"],
+                *(cost["attention"][name] for name in backends),
+                *(cost["dequantise"][name] for name in formats),
+                cost["elementwise"],
+                cost["gaps"],
+                *(cost["replayed"][name] for name in formats),
+                cost["host"],
+            ]
+            shown = (text(Range(*each)) for each in ranges)
+            lines.append([f"{gpu}, {pixels} px", f"{cost['floor']:.0f}", *shown])
+    head = ["GPU, image", "floor", "products", *(f"attention, {name}" for name in backends)]
+    head += [*(f"dequantise {name}" for name in formats), "element-wise", "gaps"]
+    head += [*(f"whole, {name}" for name in formats), "host, launch by launch"]
+    return markdown(" | ".join(head), lines)
+
+
 def _quality() -> dict[str, str]:
     report = read("quality.json")
     return {"nano": nano(report), "full": full(report)}
@@ -191,7 +209,7 @@ def _quantizing() -> dict[str, str]:
 
 
 PAGES: dict[Path, Callable[[], dict[str, str]]] = {
-    ROOT / "docs/kernels.md": lambda: {"counts": counts(compiled_rows())},
+    ROOT / "docs/kernels.md": lambda: {"counts": counts(compiled_rows()), "steps": steps(read("model.json"))},
     ROOT / "docs/quality.md": _quality,
     ROOT / "docs/quantizing.md": _quantizing,
     ROOT / "benchmarks/README.md": lambda: {"standing": standing.table(standing.load())},

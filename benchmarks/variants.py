@@ -15,6 +15,9 @@ from benchmarks import peers
 from benchmarks.records import Results
 from benchmarks.timing import Budget, Call, Ceilings, Samples, measure, name_of
 
+UNCHECKED = "not checked"
+"""Note of a row whose result nobody compared with anything."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -29,6 +32,7 @@ class Variant:
         capture: Whether it may be timed inside a CUDA graph.
         timed: False checks without timing, for Triton's interpreter.
         note: What the table says beside it.
+        flops: Operations of one call, where they are not those of the case.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Variant:
     capture: bool = True
     timed: bool = True
     note: str = ""
+    flops: float | None = None
 
 
 @dataclass
@@ -126,7 +131,9 @@ def run_case(
             refusals[one.name] = one.note or "skipped"
             continue
         try:
-            if one.error is not None:
+            if not bench.given.check:  # what cannot run is found out here, alone
+                one.call(0)
+            elif one.error is not None:
                 errors[one.name] = one.error()
             if bench.gpu:
                 torch.cuda.synchronize(bench.device)
@@ -152,14 +159,16 @@ def run_case(
     base = base if base in samples else next(iter(samples), "")
     rows = []
     for one in variants:
-        row = {**head, "variant": one.name, "error": errors.get(one.name, ""), "note": one.note}
+        note = one.note if bench.given.check else f"{UNCHECKED} {one.note}".rstrip()
+        row = {**head, "variant": one.name, "error": errors.get(one.name, ""), "note": note}
         if one.name in samples:
             row |= timed(samples[one.name])
             median = samples[one.name].median
-            floor = bench.ceilings.floor(one.nbytes, flops, head["dtype"])
+            work = flops if one.flops is None else one.flops
+            floor = bench.ceilings.floor(one.nbytes, work, head["dtype"])
             row |= {
                 "gbps": one.nbytes / median / 1e9 if one.nbytes else "",
-                "tflops": flops / median / 1e12 if flops else "",
+                "tflops": work / median / 1e12 if work else "",
                 "of_ceiling": floor / median if floor else "",
             }
             if len(samples) > 1:

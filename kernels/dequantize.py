@@ -7,6 +7,8 @@ Oracle: zimage_core.reference.dequantize. Tests: tests/kernels/test_dequantize.p
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -14,9 +16,10 @@ import triton.language as tl
 from zimage_core.formats import BlockFormat
 from zimage_core.kernels import tiles
 from zimage_core.kernels.decode.table import DECODERS, lookup_table, words
+from zimage_core.kernels.launch import Launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _dequantize_kernel(
     packed, out, table,                 # words, [blocks * WEIGHTS], codebook
     blocks,
@@ -46,17 +49,22 @@ def _dequantize_kernel(
     tl.store(out + place, tl.reshape(weight, (SB, WEIGHTS)).to(out.dtype.element_ty), mask=live[:, None])
 
 
+@cache
+def _launch(name: str, per_program: int) -> Launch:
+    constants = {**DECODERS[name].constants(name), "SB": per_program}
+    return Launch(_dequantize_kernel, constants, num_warps=tiles.DEQUANTIZE_WARPS, enable_fp_fusion=False)
+
+
 def dequantize_into(out: torch.Tensor, packed: torch.Tensor, fmt: BlockFormat) -> None:
-    """Fill `out` [..., K], contiguous float32, float16 or bfloat16, from uint8 [..., row bytes] on its device."""
+    """Fill `out` [..., K], contiguous float32, float16 or bfloat16, from uint8 [..., row bytes] on its device.
+
+    `packed` may also be the `words` of these bytes.
+    """
     blocks = out.numel() // fmt.weights
     if not blocks:
         return
     table = lookup_table(fmt.name, packed.device)
     source = words(packed, fmt.name)
     per_program = tiles.dequantize_weights() // fmt.weights
-    with torch.cuda.device_of(packed):  # Triton launches on the current device
-        _dequantize_kernel[(triton.cdiv(blocks, per_program),)](
-            source, out, source if table is None else table, blocks,
-            **DECODERS[fmt.name].constants(fmt.name), SB=per_program,
-            num_warps=tiles.DEQUANTIZE_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+    launch = _launch(fmt.name, per_program)
+    launch((-(-blocks // per_program), 1), (source, out, source if table is None else table), (), (blocks,))

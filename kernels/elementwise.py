@@ -6,26 +6,19 @@ Multiply-adds may be fused. `zimage_core.nn.elementwise` checks shapes before it
 Oracle: tests/helpers/fused.py, from zimage_core.reference.layers. Tests: tests/kernels/test_elementwise.py.
 """
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+
+from zimage_core.kernels.launch import Launch
 
 HEAD_TILE = 1024
 """Elements of q, and of k, in one program: eight heads of 128, one 128-bit access per thread."""
 RUN = 2048
 """Elements in one program of the gate: two 128-bit accesses per thread in half precision."""
-
-
-@triton.jit
-def _tanh(x):
-    """tanh of float32 without overflow at either end and without cancellation in the middle."""
-    size = tl.abs(x)
-    e = tl.exp(-2.0 * size)
-    square = x * x
-    # Taylor to x^9; the next term is below 2^-26 of the sum where size < 1/4
-    series = x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315 - square * (62 / 2835)))))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(size < 0.25, series, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -58,7 +51,7 @@ def _gate_norm_residual_kernel(
     base = tl.load(x + row * stride_x + col, mask=live, other=0.0).to(tl.float32)
     gain = tl.load(weight + col, mask=live, other=0.0).to(tl.float32)
     if gate is not None:
-        gain = gain * _tanh(tl.load(gate + col, mask=live, other=0.0).to(tl.float32))
+        gain = gain * tl.load(gate + col, mask=live, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(v * v) / size + eps)
     tl.store(y + row * size + col, (base + v * inverse * gain).to(y.dtype.element_ty), mask=live)
 
@@ -73,14 +66,14 @@ def _norm_and_rotate(x, gain, cos, sin, size, eps, HEADS: tl.constexpr, SIZE: tl
     return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (HEADS, SIZE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _qk_norm_rope_kernel(
     q, k, q_weight, k_weight,   # [rows, heads, size] twice, [size] twice
     cos, sin,                   # float32 [length, size / 2]; row r stands at place r % length
     q_out, k_out,               # [rows, heads, size] contiguous
-    length, heads, size,
+    heads, size,
     stride_q, stride_qh, stride_k, stride_kh,  # in elements
-    eps,
+    length, eps,
     HEADS: tl.constexpr,        # heads of one program
     SIZE: tl.constexpr,         # size rounded up to a power of two
 ):  # fmt: skip
@@ -109,7 +102,7 @@ def _qk_norm_rope_kernel(
     tl.store(k_out + out, rotated.to(k_out.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs"])
 def _silu_gate_kernel(
     gate, up, y,                # [rows, size] twice, [rows, size] contiguous
     size, stride_g, stride_u,   # strides in elements
@@ -134,11 +127,9 @@ def rms_norm_modulate(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel():
         rows, size = _rows(x), x.shape[-1]
-        with torch.cuda.device_of(x):
-            _rms_norm_modulate_kernel[(rows.shape[0],)](
-                rows, weight.contiguous(), None if scale is None else scale.contiguous(), y,
-                size, rows.stride(0), eps, **_row_tile(size),
-            )  # fmt: skip
+        tensors = (rows, weight.contiguous(), None if scale is None else scale.contiguous(), y)
+        launch = _norm_launch(size)
+        launch((rows.shape[0], 1), tensors, (size, rows.stride(0)), (float(eps),))
     return y
 
 
@@ -150,15 +141,14 @@ def gate_norm_residual(
     gate: torch.Tensor | None,
     factor: float,
 ) -> torch.Tensor:
-    """x, branch [..., D], weight [D], gate [D] or None -> x + tanh(gate) * norm(branch), contiguous."""
+    """x, branch [..., D], weight [D], gate [D] or None -> x + gate * norm(branch), contiguous."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel():
         rows, branches, size = _rows(x), _rows(branch), x.shape[-1]
-        with torch.cuda.device_of(x):
-            _gate_norm_residual_kernel[(rows.shape[0],)](
-                rows, branches, weight.contiguous(), None if gate is None else gate.contiguous(), y,
-                size, rows.stride(0), branches.stride(0), eps * factor * factor, **_row_tile(size),
-            )  # fmt: skip
+        tensors = (rows, branches, weight.contiguous(), None if gate is None else gate.contiguous(), y)
+        launch = _gate_launch(size)
+        strides = (rows.stride(0), branches.stride(0))
+        launch((rows.shape[0], 1), tensors, (size, *strides), (float(eps * factor * factor),))
     return y
 
 
@@ -176,15 +166,14 @@ def qk_norm_rope(
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     if q_out.numel():
         length, heads, size = q.shape[-3:]
-        q, k = _dense_rows(q.flatten(0, -3)), _dense_rows(k.flatten(0, -3))
-        tile = triton.next_power_of_2(size)
-        at_once = min(triton.next_power_of_2(heads), max(1, HEAD_TILE // tile))
-        with torch.cuda.device_of(q):
-            _qk_norm_rope_kernel[(q.shape[0], triton.cdiv(heads, at_once))](
-                q, k, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
-                q_out, k_out, length, heads, size, q.stride(0), q.stride(1), k.stride(0), k.stride(1), eps,
-                HEADS=at_once, SIZE=tile, num_warps=_warps(at_once * tile, 256), enable_fp_fusion=True,
-            )  # fmt: skip
+        if q.ndim > 3:
+            q, k = q.flatten(0, -3), k.flatten(0, -3)
+        q, k = _dense_rows(q), _dense_rows(k)
+        vectors = (q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous())
+        launch, at_once = _head_launch(heads, size)
+        sizes = (heads, size, q.stride(0), q.stride(1), k.stride(0), k.stride(1))
+        grid = (q.shape[0], -(-heads // at_once))
+        launch(grid, (q, k, *vectors, q_out, k_out), sizes, (length, float(eps)))
     return q_out, k_out
 
 
@@ -192,33 +181,55 @@ def silu_gate(gate: torch.Tensor, up: torch.Tensor, factor: float) -> torch.Tens
     """gate, up [...] -> silu(gate) * up * factor in the dtype of gate, contiguous."""
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if y.numel():
-        if gate.is_contiguous() and up.is_contiguous():
-            gates, ups = gate.view(1, -1), up.view(1, -1)
+        if gate.shape[-1:].numel() % RUN and gate.is_contiguous() and up.is_contiguous():
+            gates, ups = gate.view(1, -1), up.view(1, -1)  # no row ends inside a run
         else:
             gates, ups = _rows(gate), _rows(up)
         rows, size = gates.shape
-        runs = triton.cdiv(size, RUN)
-        with torch.cuda.device_of(gate):
-            _silu_gate_kernel[(rows * runs,)](
-                gates, ups, y, size, gates.stride(0), ups.stride(0), runs, factor,
-                RUN=RUN, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
+        runs = -(-size // RUN)
+        sizes = (size, gates.stride(0), ups.stride(0))
+        _silu_launch()((rows * runs, 1), (gates, ups, y), sizes, (runs, float(factor)))
     return y
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[..., D] -> [rows, D] with adjacent columns; copies only if the strides require it."""
-    return _dense_rows(x.reshape(-1, x.shape[-1] if x.ndim else 1))
+    return _dense_rows(x if x.ndim == 2 else x.reshape(-1, x.shape[-1] if x.ndim else 1))
 
 
 def _dense_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _row_tile(size: int) -> dict[str, int | bool]:
-    """Launch options of a program that holds one row."""
+@cache
+def _norm_launch(size: int) -> Launch:
+    return _row_launch(_rms_norm_modulate_kernel, size)
+
+
+@cache
+def _gate_launch(size: int) -> Launch:
+    return _row_launch(_gate_norm_residual_kernel, size)
+
+
+def _row_launch(kernel: Any, size: int) -> Launch:
+    """A kernel whose programs hold one row."""
     tile = triton.next_power_of_2(size)
-    return {"SIZE": tile, "num_warps": _warps(tile, 512), "enable_fp_fusion": True}
+    return Launch(kernel, {"SIZE": tile}, num_warps=_warps(tile, 512), enable_fp_fusion=True)
+
+
+@cache
+def _head_launch(heads: int, size: int) -> tuple[Launch, int]:
+    """The kernel of q and k, and the heads that a program takes."""
+    tile = triton.next_power_of_2(size)
+    at_once = min(triton.next_power_of_2(heads), max(1, HEAD_TILE // tile))
+    warps = _warps(at_once * tile, 256)
+    constants = {"HEADS": at_once, "SIZE": tile}
+    return Launch(_qk_norm_rope_kernel, constants, num_warps=warps, enable_fp_fusion=True), at_once
+
+
+@cache
+def _silu_launch() -> Launch:
+    return Launch(_silu_gate_kernel, {"RUN": RUN}, num_warps=4, enable_fp_fusion=True)
 
 
 def _warps(elements: int, share: int) -> int:

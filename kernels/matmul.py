@@ -8,22 +8,25 @@ Oracle: float64 on the reference's weights. Tests: tests/kernels/test_matmul.py.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from zimage_core.formats import BlockFormat
+from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.kernels import tiles
 from zimage_core.kernels.decode.bits import half
 from zimage_core.kernels.decode.table import DECODERS, levels
+from zimage_core.kernels.launch import Launch
 from zimage_core.kernels.planar import Planes, step_weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def _matmul_kernel(
-    x, codes, two_bit, bits, d, small, bias, y,  # [M, K], planes, [N], [M, N] or partial sums [SPLITS, M, N]
-    M, N, K, steps,                     # steps of 32 SIDES weights for one program
-    stride_x, stride_y,                 # of rows, in elements
+    x, codes, two_bit, bits, d, small, bias, y,  # [M, K], planes, [N], [M, N] or partial sums [splits, M, N]
+    N, K, stride_x, stride_y,           # strides of rows, in elements
+    M, steps,                           # steps of 32 SIDES weights for one program
     BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     SUB: tl.constexpr, AFFINE: tl.constexpr, ZERO: tl.constexpr,
     LOOKUP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,  # sixteen levels, a byte each
@@ -118,17 +121,19 @@ def _matmul_kernel(
     tl.store(y + place, tl.trans(acc).to(y.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def _sum_kernel(
-    partial, bias, y,                   # float32 [SPLITS, count], [N], [count]
-    count, N,
-    SPLITS: tl.constexpr, BIAS: tl.constexpr, SIZE: tl.constexpr,
+    partial, bias, y,                   # float32 [splits, M, N], [N], [M, N]
+    N, M, splits,
+    BIAS: tl.constexpr, SIZE: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    count = M.to(tl.int64) * N
     live = i < count
     total = tl.load(partial + i, mask=live, other=0.0)
-    for split in tl.static_range(1, SPLITS):
-        total += tl.load(partial + split * count + i, mask=live, other=0.0)
+    for split in tl.static_range(1, MOST):  # loads in a loop of unknown length would wait for each other
+        place = split * count + i
+        total += tl.load(partial + place, mask=live & (place < splits * count), other=0.0)
     if BIAS:
         total += tl.load(bias + i % N, mask=live, other=0.0).to(tl.float32)
     tl.store(y + i, total.to(y.dtype.element_ty), mask=live)
@@ -149,35 +154,43 @@ def matmul(
         x = x.contiguous()
     tile = tiles.matmul(count, rows, width, x.device)
     all_steps = width // step_weights(DECODERS[fmt.name].bits)
-    steps = triton.cdiv(all_steps, tile.splits)
-    splits = triton.cdiv(all_steps, steps)
+    steps = -(-all_steps // tile.splits)
+    splits = -(-all_steps // steps)
     out = y if splits == 1 else torch.empty(splits, count, rows, dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(count, tile.bm) * triton.cdiv(rows, tile.bn), splits)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        _matmul_kernel[grid](
-            x, *planes, x if bias is None else bias, out,
-            count, rows, width, steps, x.stride(0), rows,
-            **matmul_constants(fmt), BIAS=bias is not None and splits == 1, PARTIAL=splits > 1,
-            WIDE=tiles.interpreted() or x.dtype == torch.float32, BM=tile.bm, BN=tile.bn, ORDER=tiles.ORDER,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    wide = tiles.interpreted() or x.dtype == torch.float32
+    add = x if bias is None else bias
+    launch = _launch(fmt.name, tile, bias is not None and splits == 1, splits > 1, wide)
+    programs = -(-count // tile.bm) * -(-rows // tile.bn)
+    launch((programs, splits), (x, *planes, add, out), (rows, width, x.stride(0), rows), (count, steps))
     if splits > 1:
         size = tiles.sum_elements()
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            _sum_kernel[(triton.cdiv(y.numel(), size),)](
-                out, x if bias is None else bias, y, y.numel(), rows,
-                SPLITS=splits, BIAS=bias is not None, SIZE=size, enable_fp_fusion=True,
-            )  # fmt: skip
+        launch = _sum_launch(bias is not None, size)
+        launch((-(-y.numel() // size), 1), (out, add, y), (rows,), (count, splits))
     return y
 
 
+@cache
+def _launch(name: str, tile: tiles.Tile, bias: bool, partial: bool, wide: bool) -> Launch:
+    constants = {
+        **matmul_constants(FORMATS[name]), "BIAS": bias, "PARTIAL": partial, "WIDE": wide,
+        "BM": tile.bm, "BN": tile.bn, "ORDER": tiles.ORDER,
+    }  # fmt: skip
+    return Launch(
+        _matmul_kernel, constants, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True
+    )
+
+
+@cache
+def _sum_launch(bias: bool, size: int) -> Launch:
+    return Launch(_sum_kernel, {"BIAS": bias, "SIZE": size, "MOST": tiles.SPLITS}, enable_fp_fusion=True)
+
+
 def matmul_constants(fmt: BlockFormat) -> dict[str, object]:
-    """The constexpr arguments of the kernel that follow from the format."""
+    """The constexpr arguments of the kernel that follow from the format, in the kernel's order."""
     decoder = DECODERS[fmt.name]
     low, high = levels(fmt.name) if decoder.lookup else (0, 0)
     return {
-        "LOW": low, "HIGH": high, "BITS": decoder.bits, "BLOCK": fmt.weights,
-        "GROUP": min(32, fmt.weights // decoder.groups), "SUB": decoder.sub, "AFFINE": decoder.affine,
-        "ZERO": decoder.zero, "LOOKUP": decoder.lookup, "EXPONENT": decoder.exponent,
-        "FLOAT_SMALL": decoder.float_small,
+        "BITS": decoder.bits, "BLOCK": fmt.weights, "GROUP": min(32, fmt.weights // decoder.groups),
+        "SUB": decoder.sub, "AFFINE": decoder.affine, "ZERO": decoder.zero, "LOOKUP": decoder.lookup,
+        "LOW": low, "HIGH": high, "EXPONENT": decoder.exponent, "FLOAT_SMALL": decoder.float_small,
     }  # fmt: skip

@@ -19,15 +19,17 @@ Tests: tests/kernels/test_matmul.py.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from zimage_core.formats import BlockFormat
+from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.kernels import tiles
 from zimage_core.kernels.decode.table import DECODERS, words
+from zimage_core.kernels.launch import Launch
 
 
 def step_weights(bits: int) -> int:
@@ -85,10 +87,10 @@ def _fold(plane, code, FIELDS: tl.constexpr, COUNT32: tl.constexpr, N, K):
     tl.store(plane + place, tl.sum(tile, 1).to(tl.uint8), mask=(row < N)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _repack_kernel(
     packed, codes, two_bit, bits, d, small,  # words of [N, K / WEIGHTS] blocks; the planes
-    N, K,
+    K, N,
     CODES: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, WEIGHTS: tl.constexpr,
     GROUPS: tl.constexpr, SUB: tl.constexpr, AFFINE: tl.constexpr, ZERO: tl.constexpr, LOOKUP: tl.constexpr,
     BITS: tl.constexpr, EXPONENT: tl.constexpr, FLOAT_SMALL: tl.constexpr,
@@ -153,12 +155,15 @@ def repack(packed: torch.Tensor, fmt: BlockFormat) -> Planes:
     per_program = max(2, tiles.repack_weights() // fmt.weights)
     blocks = rows * width // fmt.weights
     if blocks:
-        with torch.cuda.device_of(packed):  # Triton launches on the current device
-            _repack_kernel[(triton.cdiv(blocks, per_program),)](
-                words(packed, fmt.name), *planes, rows, width,
-                **repack_constants(fmt), SB=per_program, num_warps=tiles.REPACK_WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
+        launch = _launch(fmt.name, per_program)
+        launch((-(-blocks // per_program), 1), (words(packed, fmt.name), *planes), (width,), (rows,))
     return planes
+
+
+@cache
+def _launch(name: str, per_program: int) -> Launch:
+    constants = {**repack_constants(FORMATS[name]), "SB": per_program}
+    return Launch(_repack_kernel, constants, num_warps=tiles.REPACK_WARPS, enable_fp_fusion=False)
 
 
 def repack_constants(fmt: BlockFormat) -> dict[str, object]:

@@ -14,6 +14,8 @@ DEQUANTIZE_WARPS = 4
 REPACK_WARPS = 4
 ORDER = 8
 """Tiles along N that run side by side and share a tile of x."""
+SPLITS = 16
+"""Most programs along K."""
 TABLE = Path(__file__).parent / "tiles.json"
 """File of the tiles: written from the analysis in docs/kernels.md, then by `python -m benchmarks.tune`."""
 
@@ -29,6 +31,7 @@ class Tile:
     splits: int = 1
 
 
+@cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, where every program takes about a millisecond."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,9 +72,13 @@ def architecture(device: torch.device) -> tuple[str, int]:
 def matmul_tile(count: int, arch: str) -> Tile:
     """The tile of the fused kernel for `count` rows of x: the first entry of the table that is tall enough.
 
-    AMD GPUs without entries use those of another AMD GPU, because AMD's compiler fails with NVIDIA's stages.
+    An NVIDIA GPU without entries uses those of an older one of its generation: sm_121 those of sm_120. AMD GPUs
+    without entries use those of another AMD GPU, because AMD's compiler fails with NVIDIA's stages.
     """
     relative = "gfx942" if arch.startswith("gfx9") else "gfx1100" if arch.startswith("gfx") else "default"
+    if arch.startswith("sm_"):
+        kin = [key for key in _table() if key[:-1] == arch[:-1] and key <= arch]
+        relative = max(kin, default=relative)
     entries = _table().get(arch) or _table()[relative]
     entry = next((e for e in entries if count <= e["rows"]), entries[-1])
     return Tile(entry["bm"], entry["bn"], entry["warps"], entry["stages"])
@@ -86,6 +93,6 @@ def matmul(count: int, rows: int, width: int, device: torch.device) -> Tile:
     tile = matmul_tile(count, arch)
     programs = -(-count // tile.bm) * -(-rows // tile.bn)
     splits = 1
-    while splits < 16 and programs * splits < 2 * processors and width >= 1024 * splits:
+    while splits < SPLITS and programs * splits < 2 * processors and width >= 1024 * splits:
         splits *= 2
     return Tile(tile.bm, tile.bn, tile.warps, tile.stages, splits)

@@ -38,7 +38,10 @@ ALLOWED: dict[str, set[str]] = {
         "weights",
     },
 }  # fmt: skip
-REACH_KERNELS = {"zimage_core.quant.dequantize", "zimage_core.quant.gpu", "zimage_core.nn.elementwise"}
+REACH_KERNELS = {
+    "zimage_core.quant.dequantize", "zimage_core.quant.gpu", "zimage_core.quant.probe",
+    "zimage_core.nn.elementwise",
+}  # fmt: skip
 EVERYTHING = {"cli", "__main__", "zimage_core"}  # may import every package; zimage_core is __init__.py
 DATA_ONLY = {"errors", "formats", "codebooks", "fields", "config", "files", "cli"}
 """Packages that import only the standard library at the top; other packages inside functions."""

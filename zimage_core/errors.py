@@ -76,15 +76,19 @@ class Busy(ZImageError):
     """The pipeline is running in another thread, or was called again from its own callback."""
 
 
+class DeviceFault(ZImageError):
+    """A GPU or its driver failed during a run."""
+
+
 class OutOfMemory(ZImageError):
-    """The denoised latents could not be decoded in the memory of the device.
+    """A GPU has too little memory for a run.
 
     Args:
         message: The message.
-        latents: The finished latents of the run, [B, 16, h, w] float32 on the CPU, as for
-            `output_type="latent"`, so that nothing has to be denoised again.
+        latents: Where only the decoding failed, the finished latents of the run, [B, 16, h, w] float32 on the
+            CPU, as for `output_type="latent"`, so that nothing has to be denoised again; else None.
     """
 
-    def __init__(self, message: str, latents: Tensor) -> None:
+    def __init__(self, message: str, latents: Tensor | None = None) -> None:
         self.latents = latents
         super().__init__(message)

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from zimage_core.config import COMPONENTS
-from zimage_core.errors import BadArgument, Busy, Unsupported
+from zimage_core.config import COMPONENTS, AutoencoderConfig
+from zimage_core.errors import BadArgument, Busy, Unsupported, ZImageError
 from zimage_core.files.units import parse_bytes
 from zimage_core.memory.plan import Plan
 from zimage_core.memory.planner import make_plan
@@ -25,6 +25,7 @@ from zimage_core.run.checks import Dtype, StepCallback, read_device, read_dtypes
 from zimage_core.run.components import FOLDERS, check_components, check_kinds, networks, require
 from zimage_core.run.decode import decode
 from zimage_core.run.denoise import Denoiser, denoise
+from zimage_core.run.device_faults import explained
 from zimage_core.run.loading import (
     PathLike,
     find_components,
@@ -61,7 +62,8 @@ class ZImagePipeline(Ported):
             shift 3. Its shift decides the defaults of the call: a shift of 6 means the base checkpoint, any
             other a distilled one (they have 3). Where none is given or stated, the `shift` of a call decides
             instead. Replacing the scheduler later changes no default.
-        vae: The VAE, which always runs in float32, as in the official code and the model's own config.
+        vae: The VAE, which always runs in float32, as in the official code and the model's own config; its
+            convolutions are TF32 where torch allows it, as by default on Ampere and newer.
         text_encoder: The text encoder; its width must be the transformer's caption width.
         tokenizer: The text encoder's tokenizer.
         transformer: The S3-DiT.
@@ -184,7 +186,9 @@ class ZImagePipeline(Ported):
             Unsupported: The pipeline lacks a component that the call needs; the message names it.
             BadFile: A model file was changed since it was opened.
             OverBudget: The memory budget is too small for this image.
-            OutOfMemory: The GPU has too little memory for decoding, even in tiles; the error has the latents.
+            OutOfMemory: The GPU has too little memory; if only the decoding failed, even in tiles, the error
+                has the latents.
+            DeviceFault: The GPU or its driver failed.
             NonFinite: NaN or infinity; the message names the step, the block and, if a weight holds it, the
                 tensor.
         """
@@ -222,9 +226,16 @@ class ZImagePipeline(Ported):
                     "this pipeline is already running, in another thread or around this callback; wait, or "
                     "build a second one (mapped files are shared, so it costs little memory)"
                 )
+            fault: ZImageError | None = None
             with torch.no_grad():
-                result = self._generate(request)
-            return result if return_dict else (result.images,)
+                try:
+                    result = self._generate(request)
+                    return result if return_dict else (result.images,)
+                except RuntimeError as error:
+                    fault = explained(error, self.device, self._placement.memory is not None)
+                    if fault is None:
+                        raise
+            raise fault  # outside of the handler, since torch's error holds the frames that hold the memory
         finally:
             # no function is called here, so a second Ctrl-C cannot interrupt it and leave the object busy
             if "run" in self._running and self._running["run"] is token:
@@ -246,20 +257,22 @@ class ZImagePipeline(Ported):
         self._interrupt, self._guidance_scale, self._num_timesteps = False, run.guidance_scale, run.steps
         ids = self._tokenize(run.batch, run.encoding)
         embeds = (*(run.batch.prompt_embeds or ()), *(run.batch.negative_prompt_embeds or ()))
-        self._placement.begin(networks(self), run, max(len(each) for each in (*ids.values(), *embeds)))
+        longest = max(len(each) for each in (*ids.values(), *embeds))
+        self._placement.begin(networks(self), run, longest)
         captions = self._encode(run.batch, ids, run.debug, self.transformer.device)
         encoded = clock.lap()
-        with self._placement.phase("denoise"):
-            predict = self._placement.predict(self.transformer)
+        with self._placement.phase("denoise", self.transformer):
+            predict = self._placement.predict(self.transformer, run, longest)
             denoiser = Denoiser(self.transformer, *captions, run, predict)
-            latents = denoise(self, denoiser, run, clock.step, clock.lap)
-        del denoiser, captions  # frees what they hold before the decoder needs the memory
+            images: Any = denoise(self, denoiser, run, clock.step, clock.lap).cpu()
+            del predict, denoiser, captions  # frees what they hold before the decoder needs the memory
         steps = clock.steps()
-        images: Any = latents.cpu()
         if run.output_type != "latent":
-            with self._placement.phase("decode"):
+            with self._placement.phase("decode", self.vae):
                 keep = None if self._placement.memory is None else self._placement.memory.keep
+                latents = images.to(self.vae.device)
                 images = to_output(decode(self.vae, latents, run.debug, keep), run.output_type)
+                del latents
         timings = Timings(encoded, steps, decode=clock.lap(), total=clock.total())
         return ZImageResult(
             images=images,
@@ -293,7 +306,7 @@ class ZImagePipeline(Ported):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Captions [L, cap_feat_dim] of both sides; a text that occurs twice is encoded once."""
         features = {}
-        with self._placement.phase("encode") if ids else nullcontext():
+        with self._placement.phase("encode", self.text_encoder) if ids else nullcontext():
             for text, each in ids.items():
                 call = partial(self.text_encoder, each)
                 features[text] = checked(self.text_encoder, "text encoder", call, debug).to(device)
@@ -558,11 +571,18 @@ class ZImagePipeline(Ported):
         self._placement.to(networks(self), targets)
         return self
 
-    def capture(self, on: bool = True) -> None:
+    def capture(self, on: bool | None = True) -> None:
         """Record the steps of later runs as CUDA graphs, one for each image size and caption length.
 
-        A graph is recorded at the first step with new shapes and then replayed, in later runs too. It holds
-        the activations of a step. Results do not change.
+        A graph is recorded at the first step with new shapes and then replayed, in later runs too. The graphs
+        share memory for the activations of a step. Results do not change. A graph repeats what was recorded:
+        call this again after replacing functions that the network calls.
+
+        Args:
+            on: True records always, False never. None, the initial state, records from the ninth step with
+                the same shapes on, on NVIDIA GPUs where a step is expected to wait for the host; never with a
+                memory budget, hooks, a callback, `debug`, or compiled or replaced modules. If that fails, a
+                warning says so and the steps run one by one.
 
         Raises:
             Unsupported: The transformer is not on a CUDA GPU, or has a memory budget.
@@ -577,8 +597,8 @@ class ZImagePipeline(Ported):
         change.
 
         Args:
-            budget: Bytes by which the weights may grow. Default: free GPU memory less 2 GiB for the rest of a
-                run; 0 on a CPU, where packed weights are mapped from their file.
+            budget: Bytes by which the weights may grow. Default: free GPU memory less what it takes to decode
+                an image of the model's own size; 0 on a CPU, where packed weights are mapped from their file.
 
         Returns:
             Name of each weight that is dense now -> bytes by which it grew.
@@ -588,7 +608,9 @@ class ZImagePipeline(Ported):
             Unsupported: The pipeline has a memory budget, which places the weights.
         """
         require("transformer", self.transformer)
-        return self._placement.dequantize_weights(self.transformer, budget)
+        vae = networks(self).get("vae")
+        config = AutoencoderConfig() if vae is None else vae.config
+        return self._placement.dequantize_weights(self.transformer, budget, config)
 
     def make_resident(self, budget: int | None = None) -> dict[str, int]:
         """Deprecated name of `dequantize_weights`."""

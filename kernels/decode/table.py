@@ -90,12 +90,15 @@ DECODERS: dict[str, Decoder] = {
 }
 # fmt: on
 
+_word_bytes = cache(word_bytes)
 _WORDS = {4: torch.uint32, 2: torch.uint16, 1: torch.uint8}
 
 
 def words(packed: torch.Tensor, name: str) -> torch.Tensor:
-    """Packed bytes as the words that the decoders read; a copy if they are not aligned."""
-    width = word_bytes(name)
+    """Packed bytes as the words that the decoders read; a copy if they are not aligned. Words remain as they are."""
+    width = _word_bytes(name)
+    if packed.dtype == _WORDS[width] and packed.ndim == 1 and packed.is_contiguous():
+        return packed
     if not packed.is_contiguous() or packed.data_ptr() % width or packed.storage_offset() % width:
         packed = packed.clone(memory_format=torch.contiguous_format)
     return packed.view(-1).view(_WORDS[width])

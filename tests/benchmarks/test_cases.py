@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import cases
+from zimage_core.models import block_norms, transformer
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import Linear
@@ -39,3 +41,49 @@ def test_the_cases_are_the_matrices_of_the_networks():
 def test_named_shapes_begin_with_the_largest_of_a_block():
     assert next(iter(cases.shapes().items())) == ("w13", (10240, 3840))
     assert {"qkvo", "w2", "encoder.down", "adaLN"} <= set(cases.shapes())
+
+
+def test_the_parts_of_a_step_are_the_calls_of_the_network(monkeypatch):
+    """Counted with their shapes in one call of `ZImageTransformer.step`."""
+    config = replace(
+        cases.TRANSFORMER, dim=64, n_layers=3, n_refiner_layers=2, n_heads=2, cap_feat_dim=32, hidden_dim=96,
+        axes_dims=(8, 12, 12),
+    )  # fmt: skip
+    model = ZImageTransformer(config).eval()
+    called = Counter()
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.register_forward_pre_hook(
+                lambda m, args: called.update([("linear", m.out_features, m.in_features, len(args[0]))])
+            )
+    for name in cases.STREAMS:
+        monkeypatch.setattr(*counting(block_norms if name != "silu_gate" else transformer, name, called))
+    monkeypatch.setattr(*counting(transformer, "attention", called))
+    with torch.no_grad():
+        prepared = model.prepare([torch.randn(5, 32)], [0.5], (8, 12))
+        called.clear()
+        model.step(torch.randn(config.in_channels, 8, 12), prepared, 0)
+    rows = {"layers": 64, "noise_refiner": 32}
+    monkeypatch.setattr(cases, "image_rows", lambda pixels, config: 32)
+    wanted = Counter()
+    for case in cases.step_linears(64, 5, config):
+        # the last layer leaves pads out, the first has none yet
+        m = 24 if case.name in ("x_embedder", "final.linear") else case.m
+        wanted["linear", case.n, case.k, m] += case.count
+    for case in cases.step_elementwise(64, 5, config):
+        wanted[case.name, case.rows] += case.count
+    for case in cases.step_attention(64, 5, config):
+        wanted["attention", case.length] += case.count
+        assert case.length == rows[case.name]
+    assert called == wanted
+
+
+def counting(module, name: str, called: Counter):
+    """What replaces a function and counts its calls with the rows of its first argument."""
+    real = getattr(module, name)
+
+    def counted(x, *arguments, **options):
+        called[name, len(x)] += 1
+        return real(x, *arguments, **options)
+
+    return module, name, counted

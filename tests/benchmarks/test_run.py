@@ -122,6 +122,7 @@ def test_a_case_that_cannot_be_set_up_leaves_the_others(tmp_path, monkeypatch):
         ("attention", [], {"layers", "noise_refiner", "context_refiner"}),
         ("block", ["--m", "4"], {"block"}),
         ("step", [], {"1+2 blocks, 32 px, caption 32"}),
+        ("parts", [], {"1+2 blocks, 32 px, caption 32"}),
         ("vae", [], {"32 px"}),
     ],
 )
@@ -145,7 +146,7 @@ def test_an_image_of_the_embedded_model(tmp_path):
 
 
 def test_a_wrong_variant_is_refused_and_never_timed(tmp_path):
-    given = Namespace(graphs=True, compile=False, baseline="", interpret=False)
+    given = Namespace(graphs=True, compile=False, baseline="", interpret=False, check=True)
     cpu = torch.device("cpu")
     bench = Bench(cpu, torch.float32, Budget(3, 0, 1), CEILINGS, Results("x", cpu, tmp_path, {}), given)
     timed = []
@@ -175,6 +176,22 @@ def test_a_wrong_variant_is_refused_and_never_timed(tmp_path):
     assert notes["wrong"].startswith("refused: error 1.")
     assert notes["empty"].startswith("refused: error nan")
     assert notes["failing"] == "refused: RuntimeError: no such device"
+
+
+def test_unchecked_rows_say_so_and_what_cannot_run_is_left_out(tmp_path):
+    given = Namespace(graphs=True, compile=False, baseline="", interpret=False, check=False)
+    cpu = torch.device("cpu")
+    bench = Bench(cpu, torch.float32, Budget(3, 0, 1), CEILINGS, Results("x", cpu, tmp_path, {}), given)
+
+    def broken(i: int) -> None:
+        raise RuntimeError("no such backend")
+
+    never = lambda: pytest.fail("compared")  # noqa: E731
+    variants = [Variant("runs", lambda i: None, never), Variant("breaks", broken, never)]
+    rows = {row["variant"]: row for row in run_case(bench, {"what": "parts", "case": "planted"}, variants)}
+    assert rows["runs"]["median_us"] > 0
+    assert (rows["runs"]["note"], rows["runs"]["error"]) == ("not checked", "")
+    assert rows["breaks"]["note"] == "refused: RuntimeError: no such backend"
 
 
 @pytest.mark.parametrize("spoil", ["value", "nan", "tile"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.quality import full_bytes, recipe
-from benchmarks.report import with_tables
-from benchmarks.tables import PAGES, compiled_rows, counts
+from benchmarks.report import compiled_rows, with_tables
+from benchmarks.tables import PAGES, counts
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

@@ -11,6 +11,13 @@ import torch
 from zimage_core.cli import doctor
 
 
+def gpu_device(architecture="sm_86", obstacle="", transformer=("cudnn", "flash")):
+    ways = {"transformer": transformer, "text encoder": ("flash",), "VAE": ("efficient",)}
+    return {
+        "name": "cuda:0", "architecture": architecture, "kernels_obstacle": obstacle, "attention": ways
+    }  # fmt: skip
+
+
 def test_it_names_versions_devices_and_where_things_run(zimage):
     facts = json.loads(zimage("doctor", "--json").out)
     assert facts["packages"]["torch"] == torch.__version__
@@ -34,7 +41,7 @@ def test_formats_with_the_same_paths_share_a_line(zimage, architecture, lines, w
 
 
 def test_the_default_device_is_the_one_that_is_taken(monkeypatch):
-    devices = [{"name": "cpu", "cores": 4}, {"name": "cuda:0", "architecture": "sm_86"}]
+    devices = [{"name": "cpu", "cores": 4}, gpu_device()]
     cpu, gpu = doctor._plan(devices, "cuda:0")
     assert cpu.startswith("cpu (with --device cpu): ")
     assert gpu.startswith("cuda:0 (default): ")
@@ -50,3 +57,35 @@ def test_a_missing_package_is_a_problem_and_status_1(zimage, monkeypatch):
     outcome = zimage("doctor")
     assert outcome.status == 1
     assert "sentencepiece is not installed" in outcome.out
+
+
+def test_what_kernels_lack_is_a_line_with_and_without_a_gpu(zimage, monkeypatch):
+    assert "GPU kernels" in zimage("doctor").out
+    monkeypatch.setattr(doctor, "lacks", lambda: "there is no C compiler; install gcc")
+    assert "  GPU kernels      there is no C compiler; install gcc\n" in zimage("doctor").out
+    (line,) = doctor._plan([gpu_device(obstacle="Triton is not installed")], "cuda:0")
+    assert "unpacked by plain torch, slower than by kernels: Triton is not installed" in line
+
+
+@pytest.mark.parametrize(
+    ("architecture", "transformer", "says"),
+    [
+        ("sm_90", ("cudnn", "flash"), "cudnn (transformer), flash (text encoder), efficient (VAE)"),
+        ("sm_75", (), "attention: chunks of queries (transformer), flash"),
+        ("gfx1100", ("flash",), "efficient (VAE), where this torch has it, else chunks of queries"),
+    ],
+)
+def test_the_kind_of_attention_is_said(architecture, transformer, says):
+    (line,) = doctor._plan([gpu_device(architecture, transformer=transformer)], "cpu")
+    assert says in line
+
+
+def test_paths_of_this_gpu_say_that_no_kernel_runs_here(zimage, monkeypatch):
+    facts = {
+        "devices": [{"name": "cpu"}, {**gpu_device(obstacle="no compiler"), "memory_free_bytes": 1 << 33}]
+    }
+    monkeypatch.setattr(doctor, "examine", lambda: facts)
+    assert (
+        "do not run here, so plain torch unpacks all weights: no compiler" in zimage("doctor", "--paths").out
+    )
+    assert "no compiler" not in zimage("doctor", "--paths", "--architecture", "sm_90").out

@@ -21,12 +21,12 @@ FILES = (
 
 
 def test_one_budget_gives_a_table_bars_and_reasons(zimage):
-    outcome = zimage("plan", "--vram", "40MB", "-W", 512, "-H", 512)
+    outcome = zimage("plan", "--vram", "90MB", "-W", 512, "-H", 512)
     assert outcome.status == 0
     assert outcome.err == ""
     lines = outcome.out.splitlines()
     assert lines[0].startswith("512 x 512 px, 1 image, caption of 128 tokens, 8 steps, bfloat16")
-    assert "budget 40 MB" in lines[2]
+    assert "budget 90 MB" in lines[2]
     assert [line.split()[0] for line in lines[4:8]] == ["network", "text", "transformer", "vae"]
     assert any(line.startswith("denoise ") for line in lines)
     assert any(line.startswith("expected: encode ") for line in lines)

@@ -159,3 +159,41 @@ def test_the_interpreter_is_refused_in_one_sentence():
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "TRITON_INTERPRET" in done.stderr
+
+
+LENGTHS = """
+from benchmarks import compile_cell as cell
+from unittest.mock import patch
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+def kinds(each):
+    kernel, args, given = cell.caught(each)
+    _, special, options = create_function_from_signature(
+        kernel.signature, kernel.params, make_backend(cell.gpu(each.target)))(*args, **given)
+    return [str(s) for s in special], str(options)
+
+def at(each, length):
+    real = cell.tiles_of(each.target)
+    few = {name: (min(length, count), tile) for name, (count, tile) in real.items()}
+    with patch.object(cell, "TOKENS", length), patch.object(cell, "tiles_of", lambda target: few):
+        return kinds(each)
+
+for kernel, tile in (("matmul", "16x64 w4 s4"), ("matmul", "16x64 w4 s4 split"), ("sum", "16x64 w4 s4"),
+                     ("rms_norm_modulate", ""), ("gate_norm_residual", ""), ("qk_norm_rope", ""),
+                     ("silu_gate", "")):
+    each = cell.Cell(kernel, "Q4_K" if kernel == "matmul" else "", "bfloat16", tile, "sm_90")
+    found = [at(each, length) for length in (16, 13, 1)]
+    assert found[0] == found[1] == found[2], (kernel, found)
+    print(kernel)
+"""
+
+
+def test_another_length_of_x_compiles_nothing():
+    """All that Triton compiles for is the same for lengths that 16 divides and that it does not."""
+    done = subprocess.run(
+        [sys.executable, "-c", LENGTHS], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout.split() == [
+        "matmul", "matmul", "sum", "rms_norm_modulate", "gate_norm_residual", "qk_norm_rope", "silu_gate",
+    ], done.stderr  # fmt: skip

@@ -4,7 +4,6 @@ Bounds count roundings of U = 2^-24, relative to the sum of magnitudes that is f
 
 - mean square: runs of at most 32 and a tree above them, the square and the division; halved by the root.
 - rsqrt and division, approximate on a GPU: 4 each. exp: 4 and its argument's own rounding, |argument|.
-- tanh: exp in (1 - e) / (1 + e) from 1/4 on, where 1 - e may lose a factor of 1.6: 16 in all.
 - every product and sum: 1.
 """
 
@@ -56,9 +55,9 @@ def rms_norm_modulate(x, weight, eps, scale=None) -> list[Bounded]:
 def gate_norm_residual(x, branch, weight, eps, gate=None, factor=1.0) -> list[Bounded]:
     added = layers.rms_norm(double(branch), double(weight), eps * factor**2)
     if gate is not None:
-        added = added * np.tanh(double(gate))
+        added = added * double(gate)
     want = double(x) + added
-    slack = (norm_roundings(x.shape[-1]) + 17) * U * abs(added) + U * abs(want)
+    slack = (norm_roundings(x.shape[-1]) + 1) * U * abs(added) + U * abs(want)
     return [(want, slack + TINY)]
 
 
@@ -135,7 +134,10 @@ class Draw:
         return self.tensor(self.rng.standard_normal(self.size) + mean)
 
     def maybe(self) -> Tensor | None:
-        return self.vector() if self.optional else None
+        """A vector of a modulation: float32, as the transformer makes it, or of the dtype of x."""
+        if not self.optional:
+            return None
+        return self.tensor(self.rng.standard_normal(self.size), torch.float32 if self.seed % 2 else None)
 
 
 def _rms_norm_modulate(d: Draw):

@@ -18,16 +18,10 @@ ROOMY, EXACT = "8GiB", "0"
 """What the card has beside budget and context: enough to see what is taken too much, or nothing."""
 CASES = [
     ("Q4_K_M", "6GiB", ROOMY), ("Q3_K_S", "6GiB", ROOMY), ("Q8_0", "12GiB", ROOMY),
-    ("Q4_K_M", "24GiB", ROOMY),
+    ("Q4_K_M", "24GiB", ROOMY), ("Q8_0", "24GiB", EXACT), ("Q3_K_S", "least", EXACT),
     ("Q4_K_M", "least", EXACT), ("Q4_K_M", "4GiB", EXACT), ("Q4_K_M", "6GiB", EXACT),
 ]  # fmt: skip
-OVER = pytest.mark.xfail(strict=True, reason="the plan knows nothing of the allocator's blocks and cache")
-
-
-def cases(*broken):
-    """Parameters: all cases, those of `broken` numbers marked as known to fail."""
-    marked = [pytest.param(*c, marks=OVER if i in broken else ()) for i, c in enumerate(CASES)]
-    return pytest.mark.parametrize(("mix", "vram", "spare"), marked)
+cases = pytest.mark.parametrize(("mix", "vram", "spare"), CASES)
 
 
 @cache
@@ -40,20 +34,20 @@ def given(found):
     return max(phase["given"] for run in found["runs"] for phase in run["phases"])
 
 
-@cases(0, 1, 2, 4, 5)
+@cases
 def test_the_driver_gives_no_more_than_the_budget(models, mix, vram, spare):
     found = run(models(mix), vram, spare)
     assert [r["error"] for r in found["runs"]] == [None, None]
     assert given(found) <= found["vram"], f"{given(found) / MIB:.0f} MiB of {found['vram'] / MIB:.0f}"
 
 
-@cases(4, 5, 6)
+@cases
 def test_no_allocation_succeeds_only_after_the_cache_was_emptied(models, mix, vram, spare):
     found = run(models(mix), vram, spare)
     assert (found["retries"], found["ooms"]) == (0, 0)
 
 
-@cases(*range(7))
+@cases
 def test_what_is_given_is_what_was_planned(models, mix, vram, spare):
     found = run(models(mix), vram, spare)
     assert found["runs"][-1]["peak"] is not None, found["runs"][-1]["error"]

@@ -29,8 +29,8 @@ def test_scratch_is_one_buffer_that_grows(device, monkeypatch):
         x = random_x(3, 256, device=device)
         weight = quant("Q4_K", rows, 256, device)
         assert_product(ops.linear(x, weight), x, weight)
-        (buffer,) = gpu._local.scratch.values()
-        return buffer.data_ptr(), buffer.numel()
+        (scratch,) = gpu._local.scratch.values()
+        return scratch.buffer.data_ptr(), scratch.buffer.numel()
 
     first = after(16)
     assert first[1] == 16 * 256 * 2
@@ -45,14 +45,14 @@ def test_threads_do_not_share_scratch(device, monkeypatch):
     wanted, theirs = ops.linear(x, weight), []
 
     def other() -> None:
-        theirs.extend([ops.linear(x, weight), *gpu._local.scratch.values()])
+        theirs.extend([ops.linear(x, weight), *(each.buffer for each in gpu._local.scratch.values())])
 
     thread = threading.Thread(target=other)
     thread.start()
     thread.join()
     (mine,) = gpu._local.scratch.values()
     assert torch.equal(theirs[0], wanted)
-    assert theirs[1].data_ptr() != mine.data_ptr()
+    assert theirs[1].data_ptr() != mine.buffer.data_ptr()
 
 
 @pytest.mark.parametrize("mode", ["fused", "dequantise"])
@@ -63,7 +63,11 @@ def test_what_is_kept_from_inference_mode_serves_outside(mode, device, calls, mo
         inside = ops.linear(x, weight)
     assert torch.equal(ops.linear(x, weight), inside)
     assert calls["repack"] == (mode == "fused")
-    kept = weight.planes.planes if mode == "fused" else gpu._local.scratch.values()
+    if mode == "fused":
+        kept = [*weight.planes.planes]
+    else:
+        (scratch,) = gpu._local.scratch.values()
+        kept = [scratch.buffer, *scratch.views.values(), weight.planes.words]
     assert not any(tensor.is_inference() for tensor in kept)
 
 

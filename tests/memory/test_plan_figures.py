@@ -17,7 +17,8 @@ from zimage_core.config import AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, OverBudget, Unsupported
 from zimage_core.files.units import parse_bytes
 from zimage_core.memory.activations import collected_bytes
-from zimage_core.memory.planner import LEAST_RING, RING, RUNTIME, Job, make_plan
+from zimage_core.memory.job import Job
+from zimage_core.memory.planner import LEAST_RING, RING, RUNTIME, make_plan
 from zimage_core.memory.rates import PCIE, known, measure, step_flops
 
 GIB = 1 << 30
@@ -41,7 +42,7 @@ def test_the_published_operations_come_out():
         assert step_flops(TransformerConfig(), px // 8, px // 8, 128) == pytest.approx(tera * 1e12, rel=0.01)
 
 
-@pytest.mark.parametrize(("rule", "most"), [(q4_k_m, 1.4e9), (q3_k_s, 0.8e9), (plain("Q8_0"), 1.1e9)])
+@pytest.mark.parametrize(("rule", "most"), [(q4_k_m, 1.45e9), (q3_k_s, 0.85e9), (plain("Q8_0"), 1.15e9)])
 def test_1024_px_need_little_and_the_transfers_hide(rule, most):
     sizes = full_size(rule)
     floor = make_plan(sizes, 1024, 1024).floor
@@ -65,15 +66,15 @@ def test_a_fast_card_and_a_small_image_wait_for_the_link():
 
 def test_a_small_budget_says_what_would_fit():
     with pytest.raises(OverBudget) as caught:
-        make_plan(Q4_K_M, 2048, 2048, vram=2 * 10**9)
+        make_plan(Q4_K_M, 2048, 2048, vram=22 * 10**8)
     text = str(caught.value)
-    assert "2 GB of GPU memory are given and 2048 x 2048 px need at least 2.6 GB" in text
+    assert "2.2 GB of GPU memory are given and 2048 x 2048 px need at least 2.8 GB" in text
     assert "\n" not in text
     width = int(text.partition("an image of ")[2].split()[0])
-    assert make_plan(Q4_K_M, width, width, vram=2 * 10**9).peak <= 2 * 10**9
+    assert make_plan(Q4_K_M, width, width, vram=22 * 10**8).peak <= 22 * 10**8
     with pytest.raises(OverBudget):
-        make_plan(Q4_K_M, width + 16, width + 16, vram=2 * 10**9)
-    assert "a quantisation whose blocks have at most 53.5 MB (here: 354 MB)" in text
+        make_plan(Q4_K_M, width + 16, width + 16, vram=22 * 10**8)
+    assert "a quantisation whose blocks have at most 54.1 MB (here: 354 MB)" in text
 
 
 def test_images_keep_their_shape_in_the_advice():

@@ -122,7 +122,8 @@ def test_every_byte_moves_once_a_step_and_the_memory_is_what_was_said(dit, slots
     stream = streamed(dit, (3,), slots=slots, ring=1 << 18, through=device)
     sizes = {i: stream._blocks[i].payload for i in stream.streamed}
     largest = max(b.nbytes for b in stream._blocks.values())
-    assert largest not in allocated, "slots are made when the context refiner is done"
+    piece = stream.rest.device_bytes
+    assert allocated[0] == piece >= slots * largest, "one piece of memory for what stays and for the slots"
     draw(dit, steps=4, images=2)
     for load in stream._loads:
         load.copied.result(TIMEOUT)
@@ -131,8 +132,7 @@ def test_every_byte_moves_once_a_step_and_the_memory_is_what_was_said(dit, slots
     assert moved == [stream.streamed[k % 6] for k in range(8 * 6 + slots)]
     assert traffic.bytes_moved == sum(sizes[i] for i in moved)
     assert stream.device_bytes == slots * largest
-    assert allocated.count(largest) == slots, "slots"
-    assert allocated.count(1 << 18) == 1, "the ring"
+    assert allocated[1:] == [1 << 18], "the ring"
     assert len(traffic.step_stalls) == 8
     assert sum(traffic.step_stalls) == pytest.approx(traffic.stall_seconds)
     assert 0 <= traffic.overlap <= 1

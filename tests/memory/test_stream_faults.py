@@ -175,7 +175,7 @@ def test_a_fault_that_is_no_read_error_surfaces_as_it_is(dit):
 
 def test_no_memory_leaves_nothing_behind(dit, single):
     device = Device(staged=True)
-    for enough in range(5):
+    for enough in range(2):
         left = [enough]
 
         def memory(nbytes, left=left):

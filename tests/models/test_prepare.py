@@ -80,3 +80,20 @@ def test_each_caption_has_its_own_tokens_and_rotation(model):
     assert [len(text) for text in prepared.texts] == [32, 64, 32]
     for k, caption in enumerate((short, long, short)):
         assert torch.equal(model.step(latent, prepared, 0, k), alone(model, latent, 0.5, caption))
+
+
+@torch.no_grad()
+def test_gates_keep_the_float32_of_their_tanh(model):
+    """One gate for a run, and for a block called with temb, that no dtype of the model rounds."""
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    block, temb = half.layers[0], torch.randn(3, model.config.adaln_dim, dtype=torch.bfloat16)
+    raw = block.adaLN_modulation(temb).double().chunk(4, -1)
+    found = block.modulation(temb)
+    assert found.dtype == torch.float32
+    assert half.modulate(torch.rand(3))[0].dtype == torch.float32
+    for part, (given, exact) in enumerate(zip(found.double().chunk(4, -1), raw, strict=True)):
+        wanted = exact.tanh() if part % 2 else exact
+        assert (given - wanted).abs().max() <= 2.0**-23 * wanted.abs().max()
+    x, rope = torch.randn(3, 5, model.config.dim), model.rotation(torch.zeros(5, 3, dtype=torch.int64))
+    x = x.to(torch.bfloat16)
+    assert torch.equal(block(x, rope, temb), block(x, rope, modulation=found))

@@ -14,7 +14,7 @@ from tests.helpers import tiny
 from tests.helpers.live_bytes import LiveBytes
 from zimage_core.config import AutoencoderConfig
 from zimage_core.memory.activations import decode_bytes
-from zimage_core.models import vae_tiles
+from zimage_core.models import autoencoder, vae_tiles
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.vae_tiles import layout
 from zimage_core.pipeline import ZImagePipeline
@@ -234,3 +234,25 @@ def test_maps_kept_elsewhere_give_the_same_bits(vae, monkeypatch):
     monkeypatch.setattr(vae_tiles._Map, "empty", empty)
     assert torch.equal(vae.decode(z, 4), vae.decode(z, 4, torch.device("cpu")))
     assert made
+
+
+@pytest.mark.parametrize("tile", [None, 4])
+def test_the_layout_of_a_gpu_gives_the_same_image_and_is_kept(vae, monkeypatch, tile):
+    z, seen = latents(1, 16, 9, 12), []
+    want = vae.decode(z, tile)
+    monkeypatch.setattr(autoencoder, "_layout", lambda x: torch.contiguous_format)
+    convs = [module for module in vae.decoder.modules() if isinstance(module, torch.nn.Conv2d)]
+    hooks = [
+        conv.register_forward_pre_hook(lambda conv, x: seen.append(x[0].is_contiguous())) for conv in convs
+    ]
+    try:
+        got = vae.decode(z, tile)
+    finally:
+        [hook.remove() for hook in hooks]
+    assert float((got - want).abs().max()) <= CLOSE
+    assert tile or all(seen), "a map changed its layout between two convolutions"
+    moments = [vae.moments(latents(1, 3, 16, 24))]
+    monkeypatch.undo()
+    moments.append(vae.moments(latents(1, 3, 16, 24)))
+    for gpu, cpu in zip(*moments, strict=True):
+        assert float((gpu - cpu).abs().max()) <= CLOSE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,13 +69,55 @@ def test_each_shape_and_dtype_has_a_graph_and_the_oldest_goes():
     assert recorder.recorded == MOST_GRAPHS + 3
 
 
+def test_a_graph_may_wait_for_some_calls_with_its_shapes():
+    recorder = Recorder()
+    step = StepGraphs(add, recorder, after=2)
+    for n in (1, 2, 1, 1, 2, 1):
+        assert torch.equal(step(torch.zeros(n), torch.ones(n)), torch.full((n,), 2.0))
+    assert (recorder.recorded, recorder.replayed) == (1, 2)  # of n = 1: two calls of four
+
+
+def no_memory(work, device):
+    raise torch.OutOfMemoryError("no memory\nfor a graph")
+
+
+def test_a_graph_nobody_asked_for_may_fail():
+    step = StepGraphs(add, no_memory, asked=False)
+    with pytest.warns(UserWarning, match=r"not recorded as CUDA graphs \(no memory\)"):
+        assert step(torch.zeros(2), torch.ones(2)).tolist() == [2, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is not tried again
+        assert step(torch.zeros(2), torch.ones(2)).tolist() == [2, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        StepGraphs(add, no_memory)(torch.zeros(2), torch.ones(2))
+
+
 def test_scratch_is_handed_over_once():
     """A graph owns the scratch whose address it holds; the thread makes a new one."""
     device = torch.device("cpu")
-    mine = gpu._scratch(device, 100)
-    assert gpu.hand_over_scratch(device, 0).data_ptr() == mine.data_ptr()
+    mine = gpu._scratch(device, 10, 10, torch.uint8)
+    assert gpu.hand_over_scratch(device, 0).buffer.data_ptr() == mine.data_ptr()
     assert gpu.hand_over_scratch(device, 0) is None
-    assert gpu._scratch(device, 100).data_ptr() != mine.data_ptr()
+    other = gpu._scratch(device, 10, 10, torch.uint8)
+    assert other.data_ptr() != mine.data_ptr()
+
+
+def test_scratch_is_taken_again_and_released():
+    """The graphs of a step share theirs; `release_scratch` drops what no graph has."""
+    device = torch.device("cpu")
+    mine = gpu._scratch(device, 10, 10, torch.uint8).data_ptr()
+    scratch = gpu.hand_over_scratch(device, 0)
+    gpu.take_scratch(device, 0, scratch)
+    assert gpu._scratch(device, 10, 10, torch.uint8).data_ptr() == mine
+    gpu.release_scratch(torch.device("cuda", 0))
+    assert gpu.hand_over_scratch(device, 0) is scratch
+    gpu.take_scratch(device, 0, scratch)
+    gpu.release_scratch(device)
+    assert gpu.hand_over_scratch(device, 0) is None
+    for place, gone in (("cuda:1", True), ("cuda", True), ("cuda:0", False), ("cpu", False)):
+        gpu.take_scratch(torch.device("cuda", 1), 7, scratch)
+        gpu.release_scratch(torch.device(place))
+        assert (gpu.hand_over_scratch(torch.device("cuda", 1), 7) is None) == gone
 
 
 def test_without_a_gpu_capture_is_refused_in_a_sentence():

@@ -149,7 +149,7 @@ def test_plain_numbers_are_converted_whatever_is_asked_of_blocks(name):
     [
         (("Q9_K", 40, 256, 1, "sm_90", 0), UnknownFormat, "Q9_K"),
         (("Q4_K", 40, 256, 1, "sm_90", 0, "fast"), BadArgument, "'fast'.*auto, fused, dequantise"),
-        (("Q4_K", 40, 256, 1, "sm_30", 0), BadArgument, "'sm_30' is not known; known are cpu, sm_70"),
+        (("Q4_K", 40, 256, 1, "sm_30", 0), BadArgument, "'sm_30' is not known; known are cpu, sm_50"),
         (("Q4_K", 40, 256, 1, "mps", 0), BadArgument, "'mps'"),
         (("Q4_K", 0, 256, 1, "sm_90", 0), BadArgument, "no positive size"),
         (("Q4_K", 40, 0, 1, "sm_90", 0), BadArgument, "no positive size"),
@@ -182,14 +182,23 @@ def test_without_tensor_cores_nothing_is_fused(architecture):
 def test_a_gpu_takes_the_nearest_older_one():
     known = {
         "sm_72": "sm_70", "sm_87": "sm_86", "sm_88": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100",
-        "sm_121": "sm_120", "gfx90a": "gfx942", "gfx950": "gfx942", "gfx1030": "gfx1100",
+        "sm_121": "sm_120", "sm_61": "sm_50", "gfx90a": "gfx942", "gfx950": "gfx942", "gfx1034": "gfx1030",
+        "gfx1010": "gfx1030", "gfx900": "gfx906", "gfx90c": "gfx906", "gfx908": "gfx942",
         "gfx1151": "gfx1100", "gfx1200": "gfx1201",
     }  # fmt: skip
     assert {name: family(name) for name in known} == known
     assert all(family(name) == name for name in ARCHITECTURES)
 
 
-@pytest.mark.parametrize("name", ["", "cpu", "sm_", "sm_61", "sm_x", "mps", "SM_90"])
+@pytest.mark.parametrize("name", ["sm_61", "sm_75", "gfx906", "gfx1031"])
+def test_a_gpu_without_tensor_cores_for_triton_never_takes_the_fused_kernel(name):
+    for tokens in (1, 64, 4128):
+        choice = choose("Q4_K", 10240, 3840, tokens, name, 1 << 40)
+        assert choice.path == "dequantise"
+        assert "no tensor cores" in choice.reason
+
+
+@pytest.mark.parametrize("name", ["", "cpu", "sm_", "sm_37", "sm_x", "mps", "SM_90"])
 def test_an_unknown_gpu_is_an_error_that_lists_the_known(name):
     with pytest.raises(BadArgument, match=r"sm_90.*gfx942"):
         family(name)
@@ -219,21 +228,10 @@ def test_what_is_dequantised_does_not_depend_on_the_order_of_distinct_sizes():
         assert len(answers) == 1, f"budget {budget}: {answers}"
 
 
-@pytest.mark.parametrize(
-    ("value", "triton", "on_cpu", "on_gpu"),
-    [
-        ("auto", True, False, True),
-        ("auto", False, False, False),
-        ("off", True, False, False),
-        ("on", False, True, True),
-    ],
-)
-def test_kernels_run_on_gpus_with_triton_unless_told_otherwise(monkeypatch, value, triton, on_cpu, on_gpu):
+@pytest.mark.parametrize(("value", "on_cpu"), [("auto", False), ("off", False), ("on", True)])
+def test_kernels_run_on_a_cpu_only_where_they_are_asked_for(monkeypatch, value, on_cpu):
     monkeypatch.setattr(dispatch, "KERNELS", value)
-    monkeypatch.setattr(dispatch, "HAS_TRITON", triton)
     assert dispatch.kernels_for(torch.device("cpu")) == on_cpu
-    assert dispatch.kernels_for(torch.device("cuda")) == on_gpu
-    assert not dispatch.kernels_for(torch.device("mps")) or value == "on"
 
 
 def test_another_value_of_the_variable_is_refused_at_the_first_weight(monkeypatch):
@@ -264,24 +262,3 @@ def test_the_environment_is_read_at_the_first_use_and_the_old_name_still_works(m
     monkeypatch.setattr(dispatch, "MODE", None)
     with pytest.deprecated_call():
         assert dispatch.mode() == "dequantise"
-
-
-@pytest.mark.parametrize(
-    ("found", "enough"), [("3.6.0", True), ("3.10.1", True), ("4.0", True), ("3.2.0", False), ("git", True)]
-)
-def test_a_triton_that_is_too_old_counts_as_none(monkeypatch, found, enough):
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
-    monkeypatch.setattr(dispatch, "version", lambda package: found)
-    assert dispatch.find_triton() == enough
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    assert not dispatch.find_triton()
-
-
-@pytest.mark.parametrize(("capability", "runs"), [((6, 1), False), ((7, 0), True), ((9, 0), True)])
-def test_a_gpu_that_triton_does_not_know_goes_through_torch(monkeypatch, capability, runs):
-    monkeypatch.setattr(dispatch, "KERNELS", "auto")
-    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert dispatch.kernels_for(torch.device("cuda")) == runs

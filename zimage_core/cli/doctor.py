@@ -15,7 +15,8 @@ from zimage_core import __version__
 from zimage_core.errors import ZImageError, printable
 from zimage_core.files.units import in_bytes
 from zimage_core.formats import FORMATS
-from zimage_core.quant.dispatch import HAS_TRITON, choose, crossover
+from zimage_core.quant.dispatch import choose, crossover
+from zimage_core.quant.probe import lacks
 
 NEEDED = ("torch", "numpy", "gguf", "safetensors", "tokenizers", "sentencepiece", "pillow")
 OPTIONAL = ("triton", "huggingface_hub")
@@ -87,6 +88,8 @@ def _paths(args: argparse.Namespace, devices: list[dict[str, Any]]) -> int:
         return 0
     heads = "".join(f"{f'{what} ({m})':>21}" for what, m in TOKENS.items())
     lines = [f"paths of a {ROWS} x {WIDTH} weight on {architecture}, {in_bytes(free)} free"]
+    if args.architecture is None and (why := gpu.get("kernels_obstacle")):
+        lines.append(f"these need kernels, which do not run here, so plain torch unpacks all weights: {why}")
     lines.append(f"{heads}  why")
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in found:  # formats that differ in their crossover alone share a line
@@ -122,6 +125,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": versions,
+        "kernels_lack": lacks(),
         "devices": devices,
         "embedded_model": model,
         "runs": _plan(devices, default),
@@ -160,19 +164,30 @@ def _cpu() -> dict[str, Any]:
 def _gpus(cpu: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
+    from zimage_core.nn.attention import attention_backends
     from zimage_core.quant.gpu import architecture
+    from zimage_core.quant.probe import obstacle
+    from zimage_core.run.checks import read_dtypes
 
     cpu["threads"] = torch.get_num_threads()
     found: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
+        properties, device = torch.cuda.get_device_properties(index), torch.device("cuda", index)
+        arch = architecture(device)
+        dtype = str(read_dtypes(None, None, device)["transformer"]).removeprefix("torch.")
         free, total = torch.cuda.mem_get_info(index)
         found.append(
             {
                 "name": f"cuda:{index}",
                 "title": properties.name,
                 "compute_capability": f"{properties.major}.{properties.minor}",
-                "architecture": architecture(torch.device("cuda", index)),
+                "architecture": arch,
+                "kernels_obstacle": obstacle(device),
+                "attention": {
+                    "transformer": attention_backends(arch, "transformer", dtype),
+                    "text encoder": attention_backends(arch, "text encoder", dtype),
+                    "VAE": attention_backends(arch, "VAE", "float32", 512),
+                },
                 "memory_bytes": total,
                 "memory_free_bytes": free,
             }
@@ -205,28 +220,33 @@ def _plan(devices: list[dict[str, Any]], default: str) -> list[str]:
                 "for a small model; quantised weights stay packed in memory and are unpacked tile by tile"
             )
         else:
-            does = _on_gpu(device["architecture"])
+            does = f"{_on_gpu(device)}; {_attention(device)}"
         plan.append(f"{name} ({'default' if name == default else f'with --device {name}'}): {does}")
     return plan
 
 
-def _on_gpu(architecture: str) -> str:
+def _on_gpu(device: dict[str, Any]) -> str:
     """What happens to quantised weights on a GPU."""
-    if not HAS_TRITON:
-        return (
-            "quantised weights are unpacked by plain torch in float32, slowly; "
-            "install Triton 3.6 or newer (pip install 'zimage-core[gpu]')"
-        )
-    if architecture.startswith("sm_") and int(architecture[3:]) < 70:
-        return "quantised weights are unpacked by plain torch in float32, slowly: Triton needs Volta or newer"
-    most = crossover(FORMATS["Q4_K"], architecture)
+    if why := device["kernels_obstacle"]:
+        return f"quantised weights are unpacked by plain torch, slower than by kernels: {why}"
+    most = crossover(FORMATS["Q4_K"], device["architecture"])
     few = f"up to {most} rows of x multiplied as they are (Q4_K), beyond that " if most else ""
     return f"quantised weights stay packed; {few}unpacked for each product by a kernel; see --paths"
+
+
+def _attention(device: dict[str, Any]) -> str:
+    """The first choice of each network."""
+    first = {use: (names or ("chunks of queries",))[0] for use, names in device["attention"].items()}
+    amd = device["architecture"].startswith("gfx")
+    otherwise = ", where this torch has it, else chunks of queries" if amd else ""
+    return f"attention: {', '.join(f'{name} ({use})' for use, name in first.items())}{otherwise}"
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
     lines = [f"zimage-core {facts['zimage_core']}, Python {facts['python']}, {facts['platform']}"]
     lines += [f"  {name:<16} {found or 'not installed'}" for name, found in facts["packages"].items()]
+    lacking = facts["kernels_lack"] or "Triton, a C compiler and Python.h are there"
+    lines.append(f"  {'GPU kernels':<16} {lacking}")
     lines.append("devices")
     for device in facts["devices"]:
         parts = [device["title"]]

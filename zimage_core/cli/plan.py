@@ -12,8 +12,9 @@ from zimage_core.assets import DEFAULT
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, OverBudget
 from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
+from zimage_core.memory.job import Job
 from zimage_core.memory.plan import Plan
-from zimage_core.memory.planner import Job, beside, plan_job, plan_on_cpu
+from zimage_core.memory.planner import beside, plan_job, plan_on_cpu
 from zimage_core.memory.rates import known
 from zimage_core.memory.sizes import read_sizes
 from zimage_core.weights.components import open_parts
@@ -23,7 +24,7 @@ CARDS = (4, 6, 8, 12, 16, 24)
 """GiB of GPU memory of common cards, for the table without --vram."""
 MOST_SIDE, MOST = 8192, 1024
 SIGNS, ASCII = "█▓▒░·", "#=+-."
-"""Weights, slots, activations, the rest (scratch, planes, workspace), free."""
+"""Weights, slots, activations, the rest (scratch, planes, workspace, gaps), free."""
 WIDTH = 50
 """Characters of a bar."""
 
@@ -171,11 +172,11 @@ def _lines(plan: Plan, signs: str, around: int) -> list[str]:
         kept = f"{len(part.resident_blocks)}/{part.blocks}" if part.blocks else "-"
         amounts = "".join(f"{in_bytes(n):>10}" for n in (part.resident, part.streamed, part.host))
         rows.append(f"{part.name.replace('_', ' '):<13}{amounts}{kept:>13}  {slots}")
-    names = ("weights", "slots", "activations", "scratch and libraries", "free")
+    names = ("weights", "slots", "activations", "scratch, libraries, gaps", "free")
     scale = max(plan.peak, plan.vram or 0)
     rows.append("")
     for phase in plan.phases:
-        rest = phase.scratch + phase.planes + phase.workspace
+        rest = phase.scratch + phase.planes + phase.workspace + phase.gaps + phase.small
         counts = (phase.weights + phase.others, phase.slots, phase.activations, rest)
         rows.append(f"{phase.name:<8}{_bar(counts, scale, signs)} {in_bytes(phase.peak):>8}")
         told = (f"{name} {in_bytes(count)}" for name, count in zip(names, counts, strict=False) if count)

@@ -111,6 +111,20 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
         decode(0, len(blocks))
 
 
+def decode(out: Tensor, blocks: Tensor, fmt: BlockFormat, work: Workspace) -> None:
+    """Dequantise blocks at once, without tiles: for devices on which each operation is a launch.
+
+    Args:
+        out: float32 [n, weights], contiguous.
+        blocks: uint8 [n, nbytes] of a block format or fp8, on the same device.
+        fmt: Format of the blocks.
+        work: Scratch memory of that device.
+    """
+    header, body = DECODERS[fmt.name]
+    raw = _aligned(blocks, work)
+    body(raw, out, work, *header(raw, work))
+
+
 def check_rows(packed: Tensor, fmt: BlockFormat) -> None:
     """Raise BadShape unless `packed` is uint8 and its last axis is a whole number of blocks."""
     if packed.dtype != torch.uint8 or not packed.ndim:

@@ -22,7 +22,7 @@ from zimage_core.export.recipes import SOURCE, Recipe, choose_format, is_matrix
 from zimage_core.export.sensitivity import Sensitivity
 from zimage_core.files.units import in_bytes
 from zimage_core.memory.activations import denoise_bytes
-from zimage_core.memory.planner import WORKSPACE
+from zimage_core.memory.allocator import GAPS, SMALL_SEGMENTS, WORKSPACE
 from zimage_core.quant.dispatch import SCRATCH_BYTES
 from zimage_core.weights import gguf_writer
 
@@ -173,7 +173,7 @@ def largest_transformer(
     if width < 1 or height < 1 or width % multiple or height % multiple:
         raise BadArgument(f"fit: got {width} x {height} px, wanted multiples of {multiple}")
     live = denoise_bytes(config, height // factor, width // factor, CAPTION, dtype, 1, 1, STEPS)
-    around = live + SCRATCH_BYTES + max(WORKSPACE.values())
+    around = int((1 + GAPS["denoise"]) * live) + SCRATCH_BYTES + max(WORKSPACE.values()) + SMALL_SEGMENTS
     if vram <= around:
         raise OverBudget(
             f"fit: {in_bytes(vram)} of GPU memory do not hold the steps of {width} x {height} px, which take "

@@ -63,7 +63,7 @@ def refine_bytes(config: TransformerConfig, caption: int, dtype: str) -> int:
 def modulate_bytes(config: TransformerConfig, steps: int, dtype: str) -> int:
     """Bytes of the adaptive norms of a run of so many steps, which are kept through it."""
     blocks = config.n_refiner_layers + config.n_layers
-    return ITEMSIZE[dtype] * steps * (blocks * 4 * config.dim + config.dim)
+    return steps * (FLOAT32 * blocks * 4 * config.dim + ITEMSIZE[dtype] * config.dim)
 
 
 def kept_bytes(

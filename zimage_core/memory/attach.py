@@ -7,8 +7,10 @@ is read into memory, on the CPU as well.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +31,32 @@ from zimage_core.weights.source import Source, WeightFile
 OUTSIDE = "adaLN_modulation"
 """Child of a block that runs outside of the loop: adaptive norms are computed for all steps at once."""
 
+READERS = 4
+"""Threads that read weights which stay."""
+
 Streamable = ZImageTransformer | TextEncoder
 Mapped = tuple[Source, int]
 """A file, and the address of its map."""
 
 
 def load(
-    modules: Iterable[nn.Module], ring: Ring, maps: Sequence[Mapped], streamed: Collection[nn.Module] = ()
+    modules: Iterable[nn.Module],
+    ring: Ring,
+    maps: Sequence[Mapped],
+    streamed: Collection[nn.Module] = (),
+    spare: int = 0,
 ) -> Moved:
     """Put the tensors of modules on the device of a ring, and tables of token embeddings in host memory.
+
+    What goes to the device lies in one piece of memory, since torch's allocator leaves a gap of up to 1 MiB
+    behind each tensor.
 
     Args:
         modules: The modules; those inside them are not looked at unless they are listed too.
         ring: What bytes go to the device through.
         maps: Files that the tensors may be views of.
         streamed: Layers whose weights stay where they are.
+        spare: Bytes of the piece behind the tensors, which the caller uses.
 
     Returns:
         What was moved; its `restore` takes it off the device again.
@@ -51,25 +64,33 @@ def load(
     Raises:
         BadFile: A file was changed or cannot be read.
     """
-    moved, device, host = Moved(), ring.device, Ring(Device(), RING)
-    device.order("copy", device.record("compute"))  # memory that was freed may still be read there
+    moved, host = Moved(), Ring(Device(), RING)
+    wanted: dict[Ring, list[tuple[nn.Module, str, Tensor | QuantTensor, Stored]]] = {ring: [], host: []}
+    for module in modules:
+        where = host if isinstance(module, Embedding) else ring
+        for name, tensor in _tensors(module):
+            if not (name == "weight" and module in streamed):
+                place = _to_move(tensor, where, maps)
+                if place is not None:
+                    wanted[where].append((module, name, tensor, place))
+    ring.device.order("copy", ring.device.record("compute"))  # memory that was freed may still be read there
     try:
-        for module in modules:
-            where = host if isinstance(module, Embedding) else ring
-            tensors: list[tuple[str, Tensor | QuantTensor]] = [
-                *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)
-            ]  # fmt: skip
-            if isinstance(weight := getattr(module, "weight", None), QuantTensor):
-                tensors.append(("weight", weight))
-            for name, tensor in tensors:
-                if name == "weight" and module in streamed:
-                    continue
-                copy = _copy(tensor, where, maps)
-                if copy is not None:
-                    moved.places.append((module, name, tensor, copy))
-                    setattr(module, name, copy)
-        device.order("compute", device.record("copy"))
+        for where, places in wanted.items():
+            ends = [0, *accumulate(aligned(len(place.data)) for *_, place in places)]
+            piece = where.device.memory(ends[-1] + (spare if where is ring else 0))
+            targets = [
+                piece[start : start + len(each[3].data)] for start, each in zip(ends, places, strict=False)
+            ]
+            _fill(where, [(target, place.read) for target, (*_, place) in zip(targets, places, strict=True)])
+            for target, (module, name, tensor, _) in zip(targets, places, strict=True):
+                copy = _like(tensor, target)
+                moved.places.append((module, name, tensor, copy))
+                setattr(module, name, copy)
+            if where is ring:
+                moved.spare, moved.device_bytes = piece[ends[-1] :], piece.nbytes
+        ring.device.order("compute", ring.device.record("copy"))
     except BaseException:
+        ring.device.settle()
         moved.restore()
         raise
     return moved
@@ -115,6 +136,8 @@ def stream_model(
     """
     if not isinstance(model.stream, Resident):
         raise BadArgument("stream: this model is streamed already; unstream it first")
+    if slots < 1:
+        raise BadArgument(f"stream: slots={slots}, wanted 1 slot or more")
     passage, maps, count = Ring(through or device_for(device), ring), maps_of(file), len(model.blocks)
     if unknown := sorted(set(resident) - set(range(count))):
         raise BadArgument(f"stream: resident names block {unknown[0]}, blocks are 0 to {count - 1}")
@@ -139,10 +162,12 @@ def stream_model(
 
     staying = (module for module in model.modules() if module not in visiting)
     streamed = {segment.linear for block in moving for segment in block.segments}
-    moved = load(staying, passage, maps, streamed)
+    size = max((block.nbytes for block in moving), default=0)
+    moved = load(staying, passage, maps, streamed, min(slots, len(moving)) * size)
     try:
         wrap = isinstance(model, ZImageTransformer)  # a text encoder runs once or twice
-        stream = Stream(moving, passage, slots, wrap, visit if visiting else None, moved)
+        places = torch.split(moved.spare, size) if moving else ()
+        stream = Stream(moving, passage, places, wrap, visit if visiting else None, moved)
     except BaseException:
         moved.restore()
         raise
@@ -156,16 +181,24 @@ def unstream(model: Streamable) -> None:
     """Close a model's stream and put everything back on the host, where it was; without one, do nothing."""
     stream = model.stream
     if isinstance(stream, Stream):
-        stream.close()
-        model.stream = RESIDENT
-        stream.restore()
+        try:
+            stream.close()
+        finally:
+            model.stream = RESIDENT
+            stream.restore()
 
 
 def forbid_planes(network: nn.Module) -> None:
     """Let no product make a copy of these weights in another layout: a budget has no room for it."""
-    for module in network.modules():
+    for _, weight in packed_products(network):
+        weight.planes.closed = True
+
+
+def packed_products(network: nn.Module) -> Iterator[tuple[str, QuantTensor]]:
+    """Packed weights of Linear layers, by the name of the layer."""
+    for name, module in network.named_modules():
         if isinstance(module, Linear) and isinstance(module.weight, QuantTensor):
-            module.weight.planes.closed = True
+            yield name, module.weight
 
 
 def blocks_of(modules: Sequence[nn.Module], maps: Sequence[Mapped], device: torch.device) -> list[Block]:
@@ -225,23 +258,37 @@ def on_host(tensor: Tensor, maps: Sequence[Mapped]) -> Stored:
     return Stored(data, None, 0)
 
 
-def _copy(tensor: Tensor | QuantTensor, ring: Ring, maps: Sequence[Mapped]) -> Tensor | QuantTensor | None:
-    """On the device of a ring, and no view of a file; None where the tensor is that already."""
-    if isinstance(tensor, QuantTensor):
-        packed = _copy(tensor.packed, ring, maps)
-        if not isinstance(packed, Tensor):
-            return None
-        scale = None if tensor.scale is None else tensor.scale.to(packed.device)
-        return QuantTensor(packed, tensor.format, tensor.shape, scale)
-    if isinstance(tensor, nn.Parameter):
-        copy = _copy(tensor.detach(), ring, maps)
-        return nn.Parameter(copy, requires_grad=False) if isinstance(copy, Tensor) else None
-    device = ring.device.device
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return None if tensor.device == device else tensor.to(device)
-    place = on_host(tensor, maps)
-    if place.source is None and device.type == "cpu":
+def _fill(ring: Ring, jobs: Sequence[tuple[Tensor, Callable[[int, Tensor], None]]]) -> None:
+    """Fill several pieces of device memory; one thread would copy slower than the link of a GPU."""
+    readers = ThreadPoolExecutor(READERS, thread_name_prefix="zimage-read")
+    try:
+        for done in [readers.submit(ring.fill, *job) for job in jobs]:
+            done.result()
+    finally:
+        readers.shutdown(cancel_futures=True)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | QuantTensor]]:
+    """Name and tensor of what a module itself holds."""
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+    if isinstance(weight := getattr(module, "weight", None), QuantTensor):
+        yield "weight", weight
+
+
+def _to_move(tensor: Tensor | QuantTensor, ring: Ring, maps: Sequence[Mapped]) -> Stored | None:
+    """Where the bytes are that the device of a ring needs; None where it has them in memory of its own."""
+    raw = tensor.packed if isinstance(tensor, QuantTensor) else tensor.detach()
+    if raw.device == ring.device.device and raw.device.type != "cpu":
         return None
-    target = ring.device.memory(tensor.nbytes)
-    ring.fill(target, place.read)
-    return target.view(tensor.dtype).view(tensor.shape)
+    place = on_host(raw.cpu().contiguous(), maps)
+    return None if place.source is None and ring.device.device.type == "cpu" else place
+
+
+def _like(tensor: Tensor | QuantTensor, data: Tensor) -> Tensor | QuantTensor:
+    """The same tensor with its bytes, uint8 [n], elsewhere."""
+    if isinstance(tensor, QuantTensor):
+        scale = None if tensor.scale is None else tensor.scale.to(data.device)
+        return QuantTensor(data.view(tensor.packed.shape), tensor.format, tensor.shape, scale)
+    copy = data.view(tensor.dtype).view(tensor.shape)
+    return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy

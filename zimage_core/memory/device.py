@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections import deque
@@ -37,13 +38,16 @@ class Device:
         self.staged = staged
 
     def memory(self, nbytes: int) -> Tensor:
-        """Uninitialised bytes on the device, uint8 [nbytes]."""
+        """Uninitialised bytes on the device, uint8 [nbytes]; call `settle` before they are freed."""
         with torch.inference_mode(False):  # written by other threads, read in later runs
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def host_memory(self, nbytes: int) -> Tensor:
         """Uninitialised bytes on the host that copies can be queued from, uint8 [nbytes]."""
         return self.memory(nbytes)
+
+    def free_host_memory(self) -> None:
+        """Let go of what `host_memory` gave last."""
 
     def copy(self, host: Tensor, target: Tensor) -> None:
         """Queue a copy of bytes to the device."""
@@ -58,6 +62,13 @@ class Device:
 
     def wait(self, event: Event) -> None:
         """Block the calling thread until `event` is passed."""
+
+    def settle(self) -> None:
+        """Block the calling thread until no copy is on its way, before memory that they write into is freed.
+
+        `Tensor.record_stream` would do the same, but ends the process where the GPU has failed.
+        """
+        self.wait(self.record("copy"))
 
     def seconds(self, event: Event) -> float:
         """When an event was passed, on the clock of time.perf_counter."""
@@ -74,21 +85,29 @@ class CudaDevice(Device):
     def __init__(self, device: torch.device) -> None:
         super().__init__(staged=True)
         self.device = torch.empty(0, device=device).device  # with its number
+        self._pinned = torch.empty(0)
         self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._start = self.record("copy")
         self.wait(self._start)
         self._zero = time.perf_counter()
 
-    def memory(self, nbytes: int) -> Tensor:
-        """Memory of the calling thread's stream that the copies write into."""
-        found = super().memory(nbytes)
-        found.record_stream(self._copies)  # freed, it waits for the copies
-        return found
-
     def host_memory(self, nbytes: int) -> Tensor:
         """Pinned memory; torch rounds it up to a power of two and keeps it for the next ring."""
         with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            self._pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return self._pinned
+
+    def free_host_memory(self) -> None:
+        """Forget the memory of the latest ring."""
+        self._pinned = torch.empty(0)
+
+    def settle(self) -> None:
+        """Wait; a GPU that fails copies no more."""
+        try:
+            super().settle()
+        except RuntimeError:
+            # torch would end the process where pinned memory of a GPU that failed is freed
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._pinned))
 
     def copy(self, host: Tensor, target: Tensor) -> None:
         """Queue a copy; returns before it is done."""
@@ -104,7 +123,8 @@ class CudaDevice(Device):
         with torch.cuda.device(self.device):
             if queue == "compute" and torch.cuda.is_current_stream_capturing():
                 raise Unsupported("streamed weights cannot be captured in a CUDA graph; keep them resident")
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            # a thread that waits for it sleeps, it would else keep a core busy
+            event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
             event.record(self._queue(queue))
         return event
 
@@ -154,11 +174,17 @@ class Ring:
             raise BadArgument(f"stream: ring={nbytes}, wanted 1 byte or more")
         self.device = device
         self._nbytes = max(1 << (nbytes.bit_length() - 1), CHUNKS * ALIGN)
-        self._chunks: deque[tuple[Tensor, Event]] = deque()  # with the end of the copy from it
-        self._lock = threading.Lock()  # the reader of a stream and a thread that loads take turns
+        self._chunk = min(CHUNK, self._nbytes // CHUNKS)
+        self._chunks: deque[tuple[Tensor, Event]] = (
+            deque()
+        )  # those not in use, with the end of the copy from it
+        self._made = False
+        self._changed = threading.Condition()
 
     def fill(self, target: Tensor, read: Callable[[int, Tensor], None]) -> None:
         """Read bytes and queue their copies; on return those into device memory may still be on their way.
+
+        Several threads may call it at a time.
 
         Args:
             target: uint8 [n] on the device.
@@ -168,22 +194,36 @@ class Ring:
             for first in range(0, len(target), CHUNK):
                 read(first, target[first : first + CHUNK])
             return
-        with self._lock:
-            size = min(CHUNK, self._nbytes // CHUNKS)
-            if not self._chunks:
+        for first in range(0, len(target), self._chunk):
+            part, host = target[first : first + self._chunk], self._take()
+            copied: Event = None
+            try:
+                read(first, host[: len(part)])
+                self.device.copy(host[: len(part)], part)
+            finally:  # even if the copy failed, a part of it may be on its way
+                try:
+                    copied = self.device.record("copy")
+                finally:
+                    with self._changed:
+                        self._chunks.append((host, copied))
+                        self._changed.notify()
+
+    def _take(self) -> Tensor:
+        """A chunk that no copy reads any more."""
+        with self._changed:
+            if not self._made:
                 memory = self.device.host_memory(self._nbytes)
-                self._chunks.extend((chunk, None) for chunk in torch.split(memory, size))
-            for first in range(0, len(target), size):
-                part = target[first : first + size]
-                chunk, copied = self._chunks.popleft()  # an error loses it: its copy may be on its way
-                if copied is not None:
-                    self.device.wait(copied)
-                host = chunk[: len(part)]
-                read(first, host)
-                self.device.copy(host, part)
-                self._chunks.append((chunk, self.device.record("copy")))
+                self._chunks.extend((chunk, None) for chunk in torch.split(memory, self._chunk))
+                self._made = True
+            self._changed.wait_for(lambda: bool(self._chunks))
+            chunk, copied = self._chunks.popleft()
+        if copied is not None:
+            self.device.wait(copied)
+        return chunk
 
     def free(self) -> None:
-        """Let the memory go; the next bytes take new memory."""
-        with self._lock:
+        """Let the memory go; the next bytes take new memory. No thread may be filling."""
+        with self._changed:
             self._chunks.clear()
+            self._made = False
+            self.device.free_host_memory()

@@ -53,12 +53,16 @@ class Moved:
     Args:
         places: Module, name of its tensor, the tensor that was there before, and the copy of it.
         sums: Checksum of each copy that is a Parameter, by its place; made by `seal`.
+        spare: Bytes behind the copies, uint8, that the caller of `load` asked for.
+        device_bytes: Bytes of both on the device.
     """
 
     places: list[tuple[nn.Module, str, Tensor | QuantTensor, Tensor | QuantTensor]] = field(
         default_factory=list
     )
     sums: dict[int, Tensor] = field(default_factory=dict)
+    spare: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    device_bytes: int = 0
 
     def seal(self) -> None:
         """Note what the copies hold, before a user can edit them."""
@@ -67,16 +71,20 @@ class Moved:
 
     def edited(self) -> set[int]:
         """Places whose tensor was replaced since it was put there, or written to since `seal`."""
-        found = set()
-        for i, (module, name, _, copy) in enumerate(self.places):
-            changed = i in self.sums and bool(checksum(copy) != self.sums[i])  # type: ignore[arg-type]
-            if changed or getattr(module, name, None) is not copy:
-                found.add(i)
-        return found
+        copies = {i: copy for i, (*_, copy) in enumerate(self.places) if i in self.sums}
+        now = [checksum(copy) for copy in copies.values() if isinstance(copy, nn.Parameter)]
+        # compared on the device, since each number that the host reads makes it wait
+        changed = torch.stack(now) != torch.stack([*self.sums.values()]) if now else torch.empty(0)
+        found = {i for i, differs in zip(copies, changed.tolist(), strict=True) if differs}
+        places = enumerate(self.places)
+        return found | {i for i, (module, name, _, copy) in places if getattr(module, name, None) is not copy}
 
     def restore(self) -> None:
         """Put everything back where it was, but for edits."""
-        edited = self.edited()
+        try:
+            edited = self.edited()
+        except RuntimeError:  # a GPU that fails has nothing left to keep
+            edited = set()
         for i, (module, name, tensor, _) in enumerate(self.places):
             if i not in edited:
                 setattr(module, name, tensor)
@@ -84,3 +92,4 @@ class Moved:
                 mine.data = mine.data.to(tensor.device)
         self.places.clear()
         self.sums.clear()
+        self.spare, self.device_bytes = torch.empty(0, dtype=torch.uint8), 0

@@ -16,19 +16,29 @@ from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.files.atomic import write_atomically
 from zimage_core.files.units import parse_bytes
 from zimage_core.memory import page_cache, traffic
-from zimage_core.memory.attach import forbid_planes, load, maps_of, stream_model, unstream
+from zimage_core.memory.attach import (
+    forbid_planes,
+    load,
+    maps_of,
+    packed_products,
+    stream_model,
+    unstream,
+)
 from zimage_core.memory.device import Ring, device_for
 from zimage_core.memory.edits import Moved
-from zimage_core.memory.plan import Component, Plan
-from zimage_core.memory.planner import Job, plan_job, plan_on_cpu
+from zimage_core.memory.job import Job
+from zimage_core.memory.plan import Component, Phase, Plan
+from zimage_core.memory.planner import plan_job, plan_on_cpu
 from zimage_core.memory.rates import Rates, known, measure
+from zimage_core.memory.segments import Segments
 from zimage_core.memory.sizes import sizes_of
 from zimage_core.memory.stream import Stream
 from zimage_core.memory.traffic import Traffic
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
-from zimage_core.nn.linear import tensors_of
+from zimage_core.quant.dispatch import kernels_for
+from zimage_core.quant.gpu import make_planes, release_scratch, reserve_scratch, scratch_bytes
 from zimage_core.weights.opened import Opened
 
 NETWORKS = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
@@ -122,18 +132,21 @@ class PhaseManager:
         vae = networks["vae"]
         if not isinstance(vae, Autoencoder):
             raise BadArgument(f"memory budget: the vae is {type(vae).__name__}, wanted Autoencoder")
-        self.device, self.budget = device, budget
+        self.device, self.budget = torch.empty(0, device=device).device, budget  # with the number of a GPU
         self._networks, self._opened, self._vae = networks, opened, vae
         self._sizes = sizes_of(opened, str(networks["transformer"].dtype).removeprefix("torch."))
         self._plan: Plan | None = None
+        self._job: Job | None = None
         self._planes = False
         # network -> the part of the plan that it was loaded by; the rest of a plan does not move it
         self._loaded: dict[str, tuple[Component, bool]] = {}
+        self._held: dict[str, int] = {}  # network -> bytes that the driver gave for what of it is loaded
         self._modules: dict[str, list[int]] = {}  # network -> its modules when it was loaded
         self._decoder = Moved()
         self._traffic: dict[str, Traffic] = {}
         self._tile = self._own_tile = vae.tile  # the caller's, and what was set last
         self._rates: Rates | None = None
+        self._segments = Segments(self.device)
 
     def begin(
         self, *, width: int, height: int, images: int, caption_tokens: int, guidance: bool, steps: int
@@ -152,10 +165,11 @@ class PhaseManager:
             OverBudget: The budget does not hold the least that this image needs.
         """
         rates = self._rates = self._rates or self._machine()
-        job = Job(self._sizes, width, height, images, caption_tokens, rates, guidance, steps)
+        kernels = self.device.type == "cpu" or kernels_for(self.device)
+        job = Job(self._sizes, width, height, images, caption_tokens, rates, guidance, steps, kernels)
         ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
         plan = plan_on_cpu(job, ram) if self.device.type == "cpu" else plan_job(job, self._vram(job), ram)
-        self._plan = plan
+        self._plan, self._job = plan, job
         # all planes that would be made or none: what makes them does not know the budget
         self._planes = plan.phase("encode").planes == job.planes()
         for name, key in list(self._loaded.items()):
@@ -176,18 +190,22 @@ class PhaseManager:
         plan = self._plan
         if plan is None:
             plan = self.begin(**OUTSIDE_A_RUN)
-        component = plan.component(NETWORKS[name])
-        self._load(component, plan)
+        component, needs = plan.component(NETWORKS[name]), plan.phase(name)
         after = NEXT.get(name, "")
         wanted = after in self._opened and after not in self._loaded
-        try:
-            with page_cache.reading_ahead(self._opened[after].file if wanted else None):
-                yield
-        finally:
-            if not component.kept:
-                self._evict(component.name)
-            elif component.name in self._loaded:
-                self._holder(component.name).seal()
+        with self._segments.limit(plan.vram, sum(self._held.values())):
+            try:
+                self._segments.take_workspace(self._dtype(component.name))
+                self._load(component, plan)
+                self._reserve(needs)
+                with page_cache.reading_ahead(self._opened[after].file if wanted else None):
+                    yield
+            finally:
+                release_scratch(self.device)
+                if not component.kept:
+                    self._evict(component.name)
+                elif component.name in self._loaded:
+                    self._holder(component.name).seal()
 
     def report(self) -> MemoryReport | None:
         """What the run that ended did; None before the first."""
@@ -226,6 +244,23 @@ class PhaseManager:
         stream = getattr(self._networks[name], "stream", None)
         return stream if isinstance(stream, Stream) else self._decoder
 
+    def _reserve(self, needs: Phase) -> None:
+        """Take the segment of a phase's temporary tensors, and in it the scratch of its products."""
+        try:
+            self._segments.reserve(needs.scratch + needs.activations + needs.gaps)
+        except torch.OutOfMemoryError:
+            if needs.name != "decode":  # which goes on in smaller tiles by itself
+                raise
+        if self.device.type == "cuda" and kernels_for(self.device):
+            network, dtype = self._networks[NETWORKS[needs.name]], self._dtype(NETWORKS[needs.name])
+            # at once, because as it grew each smaller one would leave a gap
+            sizes = (scratch_bytes(weight, dtype) for _, weight in packed_products(network))
+            reserve_scratch(self.device, max(sizes, default=0))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        network: Any = self._networks[name]
+        return network.dtype  # type: ignore[no-any-return]
+
     def _ids(self, name: str) -> list[int]:
         return [id(module) for module in self._networks[name].modules()]
 
@@ -238,7 +273,7 @@ class PhaseManager:
         name, key = component.name, (component, self._planes)
         if self._loaded.get(name) == key:
             return
-        network, file = self._networks[name], self._opened[name].file
+        network, file, before = self._networks[name], self._opened[name].file, self._segments.reserved
         if isinstance(network, (ZImageTransformer, TextEncoder)):
             rooms = (page_cache.available(), None if plan.ram is None else plan.ram - plan.ram_need)
             stream_model(
@@ -249,20 +284,40 @@ class PhaseManager:
         else:
             ring = Ring(device_for(self.device), plan.ring)
             self._decoder = load(self._vae.decoder.modules(), ring, maps_of(file))
-        if not self._planes:
-            forbid_planes(network)
         self._loaded[name], self._modules[name] = key, self._ids(name)
+        if self._planes:
+            try:
+                self._make_planes(name, network)
+            except BaseException:
+                self._evict(name)
+                raise
+        forbid_planes(network)
+        self._held[name] = self._segments.reserved - before
+
+    def _make_planes(self, name: str, network: nn.Module) -> None:
+        """Make the planes that the plan counts, before the segment of temporary tensors is taken."""
+        job = self._job
+        part = None if job is None else {"text_encoder": job.encoder, "transformer": job.net}.get(name)
+        if job is None or part is None:
+            return
+        planes = job.planes(part)
+        self._segments.reserve(planes)
+        for place, weight in packed_products(network):
+            make_planes(weight, job.tokens_of(part, place), self._dtype(name), free=planes)
 
     def _evict(self, name: str) -> None:
         """Take a network off the device."""
         network = self._networks[name]
         self._loaded.pop(name, None)
+        self._held.pop(name, None)
         if not isinstance(network, (ZImageTransformer, TextEncoder)):
             self._decoder.restore()
             return
-        if isinstance(network.stream, Stream):
-            self._traffic[name] = network.stream.traffic()
-        unstream(network)
+        try:
+            if isinstance(network.stream, Stream):
+                self._traffic[name] = network.stream.traffic()
+        finally:  # even if the GPU cannot be asked any more
+            unstream(network)
 
     def _vram(self, job: Job) -> int:
         """The limit of GPU memory in bytes."""
@@ -271,10 +326,7 @@ class PhaseManager:
         if self.budget.vram == "auto":
             free = torch.cuda.mem_get_info(self.device)[0]
             cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            tensors = [tensor for name in self._loaded for tensor in tensors_of(self._networks[name])]
-            held = sum(tensor.nbytes for tensor in tensors if tensor.device.type == self.device.type)
-            held += sum(stream.device_bytes for stream in self._streams().values())
-            return max(1, free + cached + held - SPARE)
+            return max(1, free + cached + sum(self._held.values()) - SPARE)
         return parse_bytes("vram", self.budget.vram)
 
     def _machine(self) -> Rates:

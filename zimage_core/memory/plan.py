@@ -60,6 +60,8 @@ class Phase:
         scratch: Dense weights, one matrix at a time.
         planes: Copies of weights in the layout of the fused kernel.
         workspace: What libraries take.
+        gaps: What torch's allocator leaves unused between temporary tensors; none on a CPU.
+        small: What it takes for small tensors; none on a CPU.
     """
 
     name: str
@@ -70,6 +72,8 @@ class Phase:
     scratch: int
     planes: int
     workspace: int
+    gaps: int
+    small: int
 
     @property
     def peak(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-GRAIN = 2 << 20
+GRAIN = 64 << 10
 """Slots are rounded up to this many bytes, as torch's allocator rounds large ones."""
 SLOTS = (3, 2)
 """One slot is computed from and one filled; the third takes up jitter and is given up first."""

@@ -18,7 +18,14 @@ from zimage_core.config import (
 from zimage_core.errors import BadArgument, BadWeights, printable
 from zimage_core.formats import DTYPE_NAMES, FORMATS
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
-from zimage_core.quant.dispatch import PLANAR_BITS, SCRATCH_BYTES, crossover, planar_bytes, planar_width
+from zimage_core.quant.dispatch import (
+    PLANAR_BITS,
+    SCRATCH_BYTES,
+    crossover,
+    plain_bytes,
+    planar_bytes,
+    planar_width,
+)
 from zimage_core.weights import names
 from zimage_core.weights.components import open_pipeline
 from zimage_core.weights.facts import SIZE, facts
@@ -52,10 +59,12 @@ class Matrix:
         """Numbers in it."""
         return self.rows * self.width
 
-    def scratch(self, dtype: str) -> int:
-        """Bytes that a product with it needs for its dense form."""
+    def scratch(self, dtype: str, kernels: bool = True) -> int:
+        """Bytes that a product with it needs for its dense form, with Triton kernels or without."""
         item = ITEMSIZE[dtype]
         if FORMATS[self.format].weights > 1:
+            if not kernels:
+                return plain_bytes(FORMATS[self.format], self.rows, self.width, dtype)
             return min(SCRATCH_BYTES, self.weights * item)
         if self.scaled:  # in float32, then multiplied, then rounded
             return self.weights * (2 * FLOAT32 + item)
@@ -125,9 +134,9 @@ class Part:
         """Bytes of all of it."""
         return self.streamable + self.always + self.host + sum(self.once)
 
-    def scratch(self, dtype: str) -> int:
+    def scratch(self, dtype: str, kernels: bool = True) -> int:
         """Bytes of dense weights at a time, at most."""
-        return max((matrix.scratch(dtype) for _, matrix in matrices(self)), default=0)
+        return max((matrix.scratch(dtype, kernels) for _, matrix in matrices(self)), default=0)
 
 
 @dataclass(frozen=True)

@@ -175,45 +175,38 @@ class _Load:
 class Stream:
     """A `models.block_source.BlockSource` that feeds the streamed blocks of one model.
 
-    One block at a time is used; a second thread waits until the first one's block is done. Slots, ring and
-    thread are there from the first block that is read until `close`.
+    One block at a time is used; a second thread waits until the first one's block is done. Ring and thread
+    are there from the first block that is read until `close`.
 
     Args:
         blocks: The streamed blocks of the model, in the order of its loop; the others are on the device.
         ring: What bytes go to the device through.
-        slots: Blocks on the device at a time, at least 1; with 1 nothing overlaps. Each slot has the size of
-            the largest streamed block.
+        slots: Device memory for as many blocks at a time, uint8 [bytes of the largest streamed block] each;
+            with one slot nothing overlaps.
         wrap: Fetch the first blocks again behind the last one, for the next step. False for a network that
             runs once.
         visit: Brings a block that runs once to the device for the length of a `with`; None where all such
             blocks stay.
         rest: The rest of the network, which stays on the device.
-
-    Raises:
-        BadArgument: There are too few slots.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
         ring: Ring,
-        slots: int = SLOTS,
+        slots: Sequence[Tensor],
         wrap: bool = True,
         visit: Callable[[nn.Module], AbstractContextManager[object]] | None = None,
         rest: Moved | None = None,
     ) -> None:
-        if slots < 1:
-            raise BadArgument(f"stream: slots={slots}, wanted 1 slot or more")
         self._blocks = {block.index: block for block in blocks}
         self.streamed = tuple(self._blocks)
         """Indices of the blocks that are moved, in order."""
         self._ring, self._device, self._meter = ring, ring.device, Meter(ring.device)
-        self._wrap, self._visit, self._rest = wrap, visit, rest
-        size = max((block.nbytes for block in self._blocks.values()), default=0)
-        self._slot_count, self._slot_bytes = min(slots, len(self.streamed)), size
-        self._slots: list[Tensor] = []
-        self._free: list[Event] = []
-        self.device_bytes = self._slot_count * size
+        self._wrap, self._visit, self.rest = wrap, visit, rest
+        self._slots = [*slots]
+        self._free = [self._device.record("compute") for _ in slots]
+        self.device_bytes = sum(slot.nbytes for slot in slots)
         """Bytes of the slots."""
         self._bound: dict[int, list[Weight]] = {}  # block -> its weights that its layers read now
         self._views: dict[tuple[int, int], list[Weight]] = {}  # (block, slot) -> its weights there
@@ -278,8 +271,8 @@ class Stream:
         """Put the whole network back on the host, whoever holds a block."""
         for index in list(self._bound):
             self._unbind(index)
-        if self._rest is not None:
-            self._rest.restore()
+        if self.rest is not None:
+            self.rest.restore()
 
     def _unbind(self, index: int) -> None:
         views = self._bound.pop(index, None)
@@ -288,12 +281,12 @@ class Stream:
 
     def seal(self) -> None:
         """Note what the rest of the network holds, before a user can edit it."""
-        if self._rest is not None:
-            self._rest.seal()
+        if self.rest is not None:
+            self.rest.seal()
 
     def edited(self) -> bool:
         """Whether a weight was edited between two runs, so that the model must be streamed anew."""
-        rest = self._rest is not None and bool(self._rest.edited())
+        rest = self.rest is not None and bool(self.rest.edited())
         return rest or any(block.edited() for block in self._blocks.values())
 
     @contextmanager
@@ -314,7 +307,7 @@ class Stream:
         self._user.acquire()
         try:
             begun = self._device.record("compute")
-            slots = self._allocated()  # another thread may close the stream meanwhile
+            slots = self._slots  # another thread may close the stream meanwhile
             held = self._held = self._load_for(index)
             self._device.order("compute", self._wait(held))
             self._begun = self._device.record("compute")
@@ -330,15 +323,6 @@ class Stream:
             self._release()
             raise
         return held
-
-    def _allocated(self) -> list[Tensor]:
-        """The slots, made for the first block: blocks that run once have the memory until then."""
-        with self._submitting:
-            if not self._slots and not self.closed:
-                self._slots = [self._device.memory(self._slot_bytes) for _ in range(self._slot_count)]
-                # memory that was freed by the computation may still be read there
-                self._free[:] = [self._device.record("compute") for _ in self._slots]
-            return self._slots
 
     def _release(self) -> None:
         """Let go of the block that this thread holds and of the lock; do nothing where another thread has it.
@@ -415,5 +399,7 @@ def _end(reader: ThreadPoolExecutor, device: Device, free: list[Event]) -> None:
     """Drop what was not begun, wait for the thread and for the computations that read from slots."""
     in_reader = threading.current_thread().name.startswith(READER)  # the collector may run there
     reader.shutdown(wait=not in_reader, cancel_futures=True)
-    for event in free:
-        device.wait(event)
+    device.settle()
+    with suppress(RuntimeError):  # a GPU that fails reads from no slot any more
+        for event in free:
+            device.wait(event)

@@ -1,6 +1,7 @@
 """The Flux-style VAE: images to latents and back; one latent stands for 8 x 8 pixels.
 
-Convolutions run channels-last, which makes them fast on a CPU.
+Convolutions run channels-last on a CPU, which makes them fast there. On a GPU maps have the default layout,
+which torch's GroupNorm returns there whatever it gets: else layouts would alternate, with a copy each time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from zimage_core.errors import BadArgument, BadShape, printable
 from zimage_core.models.ported import Network
 from zimage_core.models.vae_blocks import Decoder, Encoder
 from zimage_core.models.vae_tiles import TILE, decode_tiled
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_cuda else torch.channels_last
 
 
 class Autoencoder(Network):
@@ -82,7 +87,7 @@ class Autoencoder(Network):
                 f"VAE encode: got an image of {tuple(x.shape)}, wanted [B, {self.config.in_channels}, H, W] "
                 f"with H and W multiples of {factor}"
             )
-        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        x = x.to(self.dtype).contiguous(memory_format=_layout(x))
         mean, logvar = self.encoder(x).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
@@ -137,13 +142,14 @@ class Autoencoder(Network):
             raise BadShape(
                 f"VAE decode: got {tuple(z.shape)}, wanted latents [B, {self.config.latent_channels}, h, w]"
             )
-        z = z.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        z = z.to(self.dtype).contiguous(memory_format=_layout(z))
         tile = tile or self.tile
         out: Tensor = self.decoder(z) if tile is None else decode_tiled(self.decoder, z, tile, keep)
         if not return_dict:
             return (out,)
-        out.sample = out.view_as(out)  # type: ignore[attr-defined]
-        return out
+        image = out.view_as(out)  # with an attribute that holds itself a tensor would never be freed
+        image.sample = out  # type: ignore[attr-defined]
+        return image
 
     forward = decode
 

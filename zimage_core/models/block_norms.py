@@ -27,18 +27,18 @@ def norm_modulate(norm: RMSNorm, x: Tensor, scale: Tensor | None) -> Tensor:
     if is_plain(norm):
         return rms_norm_modulate(x, norm.weight, norm.eps, scale)
     normed: Tensor = norm(x)
-    return normed if scale is None else normed * (1 + scale)
+    return normed if scale is None else normed * (1 + scale.to(x.dtype))
 
 
 def norm_residual(
     norm: RMSNorm, x: Tensor, branch: Tensor, gate: Tensor | None, factor: float = 1.0
 ) -> Tensor:
-    """x + tanh(gate) * norm(branch / factor); see `gate_norm_residual`."""
+    """x + gate * norm(branch / factor); see `gate_norm_residual`."""
     if is_plain(norm):
         return gate_norm_residual(x, branch, norm.weight, norm.eps, gate, factor)
     # in float16 the branch is scaled down, and its true size needs float32
     normed: Tensor = norm(branch if factor == 1.0 else branch.float() / factor)
-    return (x + (normed if gate is None else gate.tanh() * normed)).to(x.dtype)
+    return (x + (normed if gate is None else gate.to(x.dtype) * normed)).to(x.dtype)
 
 
 def norms_rope(

@@ -14,7 +14,8 @@ from zimage_core.config import TextEncoderConfig
 from zimage_core.errors import BadShape
 from zimage_core.models.block_source import RESIDENT, BlockSource
 from zimage_core.models.ported import Network
-from zimage_core.nn.layers import RMSNorm, Rotation, attention, rotate_half, rotation
+from zimage_core.nn.attention import attention
+from zimage_core.nn.layers import RMSNorm, Rotation, rotate_half, rotation
 from zimage_core.nn.linear import Embedding, Linear
 
 FP16_SCALE = 2.0**-7

@@ -20,8 +20,9 @@ from zimage_core.models import sequence
 from zimage_core.models.block_norms import norm_modulate, norm_residual, norms_rope
 from zimage_core.models.block_source import RESIDENT, BlockSource
 from zimage_core.models.ported import Network
+from zimage_core.nn.attention import attention
 from zimage_core.nn.elementwise import silu_gate
-from zimage_core.nn.layers import RMSNorm, Rotation, attention, rotation
+from zimage_core.nn.layers import RMSNorm, Rotation, rotation
 from zimage_core.nn.linear import Linear
 
 FREQUENCIES = 256
@@ -54,7 +55,7 @@ class Prepared(NamedTuple):
         times: Network times of the steps.
         texts: Refined captions, each [padded, dim].
         rotations: Rotation of the joint sequence of image and caption, for each caption.
-        blocks: Modulations of the blocks [steps, blocks, 4 * dim], noise refiner first.
+        blocks: Modulations of the blocks [steps, blocks, 4 * dim] float32, noise refiner first.
         final: Modulations of the final layer [steps, dim].
     """
 
@@ -150,9 +151,13 @@ class TransformerBlock(nn.Module):
         self.modulated = modulated
 
     def modulation(self, temb: Tensor) -> Tensor:
-        """temb [..., adaln_dim] -> s and g of attention, then of the feed-forward, [..., 4 * dim]."""
-        out: Tensor = self.adaLN_modulation(temb)
-        return out
+        """temb [..., adaln_dim] -> s and tanh(g) of attention, then of the feed-forward.
+
+        Returns:
+            [..., 4 * dim] float32: the tanh is taken once, not for every token, and is not rounded.
+        """
+        scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(temb).float().chunk(4, dim=-1)
+        return torch.cat((scale_msa, gate_msa.tanh(), scale_mlp, gate_mlp.tanh()), dim=-1)
 
     def forward(
         self, x: Tensor, rope: Rotation, temb: Tensor | None = None, modulation: Tensor | None = None
@@ -168,7 +173,9 @@ class TransformerBlock(nn.Module):
         if modulation is None and temb is not None:
             modulation = self.modulation(temb)
         if modulation is not None:
-            scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.unsqueeze(-2).chunk(4, dim=-1)
+            if modulation.ndim > 1:  # one for each member of a batch
+                modulation = modulation.unsqueeze(-2)
+            scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
         a = self.attention(norm_modulate(self.attention_norm1, x, scale_msa), rope, attn_scale)
         x = norm_residual(self.attention_norm2, x, a, gate_msa, attn_scale)
         f = self.feed_forward(norm_modulate(self.ffn_norm1, x, scale_mlp), ffn_scale)
@@ -350,7 +357,7 @@ class ZImageTransformer(Network):
             text: Refined caption [padded, dim].
             cos: Cosines of the joint sequence [tokens, head_dim / 2] float32.
             sin: Sines of the same shape.
-            blocks: Modulations of the blocks at one time [blocks, 4 * dim].
+            blocks: Modulations of the blocks at one time [blocks, 4 * dim] float32.
             final: Modulation of the final layer [dim].
 
         Returns:
@@ -362,14 +369,14 @@ class ZImageTransformer(Network):
         image = self.all_x_embedder[config.patch_key](tokens)
         pads = len(cos) - len(text) - len(image)
         image = torch.cat((image, self.x_pad_token.expand(pads, -1)))
-        split = len(image)
+        split, modulations = len(image), blocks.unbind()
         for i, block in enumerate(self.noise_refiner):
             with self.stream.block(i):
-                image = block(image, (cos[:split], sin[:split]), modulation=blocks[i])
+                image = block(image, (cos[:split], sin[:split]), modulation=modulations[i])
         joint = torch.cat((image, text))  # the image comes first in the joint sequence
         for i, block in enumerate(self.layers, start=len(self.noise_refiner)):
             with self.stream.block(i):
-                joint = block(joint, (cos, sin), modulation=blocks[i])
+                joint = block(joint, (cos, sin), modulation=modulations[i])
         out = self.all_final_layer[config.patch_key](joint[: len(tokens)], modulation=final)
         return sequence.unpatchify(out, height, width, config.patch_size)
 
@@ -387,7 +394,7 @@ class ZImageTransformer(Network):
         return refined
 
     def modulate(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Times [S] float32 -> modulations of blocks [S, blocks, 4 * dim], of the final layer [S, dim]."""
+        """Times [S] -> modulations of blocks [S, blocks, 4 * dim] float32, of the final layer [S, dim]."""
         temb = self.t_embedder(times.to(self.device).float() * self.config.t_scale, self.dtype)
         blocks = torch.stack([block.modulation(temb) for block in self.blocks], dim=1)
         final = self.all_final_layer[self.config.patch_key].modulation(temb)  # type: ignore[operator]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from zimage_core.config import AutoencoderConfig
-from zimage_core.nn.layers import attention
+from zimage_core.nn.attention import attention
 from zimage_core.nn.linear import Linear
 
 NORM_EPS = 1e-6
@@ -54,7 +54,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
         b, c, h, w = x.shape
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()  # a copy only on a GPU
         q, k, v = (proj(tokens).unsqueeze(-2) for proj in (self.to_q, self.to_k, self.to_v))
         out: Tensor = self.to_out[0](attention(q, k, v))
         return x + out.transpose(1, 2).reshape(b, c, h, w)

@@ -106,7 +106,9 @@ def decode_tiled(decoder: Decoder, z: Tensor, tile: int, keep: torch.device | No
 
 
 def _decode_one(decoder: Decoder, z: Tensor, tiles: list[Tile], keep: torch.device) -> Tensor:
-    x = _Map(decoder.mid_block(decoder.conv_in(z)).to(keep), z.device)
+    coarse = decoder.mid_block(decoder.conv_in(z)).to(keep, memory_format=torch.channels_last)
+    x = _Map(coarse, z.device)
+    del coarse
     for i, block in enumerate(cast(list[UpBlock], decoder.up_blocks), 2):
         for resnet in block.resnets:
             x = _residual(cast(ResnetBlock, resnet), x, tiles)

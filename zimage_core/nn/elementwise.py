@@ -7,7 +7,7 @@ kernel is one opaque operator of the namespace `zimage`.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from zimage_core.errors import BadShape
 from zimage_core.quant.dispatch import kernels_for
+from zimage_core.quant.gpu import kernels_run
 
 
 def rms_norm_modulate(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
@@ -52,15 +53,15 @@ def rms_norm_modulate_torch(x: Tensor, weight: Tensor, eps: float, scale: Tensor
 def gate_norm_residual(
     x: Tensor, branch: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, factor: float = 1.0
 ) -> Tensor:
-    """x + tanh(gate) * weight * branch / rms(branch): a gated branch joins the residual stream.
+    """x + gate * weight * branch / rms(branch): a gated branch joins the residual stream.
 
     Args:
         x: [..., D], any strides.
         branch: [..., D], the output of the branch times `factor`.
         weight: [D].
         eps: Added to the mean square of the branch, as it is without `factor`.
-        gate: D numbers with any leading axes of length 1, or None for an open gate (1, not tanh of
-            something). One vector for each member of a batch, broadcast to x, runs in plain torch.
+        gate: D numbers with any leading axes of length 1, or None for 1. One vector for each member of a
+            batch, broadcast to x, runs in plain torch.
         factor: Factor by which the branch was multiplied before. eps is multiplied by its square, so a power
             of two cancels exactly.
 
@@ -83,7 +84,7 @@ def gate_norm_residual_torch(
     x: Tensor, branch: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, factor: float = 1.0
 ) -> Tensor:
     """`gate_norm_residual` in plain torch, unchecked."""
-    gain = weight.float() if gate is None else weight.float() * gate.float().tanh()
+    gain = weight.float() if gate is None else weight.float() * gate.float()
     return torch.addcmul(x.float(), _unit(branch, eps * factor * factor), gain).to(x.dtype)
 
 
@@ -184,8 +185,8 @@ def _check_weight(name: str, label: str, x: Tensor, weight: Tensor) -> None:
 
 def _vector(name: str, label: str, x: Tensor, vector: Tensor | None) -> Tensor | None:
     """[1, ..., 1, D] -> [D]; separate vectors for the members of a batch are returned unchanged."""
-    if vector is None:
-        return None
+    if vector is None or vector.shape == x.shape[-1:]:
+        return vector
     if vector.ndim and vector.shape[-1] == x.shape[-1]:
         if vector.numel() == x.shape[-1]:
             return vector.reshape(-1)
@@ -206,7 +207,8 @@ def _fused(first: Tensor, *others: Tensor | None) -> bool:
     """Whether a kernel runs; kernels have no gradient."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (first, *others)):
         return False
-    return kernels_for(first.device)
+    run = kernels_for if torch.compiler.is_compiling() else kernels_run
+    return run(first.device)
 
 
 def _run(name: str, *arguments: Any) -> Any:
@@ -217,9 +219,14 @@ def _run(name: str, *arguments: Any) -> Any:
 
 
 def _kernel(name: str, *arguments: Any) -> Any:
+    return getattr(_kernels(), name)(*arguments)
+
+
+@cache
+def _kernels() -> Any:
     from zimage_core.kernels import elementwise as kernels  # Triton is imported at the first call
 
-    return getattr(kernels, name)(*arguments)
+    return kernels
 
 
 # The schemas are written out because saved graphs depend on them.

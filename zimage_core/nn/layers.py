@@ -1,4 +1,4 @@
-"""Layers without packed weights: the RMS norm, rotary positions and attention.
+"""Layers without packed weights: the RMS norm and rotary positions.
 
 Each docstring gives the order of rounding. Rotary positions are those of Su et al. 2021, arXiv 2104.09864,
 equation 34. The transformer rotates adjacent channels, together with the norm before it
@@ -88,22 +88,3 @@ def rotate_half(x: Tensor, angles: Rotation) -> Tensor:
     cos, sin = (t.unsqueeze(-2) for t in angles)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for each head.
-
-    `causal` is the only mask: a sequence holds the tokens of one image only, and its pad tokens are attended
-    to by design.
-
-    Shape:
-        q [..., L, H, D]; k, v [..., L, H_kv, D] with H a multiple of H_kv -> [..., L, H * D].
-    """
-    q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
-    alone = q.ndim == 3
-    if alone:  # torch's fused kernels need four axes; with three, torch builds the whole matrix of scores
-        q, k, v = q[None], k[None], v[None]
-    grouped = q.shape[-3] != k.shape[-3]
-    out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
-    out = out.transpose(-3, -2).flatten(-2)
-    return out[0] if alone else out

@@ -1,7 +1,7 @@
 """`dequantize`: packed rows to dense weights, by a Triton kernel on GPUs and by torch elsewhere.
 
-Each backend is a function `dequantize_into(out, packed, fmt)`: `zimage_core.kernels.dequantize` and
-`zimage_core.cpu.dequantize`. Both give the bits of `zimage_core.reference.dequantize`.
+The backends are `zimage_core.kernels.dequantize`, `zimage_core.cpu.dequantize`, and `quant.plain` for GPUs
+where no kernel runs. All give the bits of `zimage_core.reference.dequantize`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from zimage_core.cpu.dequantize import dequantize_into as by_torch
 from zimage_core.cpu.numbers import DTYPES
 from zimage_core.errors import BadArgument, printable
 from zimage_core.formats import FORMATS, BlockFormat, by_name
+from zimage_core.quant import plain
 from zimage_core.quant.dispatch import kernels_for
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -54,9 +55,12 @@ def dense_rows(packed: Tensor, fmt: BlockFormat, dtype: torch.dtype) -> Tensor:
         traced: Tensor = _dequantize_op(packed, fmt.name, dtype)
         return traced
     check_rows(packed, fmt)
-    if fmt.is_float or fmt.is_integer:
+    on_cpu = packed.device.type == "cpu"
+    if fmt.is_float or fmt.is_integer or (fmt.weights == 1 and not on_cpu):
         return convert(packed, fmt, dtype)
     triton = fmt.weights > 1 and kernels_for(packed.device)
+    if not triton and not on_cpu:
+        return plain.dequantize(packed, fmt, dtype)
     shape = (*packed.shape[:-1], packed.shape[-1] // fmt.nbytes * fmt.weights)
     stored = dtype if triton and dtype != torch.float64 else torch.float32
     out = torch.empty(shape, dtype=stored, device=packed.device)

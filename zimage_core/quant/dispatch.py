@@ -14,12 +14,11 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.formats import BlockFormat, by_name
+from zimage_core.quant.probe import works
 
 if TYPE_CHECKING:
     import torch
@@ -30,32 +29,18 @@ MODE: str | None = None
 """One of MODES, used for every packed product. None until `mode` reads the environment at its first call."""
 
 KERNELS: str | None = None
-"""auto: kernels run on GPUs where Triton is installed. off: never. on: everywhere, for tests in Triton's
+"""auto: kernels run on GPUs where Triton can launch one. off: never. on: everywhere, for tests in Triton's
 interpreter. None until `kernels_for` reads the environment at its first call."""
-
-OLDEST_TRITON = (3, 6)
-
-
-def find_triton() -> bool:
-    """Whether a Triton that is new enough for the kernels is installed; does not import it."""
-    if find_spec("triton") is None:
-        return False
-    for package in ("triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton"):
-        try:
-            numbers = version(package).split(".")[:2]
-            return tuple(int(number) for number in numbers) >= OLDEST_TRITON
-        except (PackageNotFoundError, ValueError):
-            continue
-    return True  # a build without package metadata
-
-
-HAS_TRITON = find_triton()
 
 SCRATCH_BYTES = 192 << 20
 """Most bytes of dequantised weights at a time; a larger packed matrix is multiplied in slabs of rows.
 
 The largest matrices of the family are w1 and w3, 79 MB in bfloat16.
 """
+
+PLAIN_WEIGHTS = 20 << 20
+"""Most weights that plain torch decodes at a time on a GPU without kernels, 80 MiB in float32: 3840 x 3840 at
+once, 10240 x 3840 in two slabs. A larger slab saves launches and costs memory; see `plain_bytes`."""
 
 PLANES_MARGIN = 4 << 30
 """Bytes of device memory that must stay free after planes are made, for activations and decoding."""
@@ -91,6 +76,7 @@ class Architecture:
 # Assumed, not measured: rates are a usual fraction of the peak in data sheets; efficiencies are estimated
 # from the kernel's instructions and the time that its tensor-core work leaves for them (docs/kernels.md).
 ARCHITECTURES = {
+    "sm_50": Architecture(8e12, 0.3e12, 0),  # no tensor cores, no Triton: float16 at the rate of float32
     "sm_70": Architecture(80e12, 0.75e12, 0),
     "sm_75": Architecture(24e12, 0.305e12, 0),  # Triton emits no tensor-core code for Turing
     "sm_80": Architecture(250e12, 1.6e12, 0.6),
@@ -99,7 +85,9 @@ ARCHITECTURES = {
     "sm_90": Architecture(790e12, 4.3e12, 0.6),
     "sm_100": Architecture(1600e12, 7.0e12, 0.5),
     "sm_120": Architecture(200e12, 1.6e12, 0.85),
+    "gfx906": Architecture(20e12, 0.8e12, 0),  # no matrix cores, like all before gfx908
     "gfx942": Architecture(600e12, 4.0e12, 0.6),
+    "gfx1030": Architecture(30e12, 0.45e12, 0),  # no matrix cores, like all before gfx1100
     "gfx1100": Architecture(80e12, 0.85e12, 0.6),
     "gfx1201": Architecture(120e12, 0.58e12, 0.6),
 }
@@ -114,28 +102,20 @@ class Choice:
     nbytes: int = 0
 
 
-def _compiles(device: torch.device) -> bool:
-    """Whether Triton compiles for this GPU: NVIDIA from Volta on, and AMD."""
-    import torch
-
-    if torch.compiler.is_compiling() or torch.version.hip is not None:
-        return True
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (7, 0)
-
-
 def kernels_for(device: torch.device) -> bool:
     """Whether Triton kernels run for tensors on `device`.
 
     Raises:
         BadArgument: The environment variable ZIMAGE_KERNELS is none of auto, on, off.
+        Unsupported: It is on, and kernels do not run on this GPU; see `probe.works`.
     """
     global KERNELS
     if KERNELS is None:
         KERNELS = os.environ.get("ZIMAGE_KERNELS", "auto")
-    if KERNELS == "auto":
-        return device.type == "cuda" and HAS_TRITON and _compiles(device)
-    if KERNELS not in ("on", "off"):
+    if KERNELS not in ("auto", "on", "off"):
         raise BadArgument(f"ZIMAGE_KERNELS is {KERNELS!r}; it must be auto, on or off")
+    if device.type == "cuda" and KERNELS != "off":
+        return works(device, required=KERNELS == "on")
     return KERNELS == "on"
 
 
@@ -165,7 +145,10 @@ def family(architecture: str) -> str:
         if older:
             return f"sm_{max(older)}"
     if kind == "gfx":
-        return "gfx942" if number.startswith("9") else "gfx1201" if number.startswith("12") else "gfx1100"
+        if number.startswith("90") and number not in ("908", "90a"):
+            return "gfx906"
+        start = number[: 1 if number.startswith("9") else 2]
+        return {"9": "gfx942", "10": "gfx1030", "12": "gfx1201"}.get(start, "gfx1100")
     raise BadArgument(
         f"architecture {architecture!r} is not known; known are cpu, {', '.join(ARCHITECTURES)}"
     )
@@ -189,6 +172,19 @@ def crossover(fmt: BlockFormat, architecture: str) -> int:
 def planar_bytes(fmt: BlockFormat, rows: int, width: int) -> int:
     """Bytes of the planes of a weight [rows, width]."""
     return int(PLANAR_BITS[fmt.name] * rows * width / 8)
+
+
+def plain_bytes(fmt: BlockFormat, rows: int, width: int, dtype: str = "bfloat16") -> int:
+    """Device memory of a product without kernels besides packed weight, x and result; see `quant.plain`.
+
+    A weight in x's dtype, its slab in float32, and what the decoder holds for a weight of the slab: at most
+    2.6 bytes for Q2_K to Q6_K, 9.4 for the formats with blocks of 32, 6.3 for the others, as measured.
+    """
+    dense = min(rows * width * (4 if dtype == "float32" else 2), SCRATCH_BYTES)
+    if fmt.weights == 1:
+        return dense
+    held = 3 if fmt.name.endswith("_K") else 10 if fmt.weights == 32 else 7
+    return dense + min(rows * width, PLAIN_WEIGHTS) * (held + (0 if dtype == "float32" else 4))
 
 
 def planar_width(fmt: BlockFormat) -> int:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass, field
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +17,43 @@ from zimage_core.quant.dequantize import convert
 from zimage_core.quant.dispatch import PLANES_MARGIN, SCRATCH_BYTES
 from zimage_core.quant.tensor import QuantTensor
 
+MOST_PATHS = 256
+"""Choices that are remembered for a weight: one for each number of rows of x."""
+
+
+@dataclass
+class Scratch:
+    """Scratch memory of a stream, and the views of it that were asked for."""
+
+    buffer: Tensor | None = None
+    views: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+
 
 class _Local(threading.local):
     def __init__(self) -> None:
-        self.scratch: dict[tuple[torch.device, int], Tensor] = {}
+        self.scratch: dict[tuple[torch.device, int], Scratch] = {}
 
 
 _local = _Local()
+_runs: dict[tuple[torch.device, str | None], bool] = {}
+
+
+@cache
+def _kernels() -> Any:
+    """The modules of kernels/, which import Triton; a statement in a function would cost 1 us each time."""
+    from zimage_core.kernels import dequantize, launch, matmul, planar
+    from zimage_core.kernels.decode import table
+
+    return SimpleNamespace(dequantize=dequantize, launch=launch, matmul=matmul, planar=planar, table=table)
+
+
+def kernels_run(device: torch.device) -> bool:
+    """`dispatch.kernels_for`, asked once for each device."""
+    key = (device, dispatch.KERNELS)
+    found = _runs.get(key)
+    if found is None:
+        found = _runs[device, dispatch.KERNELS] = dispatch.kernels_for(device)
+    return found
 
 
 def architecture(device: torch.device) -> str:
@@ -48,32 +82,66 @@ def linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
     rows = weight.shape[0]
     if not rows:
         return x.new_empty(*x.shape[:-1], 0)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    out: Tensor
+    if _path(weight, len(flat), x.dtype) == "fused":
+        own = None if bias is None else bias.contiguous()
+        out = _kernels().matmul.matmul(flat, weight.planes.planes, weight.format, rows, own)
+    else:
+        own = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        out = _converted(flat, weight, own) if weight.format.weights == 1 else _decoded(flat, weight, own)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], rows)
+
+
+def make_planes(weight: QuantTensor, tokens: int, dtype: torch.dtype, free: int | None = None) -> None:
+    """Make the planes of a weight if a product with x [tokens, K] wants them and memory suffices.
+
+    If x wants them, no later call makes any: they exist, or memory was short.
+
+    Args:
+        weight: The weight.
+        tokens: Rows of x.
+        dtype: Dtype of x.
+        free: Bytes that planes may take; default: what is free beside `PLANES_MARGIN`.
+
+    Raises:
+        Unsupported: The mode is "fused", but weight, GPU or memory do not allow it.
+    """
+    cache = weight.planes
     # the kernels know no scale beside the blocks, which few files have: those weights are dequantised first
-    if weight.planes.planes is None and not weight.planes.closed and weight.scale is None:
-        _make_planes(flat, weight)
-    return _product(flat, weight, bias).view(*x.shape[:-1], rows)
-
-
-def _choose(x: Tensor, weight: QuantTensor, free: int, planes: bool, mode: str) -> dispatch.Choice:
-    name, dtype = architecture(x.device), str(x.dtype).removeprefix("torch.")
-    rows, width = weight.shape
-    return dispatch.choose(weight.format.name, rows, width, len(x), name, free, mode, dtype, planes)
-
-
-def _make_planes(x: Tensor, weight: QuantTensor) -> None:
-    """Make the planes of a weight if x is the first input that needs them and memory suffices."""
-    if _choose(x, weight, 1 << 62, False, dispatch.mode()).path != "fused":
+    if cache.planes is not None or cache.closed or weight.scale is not None:
         return
-    free = _free_bytes(x.device)
-    if dispatch.mode() == "fused":
-        _choose(x, weight, free, False, "fused")  # raises an error that says what is missing
+    mode = dispatch.mode()
+    if _choose(weight, tokens, dtype, 1 << 62, mode) != "fused":
+        return
+    free = _free_bytes(weight.device) if free is None else free
+    if mode == "fused":
+        _choose(weight, tokens, dtype, free, mode)  # raises an error that says what is missing
     if dispatch.planar_bytes(weight.format, *weight.shape) <= free:
-        from zimage_core.kernels.planar import repack
-
+        repack = _kernels().planar.repack
         with torch.inference_mode(False):  # the planes are used after the caller's mode ends
-            weight.planes.planes = repack(weight.packed, weight.format)
-    weight.planes.closed = True
+            cache.planes = repack(weight.packed, weight.format)
+    cache.closed = True
+
+
+def _path(weight: QuantTensor, tokens: int, dtype: torch.dtype) -> str:
+    """The path of x [tokens, K], remembered with the weight; planes are made here if x wants them."""
+    cache = weight.planes
+    mode = dispatch.mode()
+    found = cache.paths.get((tokens, dtype, mode, cache.planes is None, cache.closed))
+    if found is None:
+        make_planes(weight, tokens, dtype)
+        found = _choose(weight, tokens, dtype, 0, mode if cache.planes else "dequantise")
+        if len(cache.paths) >= MOST_PATHS:
+            cache.paths.clear()
+        cache.paths[tokens, dtype, mode, cache.planes is None, cache.closed] = found
+    return found
+
+
+def _choose(weight: QuantTensor, tokens: int, dtype: torch.dtype, free: int, mode: str) -> str:
+    name, (rows, width) = architecture(weight.device), weight.shape
+    planes, numbers = weight.planes.planes is not None, str(dtype).removeprefix("torch.")
+    return dispatch.choose(weight.format.name, rows, width, tokens, name, free, mode, numbers, planes).path
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -84,32 +152,23 @@ def _free_bytes(device: torch.device) -> int:
     return max(0, free + unused - PLANES_MARGIN)
 
 
-def _product(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
-    """x [M, K] -> [M, N] on the path that `dispatch` chooses."""
-    fmt, planes = weight.format, weight.planes.planes
-    choice = _choose(x, weight, 0, bool(planes), dispatch.mode() if planes else "dequantise")
-    if choice.path == "fused":
-        from zimage_core.kernels.matmul import matmul
-
-        return matmul(x, planes, fmt, weight.shape[0], None if bias is None else bias.contiguous())
-    own = None if bias is None else bias.to(x.dtype)
-    if fmt.weights == 1:
-        dense = convert(weight.packed, fmt, x.dtype if weight.scale is None else torch.float32)
-        if weight.scale is not None:
-            dense = (dense * weight.scale.view(-1, 1)).to(x.dtype)
-        return functional.linear(x, dense, own)
-    return _through_scratch(x, weight, own)
+def _converted(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
+    """x [M, K] -> [M, N] by a weight of plain numbers or fp8."""
+    dense = convert(weight.packed, weight.format, x.dtype if weight.scale is None else torch.float32)
+    if weight.scale is not None:
+        dense = (dense * weight.scale.view(-1, 1)).to(x.dtype)
+    return functional.linear(x, dense, bias)
 
 
-def _through_scratch(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
-    from zimage_core.kernels.dequantize import dequantize_into
-
+def _decoded(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
+    """x [M, K] -> [M, N] by a weight of blocks, which are dequantised into scratch, slab by slab."""
+    dequantize_into = _kernels().dequantize.dequantize_into
     rows, width = weight.shape
     height = min(rows, max(8, SCRATCH_BYTES // (width * x.dtype.itemsize) // 8 * 8))
-    dense = _scratch(x.device, height * width * x.dtype.itemsize).view(x.dtype).view(height, width)
+    dense = _scratch(x.device, height, width, x.dtype)
     scale = None if weight.scale is None else weight.scale.view(-1, 1).expand(rows, 1)
     if height == rows:
-        dequantize_into(dense, weight.packed, weight.format)
+        dequantize_into(dense, _words(weight), weight.format)
         return functional.linear(x, dense if scale is None else dense.mul_(scale), bias)
     out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
     for start in range(0, rows, height):
@@ -122,20 +181,67 @@ def _through_scratch(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Ten
     return out
 
 
-def _scratch(device: torch.device, nbytes: int) -> Tensor:
-    """Scratch memory that this thread reuses on the current stream; it grows on demand.
+def _words(weight: QuantTensor) -> Tensor:
+    """The packed bytes as the kernels read them; the view is kept with the weight."""
+    found: Tensor | None = weight.planes.words
+    if found is None:
+        with torch.inference_mode(False):  # the view is used after the caller's mode ends
+            found = _kernels().table.words(weight.packed, weight.format.name)
+        if found.data_ptr() == weight.packed.data_ptr():  # no copy, which later bytes would not reach
+            weight.planes.words = found
+    return found
+
+
+def _scratch(device: torch.device, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Scratch [height, width] that this thread reuses on the current stream; it grows on demand.
 
     Each stream has a buffer of its own. Work on one stream runs in order, so the next weight cannot overwrite
     one that a product still reads.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _local.scratch.get((device, stream))
-    if found is None or found.numel() < nbytes:
-        with torch.inference_mode(False):  # the buffer is used after the caller's mode ends
-            found = _local.scratch[device, stream] = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return found[:nbytes]
+    mine = _local.scratch.setdefault((device, _stream(device)), Scratch())
+    view = mine.views.get((height, width, dtype))
+    if view is None:
+        nbytes = height * width * dtype.itemsize
+        with torch.inference_mode(False):  # buffer and views are used after the caller's mode ends
+            if mine.buffer is None or mine.buffer.numel() < nbytes:
+                mine.views.clear()
+                mine.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            view = mine.views[height, width, dtype] = mine.buffer[:nbytes].view(dtype).view(height, width)
+    return view
 
 
-def hand_over_scratch(device: torch.device, stream: int) -> Tensor | None:
+def _stream(device: torch.device) -> int:
+    return _kernels().launch.current_stream(device.index) if device.type == "cuda" else 0
+
+
+def hand_over_scratch(device: torch.device, stream: int) -> Scratch | None:
     """Hand this thread's scratch of a stream over to the caller, whose graph contains its address."""
     return _local.scratch.pop((device, stream), None)
+
+
+def take_scratch(device: torch.device, stream: int, scratch: Scratch | None) -> None:
+    """Use what `hand_over_scratch` gave again, for this thread's next products on the stream."""
+    if scratch is not None:
+        _local.scratch[device, stream] = scratch
+
+
+def reserve_scratch(device: torch.device, nbytes: int) -> None:
+    """Let this thread's scratch of the current stream have at least so many bytes from now on."""
+    _scratch(device, 1, nbytes, torch.uint8)
+
+
+def scratch_bytes(weight: QuantTensor, dtype: torch.dtype) -> int:
+    """Bytes of scratch that a product with a packed weight takes, for x of a dtype."""
+    if weight.format.weights == 1:
+        return 0  # converted into memory of its own
+    return min(SCRATCH_BYTES, weight.shape[0] * weight.shape[-1] * dtype.itemsize)
+
+
+def release_scratch(device: torch.device) -> None:
+    """Drop this thread's scratch of a device, on all streams; the next product makes it anew.
+
+    Without a number, "cuda" means all GPUs.
+    """
+    for place, stream in list(_local.scratch):
+        if place.type == device.type and device.index in (None, place.index):
+            del _local.scratch[place, stream]

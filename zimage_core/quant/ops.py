@@ -1,7 +1,8 @@
 """`linear` and `embedding` for weights that may be dense or packed.
 
-On a GPU, `gpu.linear` multiplies. On a CPU, a packed weight is dequantised in slabs of rows into one reused
-float32 buffer and multiplied in float32, so packed weights take only the memory of the file and one slab.
+On a GPU, `gpu.linear` multiplies by kernels; where none run, a packed weight is dequantised by plain torch
+and multiplied by torch's product. On a CPU, it is dequantised in slabs of rows into one reused float32 buffer
+and multiplied in float32, so packed weights take only the memory of the file and one slab.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from zimage_core.errors import BadArgument, BadShape, Unsupported
 from zimage_core.formats import FORMATS
 from zimage_core.quant import gpu
 from zimage_core.quant.dequantize import dense_rows
-from zimage_core.quant.dispatch import kernels_for
+from zimage_core.quant.dispatch import PLAIN_WEIGHTS, SCRATCH_BYTES
+from zimage_core.quant.plain import slabs
 from zimage_core.quant.tensor import PlaneCache, QuantTensor, per_row
 
 SLAB_BYTES = 4 << 20
@@ -72,6 +74,8 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
             "packed weights give no gradients; run under torch.no_grad(), or make them dense by "
             "pipe.dequantize_weights(budget) or by dequantize_weight(dtype) of the layer"
         )
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return _packed_linear(x, weight, bias)
     with torch.no_grad():
         if torch.compiler.is_compiling():
             planes = list(weight.planes.planes or ())
@@ -81,8 +85,10 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
 
 
 def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
-    if x.dtype != torch.float64 and kernels_for(x.device):
+    if x.dtype != torch.float64 and gpu.kernels_run(x.device):
         return gpu.linear(x, weight, bias)
+    if x.device.type != "cpu":
+        return plain_linear(x, weight, bias)
     rows, width = weight.shape
     flat = x.reshape(-1, width).float().contiguous()  # the strides of x must not choose the BLAS routine
     out = torch.empty(len(flat), rows, dtype=torch.float32, device=flat.device)
@@ -101,13 +107,37 @@ def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tenso
             torch.mm(flat, dense.t(), out=out[:, start:stop])
 
     if out.numel():
-        worth_it = flat.device.type == "cpu" and out.numel() * width >= SPREAD_FROM
-        in_parallel(multiply, rows) if worth_it else multiply(0, rows)
+        in_parallel(multiply, rows) if out.numel() * width >= SPREAD_FROM else multiply(0, rows)
     if weight.scale is not None:
         out.mul_(weight.scale.view(-1))
     if bias is not None:
         out.add_(bias)
     return out.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def plain_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
+    """x @ W^T + bias in x's dtype: W dequantised without kernels, then torch's product; for any device.
+
+    Args:
+        x: [..., K], any float type.
+        weight: [N, K] on x's device; `dispatch.plain_bytes` tells the memory that it takes.
+        bias: [N] or None.
+
+    Returns:
+        [..., N].
+    """
+    rows, width = weight.shape
+    own = None if bias is None else bias.to(x.dtype)
+    # with a scale of its own, a weight is float32 twice before it is rounded
+    parts = slabs(rows, width, SCRATCH_BYTES // x.dtype.itemsize if weight.scale is None else PLAIN_WEIGHTS)
+    if len(parts) == 1:
+        return functional.linear(x, weight.dequantize(x.dtype), own)
+    out = x.new_empty(*x.shape[:-1], rows)
+    for start, stop in parts:
+        dense = weight.rows(start, stop).dequantize(x.dtype)
+        out[..., start:stop] = functional.linear(x, dense, None if own is None else own[start:stop])
+        del dense  # before the next slab is made
+    return out
 
 
 def embedding(ids: Tensor, weight: Tensor | QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:

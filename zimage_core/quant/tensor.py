@@ -19,16 +19,20 @@ from zimage_core.quant.dequantize import dense_rows
 
 @dataclass
 class PlaneCache:
-    """The planes of one weight, made on a GPU when a product first needs them.
+    """What a GPU derives from one weight: its planes, made when a product first needs them, and small things.
 
     Args:
         planes: `kernels.planar.Planes`; None if there are none (yet).
         closed: Whether no planes will be made any more: memory was short, or the weight's memory is reused
             for other weights, so that planes would become wrong.
+        words: View of the packed bytes that the kernels read.
+        paths: The path that `quant.gpu` chose, by all that the choice depends on.
     """
 
     planes: Any = None
     closed: bool = False
+    words: Tensor | None = None
+    paths: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

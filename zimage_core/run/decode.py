@@ -37,7 +37,7 @@ def ways_to_decode(h: int, w: int, tile: int | None) -> list[DecodeWay]:
 def decode(
     vae: Autoencoder, latents: torch.Tensor, debug: bool = False, keep: torch.device | None = None
 ) -> torch.Tensor:
-    """Latents [B, C, h, w] -> pixels [B, 3, 8 h, 8 w] float32 about [-1, 1]; one image at a time.
+    """Latents [B, C, h, w] -> pixels [B, 3, 8 h, 8 w] float32 about [-1, 1] on the CPU; one image at a time.
 
     If the memory of a GPU is too small, smaller and smaller tiles are tried, then whole maps on the CPU. The
     images are the same up to rounding.
@@ -61,10 +61,9 @@ def decode(
     images: list[torch.Tensor] = []
     while left:
         try:
-            images.append(
-                checked(vae, "VAE", partial(vae.decode, left[0], ways[0].tile, ways[0].keep), debug)
-            )
-            del left[0]
+            image = checked(vae, "VAE", partial(vae.decode, left[0], ways[0].tile, ways[0].keep), debug)
+            images.append(image.cpu())  # finished images would split the memory that the next one needs
+            del left[0], image
             continue
         except torch.OutOfMemoryError as error:
             reason = str(error).partition(". ")[0]

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
+from zimage_core.config import NATIVE_SIZE, AutoencoderConfig
 from zimage_core.errors import Unsupported
+from zimage_core.memory.activations import decode_bytes
 from zimage_core.memory.phases import MemoryBudget, MemoryReport, PhaseManager
 from zimage_core.models.transformer import Predict, ZImageTransformer
+from zimage_core.nn.attention import Use, settings
 from zimage_core.nn.cuda_graphs import StepGraphs
 from zimage_core.nn.layers import has_hooks
 from zimage_core.nn.linear import Linear, tensors_of
 from zimage_core.quant.dispatch import largest_that_fit
 from zimage_core.quant.tensor import QuantTensor
+from zimage_core.run.capturing import AFTER, has_room, pays
 from zimage_core.run.checks import read_device, read_dtype, whole
 from zimage_core.run.request import Run
 from zimage_core.weights.load import opened_file
 
-RESERVE = 2 << 30
-"""Bytes of GPU memory that `dequantize_weights` leaves for activations, scratch and the VAE."""
+RESERVE = 768 << 20
+"""Bytes of GPU memory that `dequantize_weights` leaves beside the activations of decoding: gaps between
+tensors, scratch, workspaces of libraries."""
+
+_USES: dict[str, Use] = {"encode": "text encoder", "denoise": "transformer", "decode": "VAE"}
 
 Networks = Mapping[str, Any]
 """The pipeline's current transformer, text_encoder and vae by name."""
@@ -32,7 +39,9 @@ class Placement:
 
     def __init__(self) -> None:
         self.memory: PhaseManager | None = None
-        self.graphs: StepGraphs | None = None
+        self.graphs: StepGraphs | None = None  # those that `capture` asked for
+        self._own: StepGraphs | None = None  # those recorded where it pays
+        self._may_record = True
         self._as_loaded = True
         self._addresses: list[int] = []  # of the weights that the graphs read
 
@@ -47,12 +56,12 @@ class Placement:
                 "a pipeline with a memory budget is not copied or pickled: call limit_memory() without "
                 "arguments first, or open the model a second time (mapped files are shared)"
             )
-        return self.__dict__
+        return {**self.__dict__, "_own": None}
 
     def to(self, networks: Networks, targets: tuple[str | torch.device | torch.dtype, ...]) -> None:
         """Move the networks to devices, or cast transformer and text encoder to dtypes, in this order."""
         self._refuse_budget("to")
-        self.graphs = self._new_graphs(networks)
+        self._forget_graphs()
         for target in targets:
             if isinstance(target, torch.dtype):
                 self._as_loaded = False
@@ -64,8 +73,8 @@ class Placement:
                 for network in networks.values():
                     network.to(place)
 
-    def capture(self, transformer: ZImageTransformer, on: bool) -> None:
-        """Start or stop recording steps; see `ZImagePipeline.capture`."""
+    def capture(self, transformer: ZImageTransformer, on: bool | None) -> None:
+        """Record steps always, never, or where it pays (None); see `ZImagePipeline.capture`."""
         if on:
             self._refuse_budget("capture")
         if on and transformer.device.type != "cuda":
@@ -73,28 +82,60 @@ class Placement:
                 f"capture: steps can be recorded on a CUDA GPU only, not on {transformer.device}"
             )
         self.graphs = StepGraphs(transformer.predict) if on else None
+        self._own, self._may_record = None, on is None
 
-    def predict(self, transformer: ZImageTransformer) -> Predict | None:
+    def predict(self, transformer: ZImageTransformer, run: Run, caption_tokens: int) -> Predict | None:
         """Function to call instead of `transformer.predict`: recorded graphs, a compiled one, or None."""
-        if self.graphs is not None:
-            addresses = [tensor.data_ptr() for tensor in tensors_of(transformer)]
-            if self.graphs.step != transformer.predict or (len(self.graphs) and addresses != self._addresses):
-                self.graphs = StepGraphs(transformer.predict)  # the transformer or a weight was replaced
-            self._addresses = addresses
-            # a graph is replayed without Python, so that no hook would be called
-            hooked = any(has_hooks(module) for module in transformer.modules())
-            return None if hooked else self.graphs
-        # torch.compile(pipe.transformer) compiles the module's call, but a run calls its methods
-        compiled = getattr(transformer, "dynamo_ctx", None)
-        return None if compiled is None else compiled(transformer.predict)
+        graphs = self.graphs
+        if graphs is None:
+            # torch.compile(pipe.transformer) compiles the module's call, but a run calls its methods
+            compiled = getattr(transformer, "dynamo_ctx", None)
+            if compiled is not None:
+                function: Predict = compiled(transformer.predict)
+                return function
+            if not self._records_unasked(transformer, run, caption_tokens):
+                return None
+            graphs = self._own
+        addresses = [tensor.data_ptr() for tensor in tensors_of(transformer)]
+        replaced = graphs is not None and len(graphs) > 0 and addresses != self._addresses
+        if graphs is None or graphs.step != transformer.predict or replaced:
+            graphs = self._new_graphs(transformer)
+        self._addresses = addresses
+        # a graph is replayed without Python, so that no hook would be called
+        hooked = any(has_hooks(module) for module in transformer.modules())
+        return None if hooked else graphs
 
-    def dequantize_weights(self, transformer: ZImageTransformer, budget: int | None) -> dict[str, int]:
+    def _records_unasked(self, transformer: ZImageTransformer, run: Run, caption_tokens: int) -> bool:
+        """Whether steps are recorded though `capture` did not ask for it."""
+        # a callback may put in hooks and other weights between steps
+        if not self._may_record or self.memory is not None or run.debug or run.callback is not None:
+            return False
+        # a module whose forward was replaced or compiled may do what no graph repeats
+        if any("forward" in vars(m) or m._compiled_call_impl is not None for m in transformer.modules()):
+            return False
+        size = (*run.latents.shape[-2:], caption_tokens)
+        recorded = self._own is not None and len(self._own) > 0
+        return pays(transformer, *size) and (recorded or has_room(transformer, *size))
+
+    def _new_graphs(self, transformer: ZImageTransformer) -> StepGraphs:
+        """Empty graphs, as recorded ones hold the addresses of weights."""
+        if self.graphs is not None:
+            self.graphs = graphs = StepGraphs(transformer.predict)
+        else:
+            self._own = graphs = StepGraphs(transformer.predict, after=AFTER, asked=False)
+        return graphs
+
+    def dequantize_weights(
+        self, transformer: ZImageTransformer, budget: int | None, vae: AutoencoderConfig
+    ) -> dict[str, int]:
         """Keep the largest weights dense; see `ZImagePipeline.dequantize_weights`."""
         self._refuse_budget("dequantize_weights")
         if budget is not None:
             budget = whole("budget", budget, 0, 1 << 50)
         elif transformer.device.type == "cuda":
-            budget = max(0, torch.cuda.mem_get_info(transformer.device)[0] - RESERVE)
+            side = (transformer.sample_size or NATIVE_SIZE) // vae.spatial_factor
+            free = torch.cuda.mem_get_info(transformer.device)[0]
+            budget = max(0, free - decode_bytes(vae, side, side) - RESERVE)
         else:
             return {}
         layers = {
@@ -111,7 +152,7 @@ class Placement:
         for name in chosen:
             layers[name].dequantize_weight(dtype)
             self._as_loaded = False
-        self.graphs = self._new_graphs({"transformer": transformer})
+        self._forget_graphs()
         return {name: growth[name] for name in chosen}
 
     def limit_memory(
@@ -135,7 +176,7 @@ class Placement:
         found = {name: opened_file(network) for name, network in networks.items()}
         opened = {name: each for name, each in found.items() if each is not None}
         self.memory = PhaseManager(networks, opened, device, MemoryBudget(vram, ram))
-        self.graphs = None
+        self.graphs = self._own = None
 
     def begin(self, networks: Networks, run: Run, caption_tokens: int) -> None:
         """Plan a run where memory is limited."""
@@ -147,9 +188,16 @@ class Placement:
                 guidance=guided, steps=run.steps,
             )  # fmt: skip
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Context in which the network of "encode", "denoise" or "decode" is on the device."""
-        return nullcontext() if self.memory is None else self.memory.phase(name)
+    @contextmanager
+    def phase(self, name: str, network: Any) -> Iterator[None]:
+        """Context in which the network of "encode", "denoise" or "decode" is on the device.
+
+        torch's settings are those that the network needs there; see `nn.attention.settings`.
+        """
+        device = network.device if self.memory is None else self.memory.device
+        moved = nullcontext() if self.memory is None else self.memory.phase(name)
+        with settings(device, _USES[name], network.dtype), moved:
+            yield
 
     def report(self) -> MemoryReport | None:
         """Report of what was planned and moved in the last run; None without a budget."""
@@ -162,6 +210,8 @@ class Placement:
                 "call limit_memory() without arguments first, or open it anew"
             )
 
-    def _new_graphs(self, networks: Networks) -> StepGraphs | None:
-        """Empty graphs after weights were moved or changed, as recorded graphs hold their old addresses."""
-        return None if self.graphs is None else StepGraphs(networks["transformer"].predict)
+    def _forget_graphs(self) -> None:
+        """Drop recorded graphs, whose memory would otherwise stay until the next run."""
+        self._own = None
+        if self.graphs is not None:
+            self.graphs = StepGraphs(self.graphs.step)

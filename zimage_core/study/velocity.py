@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.models.transformer import Prepared, ZImageTransformer
+from zimage_core.nn.attention import settings
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.study.step_hook import StepHook
 
@@ -94,7 +95,7 @@ def record(
 def velocity_error(transformer: ZImageTransformer, calls: Sequence[Call]) -> float:
     """Squared error of the velocity divided by its square, each summed over calls; 0 for equal weights."""
     wrong = 0.0
-    with torch.inference_mode():
+    with torch.inference_mode(), settings(transformer.device, "transformer", transformer.dtype):
         for call in calls:
             size = (call.latent.shape[-2], call.latent.shape[-1])
             prepared = transformer.prepare([call.caption], [call.time], size)

@@ -35,11 +35,11 @@ def record_phases():
     original = Placement.phase
 
     @contextmanager
-    def phase(self, name):
+    def phase(self, name, *rest):
         torch.cuda.reset_peak_memory_stats()
         fake_cuda.most(reset=True)
         try:
-            with original(self, name):
+            with original(self, name, *rest):
                 yield
         finally:
             peaks = {

@@ -1,0 +1,124 @@
+"""The gaps of a plan against torch's allocator, whose rules are followed for modules on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers.best_fit import BestFit
+from tests.helpers.live_bytes import as_the_kernels, on_meta
+from tests.helpers.model_headers import full_size
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.memory.job import AT_ONCE, Job
+from zimage_core.models.autoencoder import Autoencoder
+from zimage_core.models.text_encoder import TextEncoder
+from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.weights.load import _Uninitialised
+
+SIZES = full_size()
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    with as_the_kernels(monkeypatch), torch.no_grad():
+        yield
+
+
+def build(make, dtype=torch.bfloat16):
+    with _Uninitialised():
+        return on_meta(make, dtype)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return build(lambda: ZImageTransformer(TransformerConfig()))
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def arena(job, phase, live):
+    """Bytes of the segment that a phase takes for its temporary tensors, scratch included."""
+    return job.scratch[phase] + live + job.gaps(phase, live)
+
+
+def run(net, job):
+    """What `Denoiser` and `sample` allocate in two steps -> high-water mark."""
+    with BestFit() as count:
+        count.ignore(*net.parameters())
+        count.place("scratch", job.scratch["denoise"])
+        latents = meta(job.images, 16, job.rows, job.cols, dtype=torch.float32)
+        captions = [meta(job.caption, net.config.cap_feat_dim) for _ in range(job.captions)]
+        prepared = net.prepare(captions, [0.1] * job.steps, (job.rows, job.cols))
+        for step in range(2):
+            members = latents.to(torch.bfloat16)
+            sides = [
+                torch.stack([net.step(member, prepared, step, side).float() for member in members])
+                for side in range(job.captions)
+            ]
+            v = -sides[0] if len(sides) == 1 else -(sides[0] + (sides[0] - sides[1]) * 2.0)
+            latents = latents + v * 0.1
+            del members, sides, v
+    return count.high
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "caption", "more"),
+    [(1024, 1024, 32, {}), (1024, 1024, 512, {}), (768, 1024, 77, {"guidance": True}),
+     (1536, 1536, 300, {"guidance": True, "images": 2, "steps": 50}), (512, 512, 412, {}),
+     (256, 256, 32, {}), (256, 256, 512, {"images": 4, "guidance": True}), (2048, 2048, 77, {}),
+     (832, 1216, 200, {"images": 4}), (80, 48, 7, {})],
+)  # fmt: skip
+def test_denoising_fits_its_segment(net, width, height, caption, more):
+    job = Job(SIZES, width, height, caption_tokens=caption, **more)
+    high, room = run(net, job), arena(job, "denoise", job.denoise_live)
+    assert high <= room
+    assert room <= 1.08 * high or room - high < 20 << 20, "no more is taken than needed"
+
+
+@pytest.mark.parametrize("side", [256, 512, 1024, 1536])
+@pytest.mark.parametrize("images", [1, 3])
+def test_decoding_fits_its_segment(side, images):
+    job = Job(SIZES, side, side, images)
+    vae = build(lambda: Autoencoder(AutoencoderConfig()), torch.float32)
+    with BestFit() as count:
+        count.ignore(*vae.parameters())
+        latents = meta(images, 16, side // 8, side // 8, dtype=torch.float32)
+        left = [z[None] for z in latents / 0.3 + 0.1]
+        while left:  # as `run.decode` does, which moves each image to the host
+            vae.decode(left[0])
+            del left[0]
+    assert count.high <= arena(job, "decode", job.decode_live(AT_ONCE)) <= 1.05 * count.high
+
+
+@pytest.mark.parametrize("tokens", [16, 128, 512])
+def test_encoding_fits_its_segment(tokens):
+    job, encoder = (
+        Job(SIZES, 1024, 1024, caption_tokens=tokens),
+        build(lambda: TextEncoder(TextEncoderConfig(num_layers=4))),
+    )
+    encoder.embed_tokens.forward = lambda ids: meta(len(ids), encoder.config.hidden_size)
+    with BestFit() as count:
+        count.ignore(*encoder.parameters())
+        count.place("scratch", job.scratch["encode"])
+        encoder(torch.zeros(tokens, dtype=torch.int64, device="meta"))
+    assert count.high <= arena(job, "encode", job.encode_live)
+
+
+def test_the_allocator_takes_the_smallest_block_and_joins_neighbours():
+    mib = 1 << 20
+    with BestFit() as count:
+        for key, size in (("a", 8), ("b", 2), ("c", 4), ("d", 2)):
+            count.place(key, size * mib)
+        assert count.high == 16 * mib
+        count.release("a")
+        count.release("c")
+        count.place("e", 3 * mib)  # into the 4 MiB, of which no block is left that is larger than 1 MiB
+        count.place("f", 5 * mib)
+        assert count.high == 16 * mib
+        count.release("b")
+        count.place("g", 5 * mib)  # the 3 MiB behind f and the 2 MiB of b are one block
+        assert count.high == 16 * mib
+        count.place("h", mib // 2)
+        assert count.high == 16 * mib, "small tensors have segments of their own"

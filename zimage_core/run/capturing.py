@@ -1,0 +1,66 @@
+"""Whether a step waits for the host, so that recording it as a CUDA graph makes it faster."""
+
+from __future__ import annotations
+
+import torch
+
+from zimage_core.errors import BadArgument
+from zimage_core.memory.activations import ITEMSIZE, step_bytes
+from zimage_core.memory.rates import known, step_flops, step_traffic
+from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.nn.linear import packed_weights
+from zimage_core.quant.gpu import architecture
+
+HOST = 0.9e-3
+"""Seconds that the host takes to launch a block, as assumed: 0.4 ms of Python, measured on a server's core,
+and 0.06 ms of the driver, twice over for slower and busier hosts."""
+AFTER = 8
+"""Steps with the same shapes before they are recorded, which takes as long as three more: one image of eight
+steps is not slowed down."""
+RESERVE = 2 << 30
+"""Bytes of GPU memory that stay free for the decoder beside a recorded step."""
+
+
+def device_seconds(
+    transformer: ZImageTransformer, height: int, width: int, caption: int, architecture: str
+) -> float:
+    """Time of a step on a GPU, by the rates of `memory.rates`.
+
+    Args:
+        transformer: The network with its weights, dense or packed.
+        height: Height of the image in latents.
+        width: Width of the image in latents.
+        caption: Tokens of the caption, without pads.
+        architecture: As `quant.dispatch` knows it.
+
+    Raises:
+        BadArgument: The architecture is not known.
+    """
+    sizes, item = (transformer.config, height, width, caption), transformer.dtype.itemsize
+    packed = [weight for block in transformer.blocks for weight in packed_weights(block)]
+    unpacked = sum(weight.nbytes + weight.shape[0] * weight.shape[1] * item for weight in packed)
+    rates = known(architecture)
+    moved = step_traffic(*sizes, item) + unpacked
+    return step_flops(*sizes) / rates.flops + moved / rates.bandwidth
+
+
+def pays(transformer: ZImageTransformer, height: int, width: int, caption: int) -> bool:
+    """Whether the GPU would wait for the host in steps of these sizes; only NVIDIA's are asked."""
+    device = transformer.device
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    try:
+        seconds = device_seconds(transformer, height, width, caption, architecture(device))
+    except BadArgument:  # a GPU older than any of the table
+        return False
+    return seconds <= HOST * len(transformer.blocks)
+
+
+def has_room(transformer: ZImageTransformer, height: int, width: int, caption: int) -> bool:
+    """Whether the GPU has memory for a recorded step, and then for the decoder."""
+    device, dtype = transformer.device, str(transformer.dtype).removeprefix("torch.")
+    if dtype not in ITEMSIZE:
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused >= step_bytes(transformer.config, height, width, caption, dtype) + RESERVE
