@@ -631,8 +631,8 @@ class ZImagePipeline(Ported):
         necessary. `plan` shows the effect of a budget before a run.
 
         Args:
-            vram: GPU memory for the tensors of a run: bytes, "6GiB", "auto" for the memory that is free when
-                a run begins, or "least" for the smallest budget that the image allows.
+            vram: GPU memory of a run, beside the driver's own: bytes, "6GiB", "auto" for what is free when
+                it begins, or "least" for the smallest budget that the image allows.
             ram: Host memory of the process; on a CPU, this is the limit that applies.
             device: Device of the computation; default: that of the pipeline.
 

@@ -58,6 +58,7 @@ class Job:
         guidance: Whether there is a negative side.
         steps: Steps of the run.
         kernels: Whether Triton kernels run on the GPU; plain torch takes more memory.
+        workspace: Bytes that the library of products takes for itself, as found; default: as its makers say.
 
     Raises:
         BadArgument: A size or number is out of range.
@@ -66,6 +67,7 @@ class Job:
     def __init__(
         self, sizes: Sizes, width: int, height: int, images: int = 1, caption_tokens: int = 128,
         rates: Rates | None = None, guidance: bool = False, steps: int = 8, kernels: bool = True,
+        workspace: int | None = None,
     ) -> None:  # fmt: skip
         self.sizes, self.rates, self.dtype = sizes, rates or known("sm_86"), sizes.dtype
         self.width, self.height, self.images, self.caption = width, height, images, caption_tokens
@@ -92,8 +94,9 @@ class Job:
             for phase, part in zip(PHASES, (self.encoder, self.net, self.vae), strict=True)
         }
         gpu = self.rates.architecture != "cpu"
-        workspace = WORKSPACE.get(family(self.rates.architecture), OTHER_WORKSPACE) if gpu else 0
-        self.workspace = segment(workspace)
+        if workspace is None:
+            workspace = segment(WORKSPACE.get(family(self.rates.architecture), OTHER_WORKSPACE) if gpu else 0)
+        self.workspace = workspace
         self.encode_live = encode_bytes(encoder, caption_tokens, self.dtype, self.captions)
         rest = (caption_tokens, self.dtype, images, self.captions, steps)
         self.denoise_live = denoise_bytes(net, self.rows, self.cols, *rest)
@@ -244,7 +247,7 @@ class Job:
             return width, height
 
         def floor(width: int, height: int) -> int:
-            rest = (self.rates, self.guidance, self.steps, self.kernels)
+            rest = (self.rates, self.guidance, self.steps, self.kernels, self.workspace)
             return Job(self.sizes, width, height, self.images, self.caption, *rest).floor()
 
         low, high = 0, long // unit - 1  # low fits, or nothing does

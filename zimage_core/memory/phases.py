@@ -58,8 +58,8 @@ class MemoryBudget:
     """What a pipeline may take.
 
     Args:
-        vram: GPU memory for its tensors: bytes, "6GiB", "auto" for what is free when a run begins, or "least"
-            for the smallest that the image allows.
+        vram: GPU memory beside the driver's own: bytes, "6GiB", "auto" for what is free when a run begins, or
+            "least" for the smallest that the image allows.
         ram: Host memory of the process: bytes or "8GiB"; None for as much as it likes. On a CPU it is the
             limit that counts; weights beyond it are read from their files in every step.
     """
@@ -166,7 +166,10 @@ class PhaseManager:
         """
         rates = self._rates = self._rates or self._machine()
         kernels = self.device.type == "cpu" or kernels_for(self.device)
-        job = Job(self._sizes, width, height, images, caption_tokens, rates, guidance, steps, kernels)
+        workspace = self._segments.take_workspace(self._dtype("transformer"))
+        job = Job(
+            self._sizes, width, height, images, caption_tokens, rates, guidance, steps, kernels, workspace
+        )
         ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
         plan = plan_on_cpu(job, ram) if self.device.type == "cpu" else plan_job(job, self._vram(job), ram)
         self._plan, self._job = plan, job
@@ -195,7 +198,6 @@ class PhaseManager:
         wanted = after in self._opened and after not in self._loaded
         with self._segments.limit(plan.vram, sum(self._held.values())):
             try:
-                self._segments.take_workspace(self._dtype(component.name))
                 self._load(component, plan)
                 self._reserve(needs)
                 with page_cache.reading_ahead(self._opened[after].file if wanted else None):

@@ -54,7 +54,7 @@ def plan_job(job: Job, vram: int | None = None, ram: int | None = None) -> Plan:
 
     Args:
         job: The run.
-        vram: Bytes for our allocations; None for a plan with everything resident.
+        vram: Bytes that the driver may give; None for a plan with everything resident.
         ram: Bytes of host memory; None for enough.
 
     Raises:

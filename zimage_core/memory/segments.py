@@ -85,14 +85,18 @@ class Segments:
                 self._allow(found, own - nbytes, -1)
             self.give_back()
 
-    def take_workspace(self, dtype: torch.dtype) -> None:
+    def take_workspace(self, dtype: torch.dtype) -> int | None:
         """Let the library of products take its workspace, which it keeps, outside of our segments.
 
         Args:
             dtype: Dtype of the products.
+
+        Returns:
+            Bytes that the driver gave for it; None on a CPU, or if it was there before.
         """
         if not self._on_gpu:
-            return
+            return None
+        self.give_back()
         before = self.reserved
         x = torch.zeros(16, 16, dtype=dtype, device=self.device)
         torch.nn.functional.linear(x, x, x[0])
@@ -100,6 +104,7 @@ class Segments:
         del x
         self.give_back()
         self._workspace += max(0, self.reserved - before)
+        return self._workspace or None
 
     def reserve(self, nbytes: int) -> None:
         """Take one segment from the driver, which the allocator divides among the tensors to come.
