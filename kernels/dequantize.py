@@ -26,9 +26,10 @@ def _dequantize_kernel(
     CODES: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, WEIGHTS: tl.constexpr,
     GROUPS: tl.constexpr, SUB: tl.constexpr, AFFINE: tl.constexpr, ZERO: tl.constexpr, LOOKUP: tl.constexpr,
     SB: tl.constexpr,                   # blocks a program
+    WHOLE: tl.constexpr,                # whether no program is part empty, so that nothing needs a mask
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64) * SB + tl.arange(0, SB)
-    live = block < blocks
+    live = tl.full((SB,), True, tl.int1) if WHOLE else block < blocks
     base = packed + block * WORDS
     code = CODES(base, live, table)
     if LOOKUP:
@@ -49,9 +50,13 @@ def _dequantize_kernel(
     tl.store(out + place, tl.reshape(weight, (SB, WEIGHTS)).to(out.dtype.element_ty), mask=live[:, None])
 
 
+WHOLE_FROM = 1 << 21
+"""Weights from which on a kernel without masks is compiled: for matrices, not for some rows of a table."""
+
+
 @cache
-def _launch(name: str, per_program: int) -> Launch:
-    constants = {**DECODERS[name].constants(name), "SB": per_program}
+def _launch(name: str, per_program: int, whole: bool) -> Launch:
+    constants = {**DECODERS[name].constants(name), "SB": per_program, "WHOLE": whole}
     return Launch(_dequantize_kernel, constants, num_warps=tiles.DEQUANTIZE_WARPS, enable_fp_fusion=False)
 
 
@@ -66,5 +71,6 @@ def dequantize_into(out: torch.Tensor, packed: torch.Tensor, fmt: BlockFormat) -
     table = lookup_table(fmt.name, packed.device)
     source = words(packed, fmt.name)
     per_program = tiles.dequantize_weights() // fmt.weights
-    launch = _launch(fmt.name, per_program)
+    whole = blocks % per_program == 0 and out.numel() >= WHOLE_FROM
+    launch = _launch(fmt.name, per_program, whole)
     launch((-(-blocks // per_program), 1), (source, out, source if table is None else table), (), (blocks,))

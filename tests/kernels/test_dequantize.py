@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.blocks import assert_same_bits, packed_rows, six_bit_scales
 from zimage_core.formats import FORMATS, BlockFormat
-from zimage_core.kernels import tiles
+from zimage_core.kernels import dequantize, tiles
 from zimage_core.kernels.decode.table import DECODERS
 from zimage_core.kernels.dequantize import dequantize_into
 from zimage_core.reference.blocks import as_blocks
@@ -120,6 +120,14 @@ def test_last_program_may_be_part_empty(fmt, device, programs):
     """One block more than fills the programs before the last, 512 weights each."""
     blocks = (programs - 1) * (512 // fmt.weights) + 1
     check(random_rows(fmt, 1, blocks), fmt, device, weights_a_program=512)
+
+
+@every_decoder
+def test_whole_programs_need_no_mask(fmt, device, monkeypatch):
+    """Of matrices; a part empty program has its mask there too."""
+    monkeypatch.setattr(dequantize, "WHOLE_FROM", 1)
+    for blocks in (2, 3):
+        check(random_rows(fmt, 1, blocks * 512 // fmt.weights), fmt, device, weights_a_program=1024)
 
 
 @every_decoder

@@ -137,9 +137,9 @@ class PhaseManager:
         self._sizes = sizes_of(opened, str(networks["transformer"].dtype).removeprefix("torch."))
         self._plan: Plan | None = None
         self._job: Job | None = None
-        self._planes = False
+        self._planes: dict[str, int] = {}  # network -> bytes of its planes
         # network -> the part of the plan that it was loaded by; the rest of a plan does not move it
-        self._loaded: dict[str, tuple[Component, bool]] = {}
+        self._loaded: dict[str, tuple[Component, int]] = {}
         self._held: dict[str, int] = {}  # network -> bytes that the driver gave for what of it is loaded
         self._modules: dict[str, list[int]] = {}  # network -> its modules when it was loaded
         self._decoder = Moved()
@@ -173,10 +173,11 @@ class PhaseManager:
         ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
         plan = plan_on_cpu(job, ram) if self.device.type == "cpu" else plan_job(job, self._vram(job), ram)
         self._plan, self._job = plan, job
-        # all planes that would be made or none: what makes them does not know the budget
-        self._planes = plan.phase("encode").planes == job.planes()
+        parts = {"text_encoder": job.encoder, "transformer": job.net}
+        planned = plan.phase("encode").planes > 0  # all that products ask for, or none
+        self._planes = {name: job.planes(part) if planned else 0 for name, part in parts.items()}
         for name, key in list(self._loaded.items()):
-            same = key == (plan.component(name), self._planes)
+            same = key == (plan.component(name), self._planes.get(name, 0))
             if not same or self._holder(name).edited() or self._modules[name] != self._ids(name):
                 self._evict(name)
         if self._vae.tile != self._own_tile:  # the caller set it since
@@ -272,7 +273,8 @@ class PhaseManager:
         return {name: stream for name, stream in found.items() if isinstance(stream, Stream)}
 
     def _load(self, component: Component, plan: Plan) -> None:
-        name, key = component.name, (component, self._planes)
+        name = component.name
+        key = (component, self._planes.get(name, 0))
         if self._loaded.get(name) == key:
             return
         network, file, before = self._networks[name], self._opened[name].file, self._segments.reserved
@@ -287,22 +289,20 @@ class PhaseManager:
             ring = Ring(device_for(self.device), plan.ring)
             self._decoder = load(self._vae.decoder.modules(), ring, maps_of(file))
         self._loaded[name], self._modules[name] = key, self._ids(name)
-        if self._planes:
-            try:
-                self._make_planes(name, network)
-            except BaseException:
-                self._evict(name)
-                raise
+        try:
+            self._make_planes(name, network)
+        except BaseException:
+            self._evict(name)
+            raise
         forbid_planes(network)
         self._held[name] = self._segments.reserved - before
 
     def _make_planes(self, name: str, network: nn.Module) -> None:
         """Make the planes that the plan counts, before the segment of temporary tensors is taken."""
-        job = self._job
-        part = None if job is None else {"text_encoder": job.encoder, "transformer": job.net}.get(name)
-        if job is None or part is None:
+        job, planes = self._job, self._planes.get(name, 0)
+        if job is None or not planes:
             return
-        planes = job.planes(part)
+        part = job.encoder if name == "text_encoder" else job.net
         self._segments.reserve(planes)
         for place, weight in packed_products(network):
             make_planes(weight, job.tokens_of(part, place), self._dtype(name), free=planes)
