@@ -11,7 +11,7 @@ from zimage_core.kernels import tiles
     ("arch", "kin"),
     [
         ("sm_121", "sm_120"), ("sm_87", "sm_86"), ("sm_88", "sm_86"), ("sm_90", "sm_90"),
-        ("sm_75", "default"), ("sm_103", "default"), ("gfx90a", "gfx942"),
+        ("sm_75", "default"), ("sm_103", "sm_100"), ("sm_70", "default"), ("gfx90a", "gfx942"),
         ("gfx1151", "gfx1100"), ("gfx1030", "gfx1100"),
     ],
 )  # fmt: skip
