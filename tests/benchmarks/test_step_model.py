@@ -15,8 +15,8 @@ AUDIT = {
     "elementwise": Range(6.5, 7.5),
     "gaps": Range(0.5, 1.5),
 }
-"""Milliseconds of a 1024 px step, Q4_K, caption of 32 tokens, before tanh was taken out of the kernel. The audit
-had 4.5 to 6 for dequantising with 232 instructions for 2,048 weights; the kernel has 216 now."""
+"""Milliseconds of a 1024 px step, Q4_K, caption of 32 tokens, before tanh was taken out of the kernel. The
+audit had 4.5 to 6 for dequantising with 232 instructions for 2,048 weights; the kernel has 216 now."""
 
 
 @pytest.fixture(scope="module")
