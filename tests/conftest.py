@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+# `ci` has no more examples than `dev`: they are the same ones in every run.
 # No shrinking outside `deep`: it costs minutes a failure, so an assertion names block and weight itself.
 # No deadline and no check for slow examples: a first call may load or compile, and the machine may be busy.
 UNTIMED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate, Phase.target)
 settings.register_profile("dev", max_examples=25, phases=NO_SHRINK, **UNTIMED)
 settings.register_profile(
-    "ci", max_examples=50, derandomize=True, print_blob=True, phases=NO_SHRINK, **UNTIMED
+    "ci", max_examples=25, derandomize=True, print_blob=True, phases=NO_SHRINK, **UNTIMED
 )
 settings.register_profile("deep", max_examples=2000, **UNTIMED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))

@@ -1,8 +1,8 @@
 """Defends: every kernel compiles for every architecture, without spills and within what a program may have.
 
 Compiled are all cells in bfloat16, and those in float16 and float32 on three architectures: the whole matrix
-takes longer than all other tests together. COMPILE_MATRIX=full compiles it; COMPILE_MATRIX=small compiles
-bfloat16 on three architectures. The committed table is of the whole.
+takes longer than all other tests together. COMPILE_MATRIX=full compiles it; `bfloat16` and `others` are the
+two parts of the usual one; `small` is bfloat16 on three architectures. The committed table has all cells.
 
 The compiler runs in processes of its own: in this one kernels may be the interpreter's. Kernels are imported
 by fixtures, not at the top: tests/kernels has to decide first how they are defined.
@@ -24,15 +24,18 @@ from zimage_core.formats import FORMATS
 pytestmark = pytest.mark.compile
 
 EVERY = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100", "gfx1201"]
+BFLOAT16 = ["--dtype", "bfloat16"]
+OTHERS = ["--dtype", "float16", "float32", "--target", "sm_75", "sm_80", "gfx942"]
+SMALL = [*BFLOAT16, "--target", "sm_80", "sm_90", "gfx942"]
 PARTS = {
-    "full": [[]],
-    "usual": [
-        ["--dtype", "bfloat16"],
-        ["--dtype", "float16", "float32", "--target", "sm_75", "sm_80", "gfx942"],
-    ],
-    "small": [["--dtype", "bfloat16", "--target", "sm_80", "sm_90", "gfx942"]],
+    "full": ([[]], EVERY),
+    "usual": ([BFLOAT16, OTHERS], EVERY),
+    "bfloat16": ([BFLOAT16], EVERY),
+    "others": ([OTHERS], OTHERS[4:]),
+    "small": ([SMALL], SMALL[3:]),
 }
-SIZE = os.environ.get("COMPILE_MATRIX", "usual")
+"""COMPILE_MATRIX -> arguments of each part, and the targets of all of them."""
+WANTED, TARGETS = PARTS[os.environ.get("COMPILE_MATRIX", "usual")]
 BLOCKS = {name for name, fmt in FORMATS.items() if fmt.weights > 1}
 
 
@@ -52,7 +55,7 @@ def run(matrix, tmp_path_factory):
     """The finished processes and the rows that they wrote."""
     out = tmp_path_factory.mktemp("matrix") / "out.csv"
     finished = []
-    for part in PARTS[SIZE]:
+    for part in WANTED:
         command = [sys.executable, "-m", "benchmarks.compile_matrix", "--out", str(out), "--resume", *part]
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
         assert out.exists(), done.stdout + done.stderr
@@ -78,9 +81,9 @@ def test_no_cell_is_left_out(matrix, run):
     from benchmarks.compile_cell import planar_formats
 
     _, rows = run
-    assert set(rows) == {cell for part in PARTS[SIZE] for cell in matrix.selected(matrix.parse(part))}
+    assert set(rows) == {cell for part in WANTED for cell in matrix.selected(matrix.parse(part))}
     targets = {cell.target for cell in rows}
-    assert targets == set(PARTS["small"][0][3:] if SIZE == "small" else EVERY)
+    assert targets == set(TARGETS)
     for target in targets:
         here = [cell for cell in rows if cell.target == target]
         dequantised = {cell.format for cell in here if cell.kernel == "dequantize"}

@@ -26,7 +26,10 @@ cases = pytest.mark.parametrize(("mix", "vram", "spare"), CASES)
 
 @cache
 def run(folder, vram, spare):
-    return driven.run("budget", "--files", folder, "--vram", vram, "--spare", spare, "--pixels", 1024)
+    # maps of the VAE pass through host memory under the least budget: 30 s a run
+    runs = 1 if vram == "least" else 2
+    arguments = ("--files", folder, "--vram", vram, "--spare", spare, "--pixels", 1024, "--runs", runs)
+    return driven.run("budget", *arguments)
 
 
 def given(found):
@@ -37,7 +40,7 @@ def given(found):
 @cases
 def test_the_driver_gives_no_more_than_the_budget(models, mix, vram, spare):
     found = run(models(mix), vram, spare)
-    assert [r["error"] for r in found["runs"]] == [None, None]
+    assert not any(r["error"] for r in found["runs"])
     assert given(found) <= found["vram"], f"{given(found) / MIB:.0f} MiB of {found['vram'] / MIB:.0f}"
 
 

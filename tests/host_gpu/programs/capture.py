@@ -14,6 +14,8 @@ import fake_cuda
 import project
 import torch
 
+from zimage_core.errors import ZImageError
+
 STEPS = 3
 
 
@@ -52,7 +54,7 @@ def main():
     before, error = fake_cuda.counts(), ""
     try:
         project.picture(pipe, side, STEPS, output_type="latent")
-    except RuntimeError as found:
+    except (RuntimeError, ZImageError) as found:
         error = str(found).splitlines()[0]
     project.answer(sizes=sizes, mutated=(fake_cuda.counts() - before)["forbidden"], error=error)
     return 0

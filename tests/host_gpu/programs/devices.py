@@ -2,14 +2,13 @@
 
     devices.py [--files FOLDER]
 
-Resident, with capture and dense weights, and under budgets. Then the device guards around Triton's launches
-are removed: that must be seen, or this program is blind.
+Resident, with capture and dense weights, and under budgets. Then launches of Triton take cuda:1 for the
+current device, so that no guard is set: that must be seen, or this program is blind.
 """
 
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from unittest import mock
 
 import fake_cuda
@@ -18,6 +17,8 @@ fake_cuda.settings(FAKE_DEVICES=2, FAKE_CONTEXT_MB=300)
 
 import project
 import torch
+
+from zimage_core.errors import ZImageError
 
 
 def run(args, name, **options):
@@ -49,10 +50,10 @@ def main():
     kept = torch.zeros(1, device="cuda:0")
     runs.append(run(args, "something on GPU 0"))
     before, error = fake_cuda.counts(), ""
-    with mock.patch.object(torch.cuda, "device_of", return_value=nullcontext()):
+    with mock.patch.object(torch.cuda, "current_device", return_value=1):
         try:
             run(args, "without guards")
-        except RuntimeError as found:
+        except (RuntimeError, ZImageError) as found:
             error = str(found).splitlines()[0]
     del kept
     project.answer(runs=runs, mutated=(fake_cuda.counts() - before)["wrong_device"], error=error)

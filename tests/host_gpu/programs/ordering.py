@@ -44,33 +44,34 @@ class Reads:
     def __init__(self, model):
         self.total = self.wrong = 0
         self._truth = {
-            layer: layer.weight.packed.clone()
+            layer: layer.weight.packed.clone().view(-1)
             for layer in model.modules()
             if isinstance(layer, Linear) and isinstance(layer.weight, QuantTensor)
         }
         self._hooks = [layer.register_forward_pre_hook(self._enter) for layer in self._truth]
         self._kept, self._size = [], 0
-        self._layer, self._row = None, 0
+        self._layer, self._start = None, 0
 
     def _enter(self, layer, _):
-        """Before a layer runs: its next reads begin at its first row."""
-        self._layer, self._row = layer, 0
+        """Before a layer runs: its next reads begin at its first byte."""
+        self._layer, self._start = layer, 0
 
     def kernel(self, out, packed, fmt):
         """Stands for `dequantize_into`: what is copied is what is there when the stream comes to it."""
         copy = torch.empty_like(packed)
         copy.copy_(packed, non_blocking=True)
-        self._kept.append((self._layer, self._row, copy))
-        self._row += len(packed)
+        self._kept.append((self._layer, self._start, copy))
+        self._start += copy.nbytes
         self._size += copy.nbytes
 
     def compare(self, always=True):
         if not always and self._size < KEPT:
             return
         torch.cuda.synchronize()
-        for layer, row, copy in self._kept:
+        for layer, start, copy in self._kept:
             self.total += 1
-            self.wrong += not torch.equal(copy.cpu(), self._truth[layer][row : row + len(copy)])
+            seen = copy.cpu().view(torch.uint8).view(-1)  # kernels read words of several bytes
+            self.wrong += not torch.equal(seen, self._truth[layer][start : start + len(seen)])
         self._kept, self._size = [], 0
 
     def end(self):
