@@ -11,11 +11,12 @@ from zimage_core.formats import FORMATS
 
 AUDIT = {
     "linears": Range(60, 63),
-    "dequantise": Range(4.5, 6),
+    "dequantise": Range(4.4, 5.8),
     "elementwise": Range(6.5, 7.5),
     "gaps": Range(0.5, 1.5),
 }
-"""Milliseconds of a 1024 px step, Q4_K, caption of 32 tokens, before tanh was taken out of the kernel."""
+"""Milliseconds of a 1024 px step, Q4_K, caption of 32 tokens, before tanh was taken out of the kernel. The
+audit had 4.5 to 6 for dequantising with 232 instructions for 2,048 weights; the kernel has 216 now."""
 
 
 @pytest.fixture(scope="module")
