@@ -63,3 +63,10 @@ def test_a_long_caption_does_not_keep_the_memory_of_its_phase(models):
     found = driven.run("budget", "--files", models("Q4_K_M"), *arguments)
     assert not any(r["error"] for r in found["runs"])
     assert given(found) <= found["vram"]
+
+
+@pytest.mark.parametrize("setting", ["backend:cudaMallocAsync", "expandable_segments:True"])
+def test_other_allocators_of_torch_keep_a_budget(setting):
+    found = driven.run("budget", PYTORCH_CUDA_ALLOC_CONF=setting)
+    assert [r["error"] for r in found["runs"]] == [None, None]
+    assert given(found) <= found["vram"]

@@ -75,7 +75,8 @@ class Segments:
         with _lock:
             found = _limits.get(self.device)
             if found is None:
-                before = torch.cuda.get_per_process_memory_fraction(self.device)
+                # without a limit, torch's backend cudaMallocAsync tells a number that it does not take back
+                before = min(1.0, torch.cuda.get_per_process_memory_fraction(self.device))
                 found = _limits[self.device] = _Limit(before, max(0, self.reserved - own) + own)
             self._allow(found, nbytes - own, 1)
         try:

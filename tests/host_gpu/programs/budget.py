@@ -93,9 +93,7 @@ def main():
     parser.add_argument(
         "--spare", default="0", help="bytes that the card has beside budget and context: 1GiB"
     )
-    parser.add_argument(
-        "--words", type=int, default=0, help="of another caption; default: a short one"
-    )
+    parser.add_argument("--words", type=int, default=0, help="of another caption; default: a short one")
     parser.add_argument("--runs", type=int, default=2)
     args = parser.parse_args()
     project.patch_out()
