@@ -63,6 +63,12 @@ def test_errors_of_a_launch_by_triton_are_of_the_same_kinds():
     assert later == ""
 
 
+def test_auto_is_within_the_part_of_the_card_that_torch_is_allowed():
+    first, second, planned = found()["fraction"]["errors"]
+    assert (first, second) == ("", "")
+    assert planned < (80 << 30) // 64
+
+
 def test_a_dense_table_of_tokens_on_the_host_stops_no_second_run():
     assert found()["dense table"]["errors"] == ["", ""]
 

@@ -112,6 +112,16 @@ def triton(error):
     return pipe, [attempt(pipe), attempt(pipe)]
 
 
+def fraction():
+    """The program allows torch a part of the card; "auto" stays within it."""
+    torch.cuda.set_per_process_memory_fraction(1 / 64)
+    pipe = project.open_pipeline(device="cuda", vram="auto")
+    errors = [attempt(pipe), attempt(pipe)]
+    planned = pipe._placement.report().plan.vram
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return pipe, [*errors, planned]
+
+
 def dense_table():
     """A table of tokens that is not packed stays on the host, beside norms that stay on the GPU."""
     nano = embedded().paths
@@ -146,6 +156,7 @@ KINDS = {
     "Triton launch": lambda: triton(fake_cuda.ILLEGAL_ADDRESS),
     "Triton without memory": lambda: triton(fake_cuda.OUT_OF_MEMORY),
     "dense table": dense_table,
+    "fraction": fraction,
     "two in turn": lambda: two(threads=False),
     "two at once": lambda: two(threads=True),
     "for good": lambda: failing("copy", 40, sticky=True),  # after it nothing works
