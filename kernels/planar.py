@@ -19,6 +19,7 @@ Tests: tests/kernels/test_matmul.py.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -30,6 +31,9 @@ from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.kernels import tiles
 from zimage_core.kernels.decode.table import DECODERS, words
 from zimage_core.kernels.launch import Launch
+
+ALIGN = 256
+"""Bytes; each plane begins at a multiple of it."""
 
 
 def step_weights(bits: int) -> int:
@@ -144,14 +148,25 @@ def _repack_kernel(
             tl.store(small + s_place, parts[1].to(tl.int8), mask=live[:, None])
 
 
+def uninitialised(fmt: BlockFormat, rows: int, width: int, device: torch.device) -> Planes:
+    """Planes in one piece of memory.
+
+    Planes of up to 1 MiB that are tensors of their own get small segments from torch's allocator, beside the one that
+    was reserved for all planes under a memory budget.
+    """
+    places, end = [], 0
+    for shape, dtype in plane_shapes(fmt, rows, width).values():
+        places.append((end, end + math.prod(shape) * dtype.itemsize, dtype, shape))
+        end = -(-places[-1][1] // ALIGN) * ALIGN
+    piece = torch.empty(end, dtype=torch.uint8, device=device)
+    return Planes(*(piece[start:stop].view(dtype).view(shape) for start, stop, dtype, shape in places))
+
+
 def repack(packed: torch.Tensor, fmt: BlockFormat) -> Planes:
     """uint8 [N, row bytes] on a device -> its planes there; K must satisfy `can_repack`."""
     rows = packed.shape[0]
     width = packed.shape[1] // fmt.nbytes * fmt.weights
-    planes = Planes(**{
-        name: torch.empty(shape, dtype=dtype, device=packed.device)
-        for name, (shape, dtype) in plane_shapes(fmt, rows, width).items()
-    })  # fmt: skip
+    planes = uninitialised(fmt, rows, width, packed.device)
     per_program = max(2, tiles.repack_weights() // fmt.weights)
     blocks = rows * width // fmt.weights
     if blocks:

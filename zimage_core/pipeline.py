@@ -259,7 +259,9 @@ class ZImagePipeline(Ported):
         embeds = (*(run.batch.prompt_embeds or ()), *(run.batch.negative_prompt_embeds or ()))
         longest = max(len(each) for each in (*ids.values(), *embeds))
         self._placement.begin(networks(self), run, longest)
-        captions = self._encode(run.batch, ids, run.debug, self.transformer.device)
+        limited = self._placement.memory is not None
+        place = torch.device("cpu") if limited else self.transformer.device
+        captions = self._encode(run.batch, ids, run.debug, place)
         encoded = clock.lap()
         with self._placement.phase("denoise", self.transformer):
             predict = self._placement.predict(self.transformer, run, longest)
@@ -306,10 +308,13 @@ class ZImagePipeline(Ported):
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Captions [L, cap_feat_dim] of both sides; a text that occurs twice is encoded once."""
         features = {}
+        # under a budget a tensor that stays on the device would keep the whole memory of the phase there
+        out = device if self._placement.memory is None else torch.device("cpu")
         with self._placement.phase("encode", self.text_encoder) if ids else nullcontext():
             for text, each in ids.items():
                 call = partial(self.text_encoder, each)
-                features[text] = checked(self.text_encoder, "text encoder", call, debug).to(device)
+                features[text] = checked(self.text_encoder, "text encoder", call, debug).to(out)
+        features = {text: each.to(device) for text, each in features.items()}
 
         def side(texts: list[str] | None, given: list[torch.Tensor] | None) -> list[torch.Tensor]:
             if given is not None:

@@ -55,3 +55,18 @@ def test_what_is_given_is_what_was_planned(models, mix, vram, spare):
     found = run(models(mix), vram, spare)
     assert found["runs"][-1]["peak"] is not None, found["runs"][-1]["error"]
     assert given(found) == pytest.approx(max(r["peak"] for r in found["runs"]), rel=0.05)
+
+
+def test_a_long_caption_does_not_keep_the_memory_of_its_phase(models):
+    """Where the transformer stays between runs, the captions would have stayed on the device with it."""
+    arguments = ("--vram", "1500MiB", "--spare", ROOMY, "--pixels", 256, "--words", 1100)
+    found = driven.run("budget", "--files", models("Q4_K_M"), *arguments)
+    assert not any(r["error"] for r in found["runs"])
+    assert given(found) <= found["vram"]
+
+
+@pytest.mark.parametrize("setting", ["backend:cudaMallocAsync", "expandable_segments:True"])
+def test_other_allocators_of_torch_keep_a_budget(setting):
+    found = driven.run("budget", PYTORCH_CUDA_ALLOC_CONF=setting)
+    assert [r["error"] for r in found["runs"]] == [None, None]
+    assert given(found) <= found["vram"]

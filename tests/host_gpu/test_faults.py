@@ -54,6 +54,25 @@ def test_a_gpu_that_is_gone_leaves_a_pipeline_on_the_cpu():
     assert found()["for good"]["home"]
 
 
+def test_errors_of_a_launch_by_triton_are_of_the_same_kinds():
+    error, later = found()["Triton launch"]["errors"]
+    assert error.startswith("DeviceFault: ")
+    assert later == ""
+    error, later = found()["Triton without memory"]["errors"]
+    assert error.startswith("OutOfMemory: ")
+    assert later == ""
+
+
+def test_auto_is_within_the_part_of_the_card_that_torch_is_allowed():
+    first, second, planned = found()["fraction"]["errors"]
+    assert (first, second) == ("", "")
+    assert planned < (80 << 30) // 64
+
+
+def test_a_dense_table_of_tokens_on_the_host_stops_no_second_run():
+    assert found()["dense table"]["errors"] == ["", ""]
+
+
 @pytest.mark.parametrize("case", ["two in turn", "two at once"])
 def test_two_pipelines_share_a_card_that_holds_both_budgets(case):
     assert found()[case]["errors"] == ["", "", "", ""]

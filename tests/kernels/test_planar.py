@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.blocks import assert_same_bits
 from zimage_core.formats import FORMATS, BlockFormat
-from zimage_core.kernels import tiles
+from zimage_core.kernels import planar, tiles
 from zimage_core.kernels.decode.table import DECODERS
 from zimage_core.kernels.planar import (
     Planes,
@@ -99,13 +99,16 @@ def run(
     """Planes written over bytes `fill`, which must still stand behind each of them."""
     rooms: list[torch.Tensor] = []
 
-    def filled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        count = (math.prod(shape) + TAIL) * dtype.itemsize
-        rooms.append(torch.full((count,), fill, dtype=torch.uint8, device=device))
-        return rooms[-1].view(dtype)[:-TAIL].view(shape)
+    def filled(fmt: BlockFormat, rows: int, width: int, device: torch.device) -> Planes:
+        shapes = plane_shapes(fmt, rows, width).values()
+        for shape, dtype in shapes:
+            count = (math.prod(shape) + TAIL) * dtype.itemsize
+            rooms.append(torch.full((count,), fill, dtype=torch.uint8, device=device))
+        pairs = zip(rooms, shapes, strict=True)
+        return Planes(*(room.view(dtype)[:-TAIL].view(shape) for room, (shape, dtype) in pairs))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", filled)
+        patch.setattr(planar, "uninitialised", filled)
         if weights_a_program:
             patch.setattr(tiles, "repack_weights", lambda: weights_a_program)
         planes = repack(packed, fmt)
@@ -182,6 +185,20 @@ def test_rows_may_start_at_an_odd_address_and_lie_apart(name, device):
     wanted = run(packed, fmt)
     assert same(run(room[1:].view(6, -1), fmt), wanted)
     assert same(run(packed[::2], fmt), Planes(*(plane[:, ::2] for plane in wanted)))
+
+
+@every_planar
+def test_planes_share_memory_and_do_not_overlap(fmt, device):
+    """One tensor for torch's allocator, which would give small planes segments that no plan counts."""
+    shapes = plane_shapes(fmt, 5, 3 * unit_width(fmt))
+    planes = planar.uninitialised(fmt, 5, 3 * unit_width(fmt), torch.device(device))
+    for number, (plane, (shape, dtype)) in enumerate(zip(planes, shapes.values(), strict=True)):
+        assert (plane.shape, plane.dtype, plane.is_contiguous()) == (shape, dtype, True)
+        assert plane.storage_offset() * plane.element_size() % 256 == 0
+        plane.view(-1).view(torch.uint8).fill_(number)
+    for number, plane in enumerate(planes):
+        assert (plane.view(-1).view(torch.uint8) == number).all()
+    assert len({plane.untyped_storage().data_ptr() for plane in planes}) == 1
 
 
 @every_planar

@@ -107,9 +107,12 @@ def test_each_gpu_is_tried_once(machine):
     assert dispatch.kernels_for(torch.device("cuda", 1))
 
 
-def test_too_little_memory_is_no_verdict(machine):
-    machine.error = torch.OutOfMemoryError("out")
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out"), RuntimeError("Triton Error [CUDA]: out of memory")], ids=type
+)
+def test_too_little_memory_is_no_verdict(machine, error):
+    machine.error = error
+    with pytest.raises(type(error)):
         dispatch.kernels_for(GPU)
     machine.error = None
     assert dispatch.kernels_for(GPU)

@@ -116,16 +116,33 @@ def own_forward(pipe):
     layer.forward = lambda x, scale, usual=layer.forward: usual(x, scale)
 
 
+class Scaled(torch.nn.Module):
+    """A layer around another one, whose factor is a number that a user may change between runs."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.factor = inner, 1.0
+
+    def forward(self, x, scale):
+        return self.inner(x, scale) * self.factor
+
+
+def own_module(pipe):
+    block = pipe.transformer.layers[0]
+    block.feed_forward = Scaled(block.feed_forward)
+
+
 @pytest.mark.parametrize(
     ("change", "options"),
     [
+        (own_module, {}),
         (lambda pipe: pipe.capture(False), {}),
         (hook, {}),
         (own_forward, {}),
         (lambda pipe: None, {"debug": True}),
         (lambda pipe: None, {"callback_on_step_end": lambda *_: {}}),
     ],
-    ids=["not wanted", "hook", "forward", "debug", "callback"],
+    ids=["module", "not wanted", "hook", "forward", "debug", "callback"],
 )
 def test_what_a_graph_would_not_repeat_is_not_recorded(recorder, change, options):
     pipe = tiny.pipeline()

@@ -6,10 +6,11 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import tiny
 from zimage_core.errors import NonFinite
-from zimage_core.run.nonfinite import watch
+from zimage_core.run.nonfinite import _bad, watch
 
 
 def pristine():
@@ -130,3 +131,20 @@ def test_half_precision_works_on_a_cpu(dtype):
     tolerance = {torch.float16: 0.05, torch.bfloat16: 0.4}[dtype]
     assert float((got - want).abs().max()) < tolerance
     assert tiny.pipeline(dtype=dtype)("a", seed=1).images[0].size == (32, 32)
+
+
+def test_the_search_takes_no_memory_of_the_tensors_size():
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            out = function(*arguments, **(options or {}))
+            sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    value = torch.ones(1, 64, 32, 32).contiguous(memory_format=torch.channels_last)
+    with Sizes():
+        assert not _bad(value)
+    assert max(sizes) <= 2
+    assert [_bad(value * bad) for bad in (NAN, INF, -INF)] == [True, True, True]
+    assert not _bad(value[:0])

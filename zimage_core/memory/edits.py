@@ -71,11 +71,14 @@ class Moved:
 
     def edited(self) -> set[int]:
         """Places whose tensor was replaced since it was put there, or written to since `seal`."""
-        copies = {i: copy for i, (*_, copy) in enumerate(self.places) if i in self.sums}
-        now = [checksum(copy) for copy in copies.values() if isinstance(copy, nn.Parameter)]
-        # compared on the device, since each number that the host reads makes it wait
-        changed = torch.stack(now) != torch.stack([*self.sums.values()]) if now else torch.empty(0)
-        found = {i for i, differs in zip(copies, changed.tolist(), strict=True) if differs}
+        found = set()
+        # compared on the device, since each number that the host reads makes it wait; tables stay on the host
+        for device in {known.device for known in self.sums.values()}:
+            known = {i: each for i, each in self.sums.items() if each.device == device}
+            copies = [self.places[i][3] for i in known]
+            now = [checksum(copy).to(device) for copy in copies if isinstance(copy, nn.Parameter)]
+            changed = torch.stack(now) != torch.stack([*known.values()])
+            found |= {i for i, differs in zip(known, changed.tolist(), strict=True) if differs}
         places = enumerate(self.places)
         return found | {i for i, (module, name, _, copy) in places if getattr(module, name, None) is not copy}
 

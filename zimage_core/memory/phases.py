@@ -326,9 +326,7 @@ class PhaseManager:
         if self.budget.vram == "least":
             return job.floor()
         if self.budget.vram == "auto":
-            free = torch.cuda.mem_get_info(self.device)[0]
-            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            return max(1, free + cached + sum(self._held.values()) - SPARE)
+            return max(1, self._segments.free() + sum(self._held.values()) - SPARE)
         return parse_bytes("vram", self.budget.vram)
 
     def _machine(self) -> Rates:

@@ -51,6 +51,13 @@ class Segments:
         """Bytes that torch's allocator holds of the device."""
         return torch.cuda.memory_reserved(self.device) if self._on_gpu else 0
 
+    def free(self) -> int:
+        """Bytes of a GPU that tensors may still take, within the part of it that the program allows torch."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        with _lock:
+            most = int(self._fraction() * total)
+        return min(free + self.reserved, most) - torch.cuda.memory_allocated(self.device)
+
     def give_back(self) -> None:
         """Return the segments in which no tensor lies to the driver."""
         if self._on_gpu:
@@ -75,8 +82,8 @@ class Segments:
         with _lock:
             found = _limits.get(self.device)
             if found is None:
-                before = torch.cuda.get_per_process_memory_fraction(self.device)
-                found = _limits[self.device] = _Limit(before, max(0, self.reserved - own) + own)
+                allowed = max(0, self.reserved - own) + own
+                found = _limits[self.device] = _Limit(self._fraction(), allowed)
             self._allow(found, nbytes - own, 1)
         try:
             yield
@@ -119,6 +126,13 @@ class Segments:
             torch.empty(
                 nbytes, dtype=torch.uint8, device=self.device
             )  # freed at once: the allocator keeps it
+
+    def _fraction(self) -> float:
+        """Fraction of the device's memory that torch is allowed outside of phases; _lock is held."""
+        if (found := _limits.get(self.device)) is not None:
+            return found.before
+        # without a limit, torch's backend cudaMallocAsync tells a number that it does not take back
+        return min(1.0, torch.cuda.get_per_process_memory_fraction(self.device))
 
     def _allow(self, limit: _Limit, nbytes: int, phases: int) -> None:
         """Change the limit of the device by so many bytes and phases."""

@@ -10,20 +10,23 @@ from zimage_core.files.units import in_bytes
 SIGNS = (
     "CUDA error",
     "CUDA driver error",
+    "Triton Error",
     "CUBLAS_STATUS",
     "cuDNN error",
     "CUDNN_STATUS",
     "HIP error",
     "hipError",
 )
-"""How messages of torch on a failing driver or library begin, or what they contain."""
+"""How messages of torch and Triton on a failing driver or library begin, or what they contain."""
+NO_MEMORY = ("out of memory", "ALLOC_FAILED", "hipErrorOutOfMemory")
+"""What such a message contains where the driver or a library, and not torch's allocator, found no memory."""
 
 
 def explained(error: RuntimeError, device: torch.device, limited: bool) -> ZImageError | None:
     """The error to raise instead of one of torch; None if that is of another kind.
 
     Args:
-        error: What torch raised.
+        error: What torch or Triton raised.
         device: Where the run computed.
         limited: Whether the run had a memory budget.
     """
@@ -32,6 +35,8 @@ def explained(error: RuntimeError, device: torch.device, limited: bool) -> ZImag
     text = printable(str(error).partition("\n")[0])
     if not any(sign in text for sign in SIGNS):
         return None
+    if any(sign in text for sign in NO_MEMORY):
+        return OutOfMemory(_no_memory(device, limited))
     return DeviceFault(
         f"{device}: the GPU or its driver failed ({text}); such an error often lasts until the process ends: "
         "run the image in a new one; if it comes again, look at the driver's log (dmesg)"
@@ -51,7 +56,7 @@ def _no_memory(device: torch.device, limited: bool) -> str:
     except RuntimeError:  # a driver that cannot even say that
         pass
     advice = (
-        "end programs that use this GPU, or give a smaller vram= or vram='auto'"
+        "end programs that use this GPU, or give a smaller vram= or 'auto'; if much is free, a larger one"
         if limited
         else "end programs that use this GPU, or open the pipeline with vram='auto', which moves weights "
         "to the GPU as they are needed"

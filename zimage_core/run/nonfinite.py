@@ -128,7 +128,10 @@ def _block(place: str) -> str:
 
 def _bad(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
-        return value.is_floating_point() and not bool(torch.isfinite(value).all())
+        if not value.is_floating_point() or not value.numel():
+            return False
+        # both propagate NaN, and unlike isfinite they need no memory of the tensor's size
+        return not bool(torch.isfinite(torch.stack((value.amin(), value.amax()))).all())
     return isinstance(value, (tuple, list)) and any(_bad(v) for v in value)
 
 

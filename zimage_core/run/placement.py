@@ -28,6 +28,9 @@ RESERVE = 768 << 20
 """Bytes of GPU memory that `dequantize_weights` leaves beside the activations of decoding: gaps between
 tensors, scratch, workspaces of libraries."""
 
+OURS = ("zimage_core", "torch")
+"""Packages whose modules do in every step what they did when it was recorded."""
+
 _USES: dict[str, Use] = {"encode": "text encoder", "denoise": "transformer", "decode": "VAE"}
 
 Networks = Mapping[str, Any]
@@ -110,9 +113,12 @@ class Placement:
         # a callback may put in hooks and other weights between steps
         if not self._may_record or self.memory is not None or run.debug or run.callback is not None:
             return False
-        # a module whose forward was replaced or compiled may do what no graph repeats
-        if any("forward" in vars(m) or m._compiled_call_impl is not None for m in transformer.modules()):
-            return False
+        # a module that was replaced or compiled, or whose forward was, may do what no graph repeats: the
+        # factor of a LoRA, say, is a number of Python
+        for m in transformer.modules():
+            ours = type(m).__module__.partition(".")[0] in OURS
+            if not ours or "forward" in vars(m) or m._compiled_call_impl is not None:
+                return False
         size = (*run.latents.shape[-2:], caption_tokens)
         recorded = self._own is not None and len(self._own) > 0
         return pays(transformer, *size) and (recorded or has_room(transformer, *size))

@@ -61,12 +61,13 @@ def budget_of(pipe, vram, pixels):
     return pipe.plan(pixels, pixels, 1, tokens, guidance=False, steps=STEPS).floor
 
 
-def run(pipe, pixels, rows):
+def run(pipe, pixels, rows, words):
     """One run -> its phases with what was planned for them; an error in place of the plan."""
     rows.clear()
     found = {"error": None, "planned": None, "peak": None}
     try:
-        plan = project.picture(pipe, pixels, STEPS).memory.plan
+        prompt = " ".join(["red"] * words) or project.PROMPT
+        plan = project.picture(pipe, pixels, STEPS, prompt=prompt, max_sequence_length=1504).memory.plan
     except (torch.OutOfMemoryError, ZImageError) as error:
         found["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     else:
@@ -92,6 +93,7 @@ def main():
     parser.add_argument(
         "--spare", default="0", help="bytes that the card has beside budget and context: 1GiB"
     )
+    parser.add_argument("--words", type=int, default=0, help="of another caption; default: a short one")
     parser.add_argument("--runs", type=int, default=2)
     args = parser.parse_args()
     project.patch_out()
@@ -105,7 +107,7 @@ def main():
     pipe.limit_memory(vram=args.vram, device="cuda")
     runs = []
     for number in range(1, args.runs + 1):
-        runs.append(run(pipe, pixels, rows))
+        runs.append(run(pipe, pixels, rows, args.words))
         show(number, runs[-1])
         if runs[-1]["error"]:
             break

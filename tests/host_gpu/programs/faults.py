@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import gc
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fake_cuda
 
@@ -18,6 +20,11 @@ fake_cuda.settings(FAKE_CONTEXT_MB=300)
 
 import project
 import torch
+
+from zimage_core import ZImagePipeline
+from zimage_core.export.converting import convert_file
+from zimage_core.kernels.launch import Launch
+from zimage_core.run.sources import embedded
 
 MIB = project.MIB
 VRAM = "1GiB"
@@ -90,6 +97,43 @@ def failing(kind, nth, sticky=False):
     return pipe, [*errors, attempt(pipe, output_type="latent")]
 
 
+def triton(error):
+    """The driver returns an error for a launch that Triton makes."""
+    pipe = project.open_pipeline(device="cuda", vram="least")
+    attempt(pipe)
+    original = Launch._launch
+
+    def launch(self, *arguments):
+        Launch._launch = original
+        fake_cuda.fail("launch", 1, error)
+        original(self, *arguments)
+
+    Launch._launch = launch
+    return pipe, [attempt(pipe), attempt(pipe)]
+
+
+def fraction():
+    """The program allows torch a part of the card; "auto" stays within it."""
+    torch.cuda.set_per_process_memory_fraction(1 / 64)
+    pipe = project.open_pipeline(device="cuda", vram="auto")
+    errors = [attempt(pipe), attempt(pipe)]
+    planned = pipe._placement.report().plan.vram
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return pipe, [*errors, planned]
+
+
+def dense_table():
+    """A table of tokens that is not packed stays on the host, beside norms that stay on the GPU."""
+    nano = embedded().paths
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder, "text_encoder.safetensors")
+        convert_file(nano["text_encoder"], dense, dequantize="bf16")
+        pipe = ZImagePipeline.from_files(
+            nano["transformer"], dense, nano["vae"], nano["text_encoder"], device="cuda", vram=VRAM
+        )
+        return pipe, [attempt(pipe), attempt(pipe)]
+
+
 def two(threads):
     """Two pipelines with a budget each on a card that holds both, one after the other or at once."""
     pipes = [project.open_pipeline(device="cuda", vram=VRAM) for _ in range(2)]
@@ -109,6 +153,10 @@ KINDS = {
         f"{kind} {nth}": lambda k=kind, n=nth: failing(k, n)
         for kind, nth in (("copy", 1), ("copy", 40), ("launch", 5), ("malloc", 2))
     },
+    "Triton launch": lambda: triton(fake_cuda.ILLEGAL_ADDRESS),
+    "Triton without memory": lambda: triton(fake_cuda.OUT_OF_MEMORY),
+    "dense table": dense_table,
+    "fraction": fraction,
     "two in turn": lambda: two(threads=False),
     "two at once": lambda: two(threads=True),
     "for good": lambda: failing("copy", 40, sticky=True),  # after it nothing works
