@@ -131,8 +131,9 @@ class Segments:
         """Fraction of the device's memory that torch is allowed outside of phases; _lock is held."""
         if (found := _limits.get(self.device)) is not None:
             return found.before
+        told = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # older torch lacks it
         # without a limit, torch's backend cudaMallocAsync tells a number that it does not take back
-        return min(1.0, torch.cuda.get_per_process_memory_fraction(self.device))
+        return 1.0 if told is None else min(1.0, told(self.device))
 
     def _allow(self, limit: _Limit, nbytes: int, phases: int) -> None:
         """Change the limit of the device by so many bytes and phases."""
