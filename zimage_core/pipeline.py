@@ -226,15 +226,12 @@ class ZImagePipeline(Ported):
                     "this pipeline is already running, in another thread or around this callback; wait, or "
                     "build a second one (mapped files are shared, so it costs little memory)"
                 )
-            fault: ZImageError | None = None
             with torch.no_grad():
                 try:
                     result = self._generate(request)
                     return result if return_dict else (result.images,)
                 except RuntimeError as error:
-                    fault = explained(error, self.device, self._placement.memory is not None)
-                    if fault is None:
-                        raise
+                    fault = self._explained(error)
             raise fault  # outside of the handler, since torch's error holds the frames that hold the memory
         finally:
             # no function is called here, so a second Ctrl-C cannot interrupt it and leave the object busy
@@ -288,6 +285,10 @@ class ZImagePipeline(Ported):
             files=identities,
             opened=opened,
         )
+
+    def _explained(self, error: RuntimeError) -> ZImageError:
+        """The error to raise instead of one of torch, or that one again if it is of another kind."""
+        return explained(error, self.device, self._placement.memory is not None)
 
     def _tokenize(self, batch: Batch, options: Encoding) -> dict[str, torch.Tensor]:
         """Each text that has to be encoded, with its token ids [L] int64."""
@@ -373,7 +374,11 @@ class ZImagePipeline(Ported):
         batch = make_batch(request, do_classifier_free_guidance, width)
         ids = self._tokenize(batch, encoding(request))
         where = self.device if device is None else torch.device(device)
-        return self._encode(batch, ids, debug, where)
+        try:
+            return self._encode(batch, ids, debug, where)
+        except RuntimeError as error:
+            fault = self._explained(error)
+        raise fault
 
     @classmethod
     def from_files(

@@ -16,6 +16,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zimage_core.weights.load import _Uninitialised
+
 
 class LiveBytes(TorchDispatchMode):
     """Sums the storages made since it was entered.
@@ -92,8 +94,13 @@ def as_the_kernels(monkeypatch: Any) -> Iterator[None]:
         yield
 
 
-def on_meta(build: Any, dtype: torch.dtype) -> nn.Module:
-    """A module of full size without memory."""
-    with torch.device("meta"):
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def on_meta(build: Any, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """A module of full size without memory, whose weights are not drawn."""
+    with torch.device("meta"), _Uninitialised():
         module = build()
     return module.to(dtype).requires_grad_(False).eval()

@@ -154,7 +154,7 @@ def test_fused_is_refused_where_it_cannot_be_had(device, calls, monkeypatch):
     for x, weight, says in cases * 2:
         with pytest.raises(Unsupported, match=f"{says}.*use auto"):
             ops.linear(x, weight)
-    monkeypatch.setattr(gpu, "_free_bytes", lambda device: 10)
+    monkeypatch.setattr(gpu, "_room_for_planes", lambda device: 10)
     weight = quant("Q4_K", 8, 256, device)
     for _ in range(2):
         with pytest.raises(Unsupported, match="need 1184 bytes and 10 are free"):

@@ -99,13 +99,13 @@ def test_a_second_weight_does_not_meet_the_planes_of_the_first(device):
 def test_without_room_for_planes_the_weight_is_dequantised(device, calls, monkeypatch):
     weight, x = quant("Q4_K", 16, 256, device), random_x(3, 256, device=device)
     need = dispatch.planar_bytes(weight.format, 16, 256)
-    monkeypatch.setattr(gpu, "_free_bytes", lambda device: need - 1)
+    monkeypatch.setattr(gpu, "_room_for_planes", lambda device: need - 1)
     assert_product(ops.linear(x, weight), x, weight)
     assert calls == {"dequantise": 1}
-    monkeypatch.setattr(gpu, "_free_bytes", lambda device: pytest.fail("asked twice"))
+    monkeypatch.setattr(gpu, "_room_for_planes", lambda device: pytest.fail("asked twice"))
     assert_product(ops.linear(x, weight), x, weight)
     assert calls == {"dequantise": 2}
-    monkeypatch.setattr(gpu, "_free_bytes", lambda device: need)
+    monkeypatch.setattr(gpu, "_room_for_planes", lambda device: need)
     weight = quant("Q4_K", 16, 256, device)
     assert_product(ops.linear(x, weight), x, weight)
     assert calls == {"dequantise": 2, "repack": 1, "fused": 1}

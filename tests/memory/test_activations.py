@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.live_bytes import LiveBytes, as_the_kernels, on_meta
+from tests.helpers.live_bytes import LiveBytes, as_the_kernels, meta, on_meta
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.memory import activations
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
-from zimage_core.weights.load import _Uninitialised
 
 LEAST, MOST = 0.98, 1.05
 """A formula over the count."""
@@ -36,25 +35,16 @@ ENCODERS = {
 }  # fmt: skip
 
 
-def build(make, dtype=torch.bfloat16):
-    with _Uninitialised():
-        return on_meta(make, dtype)
-
-
 @pytest.fixture(scope="module")
 def net():
     """S3-DiT of full size."""
-    return build(lambda: ZImageTransformer(TransformerConfig()))
+    return on_meta(lambda: ZImageTransformer(TransformerConfig()))
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     with as_the_kernels(monkeypatch), torch.no_grad():
         yield
-
-
-def meta(*shape, dtype=torch.bfloat16):
-    return torch.empty(*shape, dtype=dtype, device="meta")
 
 
 def step_peak(net, rows, cols, caption):
@@ -89,7 +79,7 @@ def test_a_step_of_the_transformer(net, height, width, caption):
 @pytest.mark.parametrize("config", [SMALL_NET, NARROW_NET], ids=["small", "attention wider than the rest"])
 @pytest.mark.parametrize("px", [256, 1024])
 def test_a_step_of_other_shapes(config, px):
-    net = build(lambda: ZImageTransformer(config))
+    net = on_meta(lambda: ZImageTransformer(config))
     formula = activations.step_bytes(config, px // 8, px // 8, 70, "bfloat16")
     within(formula, step_peak(net, px // 8, px // 8, 70))
 
@@ -118,7 +108,7 @@ def test_the_adaptive_norms_of_a_run(net):
 @pytest.mark.parametrize("dtype", NAMES)
 def test_the_text_encoder(name, dtype):
     config = ENCODERS[name]
-    encoder = build(lambda: TextEncoder(config), NAMES[dtype])
+    encoder = on_meta(lambda: TextEncoder(config), NAMES[dtype])
     for tokens in (32, 128, 512):
         # the table lies on the host; its rows arrive in the dtype of the stream
         encoder.embed_tokens.forward = lambda ids: meta(len(ids), config.hidden_size, dtype=NAMES[dtype])
@@ -130,7 +120,7 @@ def test_the_text_encoder(name, dtype):
 
 @pytest.mark.parametrize(("rows", "cols"), [(32, 32), (128, 128), (64, 96)])
 def test_a_decode_at_once(rows, cols):
-    vae = build(lambda: Autoencoder(AutoencoderConfig()), torch.float32)
+    vae = on_meta(lambda: Autoencoder(AutoencoderConfig()), torch.float32)
     z = meta(1, 16, rows, cols, dtype=torch.float32)
     with LiveBytes() as count:
         count.ignore(z, *vae.parameters())

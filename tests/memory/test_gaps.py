@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from tests.helpers.best_fit import BestFit
-from tests.helpers.live_bytes import as_the_kernels, on_meta
+from tests.helpers.live_bytes import as_the_kernels, meta, on_meta
 from tests.helpers.model_headers import full_size
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.memory.job import AT_ONCE, Job
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
-from zimage_core.weights.load import _Uninitialised
 
 SIZES = full_size()
 
@@ -24,18 +23,9 @@ def kernels(monkeypatch):
         yield
 
 
-def build(make, dtype=torch.bfloat16):
-    with _Uninitialised():
-        return on_meta(make, dtype)
-
-
 @pytest.fixture(scope="module")
 def net():
-    return build(lambda: ZImageTransformer(TransformerConfig()))
-
-
-def meta(*shape, dtype=torch.bfloat16):
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return on_meta(lambda: ZImageTransformer(TransformerConfig()))
 
 
 def arena(job, phase, live):
@@ -81,7 +71,7 @@ def test_denoising_fits_its_segment(net, width, height, caption, more):
 @pytest.mark.parametrize("images", [1, 3])
 def test_decoding_fits_its_segment(side, images):
     job = Job(SIZES, side, side, images)
-    vae = build(lambda: Autoencoder(AutoencoderConfig()), torch.float32)
+    vae = on_meta(lambda: Autoencoder(AutoencoderConfig()), torch.float32)
     with BestFit() as count:
         count.ignore(*vae.parameters())
         latents = meta(images, 16, side // 8, side // 8, dtype=torch.float32)
@@ -96,7 +86,7 @@ def test_decoding_fits_its_segment(side, images):
 def test_encoding_fits_its_segment(tokens):
     job, encoder = (
         Job(SIZES, 1024, 1024, caption_tokens=tokens),
-        build(lambda: TextEncoder(TextEncoderConfig(num_layers=4))),
+        on_meta(lambda: TextEncoder(TextEncoderConfig(num_layers=4))),
     )
     encoder.embed_tokens.forward = lambda ids: meta(len(ids), encoder.config.hidden_size)
     with BestFit() as count:

@@ -10,27 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.helpers import tiny
+from tests.helpers.recorder import Recorder
 from zimage_core.errors import Unsupported
 from zimage_core.nn import cuda_graphs
 from zimage_core.nn.cuda_graphs import MOST_GRAPHS, StepGraphs
 from zimage_core.quant import gpu
-
-
-class Recorder:
-    """A graph that runs its work again in the same place: all that replaying means, without a GPU."""
-
-    def __init__(self):
-        self.recorded = self.replayed = 0
-
-    def __call__(self, work, device):
-        self.recorded += 1
-        out = work()
-
-        def replay():
-            self.replayed += 1
-            out.copy_(work())
-
-        return replay, out
 
 
 def add(a, b):

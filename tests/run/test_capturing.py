@@ -12,12 +12,12 @@ import torch
 from tests.helpers import tiny
 from tests.helpers.linear import quant
 from tests.helpers.live_bytes import on_meta
+from tests.helpers.recorder import Recorder
 from zimage_core.config import TransformerConfig
 from zimage_core.memory.rates import known
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn import cuda_graphs
 from zimage_core.run import capturing, placement
-from zimage_core.weights.load import _Uninitialised
 
 DRAW = {"prompt": "a", "seed": 1, "num_inference_steps": 6, "output_type": "latent"}
 
@@ -25,8 +25,7 @@ DRAW = {"prompt": "a", "seed": 1, "num_inference_steps": 6, "output_type": "late
 @pytest.fixture(scope="module")
 def full_size():
     """S3-DiT of full size with dense weights, as if it were on a GPU."""
-    with _Uninitialised():
-        net = on_meta(lambda: ZImageTransformer(TransformerConfig()), torch.bfloat16)
+    net = on_meta(lambda: ZImageTransformer(TransformerConfig()))
     return SimpleNamespace(
         config=net.config, blocks=net.blocks, dtype=torch.bfloat16, device=torch.device("cuda", 0)
     )
@@ -67,23 +66,6 @@ def test_the_decoder_keeps_its_memory(full_size, monkeypatch, free, room):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
     assert capturing.has_room(full_size, 64, 64, 64) == room
-
-
-class Recorder:
-    """What a GPU does, in the same place: each replay runs the work again."""
-
-    def __init__(self):
-        self.recorded = self.replayed = 0
-
-    def __call__(self, work, device):
-        self.recorded += 1
-        out = work()
-
-        def replay():
-            self.replayed += 1
-            out.copy_(work())
-
-        return replay, out
 
 
 @pytest.fixture

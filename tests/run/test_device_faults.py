@@ -1,4 +1,4 @@
-"""What torch, Triton and the libraries raise becomes an error of one sentence, of the right kind."""
+"""Errors of a GPU reach the caller of a pipeline as one sentence, others as they are."""
 
 from __future__ import annotations
 
@@ -6,41 +6,30 @@ import pytest
 import torch
 
 from zimage_core.errors import DeviceFault, OutOfMemory
-from zimage_core.run.device_faults import explained
+from zimage_core.pipeline import ZImagePipeline
 
-GPU = torch.device("cuda:0")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "CUDA error: an illegal memory access was encountered\nSearch for ...",
-        "Triton Error [CUDA]: an illegal memory access was encountered",
-        "Triton Error [HIP]:  Code: 719, Message: unspecified launch failure",
-        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
-    ],
-)
-def test_a_driver_that_fails_is_a_device_fault(text):
-    found = explained(RuntimeError(text), GPU, limited=False)
-    assert type(found) is DeviceFault
-    assert text.partition("\n")[0] in str(found)
+CASES = [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"), OutOfMemory, "vram='auto'"),
+    (RuntimeError("CUDA error: out of memory"), OutOfMemory, "vram='auto'"),
+    (RuntimeError("CUDA error: an illegal memory access\nmore"), DeviceFault, "in a new one"),
+    (RuntimeError("Triton Error [CUDA]: launch failed"), DeviceFault, "in a new one"),
+    (RuntimeError("mine"), RuntimeError, "mine"),
+]
+CALLS = {"a run": lambda pipe: pipe("a", seed=1), "encode_prompt": lambda pipe: pipe.encode_prompt("a")}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "CUDA error: out of memory\nSearch for ...",
-        "Triton Error [CUDA]: out of memory",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
-        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
-    ],
-)
-def test_memory_that_is_missing_outside_of_torchs_allocator_is_no_fault(text, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 30))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 29)
-    assert type(explained(RuntimeError(text), GPU, limited=False)) is OutOfMemory
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("raised", "kind", "words"), CASES)
+def test_what_torch_raises_is_explained(call, raised, kind, words, monkeypatch):
+    pipe = ZImagePipeline.from_default()
 
+    def fail(ids):
+        raise raised
 
-@pytest.mark.parametrize("text", ["shape '[2]' is invalid for input of size 3", "out of memory", ""])
-def test_other_errors_are_left_alone(text):
-    assert explained(RuntimeError(text), GPU, limited=True) is None
+    monkeypatch.setattr(pipe.text_encoder, "forward", fail)
+    with pytest.raises(kind, match=words) as caught:
+        CALLS[call](pipe)
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
+    if kind is not RuntimeError:
+        assert caught.value.__context__ is None, "torch's error would keep the memory that its frames hold"

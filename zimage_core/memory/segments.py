@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from zimage_core.quant.gpu import free_bytes
+
 
 @dataclass
 class _Limit:
@@ -53,10 +55,10 @@ class Segments:
 
     def free(self) -> int:
         """Bytes of a GPU that tensors may still take, within the part of it that the program allows torch."""
-        free, total = torch.cuda.mem_get_info(self.device)
+        total = torch.cuda.get_device_properties(self.device).total_memory
         with _lock:
             most = int(self._fraction() * total)
-        return min(free + self.reserved, most) - torch.cuda.memory_allocated(self.device)
+        return min(free_bytes(self.device), most - torch.cuda.memory_allocated(self.device))
 
     def give_back(self) -> None:
         """Return the segments in which no tensor lies to the driver."""
@@ -123,9 +125,8 @@ class Segments:
             torch.OutOfMemoryError: The device, or the limit, has not so much left.
         """
         if self._on_gpu and nbytes:
-            torch.empty(
-                nbytes, dtype=torch.uint8, device=self.device
-            )  # freed at once: the allocator keeps it
+            # freed at once; the allocator keeps the segment
+            torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def _fraction(self) -> float:
         """Fraction of the device's memory that torch is allowed outside of phases; _lock is held."""

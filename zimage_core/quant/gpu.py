@@ -114,7 +114,7 @@ def make_planes(weight: QuantTensor, tokens: int, dtype: torch.dtype, free: int 
     mode = dispatch.mode()
     if _choose(weight, tokens, dtype, 1 << 62, mode) != "fused":
         return
-    free = _free_bytes(weight.device) if free is None else free
+    free = _room_for_planes(weight.device) if free is None else free
     if mode == "fused":
         _choose(weight, tokens, dtype, free, mode)  # raises an error that says what is missing
     if dispatch.planar_bytes(weight.format, *weight.shape) <= free:
@@ -144,12 +144,14 @@ def _choose(weight: QuantTensor, tokens: int, dtype: torch.dtype, free: int, mod
     return dispatch.choose(weight.format.name, rows, width, tokens, name, free, mode, numbers, planes).path
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1 << 40
+def free_bytes(device: torch.device) -> int:
+    """Bytes that tensors may still take on a GPU, from the driver or from what torch's allocator keeps."""
     free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(0, free + unused - PLANES_MARGIN)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _room_for_planes(device: torch.device) -> int:
+    return max(0, free_bytes(device) - PLANES_MARGIN) if device.type == "cuda" else 1 << 40
 
 
 def _converted(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:

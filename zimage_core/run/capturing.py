@@ -9,7 +9,7 @@ from zimage_core.memory.activations import ITEMSIZE, step_bytes
 from zimage_core.memory.rates import known, step_flops, step_traffic
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import packed_weights
-from zimage_core.quant.gpu import architecture
+from zimage_core.quant.gpu import architecture, free_bytes
 
 HOST = 0.9e-3
 """Seconds that the host takes to launch a block, as assumed: 0.4 ms of Python, measured on a server's core,
@@ -61,6 +61,4 @@ def has_room(transformer: ZImageTransformer, height: int, width: int, caption: i
     device, dtype = transformer.device, str(transformer.dtype).removeprefix("torch.")
     if dtype not in ITEMSIZE:
         return False
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + unused >= step_bytes(transformer.config, height, width, caption, dtype) + RESERVE
+    return free_bytes(device) >= step_bytes(transformer.config, height, width, caption, dtype) + RESERVE

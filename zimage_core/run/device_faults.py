@@ -22,19 +22,22 @@ NO_MEMORY = ("out of memory", "ALLOC_FAILED", "hipErrorOutOfMemory")
 """What such a message contains where the driver or a library, and not torch's allocator, found no memory."""
 
 
-def explained(error: RuntimeError, device: torch.device, limited: bool) -> ZImageError | None:
-    """The error to raise instead of one of torch; None if that is of another kind.
+def explained(error: RuntimeError, device: torch.device, limited: bool) -> ZImageError:
+    """The error to raise instead of one of torch.
 
     Args:
         error: What torch or Triton raised.
         device: Where the run computed.
         limited: Whether the run had a memory budget.
+
+    Raises:
+        RuntimeError: The error itself, if it is of another kind.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return OutOfMemory(_no_memory(device, limited))
     text = printable(str(error).partition("\n")[0])
     if not any(sign in text for sign in SIGNS):
-        return None
+        raise error
     if any(sign in text for sign in NO_MEMORY):
         return OutOfMemory(_no_memory(device, limited))
     return DeviceFault(
@@ -53,7 +56,7 @@ def _no_memory(device: torch.device, limited: bool) -> str:
             f"of {in_bytes(total)} this process holds {in_bytes(mine)} and others "
             f"{in_bytes(max(0, total - free - mine))}, {in_bytes(free)} are free"
         )
-    except RuntimeError:  # a driver that cannot even say that
+    except (RuntimeError, ValueError):  # a driver that cannot even say that, or a network on another device
         pass
     advice = (
         "end programs that use this GPU, or give a smaller vram= or 'auto'; if much is free, a larger one"

@@ -18,6 +18,7 @@ from zimage_core.nn.cuda_graphs import StepGraphs
 from zimage_core.nn.layers import has_hooks
 from zimage_core.nn.linear import Linear, tensors_of
 from zimage_core.quant.dispatch import largest_that_fit
+from zimage_core.quant.gpu import free_bytes
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.run.capturing import AFTER, has_room, pays
 from zimage_core.run.checks import read_device, read_dtype, whole
@@ -140,7 +141,7 @@ class Placement:
             budget = whole("budget", budget, 0, 1 << 50)
         elif transformer.device.type == "cuda":
             side = (transformer.sample_size or NATIVE_SIZE) // vae.spatial_factor
-            free = torch.cuda.mem_get_info(transformer.device)[0]
+            free = free_bytes(transformer.device)
             budget = max(0, free - decode_bytes(vae, side, side) - RESERVE)
         else:
             return {}
