@@ -52,6 +52,7 @@ def operations(config, tokens):
     packed = torch.zeros(dim, fmt.row_bytes(width), dtype=torch.uint8, device=device)
     many, few = (QuantTensor(packed, fmt, (dim, width)) for _ in range(2))
     x, wide = (torch.zeros(tokens, size, device=device, dtype=dtype) for size in (dim, width))
+    short = wide[:FEW]
     scale = torch.zeros(dim, device=device)
     gain = torch.zeros(dim, device=device, dtype=dtype)
     heads = x.unflatten(-1, (config.n_heads, -1))
@@ -59,7 +60,7 @@ def operations(config, tokens):
     turn = torch.zeros(tokens, heads.shape[-1] // 2, device=device)
     return {
         "packed linear, many rows": lambda: ops.linear(wide, many),
-        "packed linear, few rows": lambda: ops.linear(wide[:FEW], few),
+        "packed linear, few rows": lambda: ops.linear(short, few),
         "rms_norm_modulate": lambda: elementwise.rms_norm_modulate(x, gain, 1e-5, scale),
         "gate_norm_residual": lambda: elementwise.gate_norm_residual(x, x, gain, 1e-5, scale),
         "qk_norm_rope": lambda: elementwise.qk_norm_rope(heads, heads, head, head, 1e-5, turn, turn),
