@@ -20,7 +20,7 @@ def drawn(*shape: int, device: torch.device, dtype: torch.dtype = torch.float16,
 
 
 def assert_rows(got, wide: torch.Tensor, group: int) -> None:
-    """The same numbers; a GPU may fuse a multiply-add in the step alone, so an integer may be the next one."""
+    """The same numbers; a GPU may fuse a multiply-add in one of the two, so an integer may be the next."""
     values, scale = int8.quantize_rows(wide, group)
     slack = 0 if wide.device.type == "cpu" else 1
     assert (got[0].int() - values.int()).abs().max() <= slack
