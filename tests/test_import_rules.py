@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     },
 }  # fmt: skip
 REACH_KERNELS = {
-    "zimage_core.quant.dequantize", "zimage_core.quant.gpu", "zimage_core.quant.probe",
+    "zimage_core.quant.dequantize", "zimage_core.quant.gpu", "zimage_core.quant.gpu_int8",
+    "zimage_core.quant.probe",
     "zimage_core.nn.elementwise",
 }  # fmt: skip
 EVERYTHING = {"cli", "__main__", "zimage_core"}  # may import every package; zimage_core is __init__.py
