@@ -87,7 +87,7 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
     blocks, values = packed.reshape(-1, fmt.nbytes), out.view(-1, fmt.weights)
     if fmt.is_float or fmt.is_integer:
         # torch's own copy rounds to nearest even if float32 is the narrower type
-        values.copy_(_aligned(blocks, None).view(numbers.DTYPES[fmt.name]))
+        values.copy_(aligned(blocks, None).view(numbers.DTYPES[fmt.name]))
         return
     header, body = DECODERS[fmt.name]
     chunk, tile = max(CHUNK // fmt.weights, 1), max(TILE // fmt.weights, 1)
@@ -97,7 +97,7 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
         for first in range(start, stop, chunk):
             last = min(first + chunk, stop)
             work.release()
-            raw = _aligned(blocks[first:last], work)
+            raw = aligned(blocks[first:last], work)
             columns = header(raw, work)
             mark = work.mark
             tensors = (raw, values[first:last], *columns)
@@ -121,7 +121,7 @@ def decode(out: Tensor, blocks: Tensor, fmt: BlockFormat, work: Workspace) -> No
         work: Scratch memory of that device.
     """
     header, body = DECODERS[fmt.name]
-    raw = _aligned(blocks, work)
+    raw = aligned(blocks, work)
     body(raw, out, work, *header(raw, work))
 
 
@@ -139,7 +139,7 @@ def check_rows(packed: Tensor, fmt: BlockFormat) -> None:
         )
 
 
-def _aligned(blocks: Tensor, work: Workspace | None) -> Tensor:
+def aligned(blocks: Tensor, work: Workspace | None) -> Tensor:
     """The blocks themselves, or a copy if their alignment does not allow to read numbers in place."""
     if blocks.storage_offset() % 8 == 0 and blocks.data_ptr() % 8 == 0:
         return blocks
