@@ -135,7 +135,7 @@ def _product(
 def _by_torch(
     x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The product by cuBLASLt, whose sums plain torch scales; x is taken in parts, for the sums' memory."""
+    """The product by cuBLASLt, whose sums are scaled afterwards; x in parts, for the memory of the sums."""
     (count, width), rows = x.shape, len(w)
     out = torch.empty(count, rows, dtype=dtype, device=x.device)
     if not out.numel():
@@ -150,6 +150,9 @@ def _by_torch(
         if len(part) < TORCH_ROWS:
             part = functional.pad(part, (0, 0, 0, TORCH_ROWS - len(part)))
         sums = torch._int_mm(part, w.t())[: stop - start, :rows]
+        if gpu.kernels_run(x.device):  # one pass over the sums instead of four
+            _kernels().rescale_into(out[start:stop], sums, x_scale[start:stop], w_scale, bias)
+            continue
         scaled = (sums * w_scale).mul_(x_scale[start:stop].unsqueeze(1))
         out[start:stop] = scaled if bias is None else scaled.add_(bias)
     return out
