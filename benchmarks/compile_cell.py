@@ -85,7 +85,7 @@ INT8 = {
 """Kernels of rows that are quantised -> numbers of a row, and whether it is rotated."""
 WIDEST = "10240 rotated"
 NARROW = ("Q3_K", "Q4_K", "Q6_K", "Q8_0")
-"""Packed weights are compiled as w2 is quantised, which takes the most registers; these also as most layers."""
+"""Packed weights are compiled as w2 is quantised, with the most registers; these also as most layers are."""
 KERNELS = (
     "dequantize",
     "repack",

@@ -322,14 +322,14 @@ def _rescale_launch() -> Launch:
 @cache
 def _quantize_launch(size: int, rotation: int) -> Launch:
     head, tail = row_tiles(size)
-    constants = {"HEAD": head, "TAIL": tail, "G": rotation}
+    constants = {"HEAD": head, "TAIL": tail, "G": block(rotation)}
     return Launch(_quantize_kernel, constants, num_warps=row_warps(head), enable_fp_fusion=False)
 
 
 @cache
 def _requantize_launch(name: str, size: int, rotation: int) -> Launch:
     head, tail = row_tiles(size)
-    constants = {**DECODERS[name].constants(name), "HEAD": head, "TAIL": tail, "G": rotation}
+    constants = {**DECODERS[name].constants(name), "HEAD": head, "TAIL": tail, "G": block(rotation)}
     return Launch(_requantize_kernel, constants, num_warps=row_warps(head), enable_fp_fusion=False)
 
 
@@ -341,6 +341,11 @@ def _matmul_launch(tile: tiles.Int8Tile, even: bool) -> Launch:
     return Launch(
         _int8_matmul_kernel, constants, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False
     )
+
+
+def block(rotation: int) -> int:
+    """Block of a rotation as a kernel's constant: 0 for those of one number, which change nothing."""
+    return rotation if rotation > 1 else 0
 
 
 def row_warps(head: int) -> int:
