@@ -289,6 +289,6 @@ def _like(tensor: Tensor | QuantTensor, data: Tensor) -> Tensor | QuantTensor:
     """The same tensor with its bytes, uint8 [n], elsewhere."""
     if isinstance(tensor, QuantTensor):
         scale = None if tensor.scale is None else tensor.scale.to(data.device)
-        return QuantTensor(data.view(tensor.packed.shape), tensor.format, tensor.shape, scale)
+        return tensor.like(data.view(tensor.packed.shape), scale=scale)
     copy = data.view(tensor.dtype).view(tensor.shape)
     return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy

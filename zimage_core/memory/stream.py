@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -91,7 +91,7 @@ class Segment:
             return nn.Parameter(held.view(home.dtype).view(home.shape), requires_grad=False)
         # planes would outlive the bytes that they were made of
         cache = PlaneCache(closed=True)
-        return QuantTensor(held.view(home.packed.shape), home.format, home.shape, self.scale, cache)
+        return replace(home, packed=held.view(home.packed.shape), scale=self.scale, planes=cache)
 
 
 @dataclass

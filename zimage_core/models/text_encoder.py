@@ -16,7 +16,7 @@ from zimage_core.models.block_source import RESIDENT, BlockSource
 from zimage_core.models.ported import Network
 from zimage_core.nn.attention import attention
 from zimage_core.nn.layers import RMSNorm, Rotation, rotate_half, rotation
-from zimage_core.nn.linear import Embedding, Linear
+from zimage_core.nn.linear import Embedding, Linear, ready
 
 FP16_SCALE = 2.0**-7
 """Factor by which float16 inputs of o_proj and down_proj are scaled down; undone in float32.
@@ -44,6 +44,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rotation, scale: float) -> Tensor:
         """x [..., L, hidden] -> [..., L, hidden], multiplied by `scale`."""
         per_head = (-1, self.head_dim)
+        x = ready(x, self.q_proj, self.k_proj, self.v_proj)
         q, k = self.q_proj(x).unflatten(-1, per_head), self.k_proj(x).unflatten(-1, per_head)
         v = self.v_proj(x).unflatten(-1, per_head)
         if self.q_norm is not None and self.k_norm is not None:
@@ -64,6 +65,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, scale: float) -> Tensor:
         """x [..., L, hidden] -> [..., L, hidden], multiplied by `scale`."""
+        x = ready(x, self.gate_proj, self.up_proj)
         up = self.up_proj(x if scale == 1.0 else x * scale)
         out: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * up)
         return out

@@ -23,7 +23,7 @@ from zimage_core.models.ported import Network
 from zimage_core.nn.attention import attention
 from zimage_core.nn.elementwise import silu_gate
 from zimage_core.nn.layers import RMSNorm, Rotation, rotation
-from zimage_core.nn.linear import Linear
+from zimage_core.nn.linear import Linear, ready
 
 FREQUENCIES = 256
 """Length of the sinusoid that encodes the timestep."""
@@ -107,6 +107,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rotation, scale: float) -> Tensor:
         """x [..., L, dim] -> [..., L, dim], multiplied by `scale`."""
         per_head = (self.heads, -1)
+        x = ready(x, self.to_q, self.to_k, self.to_v)
         q, k = self.to_q(x).unflatten(-1, per_head), self.to_k(x).unflatten(-1, per_head)
         q, k = norms_rope(self.norm_q, self.norm_k, q, k, QK_NORM_EPS, rope)
         v = self.to_v(x if scale == 1.0 else x * scale).unflatten(-1, per_head)
@@ -125,6 +126,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, scale: float) -> Tensor:
         """x [..., L, dim] -> [..., L, dim], multiplied by `scale`."""
+        x = ready(x, self.w1, self.w3)
         up = self.w3(x if scale == 1.0 else x * scale)
         out: Tensor = self.w2(silu_gate(self.w1(x), up))
         return out

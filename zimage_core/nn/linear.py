@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from zimage_core.errors import BadArgument, BadShape
 from zimage_core.formats import DTYPE_NAMES
-from zimage_core.quant import ops
+from zimage_core.nn.layers import has_hooks
+from zimage_core.quant import int8, ops
+from zimage_core.quant.arithmetic import EXACT
+from zimage_core.quant.int8 import Int8Rows
 from zimage_core.quant.tensor import QuantTensor
 
 Weight = nn.Parameter | QuantTensor
@@ -126,7 +129,7 @@ class _Weighted(nn.Module):
                 f"weight is {own.packed.dtype} of shape {tuple(own.packed.shape)}"
             )
         else:
-            self.weight = QuantTensor(found.to(own.device, copy=True), own.format, own.shape, own.scale)
+            self.weight = own.like(found.to(own.device, copy=True), scale=own.scale)
         if key in unexpected_keys:
             unexpected_keys.remove(key)
 
@@ -138,7 +141,7 @@ class _Weighted(nn.Module):
             moved = fn(weight.packed)
             if moved is not weight.packed:
                 scale = None if weight.scale is None else weight.scale.to(moved.device)
-                self.weight = QuantTensor(moved, weight.format, weight.shape, scale)
+                self.weight = weight.like(moved, scale=scale)
         return self
 
     def _kind(self) -> str:
@@ -161,20 +164,53 @@ def packed_weights(module: nn.Module) -> Iterator[QuantTensor]:
 
 
 class Linear(_Weighted):
-    """x [..., in_features] -> [..., out_features] in x's dtype; see `ops.linear`."""
+    """x [..., in_features] -> [..., out_features] in x's dtype, by the layer's arithmetic.
+
+    `arithmetic` says in which numbers it multiplies; see `nn.compute`.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(out_features, in_features, in_features**-0.5)
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.arithmetic = EXACT
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
-        return ops.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor | Int8Rows) -> Tensor:
+        """x [..., in_features], or what `ready` made of it -> [..., out_features]."""
+        mode = self.arithmetic.mode
+        if mode == "int8":
+            return int8.linear(x, self.weight, self.bias, self.arithmetic.rotated)
+        own = x if isinstance(x, Tensor) else x.dequantize()  # rows that were made for another layer
+        return ops.linear(own, self.weight, self.bias, in_bfloat16=mode == "bfloat16")
+
+    @property
+    def rotation(self) -> int | None:
+        """Block of the rotation of x in int8, 0 for none; None where the layer takes x as it is."""
+        if self.arithmetic.mode != "int8" or has_hooks(self) or torch.compiler.is_compiling():
+            return None
+        return int8.rotation_of(self.weight, self.arithmetic.rotated)
 
     def extra_repr(self) -> str:
-        """Shape and format, for print(model)."""
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._kind()}"
+        """Shape, format and arithmetic, for print(model)."""
+        own = "" if self.arithmetic == EXACT else f", {self.arithmetic.mode}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._kind()}{own}"
+
+
+def ready(x: Tensor, *layers: Linear) -> Tensor:
+    """x in the form that several layers share: quantised once where all of them multiply int8 alike.
+
+    Args:
+        x: [..., K].
+        layers: Layers that read it.
+
+    Returns:
+        x, or an `Int8Rows`, which multiplies by a number and is taken by these layers as x is.
+    """
+    rotations = {getattr(layer, "rotation", None) for layer in layers}  # a layer may have been replaced
+    rotation = rotations.pop()
+    if rotations or rotation is None:
+        return x
+    return int8.quantize_rows(x, rotation)  # type: ignore[return-value]
 
 
 class Embedding(_Weighted):

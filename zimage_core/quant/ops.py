@@ -14,6 +14,7 @@ from torch.nn import functional
 from zimage_core.cpu import dequantize as cpu
 from zimage_core.cpu.numbers import DTYPES
 from zimage_core.cpu.pool import in_parallel
+from zimage_core.cpu.rotation import rotate
 from zimage_core.errors import BadArgument, BadShape, Unsupported
 from zimage_core.formats import FORMATS
 from zimage_core.quant import gpu
@@ -35,7 +36,9 @@ SPREAD_FROM = 1 << 24
 _FORMAT_OF = {dtype: FORMATS[name] for name, dtype in DTYPES.items() if not name.startswith("F8")}
 
 
-def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None, in_bfloat16: bool = False
+) -> Tensor:
     """x @ weight.T + bias.
 
     On a CPU the arithmetic is float32 for all dtypes of x and weight; the exception is a dense weight of x's
@@ -46,6 +49,7 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
         x: [..., K], a float type, any strides.
         weight: [N, K], dense or packed.
         bias: [N] or None.
+        in_bfloat16: Round both operands to bfloat16, whatever dtype x has.
 
     Returns:
         [..., N] in x's dtype.
@@ -59,6 +63,10 @@ def linear(x: Tensor, weight: Tensor | QuantTensor, bias: Tensor | None = None) 
             f"linear: x has shape {tuple(x.shape)} and the weight {tuple(weight.shape)}; "
             "the last axes of both must agree"
         )
+    if in_bfloat16 and x.dtype != torch.bfloat16:
+        return linear(x.bfloat16(), weight, bias).to(x.dtype)
+    if isinstance(weight, QuantTensor) and weight.rotation:  # (x R)(W R)^T is x W^T
+        x, weight = rotate(x.float(), weight.rotation).to(x.dtype), weight.like(weight.packed, rotation=0)
     if isinstance(weight, Tensor):
         if weight.dtype == torch.float32 and x.dtype != torch.float32 and not weight.is_cuda:
             return functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
@@ -166,6 +174,7 @@ def embedding(ids: Tensor, weight: Tensor | QuantTensor, dtype: torch.dtype = to
     if weight.scale is not None:
         scale = weight.scale if weight.scale.numel() == 1 else weight.scale[flat]
         dense = dense * per_row(scale, 2)
+    dense = rotate(dense, weight.rotation)
     return dense.to(dtype).view(*ids.shape, weight.shape[1])
 
 

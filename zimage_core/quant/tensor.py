@@ -6,12 +6,13 @@ form, including float32, because a view of the bytes costs nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zimage_core.cpu.rotation import rotate
 from zimage_core.errors import BadShape
 from zimage_core.formats import BlockFormat
 from zimage_core.quant.dequantize import dense_rows
@@ -45,6 +46,8 @@ class QuantTensor:
         shape: Logical shape, whose last axis counts weights; () is one number.
         scale: Factor of the dequantised weights (fp8, NVFP4), float32: one number, or one for each
             index of axis 0.
+        rotation: Block of the Hadamard rotation that the rows were multiplied by before they were quantised;
+            0 for none. See `cpu.rotation`.
         planes: Cache of the planes that a GPU derives from these bytes.
 
     Raises:
@@ -56,6 +59,7 @@ class QuantTensor:
     shape: tuple[int, ...]
     scale: Tensor | None = None
     planes: PlaneCache = field(default_factory=PlaneCache, repr=False)
+    rotation: int = 0
 
     def __post_init__(self) -> None:
         shape = self.shape or (1,)
@@ -90,12 +94,16 @@ class QuantTensor:
         scale = self.scale
         if scale is not None and scale.numel() != 1:
             scale = scale[start:stop]
-        return QuantTensor(self.packed[start:stop], self.format, (stop - start, *self.shape[1:]), scale)
+        return self.like(self.packed[start:stop], shape=(stop - start, *self.shape[1:]), scale=scale)
 
     def to(self, device: torch.device | str) -> QuantTensor:
         """The same bytes on another device."""
         scale = None if self.scale is None else self.scale.to(device)
-        return QuantTensor(self.packed.to(device), self.format, self.shape, scale)
+        return self.like(self.packed.to(device), scale=scale)
+
+    def like(self, packed: Tensor, **others: Any) -> QuantTensor:
+        """Other bytes of the same kind, with other fields where they are given; planes are its own."""
+        return replace(self, packed=packed, planes=PlaneCache(), **others)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dense weights [*shape].
@@ -106,6 +114,8 @@ class QuantTensor:
         dense = dense_rows(self.packed, self.format, dtype if self.scale is None else torch.float32)
         if self.scale is not None:
             dense = (dense * per_row(self.scale, dense.ndim)).to(dtype)
+        if self.rotation:
+            dense = rotate(dense.float(), self.rotation).to(dtype)
         return dense.view(self.shape)
 
 

@@ -1,0 +1,57 @@
+"""`compute=`: in which numbers the large products of a network are multiplied.
+
+    exact      weights as the file has them, in the dtype of the computation, float32 sums
+    bfloat16   both operands rounded to bfloat16, float32 sums
+    int8       both operands as int8 with a scale for each row, exact int32 sums (reference/int8.py)
+    auto       int8 where weights are packed and the device gains over 1.5 times, else exact
+
+This is the one place that says which layers take part and which of them rotate; docs/quality.md has the
+velocity errors behind it. Embedders, final layer and adaptive norms stay exact: they are 1 per cent of the
+work, and an error in them reaches every token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MODES = ("exact", "bfloat16", "int8", "auto")
+"""Values of `compute=`."""
+
+BLOCKS = ("layers", "noise_refiner", "context_refiner")
+"""Module lists whose layers take part, of both networks."""
+
+PLAIN = ("to_q", "to_k", "to_v", "w1", "w3", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+"""Layers multiplied as they are: their inputs come from a norm, which has few outliers."""
+
+ROTATED = ("to_out.0", "w2", "o_proj", "down_proj")
+"""Layers whose operands are rotated: the outputs of attention and of a gate have outliers."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How one layer multiplies.
+
+    Args:
+        mode: "exact", "bfloat16" or "int8".
+        rotated: In int8, whether x and W are rotated by blocks of K before they are quantised.
+    """
+
+    mode: str = "exact"
+    rotated: bool = False
+
+
+EXACT = Arithmetic()
+
+
+def arithmetic_of(name: str, mode: str) -> Arithmetic:
+    """How a layer multiplies in a mode.
+
+    Args:
+        name: Name of the layer in its network, such as "layers.0.feed_forward.w2".
+        mode: "exact", "bfloat16" or "int8".
+    """
+    stack, _, rest = name.partition(".")
+    leaf = rest.split(".", 2)[-1]
+    if mode == "exact" or stack not in BLOCKS or leaf not in (*PLAIN, *ROTATED):
+        return EXACT
+    return Arithmetic(mode, mode == "int8" and leaf in ROTATED)
