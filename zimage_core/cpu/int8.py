@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zimage_core.cpu.capability import int8_pays
-from zimage_core.cpu.dequantize import DECODERS, aligned, dequantize_into
+from zimage_core.cpu.dequantize import DECODERS, dequantize_into, headers
 from zimage_core.cpu.rotation import rotate_into
 from zimage_core.cpu.workspace import Workspace, workspace
 from zimage_core.formats import BlockFormat
@@ -76,8 +76,7 @@ def decode_into(quantised: Tensor, scale: Tensor, packed: Tensor, fmt: BlockForm
     for start in range(0, len(packed), height):
         part = slice(start, min(start + height, len(packed)))
         if fmt.name in CODES and not rotation:
-            work.release()
-            _decode_scaled(quantised[part], scale[part], packed[part], fmt, work)
+            _decode_scaled(quantised[part], scale[part], packed[part], fmt)
             continue
         if dense is None:
             work.release()
@@ -87,13 +86,9 @@ def decode_into(quantised: Tensor, scale: Tensor, packed: Tensor, fmt: BlockForm
         quantize_into(quantised[part], scale[part], wide, rotation)
 
 
-def _decode_scaled(
-    quantised: Tensor, scale: Tensor, packed: Tensor, fmt: BlockFormat, work: Workspace
-) -> None:
+def _decode_scaled(quantised: Tensor, scale: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
     """Quantise packed rows by the bounds that the scales of their blocks give."""
-    header, body = DECODERS[fmt.name]
-    blocks = aligned(packed.reshape(-1, fmt.nbytes), work)
-    columns = header(blocks, work)
+    blocks, *columns = headers(packed.reshape(-1, fmt.nbytes), fmt)
     factors = [column for column in columns if column.dtype == torch.float32]
     low, high, sign = CODES[fmt.name]
     ends = [factors[0] * code for code in (low, high)]
@@ -104,11 +99,10 @@ def _decode_scaled(
     for factor in factors:
         factor.view(len(packed), -1).mul_(inverse.unsqueeze(1))
     torch.div(bound, LARGEST, out=scale)
-    mark, tile = work.mark, max(TILE // fmt.weights, 1)
-    values = quantised.view(-1, fmt.weights)
-    pieces = (torch.split(tensor, tile) for tensor in (blocks, values, *columns))
+    body, work, tile = DECODERS[fmt.name][1], workspace("int8", packed.device), max(TILE // fmt.weights, 1)
+    pieces = (torch.split(each, tile) for each in (blocks, quantised.view(-1, fmt.weights), *columns))
     for piece, out, *rows in zip(*pieces, strict=True):
-        work.release(mark)
+        work.release()
         wide = work.take(torch.float32, len(piece), fmt.weights)
         body(piece, wide, work, *rows)
         out.copy_(wide.round_())
