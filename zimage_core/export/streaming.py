@@ -52,7 +52,7 @@ class TensorSource(Protocol):
         """The stored bytes, little-endian, in pieces of whole rows."""
 
     def dense(self, target: Target) -> Iterator[Tensor]:
-        """The numbers in slabs of float32 [rows, K]; scales are applied."""
+        """The numbers in slabs of float32 [rows, K]; scales are applied, and rotations undone."""
 
     def check_unchanged(self) -> None:
         """Raise BadFile if the source was changed since it was opened."""
