@@ -72,6 +72,11 @@ class Target:
         return math.prod(self.shape)
 
 
+def is_small(target: Target) -> bool:
+    """Whether the tensor is a norm, a bias or a pad token, which stay floats in every file."""
+    return len(target.shape) < 2 or target.name.endswith("pad_token")
+
+
 class Checkpoint:
     """An open model of one network; a context manager that closes it.
 

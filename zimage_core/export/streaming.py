@@ -122,7 +122,7 @@ def packed_rows(
         BadWeights: NaN or infinity that is not allowed, or finite numbers beyond the range of the new type.
     """
     exact = source.format_of(job.target) == job.format and not source.is_scaled(job.target)
-    check = _FiniteCheck(source.path, job, nonfinite)
+    check = FiniteCheck(source.path, job, nonfinite)
     if exact:
         if job.format.is_float and nonfinite != "keep":
             check.rest(source.dense(job.target))
@@ -144,7 +144,7 @@ def packed_rows(
     check.report(log, "0 stands for NaN, the largest number for infinity")
 
 
-class _FiniteCheck:
+class FiniteCheck:
     """Counts the numbers of a tensor that are not finite, or too large for its new type.
 
     Args:

@@ -51,6 +51,11 @@ class Stated:
     fault: str = ""
 
 
+def group_for(width: int) -> int:
+    """The largest block that divides rows of `width` numbers; 0 if none does."""
+    return next((group for group in reversed(GROUPS) if width % group == 0), 0)
+
+
 def layer_text(rotation: int) -> bytes:
     """The content of `X.comfy_quant` for int8 weights, byte for byte as ComfyUI writes it.
 
