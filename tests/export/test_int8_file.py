@@ -14,7 +14,6 @@ from tests.helpers.wide import wide_state, write_wide
 from zimage_core import convert_file, quantize_file
 from zimage_core.errors import BadArgument, BadFile, BadWeights, Unsupported
 from zimage_core.export.checkpoint import Checkpoint
-from zimage_core.nn.linear import set_compute
 from zimage_core.quant import int8
 from zimage_core.reference import int8 as reference
 from zimage_core.weights.inspection import inspect_file
@@ -82,10 +81,9 @@ def test_the_text_beside_a_weight_is_comfyuis_byte_for_byte(wide, tmp_path):
 
 def test_it_loads_and_multiplies_by_what_was_written(wide, tmp_path):
     path = quantize_file(wide, tmp_path / "a.safetensors", "INT8_CONVROT").path
-    model, tensors = load_transformer(path), read(path)[0]
+    model, tensors = load_transformer(path, compute="int8"), read(path)[0]
     layer = model.layers[0].attention.to_k
     assert torch.equal(layer.weight.packed.view(torch.int8), tensors[QKV][256:512])
-    set_compute(model, "int8")
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     rows = int8.quantize_rows(x, 256)
     scale = tensors[QKV.replace("weight", "weight_scale")]
