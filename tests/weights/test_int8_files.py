@@ -316,13 +316,17 @@ def scale_of(*shape, value=1.0):
     ("change", "message"),
     [
         (without_scale, f"{LAYER}.weight is int8 without a scale, {LAYER}.weight_scale"),
+        (
+            lambda tensors: tensors.pop(LAYER + ".comfy_quant"),
+            f"{LAYER}.weight is int8 without a comfy_quant, which noise_refiner.0.attention.qkv.weight has",
+        ),
         (scale_of(7), "has a scale of shape (7,), wanted one number or one a row"),
         (scale_of(512, 2), "has a scale of shape (512, 2)"),
         (scale_of(1, 512), "has a scale of shape (1, 512)"),
         (scale_of(0, 1), "has a scale of shape (0, 1)"),
     ],
 )
-def test_scales_that_do_not_fit_are_refused(tmp_path, change, message):
+def test_what_lies_beside_a_weight_and_does_not_fit_is_refused(tmp_path, change, message):
     with pytest.raises(WrongModel, match=re.escape(message)):
         load_transformer(broken(tmp_path, change))
 

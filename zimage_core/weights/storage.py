@@ -65,6 +65,7 @@ def storage_problem(file: WeightFile, prefix: str = "", elsewhere: tuple[str, ..
     tensors = own_tensors(file, prefix, elsewhere)
     if style := style_of(tensors):
         return f"its weights are quantised by {style}, which is not supported; {WAY_ROUND}"
+    described: dict[bool, str] = {}  # whether ComfyUI states something of it -> an int8 weight
     for name, info in tensors.items():
         if not name.endswith(".weight"):
             continue
@@ -78,6 +79,11 @@ def storage_problem(file: WeightFile, prefix: str = "", elsewhere: tuple[str, ..
             return f"its weights are quantised to {style}, which is not supported; {WAY_ROUND}"
         if fault := stated.fault or _int8_fault(info, stated) or _scale_fault(file, stem):
             return f"its tensor {printable(name, 120)} {fault}; {WAY_ROUND}"
+        if info.format.name == INT8:
+            described.setdefault(bool(stated.format), name)
+    if len(described) == 2:  # nobody can tell whether it is rotated
+        without, other = printable(described[False], 120), printable(described[True], 120)
+        return f"its tensor {without} is int8 without a comfy_quant, which {other} has; {WAY_ROUND}"
     return ""
 
 
