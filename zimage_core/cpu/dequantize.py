@@ -90,14 +90,14 @@ def dequantize_into(out: Tensor, packed: Tensor, fmt: BlockFormat) -> None:
     blocks, values = packed.reshape(-1, fmt.nbytes), out.view(-1, fmt.weights)
     if fmt.is_float or fmt.is_integer:
         # torch's own copy rounds to nearest even if float32 is the narrower type
-        values.copy_(_aligned(blocks, None).view(numbers.DTYPES[fmt.name]))
+        values.copy_(aligned(blocks, None).view(numbers.DTYPES[fmt.name]))
         return
     chunk = max(CHUNK // fmt.weights, 1)
 
     def decode(start: int, stop: int) -> None:
         for first in range(start, stop, chunk):
             last = min(first + chunk, stop)
-            bodies = _headers(blocks[first:last], fmt)
+            bodies = headers(blocks[first:last], fmt)
             _decode(values[first:last], fmt, bodies, 0)
 
     if out.device.type == "cpu" and out.numel() > SPREAD_FROM:
@@ -126,7 +126,7 @@ def slabs(packed: Tensor, fmt: BlockFormat, height: int) -> Iterator[tuple[int, 
     chunk = height if plain else max(CHUNK // max(height * width, 1), 1) * height
     for first in range(0, rows, chunk):
         blocks = packed[first : first + chunk].reshape(-1, fmt.nbytes)
-        bodies = () if plain else _headers(blocks, fmt)
+        bodies = () if plain else headers(blocks, fmt)
         for start in range(first, min(first + chunk, rows), height):
             dense = slab[: min(height, rows - start)]
             if plain:
@@ -137,11 +137,11 @@ def slabs(packed: Tensor, fmt: BlockFormat, height: int) -> Iterator[tuple[int, 
             yield start, dense
 
 
-def _headers(blocks: Tensor, fmt: BlockFormat) -> tuple[Tensor, ...]:
+def headers(blocks: Tensor, fmt: BlockFormat) -> tuple[Tensor, ...]:
     """Aligned blocks and the columns of their headers, in a workspace that the next call reuses."""
     work = workspace("header", blocks.device)
     work.release()
-    raw = _aligned(blocks, work)
+    raw = aligned(blocks, work)
     return (raw, *DECODERS[fmt.name][0](raw, work))
 
 
@@ -166,7 +166,7 @@ def decode(out: Tensor, blocks: Tensor, fmt: BlockFormat, work: Workspace) -> No
         work: Scratch memory of that device.
     """
     header, body = DECODERS[fmt.name]
-    raw = _aligned(blocks, work)
+    raw = aligned(blocks, work)
     body(raw, out, work, *header(raw, work))
 
 
@@ -184,7 +184,7 @@ def check_rows(packed: Tensor, fmt: BlockFormat) -> None:
         )
 
 
-def _aligned(blocks: Tensor, work: Workspace | None) -> Tensor:
+def aligned(blocks: Tensor, work: Workspace | None) -> Tensor:
     """The blocks themselves, or a copy if their alignment does not allow to read numbers in place."""
     if blocks.storage_offset() % 8 == 0 and blocks.data_ptr() % 8 == 0:
         return blocks
