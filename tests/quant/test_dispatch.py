@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zimage_core.cpu.capability import INT8_GAIN
 from zimage_core.errors import BadArgument, UnknownFormat, Unsupported
 from zimage_core.formats import FORMATS
 from zimage_core.quant import dispatch
-from zimage_core.quant.arithmetic import GAIN
 from zimage_core.quant.dispatch import (
     ARCHITECTURES,
     MODES,
@@ -280,7 +280,7 @@ def test_the_environment_is_read_at_the_first_use_and_the_old_name_still_works(m
 )  # fmt: skip
 def test_int8_is_multiplied_where_a_card_can_and_chosen_where_it_pays(architecture, by, pays):
     assert int8_product(architecture) == by
-    assert (int8_gain(architecture) > GAIN) == pays
+    assert (int8_gain(architecture) > INT8_GAIN) == pays
 
 
 @pytest.mark.parametrize("architecture", ["sm_61", "sm_70", "gfx906", "gfx1030"])
