@@ -99,6 +99,18 @@ def test_another_network_gets_rows_of_its_own(model, dit_path, counted):
     assert not with_rows(model)
 
 
+def test_without_memory_for_rows_products_make_their_own(model, wanted_int8, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(int8_rows.int8, "quantize_weight", full)
+    rows = KeptRows()
+    for _ in range(2):
+        with rows.bound(model, GIB, mapped=False):
+            assert not with_rows(model)
+            assert torch.equal(draw(model), wanted_int8)
+
+
 def test_layers_whose_rows_cost_most_come_first(model):
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, Linear) and "layers." in n]
     layers = [(name, layer) for name, layer in layers if layer.arithmetic.mode == "int8"]

@@ -134,13 +134,14 @@ class KeptRows:
             some = all(layer.device.type == "cpu" for _, layer in layers)
             names = set(choose_layers(layers, room, mapped, some))
             self._chosen = {layer for name, layer in layers if name in names}
-        bound: list[tuple[Linear, Weight, QuantTensor]] = []
         try:
-            for _, layer in layers:
-                if layer in self._chosen:
-                    home, rows = layer.weight, self._of(layer)
-                    bound.append((layer, home, rows))
-                    layer.set_weight(rows)
+            bound = [(layer, layer.weight, self._of(layer)) for _, layer in layers if layer in self._chosen]
+        except torch.OutOfMemoryError:  # another program took it: products make their own rows
+            self.drop()
+            bound, self._chosen = [], set()
+        try:
+            for layer, _, rows in bound:
+                layer.set_weight(rows)
             yield
         finally:
             for layer, home, rows in bound:
