@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.helpers.linear import quant
 from tests.helpers.model_headers import full_size, plain, q4_k_m
 from tests.memory.test_plan import jobs
-from zimage_core.cpu import capability
+from zimage_core.cpu import capability, workspace
 from zimage_core.errors import OverBudget, Unsupported
 from zimage_core.memory import int8_plan
 from zimage_core.memory.job import Job
@@ -23,6 +25,7 @@ from zimage_core.quant import gpu_int8, int8
 GIB = 1 << 30
 ON_CPU = full_size(q4_k_m, dtype="float32")
 CPU = known("cpu")
+WIDEST = Matrix("Q6_K", 1024, 10240)
 
 
 def on_cpu(gib, compute="int8", **more):
@@ -121,6 +124,20 @@ def test_int8_products_need_no_planes_and_less_scratch_on_a_gpu():
     exact, inside = (plan_job(job).phase("denoise") for job in jobs)
     assert inside.planes < exact.planes / 10
     assert inside.scratch <= exact.scratch
+
+
+@pytest.mark.parametrize("tokens", [32, 1056])
+def test_scratch_memory_of_a_thread_is_within_the_plan(monkeypatch, tokens):
+    """Rotated Q6_K rows of w2 take most: float32 rows of a chunk, its rotation, a slab, int32 sums."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(workspace._local, "by_use", {})
+    weight = quant("Q6_K", 1024, 10240, torch.device("cpu"))
+    with torch.no_grad():
+        int8.linear(torch.ones(tokens, 10240), weight, rotated=True)
+    taken = sum(each.nbytes for each in workspace._local.by_use.values())
+    part = dataclasses.replace(ON_CPU.transformer, matrices=(), blocks=(Block("a", (WIDEST,)),))
+    planned = int8_plan.scratch_bytes(part, tokens, "float32", "cpu", True, 1, True)
+    assert 0.7 * planned <= taken <= planned
 
 
 def test_sizes_of_slabs_are_those_of_the_products():

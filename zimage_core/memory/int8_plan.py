@@ -21,8 +21,8 @@ SLAB_ROWS = 1024
 """Rows of a weight that a thread of a CPU multiplies at a time: `quant.int8.HEIGHT`."""
 GROWN = 2
 """A thread's scratch memory on a CPU has up to twice the bytes of what was asked for (`cpu.workspace`)."""
-DECODING = 14 << 20
-"""Bytes that a thread of a CPU needs to decode a chunk of weights and to quantise it (`cpu.int8`)."""
+DECODING = 28 << 20
+"""Bytes of scratch memory in which a thread of a CPU makes int8 rows of packed weights (`cpu.int8`)."""
 GAIN, WIDE = 1.5, 1024
 """What `auto` asks of a device and of the width of layers: `cpu.capability.INT8_GAIN`, `nn.compute.WIDE`."""
 SUM_BYTES = 64 << 20
