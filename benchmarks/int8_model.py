@@ -9,6 +9,7 @@ norms and the gate before a product, and in a kernel of their own behind attenti
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from benchmarks import cases, step_model
 from benchmarks.report import compiled_rows
@@ -106,13 +107,17 @@ def product(case: cases.LinearCase, gpu: Gpu) -> Range:
     return Range(low + after, high + after)
 
 
-def _counted(kernel: str, tile: str, gpu: Gpu, fmt: str = "") -> float:
-    """Counted instructions of a thread for each number of a row."""
-    return next(
-        float(row["per_weight"])
+@lru_cache
+def _cells() -> dict[tuple[str, str, str, str], float]:
+    """Instructions of a thread for each number of a row, by (kernel, format, tile, target)."""
+    return {
+        (row["kernel"], row["format"], row["tile"], row["target"]): float(row["per_weight"])
         for row in compiled_rows()
-        if (row["kernel"], row["format"], row["tile"], row["target"]) == (kernel, fmt, tile, gpu.architecture)
-    )
+    }
+
+
+def _counted(kernel: str, tile: str, gpu: Gpu, fmt: str = "") -> float:
+    return _cells()[kernel, fmt, tile, gpu.architecture]
 
 
 def quantised(cases_of: list[cases.LinearCase], fmt: BlockFormat, gpu: Gpu) -> Range:

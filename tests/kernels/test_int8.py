@@ -58,9 +58,8 @@ def test_rows_have_the_bits_of_the_reference(rows, width, dtype, magnitude, seed
 
 
 @pytest.mark.parametrize("group", [4, 16, 64, 256])
-@pytest.mark.parametrize("width", [256, 768])
-def test_rows_are_rotated_as_in_the_reference(group, width, device):
-    x = drawn(3, width)
+def test_rows_are_rotated_as_in_the_reference(group, device):
+    x = drawn(2, 768)
     assert_rows(int8.quantize_rows(*on(device, x), group), x, group)
 
 
@@ -105,7 +104,7 @@ def test_rows_of_zeros_and_of_the_least_numbers_have_finite_scales(device):
 def test_packed_rows_are_their_dequantised_rows_quantised(name, device):
     fmt = FORMATS[name]
     packed = random_blocks(fmt, (2, 768), np.random.default_rng(0))
-    for group in (0, 64):
+    for group in (0, 64) if name in ("Q4_K", "Q8_0") else (0,):
         values = torch.full((2, 768), 99, dtype=torch.int8, device=device)
         scale = torch.zeros(2, device=device)
         int8.requantize_into(values, scale, *on(device, packed), fmt, group)
