@@ -67,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
 @contextmanager
 def as_the_kernels(monkeypatch: Any) -> Iterator[None]:
     """Products, attention and the element-wise steps of S3-DiT leave their result and nothing else behind."""
-    from zimage_core.models import block_norms, transformer
+    from zimage_core.models import block_norms
     from zimage_core.nn import linear as linear_module
 
     def like(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -96,7 +96,9 @@ def as_the_kernels(monkeypatch: Any) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(block_norms, "rms_norm_modulate", like)
         patch.setattr(block_norms, "gate_norm_residual", like)
-        patch.setattr(transformer, "silu_gate", like)
+        patch.setattr(block_norms, "silu_gate", like)
+        patch.setattr(block_norms, "rms_norm_modulate_int8", lambda x, *_: rows(x, 0))
+        patch.setattr(block_norms, "silu_gate_int8", lambda gate, *_: rows(gate, 0))
         patch.setattr(block_norms, "qk_norm_rope", two)
         patch.setattr(linear_module, "ops", SimpleNamespace(linear=product, embedding=no_call))
         of_int8 = {"linear": int8_product, "quantize_rows": rows, "rotation_of": lambda *_: 0}

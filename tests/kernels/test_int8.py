@@ -172,3 +172,22 @@ def test_the_tile_follows_shape_and_card():
     assert tiles.int8_tiles("sm_121") == tiles.int8_tiles("sm_120")
     assert tiles.int8_tiles("sm_89") == tiles.int8_tiles("default")
     assert tiles.int8_tiles("gfx1151") == tiles.int8_tiles("gfx1100")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("count", "rows", "width"), [(4128, 10240, 3840), (1056, 3840, 10240), (20, 9728, 2560)]
+)
+def test_the_products_of_the_networks_are_exact_on_a_gpu(count, rows, width):
+    """Against torch's own int8 product, with every tile of this GPU."""
+    place, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+    x, w = (
+        torch.randint(-127, 128, (n, width), dtype=torch.int8, device=place, generator=generator)
+        for n in (count, rows)
+    )
+    ones = [torch.ones(n, device=place) for n in (count, rows)]
+    wanted = torch._int_mm(x, w.t()).float()
+    with pytest.MonkeyPatch.context() as patch:
+        for tile in tiles.int8_tiles(tiles.architecture(x.device)[0]):
+            patch.setattr(tiles, "int8", lambda *_, tile=tile: tile)
+            assert torch.equal(int8.matmul(x, ones[0], w, ones[1], None, torch.float32), wanted), tile
