@@ -48,7 +48,17 @@ DATA_ONLY = {"errors", "formats", "codebooks", "fields", "config", "files", "cli
 """Packages that import only the standard library at the top; other packages inside functions."""
 WITH_TENSORS = {"load", "scan"}
 """The files of weights/ that compute; the others only read headers, for `zimage inspect`."""
-PLANS = {"__init__", "activations", "int8_plan", "plan", "planner", "rates", "residency", "sizes"}
+PLANS = {
+    "__init__",
+    "activations",
+    "allocator",
+    "int8_plan",
+    "plan",
+    "planner",
+    "rates",
+    "residency",
+    "sizes",
+}
 """The files of memory/ that only plan, for `zimage plan`; the others move weights."""
 NEVER = {
     "reference": {"torch", "triton"},

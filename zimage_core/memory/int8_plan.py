@@ -13,7 +13,7 @@ from zimage_core.memory.activations import FLOAT32, ITEMSIZE
 from zimage_core.memory.rates import Rates
 from zimage_core.memory.residency import spread
 from zimage_core.memory.sizes import Matrix, Part, in_int8, matrices
-from zimage_core.quant.dispatch import PLAIN_WEIGHTS, SCRATCH_BYTES, int8_product
+from zimage_core.quant.dispatch import PLAIN_WEIGHTS, SCRATCH_BYTES, int8_gain, int8_product
 
 THREADS = 8
 """Threads of a CPU where a plan is made for no machine in particular; its rates assume as many cores."""
@@ -34,8 +34,9 @@ def automatic(net: Part, rates: Rates) -> str:
     inside = [matrix for name, matrix in matrices(net) if in_int8(name)]
     packed = any(FORMATS[m.format].weights > 1 or FORMATS[m.format].nbytes == 1 for m in inside)
     wide = max((min(m.rows, m.width) for m in inside), default=0) >= WIDE
-    usual = rates.flops32 if rates.architecture == "cpu" else rates.flops
-    return "int8" if packed and wide and rates.int8 >= GAIN * usual else "exact"
+    cpu = rates.architecture == "cpu"
+    gain = rates.int8 / rates.flops32 if cpu else int8_gain(rates.architecture)
+    return "int8" if packed and wide and gain >= GAIN else "exact"
 
 
 def scratch_bytes(

@@ -11,6 +11,7 @@ from zimage_core.errors import OverBudget
 from zimage_core.files.units import in_bytes
 from zimage_core.memory import int8_plan, residency
 from zimage_core.memory.activations import collected_bytes, decode_bytes
+from zimage_core.memory.allocator import MIDDLE_SEGMENT, segment
 from zimage_core.memory.job import AT_ONCE, Job, Way
 from zimage_core.memory.plan import PHASES, Component, Phase, Plan, Times, reasons
 from zimage_core.memory.rates import Rates
@@ -217,12 +218,16 @@ def _with_rows(job: Job, plan: Plan) -> Plan:
     room = None if plan.vram is None else plan.vram - max(phase.peak for phase in with_net)
     # on a GPU making rows takes little, so that less than all of them is not worth the memory
     some = job.rates.architecture == "cpu"
+    if not some:
+        if part.slots:
+            return plan
+        room = None if room is None else room - MIDDLE_SEGMENT  # rows have a segment of their own
     costs = [block.int8_bytes - block.nbytes for _, block in blocks]
-    if not some and part.slots:
-        return plan
     chosen = [blocks[place] for place in int8_plan.choose(costs, room, some)]
     kept, packed = tuple(i for i, _ in chosen), sum(block.nbytes for _, block in chosen)
     rows = sum(block.int8_bytes for _, block in chosen)
+    if chosen and not some:
+        rows = segment(rows)
 
     def grown(phase: Phase) -> Phase:
         if phase not in with_net:
