@@ -156,6 +156,7 @@ def test_auto_asks_the_device_the_weights_and_their_width():
     small = dataclasses.replace(net, matrices=(), blocks=(Block("layers.0", (Matrix("Q4_K", 9216, 512),)),))
     assert int8_plan.automatic(small, CPU) == "exact"
     assert (int8_plan.GAIN, int8_plan.WIDE) == (capability.INT8_GAIN, compute.WIDE)
+    assert (int8_plan.QUERIES, int8_plan.SHORTEST) == (attention.QUERIES, attention.SHORTEST)
 
 
 def test_a_gpu_without_int8_products_has_no_plan_in_int8():
