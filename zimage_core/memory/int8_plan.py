@@ -35,6 +35,8 @@ def automatic(net: Part, rates: Rates) -> str:
     packed = any(FORMATS[m.format].weights > 1 or FORMATS[m.format].nbytes == 1 for m in inside)
     wide = max((min(m.rows, m.width) for m in inside), default=0) >= WIDE
     usual = rates.flops32 if rates.architecture == "cpu" else rates.flops
+    if rates.architecture == "cpu" and isinstance(net.config, TextEncoderConfig):
+        return "exact"
     return "int8" if packed and wide and rates.int8 >= GAIN * usual else "exact"
 
 
