@@ -38,6 +38,8 @@ def automatic(net: Part, rates: Rates) -> str:
     inside = [matrix for name, matrix in matrices(net) if in_int8(name)]
     packed = any(FORMATS[m.format].weights > 1 or FORMATS[m.format].nbytes == 1 for m in inside)
     wide = max((min(m.rows, m.width) for m in inside), default=0) >= WIDE
+    if isinstance(net.config, TextEncoderConfig):
+        return "exact"
     cpu = rates.architecture == "cpu"
     gain = rates.int8 / rates.flops32 if cpu else int8_gain(rates.architecture)
     return "int8" if packed and wide and gain >= GAIN else "exact"
