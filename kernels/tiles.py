@@ -31,6 +31,30 @@ class Tile:
     splits: int = 1
 
 
+@dataclass(frozen=True)
+class Int8Tile:
+    """A tile of BM rows of x by BN rows of W in int8, `dots` products over BK numbers of a row each step.
+
+    Args:
+        bm: Rows of x.
+        bn: Rows of W.
+        bk: Numbers of a row in one product.
+        dots: Products in a step. Before Blackwell, Triton takes a product over more than 32 int8 numbers apart
+            into bytes to fetch the next one ahead (264 instructions a step); several products over 32 cost none.
+        warps: Warps of a program.
+        stages: Steps that are loaded ahead.
+        rate: Assumed speed, relative to the quickest tile of the architecture, where all multiprocessors work.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    dots: int
+    warps: int
+    stages: int
+    rate: float
+
+
 @cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, where every program takes about a millisecond."""
@@ -69,19 +93,46 @@ def architecture(device: torch.device) -> tuple[str, int]:
     return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-def matmul_tile(count: int, arch: str) -> Tile:
-    """The tile of the fused kernel for `count` rows of x: the first entry of the table that is tall enough.
+def _entries(arch: str, kernel: str = "") -> list[dict[str, int]]:
+    """Entries of a kernel's table for an architecture, or for its nearest relative.
 
     An NVIDIA GPU without entries uses those of an older one of its generation: sm_121 those of sm_120. AMD GPUs
     without entries use those of another AMD GPU, because AMD's compiler fails with NVIDIA's stages.
     """
+    table = _table()
     relative = "gfx942" if arch.startswith("gfx9") else "gfx1100" if arch.startswith("gfx") else "default"
     if arch.startswith("sm_"):
-        kin = [key for key in _table() if key[:-1] == arch[:-1] and key <= arch]
-        relative = max(kin, default=relative)
-    entries = _table().get(arch) or _table()[relative]
+        known = [key.removeprefix(kernel) for key in table if key.startswith(kernel)]
+        relative = max((key for key in known if key[:-1] == arch[:-1] and key <= arch), default=relative)
+    return table.get(kernel + arch) or table[kernel + relative]
+
+
+def matmul_tile(count: int, arch: str) -> Tile:
+    """The tile of the fused kernel for `count` rows of x: the first entry of the table that is tall enough."""
+    entries = _entries(arch)
     entry = next((e for e in entries if count <= e["rows"]), entries[-1])
     return Tile(entry["bm"], entry["bn"], entry["warps"], entry["stages"])
+
+
+def int8_tiles(arch: str) -> list[Int8Tile]:
+    """The tiles of the int8 product on an architecture."""
+    return [Int8Tile(**entry) for entry in _entries(arch, "int8 ")]
+
+
+@cache
+def int8_tile(count: int, rows: int, arch: str, processors: int) -> Int8Tile:
+    """The tile of the int8 product with which x [count, K] and W [rows, K] take the fewest rounds of programs."""
+
+    def seconds(tile: Int8Tile) -> float:
+        programs = -(-count // tile.bm) * -(-rows // tile.bn)
+        return -(-programs // processors) * tile.bm * tile.bn / tile.rate
+
+    return min(int8_tiles(arch), key=seconds)
+
+
+def int8(count: int, rows: int, device: torch.device) -> Int8Tile:
+    """Tile of x [count, K] and W [rows, K]."""
+    return int8_tile(count, rows, *architecture(device))
 
 
 def matmul(count: int, rows: int, width: int, device: torch.device) -> Tile:

@@ -23,14 +23,14 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"formats", "codebooks"},
     "cpu": {"formats", "codebooks"},
     "quant": {"formats", "cpu", "kernels"},
-    "nn": {"formats", "quant", "kernels"},
+    "nn": {"cpu", "formats", "quant", "kernels"},
     "models": {"config", "nn"},
     "sampling": {"config", "files"},
     "text": {"config", "files"},
     "weights": {"config", "files", "formats", "models", "nn", "quant", "text"},
     "memory": {"config", "files", "formats", "models", "nn", "quant", "weights"},
     "run": {"assets", "config", "files", "memory", "models", "nn", "quant", "sampling", "text", "weights"},
-    "pipeline": {"config", "files", "memory", "models", "run", "sampling", "text", "weights"},
+    "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {"assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},
     "study": {
@@ -39,7 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     },
 }  # fmt: skip
 REACH_KERNELS = {
-    "zimage_core.quant.dequantize", "zimage_core.quant.gpu", "zimage_core.quant.probe",
+    "zimage_core.quant.dequantize", "zimage_core.quant.gpu", "zimage_core.quant.gpu_int8",
+    "zimage_core.quant.probe",
     "zimage_core.nn.elementwise",
 }  # fmt: skip
 EVERYTHING = {"cli", "__main__", "zimage_core"}  # may import every package; zimage_core is __init__.py

@@ -20,8 +20,17 @@ from zimage_core.memory.sizes import sizes_of
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.nn.compute import set_compute
 from zimage_core.run import sources
-from zimage_core.run.checks import Dtype, StepCallback, read_device, read_dtypes, read_path
+from zimage_core.run.checks import (
+    Compute,
+    Dtype,
+    StepCallback,
+    read_computes,
+    read_device,
+    read_dtypes,
+    read_path,
+)
 from zimage_core.run.components import FOLDERS, check_components, check_kinds, networks, require
 from zimage_core.run.decode import decode
 from zimage_core.run.denoise import Denoiser, denoise
@@ -279,7 +288,7 @@ class ZImagePipeline(Ported):
             sigmas=run.sigmas,
             timings=timings,
             peak_memory=peak_memory(self.device),
-            settings=settings_of(run, self.dtype),
+            settings=settings_of(run, self.dtype, networks(self)),
             interrupted=self._interrupt,
             memory=self._placement.report(),
             files=identities,
@@ -391,6 +400,7 @@ class ZImagePipeline(Ported):
         scheduler: FlowMatchEulerScheduler | None = None,
         dtype: Dtype = None,
         torch_dtype: Dtype = None,
+        compute: Compute = None,
         device: str | torch.device = "cpu",
         mmap: bool = True,
         vram: int | str | None = None,
@@ -414,6 +424,9 @@ class ZImagePipeline(Ported):
                 weights. A dict gives one for "transformer", "text_encoder" and "default"; the VAE is always
                 float32.
             torch_dtype: Another name of `dtype`, as in diffusers.
+            compute: In which numbers the blocks multiply: "exact" (the default), "bfloat16", "int8", or
+                "auto" for int8 where weights are packed and the device gains over 1.5 times; a dict gives one
+                for "transformer", "text_encoder" and "default". docs/quality.md shows what it costs.
             device: Device of the computation.
             mmap: Use the weights in place; the files must then not change. False reads them into memory.
             vram: Limit of GPU memory, such as "6GiB" or "auto"; see `limit_memory`.
@@ -428,7 +441,7 @@ class ZImagePipeline(Ported):
         for name, value in paths.items():
             if value is None:  # no network at all is for from_pretrained, whose callers say so on purpose
                 read_path(name, value)
-        kinds, where = (dtype, torch_dtype), read_device(device)
+        kinds, where = (dtype, torch_dtype, read_computes(compute)), read_device(device)
         return cls._load(paths, tokenizer, scheduler, kinds, where, mmap, vram, ram)
 
     @classmethod
@@ -443,6 +456,7 @@ class ZImagePipeline(Ported):
         scheduler: FlowMatchEulerScheduler | None = None,
         dtype: Dtype = None,
         torch_dtype: Dtype = None,
+        compute: Compute = None,
         device: str | torch.device = "cpu",
         mmap: bool = True,
         vram: int | str | None = None,
@@ -468,6 +482,7 @@ class ZImagePipeline(Ported):
             scheduler: The schedule; default: the folder's scheduler_config.json, else shift 3.
             dtype: Dtype of the computation, as for `from_files`.
             torch_dtype: Another name of `dtype`.
+            compute: In which numbers the blocks multiply, as for `from_files`.
             device: Device of the computation.
             mmap: Use the weights in place, as views of the files.
             vram: Limit of GPU memory; see `limit_memory`.
@@ -486,7 +501,7 @@ class ZImagePipeline(Ported):
         paths, tokenizer, scheduler = find_components(
             pretrained_model_name_or_path, given, tokenizer, scheduler, mmap, variant, others
         )
-        kinds, where = (dtype, torch_dtype), read_device(device)
+        kinds, where = (dtype, torch_dtype, read_computes(compute)), read_device(device)
         return cls._load(paths, tokenizer, scheduler, kinds, where, mmap, vram, ram)
 
     @classmethod
@@ -495,6 +510,7 @@ class ZImagePipeline(Ported):
         *,
         dtype: Dtype = None,
         torch_dtype: Dtype = None,
+        compute: Compute = None,
         device: str | torch.device = "cpu",
         vram: int | str | None = None,
         ram: int | str | None = None,
@@ -502,7 +518,7 @@ class ZImagePipeline(Ported):
         """Build a pipeline with the nano model inside the package: small images of shapes and letters."""
         paths = sources.embedded().paths
         scheduler = FlowMatchEulerScheduler()  # stated, because this is a distilled model
-        kinds, where = (dtype, torch_dtype), read_device(device)
+        kinds, where = (dtype, torch_dtype, read_computes(compute)), read_device(device)
         return cls._load(paths, None, scheduler, kinds, where, True, vram, ram)
 
     @classmethod
@@ -511,7 +527,7 @@ class ZImagePipeline(Ported):
         paths: Mapping[str, Any],
         tokenizer: PathLike | Tokenizer | None,
         scheduler: FlowMatchEulerScheduler | None,
-        kinds: tuple[Dtype, Dtype],
+        kinds: tuple[Dtype, Dtype, Mapping[str, str]],
         where: torch.device,
         mmap: bool,
         vram: int | str | None,
@@ -520,8 +536,10 @@ class ZImagePipeline(Ported):
         """Load what the other constructors found, and set the memory budget."""
         limited = vram is not None or ram is not None
         load_device = torch.device("cpu") if limited else where  # with a limit, each phase moves its network
-        dtypes = read_dtypes(*kinds, where)
-        pipe = cls(**load_components(paths, tokenizer, scheduler, dtypes, load_device, mmap))
+        dtype, torch_dtype, computes = kinds
+        found = read_dtypes(dtype, torch_dtype, where)
+        pipe = cls(**load_components(paths, tokenizer, scheduler, found, load_device, mmap))
+        pipe._compute_in(computes, where)
         if limited:
             pipe.limit_memory(vram, ram, device=where)
         return pipe
@@ -565,6 +583,32 @@ class ZImagePipeline(Ported):
         """Dtype of the transformer's computation."""
         require("transformer", self.transformer)
         return self.transformer.dtype
+
+    @property
+    def compute(self) -> str:
+        """In which numbers the transformer's blocks multiply: "exact", "bfloat16" or "int8"."""
+        require("transformer", self.transformer)
+        return self.transformer.compute
+
+    def set_compute(self, compute: str | Mapping[str, str]) -> None:
+        """Let the blocks multiply in other numbers from the next run on.
+
+        Args:
+            compute: "exact", "bfloat16", "int8" or "auto", or a dict, as for `from_files`.
+
+        Raises:
+            BadArgument: There is no such mode.
+            Unsupported: The pipeline has a memory budget, whose plan depends on it.
+        """
+        self._placement.refuse_budget("set_compute")
+        self._compute_in(read_computes(compute), self.device)
+
+    def _compute_in(self, computes: Mapping[str, str], device: torch.device) -> None:
+        for name, mode in computes.items():
+            network = networks(self).get(name)
+            if network is not None:
+                set_compute(network, mode, device)
+        self._placement.forget_graphs()
 
     def to(
         self: Self,

@@ -22,7 +22,12 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card of {device}")
     monkeypatch.setattr(checks, "_computes", lambda device: True)
-    monkeypatch.setattr(ZImagePipeline, "from_default", lambda **options: asked.update(options))
+
+    def opened(compute, **options):
+        asked.update(options)
+        return SimpleNamespace(compute="exact")
+
+    monkeypatch.setattr(ZImagePipeline, "from_default", opened)
     return asked
 
 

@@ -79,20 +79,20 @@ def test_a_graph_nobody_asked_for_may_fail():
 def test_scratch_is_handed_over_once():
     """A graph owns the scratch whose address it holds; the thread makes a new one."""
     device = torch.device("cpu")
-    mine = gpu._scratch(device, 10, 10, torch.uint8)
+    mine = gpu.scratch(device, 10, 10, torch.uint8)
     assert gpu.hand_over_scratch(device, 0).buffer.data_ptr() == mine.data_ptr()
     assert gpu.hand_over_scratch(device, 0) is None
-    other = gpu._scratch(device, 10, 10, torch.uint8)
+    other = gpu.scratch(device, 10, 10, torch.uint8)
     assert other.data_ptr() != mine.data_ptr()
 
 
 def test_scratch_is_taken_again_and_released():
     """The graphs of a step share theirs; `release_scratch` drops what no graph has."""
     device = torch.device("cpu")
-    mine = gpu._scratch(device, 10, 10, torch.uint8).data_ptr()
+    mine = gpu.scratch(device, 10, 10, torch.uint8).data_ptr()
     scratch = gpu.hand_over_scratch(device, 0)
     gpu.take_scratch(device, 0, scratch)
-    assert gpu._scratch(device, 10, 10, torch.uint8).data_ptr() == mine
+    assert gpu.scratch(device, 10, 10, torch.uint8).data_ptr() == mine
     gpu.release_scratch(torch.device("cuda", 0))
     assert gpu.hand_over_scratch(device, 0) is scratch
     gpu.take_scratch(device, 0, scratch)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zimage_core.cpu.capability import INT8_GAIN
 from zimage_core.errors import BadArgument, UnknownFormat, Unsupported
 from zimage_core.formats import FORMATS
 from zimage_core.quant import dispatch
@@ -17,8 +18,11 @@ from zimage_core.quant.dispatch import (
     MODES,
     Choice,
     choose,
+    choose_int8,
     crossover,
     family,
+    int8_gain,
+    int8_product,
     largest_that_fit,
 )
 
@@ -181,7 +185,7 @@ def test_without_tensor_cores_nothing_is_fused(architecture):
 
 def test_a_gpu_takes_the_nearest_older_one():
     known = {
-        "sm_72": "sm_70", "sm_87": "sm_86", "sm_88": "sm_86", "sm_103": "sm_100", "sm_110": "sm_100",
+        "sm_72": "sm_70", "sm_87": "sm_86", "sm_88": "sm_86", "sm_110": "sm_103",
         "sm_121": "sm_120", "sm_61": "sm_50", "gfx90a": "gfx942", "gfx950": "gfx942", "gfx1034": "gfx1030",
         "gfx1010": "gfx1030", "gfx900": "gfx906", "gfx90c": "gfx906", "gfx908": "gfx942",
         "gfx1151": "gfx1100", "gfx1200": "gfx1201",
@@ -262,3 +266,34 @@ def test_the_environment_is_read_at_the_first_use_and_the_old_name_still_works(m
     monkeypatch.setattr(dispatch, "MODE", None)
     with pytest.deprecated_call():
         assert dispatch.mode() == "dequantise"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "by", "pays"),
+    [
+        ("sm_75", "torch", True), ("sm_80", "triton", True), ("sm_86", "triton", True),
+        ("sm_89", "triton", True), ("sm_90", "triton", True), ("sm_103", "triton", False),
+        ("sm_120", "triton", True),
+        ("sm_121", "triton", True), ("gfx942", "triton", True), ("gfx1100", "triton", False),
+        ("cpu", "torch", False),
+    ],
+)  # fmt: skip
+def test_int8_is_multiplied_where_a_card_can_and_chosen_where_it_pays(architecture, by, pays):
+    assert int8_product(architecture) == by
+    assert (int8_gain(architecture) > INT8_GAIN) == pays
+
+
+@pytest.mark.parametrize("architecture", ["sm_61", "sm_70", "gfx906", "gfx1030"])
+def test_a_card_without_int8_refuses_it(architecture):
+    assert int8_gain(architecture) == 0
+    with pytest.raises(Unsupported, match=f"{architecture}.*exact"):
+        choose_int8("Q4_K", 3840, 3840, architecture)
+
+
+def test_int8_rows_are_kept_and_other_weights_are_quantised_into_scratch():
+    assert choose_int8("I8", 3840, 10240, "sm_90").path == "kept"
+    assert choose_int8("I8", 3840, 10240, "sm_90").nbytes == 0
+    found = choose_int8("Q4_K", 3840, 10240, "sm_90")
+    assert found.path == "scratch"
+    assert found.nbytes == 3840 * 10240 + 4 * 3840
+    assert choose_int8("Q4_K", 1 << 20, 10240, "sm_90").nbytes == dispatch.SCRATCH_BYTES

@@ -1,4 +1,4 @@
-"""Products of int8 rows against `reference.int8`: the integers are equal, the rest within float32 rounding."""
+"""Products of int8 rows against `reference.int8`: integers are equal, the rest differs by rounding."""
 
 from __future__ import annotations
 

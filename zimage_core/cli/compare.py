@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zimage_core.cli.beforehand import check_call
 from zimage_core.cli.messages import say
 from zimage_core.cli.model_options import (
+    COMPUTE,
     DTYPES,
     add_image,
     add_model,
@@ -54,7 +55,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     words = parser.add_mutually_exclusive_group(required=True)
     words.add_argument("--prompt", dest="text", metavar="TEXT", help="what to draw; - is standard input")
     words.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
-    add_model(parser, without=("transformer",))
+    add_model(parser, without=("transformer",), compute="exact")
     image = add_image(parser)
     image.add_argument("--seed", type=int, default=0, metavar="N", help="the first (default: 0)")
     image.add_argument(
@@ -62,6 +63,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     other = parser.add_argument_group("B alone")
     other.add_argument("--b-dtype", choices=DTYPES, help="arithmetic of B's networks")
+    other.add_argument("--b-compute", choices=COMPUTE, help="numbers in which B's blocks multiply")
     other.add_argument("--b-steps", type=int, metavar="N", help="steps of B; only images are compared then")
     other.add_argument("--b-guidance", type=float, metavar="X", help="guidance scale of B")
     other.add_argument("--b-text-encoder", metavar="FILE", help="text encoder of B")
@@ -84,13 +86,14 @@ def run(args: argparse.Namespace) -> int:
     call = call_arguments(args, prompts)
     _check(args)
     a = _side(args, args.a)
-    b = _side(args, args.b, dtype=args.b_dtype, text_encoder=args.b_text_encoder, vae=args.b_vae)
+    changes = {"dtype": args.b_dtype, "compute": args.b_compute}
+    b = _side(args, args.b, **changes, text_encoder=args.b_text_encoder, vae=args.b_vae)
     _check_outputs(args)
 
     from zimage_core.study.compare import check_shapes, compare
 
-    changes = {"num_inference_steps": args.b_steps, "guidance_scale": args.b_guidance}
-    later = {name: value for name, value in changes.items() if value is not None}
+    of_call = {"num_inference_steps": args.b_steps, "guidance_scale": args.b_guidance}
+    later = {name: value for name, value in of_call.items() if value is not None}
     check_shapes(check_call(a, call, prompts), check_call(b, {**call, **later}, prompts))
     progress = Progress(quiet=args.quiet)
     progress.start("comparing")
@@ -154,7 +157,7 @@ def _side(args: argparse.Namespace, transformer: str, **own: str | None) -> argp
 
 def _labels(args: argparse.Namespace) -> tuple[str, str]:
     """Labels of A and B: their files, and the options that differ for B."""
-    options = ("b_dtype", "b_steps", "b_guidance", "b_text_encoder", "b_vae")
+    options = ("b_dtype", "b_compute", "b_steps", "b_guidance", "b_text_encoder", "b_vae")
     changed = [f"{name[2:]}={getattr(args, name)}" for name in options if getattr(args, name) is not None]
     return printable(args.a), printable(" ".join([args.b, *changed]))
 

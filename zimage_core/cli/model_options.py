@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from zimage_core.cli.hardware import device_options, settle_threads
+from zimage_core.cli.messages import say
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, printable
 
@@ -16,15 +17,20 @@ if TYPE_CHECKING:
     from zimage_core.pipeline import ZImagePipeline
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+COMPUTE = ("exact", "bfloat16", "int8", "auto")
+"""`quant.arithmetic.MODES`, which a parser does not import."""
 MAX_PROMPT_FILE = 16 << 20
 
 
-def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> argparse._ArgumentGroup:
+def add_model(
+    parser: argparse.ArgumentParser, without: tuple[str, ...] = (), compute: str = "auto"
+) -> argparse._ArgumentGroup:
     """Options that name a model and where it computes.
 
     Args:
         parser: The verb's parser.
         without: Parts that the verb names itself.
+        compute: Default of --compute: "exact" for verbs that judge weights.
     """
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -43,6 +49,7 @@ def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) ->
     model.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="arithmetic of the networks (default: auto)"
     )
+    add_compute(model, compute)
     model.add_argument(
         "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ... (default: auto)"
     )
@@ -51,6 +58,17 @@ def add_model(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) ->
     )
     model.add_argument("--ram", metavar="BYTES", help="limit of host memory, such as 4GiB")
     return model
+
+
+def add_compute(group: argparse._ActionsContainer, default: str = "auto") -> None:
+    """The option --compute."""
+    group.add_argument(
+        "--compute",
+        choices=COMPUTE,
+        default=default,
+        help="numbers in which the blocks multiply; auto: int8 where weights are packed and the device gains "
+        f"over 1.5 times (default: {default})",
+    )
 
 
 def add_image(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -110,7 +128,7 @@ def add_study(parser: argparse.ArgumentParser, output: str) -> argparse._Argumen
     parser.add_argument(
         "--prompts", required=True, metavar="FILE", help="a prompt a line, UTF-8; - is standard input"
     )
-    add_model(parser)
+    add_model(parser, compute="exact")
     image = add_image(parser)
     image.add_argument("--seed", type=int, default=0, metavar="N", help="of the first image (default: 0)")
     group = parser.add_argument_group("output")
@@ -185,6 +203,11 @@ def load_pipeline(args: argparse.Namespace, fit: bool = False) -> ZImagePipeline
     pipeline = _loaded(args, device_options(args, fit))
     if args.own_process:
         settle_threads(pipeline, args)
+    if args.compute == "auto" and pipeline.compute != "exact" and not args.quiet:
+        from zimage_core.nn.compute import automatic
+
+        reason = automatic(pipeline.transformer, pipeline.device)[1]
+        say(f"compute: {pipeline.compute}, {reason}; --compute exact multiplies in full")
     return pipeline
 
 
@@ -193,6 +216,7 @@ def _loaded(args: argparse.Namespace, options: dict[str, Any]) -> ZImagePipeline
 
     if args.dtype != "auto":
         options["dtype"] = args.dtype
+    options["compute"] = args.compute
     parts = given(args, (*COMPONENTS, "tokenizer"))
     if args.model is not None:
         return ZImagePipeline.from_pretrained(args.model, **parts, **options, variant=args.variant)

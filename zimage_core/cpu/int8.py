@@ -1,4 +1,4 @@
-"""Rows of float32 numbers or packed blocks to int8 with one scale each, in a thread's own scratch memory.
+"""Int8 rows on a CPU: made of float32 numbers or of packed blocks, and multiplied.
 
 The arithmetic is that of `zimage_core.reference.int8`: scale = absmax / 127, rounded to nearest even. The
 integers equal the reference's, unless a rotation comes first, whose sums round differently.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zimage_core.cpu.capability import int8_pays
 from zimage_core.cpu.dequantize import dequantize_into
 from zimage_core.cpu.rotation import rotate_into
 from zimage_core.cpu.workspace import Workspace, workspace
@@ -21,6 +22,8 @@ LEAST = 2.0**-100
 
 TILE = 1 << 18
 """Numbers that are quantised at a time: five passes over 1 MiB that stays in the second-level cache."""
+EXACT_DEPTH = 1024
+"""Products of int8 whose sum float32 holds exactly: 1024 * 127 * 127 < 2^24."""
 CHUNK = 1 << 20
 """Weights that are decoded at a time; smaller chunks cost more calls than the cache saves."""
 
@@ -65,6 +68,26 @@ def decode_into(quantised: Tensor, scale: Tensor, packed: Tensor, fmt: BlockForm
         wide = dense[: part.stop - start]
         dequantize_into(wide, packed[part], fmt)
         quantize_into(quantised[part], scale[part], wide, rotation)
+
+
+def multiply_into(sums: Tensor, x: Tensor, weight: Tensor) -> None:
+    """x W^T in int32, exactly.
+
+    Where `torch._int_mm` is slow, or wrong because it adds pairs in int16, float32 multiplies: it holds the
+    sum of 1,024 products of int8 exactly.
+
+    Args:
+        sums: int32 [M, N], contiguous.
+        x: int8 [M, K].
+        weight: int8 [N, K].
+    """
+    if int8_pays():
+        torch._int_mm(x, weight.t(), out=sums)
+        return
+    sums.zero_()
+    for start in range(0, x.shape[1], EXACT_DEPTH):
+        part = slice(start, start + EXACT_DEPTH)
+        sums += (x[:, part].float() @ weight[:, part].float().t()).to(torch.int32)
 
 
 def _quantize(quantised: Tensor, scale: Tensor, wide: Tensor, rotation: int, work: Workspace) -> None:

@@ -78,6 +78,8 @@ class Network(nn.Module):
 
     loader = ""
     """Function of `zimage_core` that loads this network."""
+    compute = "exact"
+    """In which numbers its blocks multiply; see `nn.compute.set_compute`, which sets it."""
     opened: object | None = None
     """The file that it was loaded from, a `weights.opened.Opened`."""
 

@@ -12,7 +12,7 @@ from zimage_core.errors import BadArgument, BadShape
 from zimage_core.formats import DTYPE_NAMES
 from zimage_core.nn.layers import has_hooks
 from zimage_core.quant import int8, ops
-from zimage_core.quant.arithmetic import EXACT, arithmetic_of
+from zimage_core.quant.arithmetic import EXACT
 from zimage_core.quant.int8 import Int8Rows
 from zimage_core.quant.tensor import QuantTensor
 
@@ -166,7 +166,7 @@ def packed_weights(module: nn.Module) -> Iterator[QuantTensor]:
 class Linear(_Weighted):
     """x [..., in_features] -> [..., out_features] in x's dtype, by the layer's arithmetic.
 
-    `arithmetic` says in which numbers it multiplies; see `set_compute`.
+    `arithmetic` says in which numbers it multiplies; see `nn.compute`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
@@ -177,12 +177,11 @@ class Linear(_Weighted):
 
     def forward(self, x: Tensor | Int8Rows) -> Tensor:
         """x [..., in_features], or what `ready` made of it -> [..., out_features]."""
-        if self.arithmetic is EXACT:
-            own = x if isinstance(x, Tensor) else x.dequantize()  # rows that were made for another layer
-            return ops.linear(own, self.weight, self.bias)
-        if self.arithmetic.mode == "int8":
+        mode = self.arithmetic.mode
+        if mode == "int8":
             return int8.linear(x, self.weight, self.bias, self.arithmetic.rotated)
-        return ops.linear(x, self.weight, self.bias, in_bfloat16=True)  # type: ignore[arg-type]
+        own = x if isinstance(x, Tensor) else x.dequantize()  # rows that were made for another layer
+        return ops.linear(own, self.weight, self.bias, in_bfloat16=mode == "bfloat16")
 
     @property
     def rotation(self) -> int | None:
@@ -193,7 +192,7 @@ class Linear(_Weighted):
 
     def extra_repr(self) -> str:
         """Shape, format and arithmetic, for print(model)."""
-        own = "" if self.arithmetic is EXACT else f", {self.arithmetic.mode}"
+        own = "" if self.arithmetic == EXACT else f", {self.arithmetic.mode}"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._kind()}{own}"
 
 
@@ -212,13 +211,6 @@ def ready(x: Tensor, *layers: Linear) -> Tensor:
     if rotations or rotation is None:
         return x
     return int8.quantize_rows(x, rotation)  # type: ignore[return-value]
-
-
-def set_compute(network: nn.Module, mode: str) -> None:
-    """Let the layers of a network's blocks multiply in a mode: "exact", "bfloat16" or "int8"."""
-    for name, module in network.named_modules():
-        if isinstance(module, Linear):
-            module.arithmetic = arithmetic_of(name, mode)
 
 
 class Embedding(_Weighted):

@@ -3,7 +3,7 @@
     exact      weights as the file has them, in the dtype of the computation, float32 sums
     bfloat16   both operands rounded to bfloat16, float32 sums
     int8       both operands as int8 with a scale for each row, exact int32 sums (reference/int8.py)
-    auto       int8 where weights are packed and the device gains more than `GAIN`, else exact
+    auto       int8 where weights are packed and the device gains over 1.5 times, else exact
 
 This is the one place that says which layers take part and which of them rotate; docs/quality.md has the
 velocity errors behind it. Embedders, final layer and adaptive norms stay exact: they are 1 per cent of the
@@ -14,13 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zimage_core.errors import BadArgument, printable
-
 MODES = ("exact", "bfloat16", "int8", "auto")
 """Values of `compute=`."""
-
-GAIN = 1.5
-"""Least gain in speed for which `auto` chooses int8."""
 
 BLOCKS = ("layers", "noise_refiner", "context_refiner")
 """Module lists whose layers take part, of both networks."""
@@ -46,17 +41,6 @@ class Arithmetic:
 
 
 EXACT = Arithmetic()
-
-
-def read_compute(value: object) -> str:
-    """A value of `compute=`.
-
-    Raises:
-        BadArgument: It is none of MODES.
-    """
-    if not isinstance(value, str) or value not in MODES:
-        raise BadArgument(f"compute is {printable(value, 40)}; it must be one of {', '.join(MODES)}")
-    return value
 
 
 def arithmetic_of(name: str, mode: str) -> Arithmetic:

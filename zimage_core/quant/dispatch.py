@@ -66,30 +66,36 @@ class Architecture:
         bandwidth: Bytes per second of a large copy.
         efficiency: Speed of the fused kernel for many rows relative to torch's product; 0 if Triton cannot
             use tensor cores.
+        int8_ops: Operations per second of large int8 products, by Triton or else torch; 0 if there are none.
     """
 
     tensor_flops: float
     bandwidth: float
     efficiency: float
+    int8_ops: float = 0.0
 
 
 # Assumed, not measured: rates are a usual fraction of the peak in data sheets; efficiencies are estimated
 # from the kernel's instructions and the time that its tensor-core work leaves for them (docs/kernels.md).
+# int8: the peak without sparsity, times 0.62 for Hopper's asynchronous products without TMA, 0.5 for
+# Blackwell's and for AMD, 0.65 for A100, 0.75 elsewhere: there a product takes five times as long as what is
+# issued around it.
 ARCHITECTURES = {
     "sm_50": Architecture(8e12, 0.3e12, 0),  # no tensor cores, no Triton: float16 at the rate of float32
-    "sm_70": Architecture(80e12, 0.75e12, 0),
-    "sm_75": Architecture(24e12, 0.305e12, 0),  # Triton emits no tensor-core code for Turing
-    "sm_80": Architecture(250e12, 1.6e12, 0.6),
-    "sm_86": Architecture(24e12, 0.33e12, 0.85),
-    "sm_89": Architecture(155e12, 0.93e12, 0.85),
-    "sm_90": Architecture(790e12, 4.3e12, 0.6),
-    "sm_100": Architecture(1600e12, 7.0e12, 0.5),
-    "sm_120": Architecture(200e12, 1.6e12, 0.85),
+    "sm_70": Architecture(80e12, 0.75e12, 0),  # no tensor cores for int8
+    "sm_75": Architecture(24e12, 0.305e12, 0, 77e12),  # Triton emits no tensor-core code for Turing
+    "sm_80": Architecture(250e12, 1.6e12, 0.6, 405e12),
+    "sm_86": Architecture(24e12, 0.33e12, 0.85, 76e12),
+    "sm_89": Architecture(155e12, 0.93e12, 0.85, 495e12),
+    "sm_90": Architecture(790e12, 4.3e12, 0.6, 1230e12),
+    "sm_100": Architecture(1600e12, 7.0e12, 0.5, 2250e12),
+    "sm_103": Architecture(1600e12, 7.0e12, 0.5, 150e12),  # the int8 of sm_100 was given up for 4-bit floats
+    "sm_120": Architecture(200e12, 1.6e12, 0.85, 630e12),
     "gfx906": Architecture(20e12, 0.8e12, 0),  # no matrix cores, like all before gfx908
-    "gfx942": Architecture(600e12, 4.0e12, 0.6),
+    "gfx942": Architecture(600e12, 4.0e12, 0.6, 1300e12),
     "gfx1030": Architecture(30e12, 0.45e12, 0),  # no matrix cores, like all before gfx1100
-    "gfx1100": Architecture(80e12, 0.85e12, 0.6),
-    "gfx1201": Architecture(120e12, 0.58e12, 0.6),
+    "gfx1100": Architecture(80e12, 0.85e12, 0.6, 60e12),  # int8 has the rate of float16
+    "gfx1201": Architecture(120e12, 0.58e12, 0.6, 195e12),
 }
 
 
@@ -167,6 +173,55 @@ def crossover(fmt: BlockFormat, architecture: str) -> int:
     dequantise = (fmt.nbytes / fmt.weights + 2) / arch.bandwidth
     row = 2 / arch.tensor_flops
     return int(dequantise / ((1 / arch.efficiency - 1) * row))
+
+
+def int8_gain(architecture: str) -> float:
+    """How many times as fast large int8 products are as those of 16 bits; 0 where there are none."""
+    if architecture == "cpu":
+        return 0.0
+    arch = ARCHITECTURES[family(architecture)]
+    return arch.int8_ops / arch.tensor_flops
+
+
+def int8_product(architecture: str) -> str:
+    """What multiplies int8 on a GPU: "triton", or "torch" where Triton emits no tensor-core code.
+
+    Raises:
+        Unsupported: The GPU has no fast int8 product.
+    """
+    if architecture == "cpu":
+        return "torch"
+    arch = ARCHITECTURES[family(architecture)]
+    if not arch.int8_ops:
+        raise Unsupported(f'{architecture} multiplies no int8; use compute="exact"')
+    return "triton" if arch.efficiency else "torch"
+
+
+def int8_bytes(rows: int, width: int) -> int:
+    """Bytes of a weight [rows, width] as int8 rows with their scales."""
+    return rows * width + 4 * rows
+
+
+def choose_int8(format_name: str, rows: int, width: int, architecture: str) -> Choice:
+    """How a packed weight [rows, width] takes part in an int8 product.
+
+    Args:
+        format_name: Key of `zimage_core.formats.FORMATS`.
+        rows: Rows of W.
+        width: Weights of a row.
+        architecture: As for `choose`.
+
+    Raises:
+        UnknownFormat: No such format.
+        BadArgument: The architecture is unknown.
+        Unsupported: The GPU has no fast int8 product.
+    """
+    fmt = by_name(format_name)
+    by = {"triton": "a kernel", "torch": "torch"}[int8_product(architecture)]
+    if fmt.name == "I8":
+        return Choice("kept", f"int8 rows; multiplied by {by}")
+    nbytes = min(SCRATCH_BYTES, int8_bytes(rows, width))
+    return Choice("scratch", f"quantised from {fmt.name} for each product; multiplied by {by}", nbytes)
 
 
 def planar_bytes(fmt: BlockFormat, rows: int, width: int) -> int:

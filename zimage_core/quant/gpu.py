@@ -167,10 +167,10 @@ def _decoded(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
     dequantize_into = _kernels().dequantize.dequantize_into
     rows, width = weight.shape
     height = min(rows, max(8, SCRATCH_BYTES // (width * x.dtype.itemsize) // 8 * 8))
-    dense = _scratch(x.device, height, width, x.dtype)
+    dense = scratch(x.device, height, width, x.dtype)
     scale = None if weight.scale is None else weight.scale.view(-1, 1).expand(rows, 1)
     if height == rows:
-        dequantize_into(dense, _words(weight), weight.format)
+        dequantize_into(dense, words(weight), weight.format)
         return functional.linear(x, dense if scale is None else dense.mul_(scale), bias)
     out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
     for start in range(0, rows, height):
@@ -183,7 +183,7 @@ def _decoded(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _words(weight: QuantTensor) -> Tensor:
+def words(weight: QuantTensor) -> Tensor:
     """The packed bytes as the kernels read them; the view is kept with the weight."""
     found: Tensor | None = weight.planes.words
     if found is None:
@@ -194,7 +194,7 @@ def _words(weight: QuantTensor) -> Tensor:
     return found
 
 
-def _scratch(device: torch.device, height: int, width: int, dtype: torch.dtype) -> Tensor:
+def scratch(device: torch.device, height: int, width: int, dtype: torch.dtype) -> Tensor:
     """Scratch [height, width] that this thread reuses on the current stream; it grows on demand.
 
     Each stream has a buffer of its own. Work on one stream runs in order, so the next weight cannot overwrite
@@ -221,15 +221,15 @@ def hand_over_scratch(device: torch.device, stream: int) -> Scratch | None:
     return _local.scratch.pop((device, stream), None)
 
 
-def take_scratch(device: torch.device, stream: int, scratch: Scratch | None) -> None:
+def take_scratch(device: torch.device, stream: int, held: Scratch | None) -> None:
     """Use what `hand_over_scratch` gave again, for this thread's next products on the stream."""
-    if scratch is not None:
-        _local.scratch[device, stream] = scratch
+    if held is not None:
+        _local.scratch[device, stream] = held
 
 
 def reserve_scratch(device: torch.device, nbytes: int) -> None:
     """Let this thread's scratch of the current stream have at least so many bytes from now on."""
-    _scratch(device, 1, nbytes, torch.uint8)
+    scratch(device, 1, nbytes, torch.uint8)
 
 
 def scratch_bytes(weight: QuantTensor, dtype: torch.dtype) -> int:

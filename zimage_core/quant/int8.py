@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from zimage_core.cpu.int8 import decode_into, quantize_into
+from zimage_core.cpu.int8 import decode_into, multiply_into, quantize_into
 from zimage_core.cpu.pool import in_parallel
 from zimage_core.cpu.rotation import rotate, rotation_group
 from zimage_core.cpu.workspace import workspace
@@ -195,7 +195,7 @@ def _on_cpu(x: Int8Rows, weight: Tensor | QuantTensor, bias: Tensor | None) -> T
                 values = work.take(torch.int8, stop - start, width)
                 scale = work.take(torch.float32, stop - start)
                 _decode(values, scale, weight, start, x.rotation)
-            torch._int_mm(x.values, values.t(), out=sums)
+            multiply_into(sums, x.values, values)
             part = out[:, start:stop]
             part.copy_(sums).mul_(scale).mul_(x_scale)
 

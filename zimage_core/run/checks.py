@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from zimage_core.errors import BadArgument, BadShape, Unsupported, printable
+from zimage_core.quant.arithmetic import MODES
 from zimage_core.sampling.noise import MAX_SEED
 from zimage_core.text.prompt import check_prompt
 
@@ -230,6 +231,10 @@ Dtype = torch.dtype | str | Mapping[str, "torch.dtype | str"] | None
 """Argument for the dtype of a pipeline: one for all networks, or component -> dtype as in diffusers."""
 
 
+Compute = str | Mapping[str, str] | None
+"""Argument for the arithmetic of a pipeline's products, in the same forms; see `quant.arithmetic`."""
+
+
 def read_dtypes(dtype: Dtype, torch_dtype: Dtype, device: torch.device) -> dict[str, torch.dtype]:
     """Return the dtypes of "transformer" and "text_encoder" from the two arguments that may name them.
 
@@ -251,6 +256,23 @@ def read_dtypes(dtype: Dtype, torch_dtype: Dtype, device: torch.device) -> dict[
         first, second = (value.get(name, value.get("default")) for value in named)
         found[name] = read_dtype(first, second, device)
     return found
+
+
+def read_computes(compute: Compute) -> dict[str, str]:
+    """Return the modes of "transformer" and "text_encoder"; one that is left out is no key.
+
+    Raises:
+        BadArgument: A value is no mode, or a dict names something else.
+    """
+    named = compute if isinstance(compute, Mapping) else {"default": compute}
+    known = ("transformer", "text_encoder", "default")
+    for key, value in named.items():
+        if key not in known:
+            raise BadArgument(f"compute: got a dict with {shown(key)}, wanted keys of {', '.join(known)}")
+        if value is not None and value not in MODES:
+            raise BadArgument(f"compute: got {printable(value, 60)}, wanted one of {', '.join(MODES)}")
+    found = {name: named.get(name, named.get("default")) for name in known[:2]}
+    return {name: mode for name, mode in found.items() if mode is not None}
 
 
 def read_dtype(

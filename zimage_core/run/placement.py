@@ -64,8 +64,8 @@ class Placement:
 
     def to(self, networks: Networks, targets: tuple[str | torch.device | torch.dtype, ...]) -> None:
         """Move the networks to devices, or cast transformer and text encoder to dtypes, in this order."""
-        self._refuse_budget("to")
-        self._forget_graphs()
+        self.refuse_budget("to")
+        self.forget_graphs()
         for target in targets:
             if isinstance(target, torch.dtype):
                 self._as_loaded = False
@@ -80,7 +80,7 @@ class Placement:
     def capture(self, transformer: ZImageTransformer, on: bool | None) -> None:
         """Record steps always, never, or where it pays (None); see `ZImagePipeline.capture`."""
         if on:
-            self._refuse_budget("capture")
+            self.refuse_budget("capture")
         if on and transformer.device.type != "cuda":
             raise Unsupported(
                 f"capture: steps can be recorded on a CUDA GPU only, not on {transformer.device}"
@@ -136,7 +136,7 @@ class Placement:
         self, transformer: ZImageTransformer, budget: int | None, vae: AutoencoderConfig
     ) -> dict[str, int]:
         """Keep the largest weights dense; see `ZImagePipeline.dequantize_weights`."""
-        self._refuse_budget("dequantize_weights")
+        self.refuse_budget("dequantize_weights")
         if budget is not None:
             budget = whole("budget", budget, 0, 1 << 50)
         elif transformer.device.type == "cuda":
@@ -159,7 +159,7 @@ class Placement:
         for name in chosen:
             layers[name].dequantize_weight(dtype)
             self._as_loaded = False
-        self._forget_graphs()
+        self.forget_graphs()
         return {name: growth[name] for name in chosen}
 
     def limit_memory(
@@ -210,14 +210,15 @@ class Placement:
         """Report of what was planned and moved in the last run; None without a budget."""
         return None if self.memory is None else self.memory.report()
 
-    def _refuse_budget(self, what: str) -> None:
+    def refuse_budget(self, what: str) -> None:
+        """Raise Unsupported if there is a memory budget, which places the weights."""
         if self.memory is not None:
             raise Unsupported(
                 f"{what}: this pipeline has a memory budget and moves its networks itself; "
                 "call limit_memory() without arguments first, or open it anew"
             )
 
-    def _forget_graphs(self) -> None:
+    def forget_graphs(self) -> None:
         """Drop recorded graphs, whose memory would otherwise stay until the next run."""
         self._own = None
         if self.graphs is not None:

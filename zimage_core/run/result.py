@@ -170,7 +170,7 @@ class ZImageResult:
         write_atomically(path, data, overwrite=force)
 
 
-def settings_of(run: Run, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:
+def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """Settings of each image for its PNG; nothing in them differs between equal runs, as times would."""
     common: dict[str, Any] = {
         "program": "zimage_core",
@@ -182,7 +182,11 @@ def settings_of(run: Run, dtype: torch.dtype) -> tuple[dict[str, Any], ...]:
         "width": run.width,
         "height": run.height,
         "dtype": str(dtype).removeprefix("torch."),
+        "compute": networks["transformer"].compute,
     }
+    encoder = networks.get("text_encoder")
+    if encoder is not None and encoder.compute != common["compute"]:
+        common["text_encoder_compute"] = encoder.compute
     if run.guidance_scale > 0:
         common |= {"cfg_normalization": run.cfg_normalization, "cfg_truncation": run.cfg_truncation}
     if run.own_sigmas and run.steps <= MOST_SIGMAS:

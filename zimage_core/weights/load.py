@@ -20,7 +20,9 @@ from zimage_core.errors import BadArgument, BadWeights, printable
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.nn.compute import set_compute
 from zimage_core.nn.linear import Embedding, Linear
+from zimage_core.quant.arithmetic import MODES
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights import names, storage
 from zimage_core.weights.card import require
@@ -61,6 +63,7 @@ def load_transformer(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     mmap: bool = True,
+    compute: str = "exact",
 ) -> ZImageTransformer:
     """Load an S3-DiT.
 
@@ -69,6 +72,8 @@ def load_transformer(
         dtype: The dtype of the computation: float32, float16 or bfloat16. Packed weights keep their own type.
         device: Device of the model.
         mmap: Use the weights in place; the file must not change meanwhile. False reads it into memory.
+        compute: In which numbers the blocks multiply: "exact", "bfloat16", "int8", or "auto" for int8 where
+            weights are packed and the device gains; see docs/quality.md.
 
     Raises:
         BadFile, UnknownFormat: The file cannot be opened.
@@ -77,7 +82,7 @@ def load_transformer(
             or infinity in norms, biases or pad tokens.
         Unsupported: Its weights are stored in a way that is not read.
     """
-    return _load(ZImageTransformer, path, "transformer", dtype, device, mmap)
+    return _load(ZImageTransformer, path, "transformer", dtype, device, mmap, compute)
 
 
 def load_text_encoder(
@@ -85,12 +90,13 @@ def load_text_encoder(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     mmap: bool = True,
+    compute: str = "exact",
 ) -> TextEncoder:
     """Load a Qwen3, Qwen2 or llama text encoder without its last layer and final norm.
 
     Arguments and errors are those of `load_transformer`.
     """
-    return _load(TextEncoder, path, "text_encoder", dtype, device, mmap)
+    return _load(TextEncoder, path, "text_encoder", dtype, device, mmap, compute)
 
 
 def load_vae(
@@ -110,13 +116,19 @@ def _load(
     dtype: torch.dtype,
     device: str | torch.device,
     mmap: bool,
+    compute: str = "exact",
 ) -> Network:
     if dtype not in DTYPES:
         raise BadArgument(f"dtype is {dtype}, wanted one of {', '.join(str(d) for d in DTYPES)}")
+    if compute not in MODES:
+        raise BadArgument(f"compute is {printable(compute, 40)}; it must be one of {', '.join(MODES)}")
     opened = open_component(path, component, mmap)
     try:
         require(opened.card, component, opened.file.path)
-        return load_network(kind, opened, dtype, device)
+        network = load_network(kind, opened, dtype, device)
+        if compute != "exact":
+            set_compute(network, compute, torch.device(device))
+        return network
     except BaseException:
         opened.file.close()
         raise
