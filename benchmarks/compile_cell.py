@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from zimage_core.formats import FORMATS
-from zimage_core.kernels import elementwise, tiles
+from zimage_core.kernels import elementwise, int8, int8_steps, tiles
 from zimage_core.kernels.decode.table import DECODERS
 from zimage_core.kernels.dequantize import dequantize_into
 from zimage_core.kernels.matmul import matmul
@@ -77,7 +77,30 @@ ELEMENTWISE = {
     "qk_norm_rope": ("",),
     "silu_gate": ("",),
 }
-KERNELS = ("dequantize", "repack", "matmul", "sum", *ELEMENTWISE)
+INT8 = {
+    "quantize": ("3840", "3840 rotated", "10240 rotated"),
+    "rms_norm_modulate_int8": ("3840", "3840 no scale"),
+    "silu_gate_int8": ("10240 rotated",),
+}
+"""Kernels of rows that are quantised -> numbers of a row, and whether it is rotated."""
+WIDEST = "10240 rotated"
+NARROW = ("Q3_K", "Q4_K", "Q6_K", "Q8_0")
+"""Packed weights are compiled as w2 is quantised, with the most registers; these also as most layers are."""
+KERNELS = (
+    "dequantize",
+    "repack",
+    "matmul",
+    "sum",
+    *ELEMENTWISE,
+    *INT8,
+    "requantize",
+    "int8_matmul",
+    "rescale",
+)
+PRODUCTS = ("matmul", "int8_matmul")
+INTEGER_PRODUCT = re.compile(r"IGMMA|IMMA|UTCIMMA|v_mfma_i32\w*|v_wmma_i32\w*")
+"""Tensor-core instructions of int8: wgmma, mma and tcgen05 of NVIDIA, matrix cores of AMD."""
+HOPPER, BLACKWELL = "IGMMA", "UTCIMMA"
 
 
 def tiles_of(target: str) -> dict[str, tuple[int, tiles.Tile]]:
@@ -89,6 +112,14 @@ def tiles_of(target: str) -> dict[str, tuple[int, tiles.Tile]]:
         tile = tiles.matmul_tile(count, target)
         found.setdefault(f"{tile.bm}x{tile.bn} w{tile.warps} s{tile.stages}", (count, tile))
         count = entry["rows"] // 16 * 16 + 16
+    return found
+
+
+def int8_tiles_of(target: str) -> dict[str, tiles.Int8Tile]:
+    """Name -> tile of the int8 product on a target; each also for rows that its steps do not divide."""
+    found = {}
+    for tile in tiles.int8_tiles(target):
+        found[f"{tile.bm}x{tile.bn}x{tile.bk} d{tile.dots} w{tile.warps} s{tile.stages}"] = tile
     return found
 
 
@@ -108,8 +139,21 @@ def cells() -> Iterator[Cell]:
             for variant in variants:
                 for dtype in dtypes:
                     yield Cell(kernel, "", dtype, variant, target)
+        for kernel, variants in INT8.items():
+            for variant in variants:
+                for dtype in dtypes:
+                    yield Cell(kernel, "", dtype, variant, target)
+        for name in DECODERS:
+            yield Cell("requantize", name, "", WIDEST, target)
+        for name in NARROW:
+            yield Cell("requantize", name, "", "3840", target)
         if target in NO_TENSOR_CORES:
+            yield Cell("rescale", "", "float16", "", target)
             continue
+        for dtype in HALVES:
+            for tile in int8_tiles_of(target):
+                yield Cell("int8_matmul", "", dtype, tile, target)
+            yield Cell("int8_matmul", "", dtype, f"{tile} odd", target)
         every = tiles_of(target)
         smallest = min(every, key=lambda tile: every[tile][1].bm * every[tile][1].bn)
         for dtype in HALVES:
@@ -137,9 +181,9 @@ def judge(cell: Cell, row: Row) -> list[str]:
         faults.append(f"{row.spills} spills")
     if row.shared > SHARED[cell.target] * 1024:
         faults.append(f"{row.shared / 1024:.0f} KB of shared memory, {cell.target} has {SHARED[cell.target]}")
-    if cell.kernel == "matmul" and not row.tensor_core:
+    if cell.kernel in PRODUCTS and not row.tensor_core:
         faults.append("no tensor-core instruction")
-    if cell.kernel == "matmul" and cell.target in NO_TENSOR_CORES:
+    if cell.kernel in PRODUCTS and cell.target in NO_TENSOR_CORES:
         faults.append(f"a fused product on {cell.target}")
     return faults
 
@@ -172,6 +216,8 @@ def launch(cell: Cell) -> None:
         arch = (cell.target, MANY if splits else FEW)
         with patch.object(tiles, "architecture", lambda device: arch):
             matmul(empty(count, WIDTH, dtype=dtype), planes, fmt, ROWS, row if cell.kernel == "sum" else None)
+    elif cell.kernel in (*INT8, "requantize", "int8_matmul", "rescale"):
+        launch_int8(cell, dtype)
     elif cell.kernel in ("rms_norm_modulate", "gate_norm_residual"):
         x = empty(TOKENS, ROWS, dtype=dtype)
         factor = None if cell.tile else empty(ROWS, dtype=torch.float32)
@@ -187,6 +233,37 @@ def launch(cell: Cell) -> None:
     else:
         gate = empty(TOKENS, WIDTH, dtype=dtype)
         elementwise.silu_gate(gate, gate, 1.0)
+
+
+def launch_int8(cell: Cell, dtype: torch.dtype) -> None:
+    """Call the host function of an int8 kernel."""
+    if cell.kernel == "int8_matmul":
+        tile = int8_tiles_of(cell.target)[cell.tile.removesuffix(" odd")]
+        width = WIDTH - 16 if cell.tile.endswith("odd") else WIDTH
+        x, w = empty(TOKENS, width, dtype=torch.int8), empty(ROWS, width, dtype=torch.int8)
+        scales = (empty(n, dtype=torch.float32) for n in (TOKENS, ROWS))
+        with patch.object(tiles, "int8", lambda *_: tile):
+            int8.matmul(x, next(scales), w, next(scales), None, dtype)
+        return
+    if cell.kernel == "rescale":
+        sums, scales = empty(TOKENS, ROWS, dtype=torch.int32), empty(TOKENS, dtype=torch.float32)
+        factors = empty(ROWS, dtype=torch.float32)
+        int8.rescale_into(empty(TOKENS, ROWS, dtype=dtype), sums, scales, factors, None)
+        return
+    size, group = int(cell.tile.split()[0]), 256 if cell.tile.endswith("rotated") else 0
+    x, row = empty(TOKENS, size, dtype=dtype), empty(size, dtype=dtype)
+    if cell.kernel == "quantize":
+        int8.quantize_rows(x, group)
+    elif cell.kernel == "requantize":
+        fmt = FORMATS[cell.format]
+        packed = empty(ROWS, size // fmt.weights * fmt.nbytes, dtype=torch.uint8)
+        q, scale = empty(ROWS, size, dtype=torch.int8), empty(ROWS, dtype=torch.float32)
+        int8.requantize_into(q, scale, packed, fmt, group)
+    elif cell.kernel == "silu_gate_int8":
+        int8_steps.silu_gate(x, x, 1.0, group)
+    else:
+        scale = None if cell.tile.endswith("no scale") else empty(size, dtype=torch.float32)
+        int8_steps.rms_norm_modulate(x, row, 1e-5, scale, group)
 
 
 def caught(cell: Cell) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -297,6 +374,13 @@ def resources(kernel: Any) -> tuple[Row, list[tuple[str, str]], dict[str, int]]:
     return row, code, labels
 
 
+def integer_products(code: list[tuple[str, str]], target: str) -> int:
+    """Tensor-core instructions of int8, on Hopper and Blackwell only those of whole warp groups."""
+    found = [operation for operation, _ in code if INTEGER_PRODUCT.fullmatch(operation)]
+    wanted = {"sm_90": HOPPER, "sm_100": BLACKWELL}.get(target)
+    return sum(wanted in (None, operation) for operation in found)
+
+
 def measure(cell: Cell) -> Row:
     """Compile a cell and read the result."""
     row, code, labels = resources(compiled(cell))
@@ -305,4 +389,11 @@ def measure(cell: Cell) -> Row:
         weights = tile.bn * step_weights(DECODERS[cell.format].bits)
         row.loop = hot_loop(code, labels)
         row.per_weight = round(row.loop * tile.warps * gpu(cell.target).warp_size / weights, 2)
+    elif cell.kernel == "int8_matmul":
+        row.tensor_core = integer_products(code, cell.target)
+        row.loop = hot_loop(code, labels)
+    elif cell.kernel in (*INT8, "requantize"):
+        size = int(cell.tile.split()[0])
+        threads = int8.row_warps(int8.row_tiles(size)[0]) * gpu(cell.target).warp_size
+        row.per_weight = round(row.instructions * threads / size, 2)
     return row

@@ -22,6 +22,8 @@ LEAST: tl.constexpr = tl.constexpr(27 << 23)
 """Bits of 2^-100, the least magnitude that a row's scale is made from."""
 ROUND: tl.constexpr = tl.constexpr(12582912.0)
 """1.5 * 2^23: a small number added to it is rounded to an integer, half to even, in its lowest byte."""
+RUN = 2048
+"""Numbers in one program of the kernel that scales sums."""
 LARGEST_ROW = 1 << 14
 """Numbers of a row that a program holds."""
 
@@ -217,6 +219,24 @@ def _int8_matmul_kernel(
     tl.store(y + place, out.to(y.dtype.element_ty), mask=live_m[:, None] & live_n[None, :])
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _rescale_kernel(
+    sums, x_scale, w_scale, bias, y,  # int32 [rows, N], [rows], [N], [N] or None, [rows, N]
+    N, stride, stride_y,              # strides of rows, in elements
+    rows,
+    RUN: tl.constexpr,                # numbers of one program
+):  # fmt: skip
+    runs = tl.cdiv(N, RUN)
+    row = (tl.program_id(0) // runs).to(tl.int64)
+    n = tl.program_id(0) % runs * RUN + tl.arange(0, RUN)
+    live = n < N
+    out = tl.load(sums + row * stride + n, mask=live, other=0).to(tl.float32)
+    out = out * tl.load(w_scale + n, mask=live, other=0.0) * tl.load(x_scale + row)
+    if bias is not None:
+        out += tl.load(bias + n, mask=live, other=0.0).to(tl.float32)
+    tl.store(y + row * stride_y + n, out.to(y.dtype.element_ty), mask=live)
+
+
 def row_tiles(size: int) -> tuple[int, int]:
     """Two powers of two (the second may be 0) that hold `size` numbers together with the least left over.
 
@@ -279,17 +299,37 @@ def matmul(
     return y
 
 
+def rescale_into(
+    out: torch.Tensor,
+    sums: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> None:
+    """Fill out [M, N] from int32 sums [M, N], rows of either at any distance, as `matmul` ends."""
+    rows, size = out.shape
+    if out.numel():
+        sizes = (size, sums.stride(0), out.stride(0))
+        programs = rows * -(-size // RUN)
+        _rescale_launch()((programs, 1), (sums, x_scale, w_scale, bias, out), sizes, (rows,))
+
+
+@cache
+def _rescale_launch() -> Launch:
+    return Launch(_rescale_kernel, {"RUN": RUN}, num_warps=4, enable_fp_fusion=False)
+
+
 @cache
 def _quantize_launch(size: int, rotation: int) -> Launch:
     head, tail = row_tiles(size)
-    constants = {"HEAD": head, "TAIL": tail, "G": rotation}
+    constants = {"HEAD": head, "TAIL": tail, "G": block(rotation)}
     return Launch(_quantize_kernel, constants, num_warps=row_warps(head), enable_fp_fusion=False)
 
 
 @cache
 def _requantize_launch(name: str, size: int, rotation: int) -> Launch:
     head, tail = row_tiles(size)
-    constants = {**DECODERS[name].constants(name), "HEAD": head, "TAIL": tail, "G": rotation}
+    constants = {**DECODERS[name].constants(name), "HEAD": head, "TAIL": tail, "G": block(rotation)}
     return Launch(_requantize_kernel, constants, num_warps=row_warps(head), enable_fp_fusion=False)
 
 
@@ -301,6 +341,11 @@ def _matmul_launch(tile: tiles.Int8Tile, even: bool) -> Launch:
     return Launch(
         _int8_matmul_kernel, constants, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False
     )
+
+
+def block(rotation: int) -> int:
+    """Block of a rotation as a kernel's constant: 0 for those of one number, which change nothing."""
+    return rotation if rotation > 1 else 0
 
 
 def row_warps(head: int) -> int:

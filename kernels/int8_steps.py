@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from zimage_core.kernels.int8 import columns, row_tiles, row_warps, spread, store_row
+from zimage_core.kernels.int8 import block, columns, row_tiles, row_warps, spread, store_row
 from zimage_core.kernels.launch import Launch
 
 
@@ -114,6 +114,6 @@ def _dense_rows(x: torch.Tensor) -> torch.Tensor:
 @cache
 def _launch(kernel: Any, size: int, rotation: int) -> Launch:
     head, tail = row_tiles(size)
-    constants = {"HEAD": head, "TAIL": tail, "G": rotation}
+    constants = {"HEAD": head, "TAIL": tail, "G": block(rotation)}
     # as in `int8.py`: the scale and the integers must be those of the numbers in the registers
     return Launch(kernel, constants, num_warps=row_warps(head), enable_fp_fusion=False)

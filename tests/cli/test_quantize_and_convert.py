@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.tree import ROOT
 from tests.helpers.wide import wide_state, write_wide
 from zimage_core.errors import BadFile
-from zimage_core.export.mixes import MIXES
+from zimage_core.export.mixes import INT8, MIXES
 from zimage_core.export.recipes import read_recipe
 from zimage_core.weights.inspection import inspect_file
 
@@ -33,6 +33,17 @@ def test_a_type_gives_one_line_on_what_came_out(zimage, wide, tmp_path):
     assert "Q4_K 8" in outcome.out
     assert "which blocks of Q6_K do not divide: F16 instead" in outcome.err
     assert inspect_file(tmp_path / "a.gguf").usable
+
+
+def test_an_int8_file_is_made_and_told_of(zimage, wide, tmp_path):
+    out = tmp_path / "a.safetensors"
+    outcome = zimage("quantize", wide, out, "--type", "int8_convrot")
+    assert outcome.status == 0
+    assert re.search(r"; BF16 \d+, I8 20$", outcome.out.strip())
+    assert "  note      INT8, rotated by blocks of 256: 16 matrices" in zimage("inspect", out).out
+    refused = zimage("quantize", wide, out, "--type", "INT8_ROW", "--write-recipe", tmp_path / "r.txt")
+    assert refused.status == 2
+    assert "--write-recipe: int8 rows follow no recipe" in refused.error
 
 
 def test_quiet_is_quiet(zimage, wide, tmp_path):
@@ -116,7 +127,7 @@ def test_packed_weights_need_a_word(zimage, wide, tmp_path):
 
 def test_help_names_the_types_and_examples(zimage):
     text = zimage("quantize", "--help").out
-    assert set(MIXES) - set(re.findall(r"\w+", text)) == {"F32", "Q1_0", "Q2_0"}
+    assert {*MIXES, *INT8} - set(re.findall(r"\w+", text)) == {"F32", "Q1_0", "Q2_0"}
     assert "--size 3.5GB" in text
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from zimage_core.cpu.pool import MAX_WORKERS, in_parallel
+from zimage_core.cpu.pool import MAX_WORKERS, _Pool, in_parallel
+
+TASKS = Path("/proc/self/task")
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +77,14 @@ def test_a_forked_child_makes_its_own_threads():
         in_parallel(lambda start, stop: seen.append(stop - start), 100)
         os._exit(0 if sum(seen) == 100 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="counts threads by /proc")
+def test_openmp_knows_more_threads_than_workers():
+    """So that GNU's OpenMP lets idle threads sleep; they would spin on the workers' cores."""
+    before = len(list(TASKS.iterdir()))
+    pool = _Pool(3)
+    try:
+        assert len(list(TASKS.iterdir())) - before == 2 * pool.workers
+    finally:
+        pool.executor.shutdown()

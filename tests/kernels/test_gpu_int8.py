@@ -102,7 +102,8 @@ def test_slabs_give_the_bits_of_the_whole(way, device, monkeypatch):
     assert gpu_int8.scratch_bytes(weight) == 16 * 256
 
 
-def test_torch_multiplies_what_its_product_refuses(device, monkeypatch):
+@pytest.mark.parametrize("bias", [False, True])
+def test_torch_multiplies_what_its_product_refuses(bias, way, device, monkeypatch):
     """Few rows, and sizes that are no multiple of eight, on a GPU; sums in several parts."""
     monkeypatch.setattr(gpu, "architecture", lambda device: "sm_75")
     monkeypatch.setattr(gpu_int8, "SUM_BYTES", 4 * 16 * 20)
@@ -117,7 +118,8 @@ def test_torch_multiplies_what_its_product_refuses(device, monkeypatch):
         return real(a, b)
 
     monkeypatch.setattr(torch, "_int_mm", strict)
-    close(gpu_int8.linear(x, weight, None), wanted(x, numbers(weight), None, 0), 0)
+    add = random_x(13, device=device, dtype=torch.float32, seed=1) if bias else None
+    close(gpu_int8.linear(x, weight, add), wanted(x, numbers(weight), add, 0), 0)
     assert len(seen) > 1
 
 

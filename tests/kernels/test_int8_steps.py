@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from zimage_core.config import TransformerConfig
 from zimage_core.kernels import elementwise, int8, int8_steps
+from zimage_core.models.transformer import TransformerBlock
+from zimage_core.nn.compute import set_compute
+from zimage_core.nn.elementwise import LONGEST
+from zimage_core.quant import dispatch
 
 EPS = 1e-5
 
@@ -59,3 +64,47 @@ def test_what_is_not_finite_stays_in_its_row(device):
     assert int8_steps.silu_gate(gate, up, 1.0, 16)[1].isfinite().tolist() == [True, False, True]
     found = int8_steps.rms_norm_modulate(gate, up[0], EPS, None, 0)[1]
     assert found.isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@torch.no_grad()
+def test_a_block_in_int8_quantises_in_its_steps(half, device, monkeypatch):
+    """The same block, its steps by kernels that quantise and by torch; integers may differ at a half."""
+    torch.manual_seed(0)
+    config = TransformerConfig(dim=64, n_heads=2, hidden_dim=176, axes_dims=(8, 12, 12))
+    block = TransformerBlock(config, modulated=True)
+    for p in block.parameters():
+        p.normal_(0, 0.1)
+    network = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([block])})
+    set_compute(network, "int8", torch.device("cpu"))
+    block.to(device, torch.float16 if half else torch.float32)
+    x, temb, angles = torch.randn(9, 64), torch.randn(config.adaln_dim), torch.randn(9, 16)
+    x, temb, cos, sin = (t.to(device) for t in (x, temb, angles.cos(), angles.sin()))
+    x, temb = x.to(block.attention.to_q.dtype), temb.to(block.attention.to_q.dtype)
+    ran: list[str] = []
+    for name in ("rms_norm_modulate", "silu_gate"):
+        kernel = getattr(int8_steps, name)
+        monkeypatch.setattr(int8_steps, name, lambda *a, k=kernel, n=name: (ran.append(n), k(*a))[1])
+    results = []
+    for choice in ("off", "on"):
+        monkeypatch.setattr(dispatch, "KERNELS", choice)
+        results.append(block(x, (cos, sin), temb).float())
+    assert ran == ["rms_norm_modulate", "rms_norm_modulate", "silu_gate"]
+    assert (results[1] - results[0]).norm() < (2e-3 if half else 5e-4) * results[0].norm()
+
+
+def test_a_hook_on_a_branch_sees_floats(device, monkeypatch):
+    monkeypatch.setattr(dispatch, "KERNELS", "on")
+    config = TransformerConfig(dim=64, n_heads=2, hidden_dim=176, axes_dims=(8, 12, 12))
+    block = TransformerBlock(config, modulated=False).to(device)
+    set_compute(torch.nn.ModuleDict({"layers": torch.nn.ModuleList([block])}), "int8", torch.device("cpu"))
+    seen = []
+    block.feed_forward.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    angles = torch.randn(5, 16, device=device)
+    with torch.no_grad():
+        block(torch.randn(5, 64, device=device), (angles.cos(), angles.sin()))
+    assert isinstance(seen[0], torch.Tensor)
+
+
+def test_one_length_is_stated_twice():
+    assert int8.LARGEST_ROW == LONGEST

@@ -173,7 +173,7 @@ def test_a_fault_in_a_thread_is_raised_by_the_caller(monkeypatch, two_threads):
     def fault(*_: object) -> None:
         raise ArithmeticError("planted")
 
-    monkeypatch.setattr(ops, "dequantize_into", fault)
+    monkeypatch.setattr(ops.cpu, "slabs", fault)
     with pytest.raises(ArithmeticError, match="planted"):
         ops.linear(torch.randn(4, 256), quant("Q4_K", 64, 256))
 

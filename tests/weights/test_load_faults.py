@@ -73,7 +73,7 @@ def test_fp8_of_comfy_quant(tmp_path):
 @pytest.mark.parametrize(
     ("quant", "message"),
     [
-        (b'{"format": "int8_tensorwise"}', "int8_tensorwise.*get the same model as GGUF"),
+        (b'{"format": "int8_tensorwise"}', "is F8_E4M3, and ComfyUI.*int8_tensorwise.*get the same model"),
         (b'{"format": "float8_e4m3fn", "convrot": true}', "convrot"),
         (b'{"format": "nvfp4"}', "nvfp4"),
         (b"not json", "not JSON"),

@@ -1,4 +1,4 @@
-"""`zimage quantize IN OUT`: make a GGUF of fewer bits from any checkpoint."""
+"""`zimage quantize IN OUT`: make a GGUF of fewer bits, or int8 safetensors, from any checkpoint."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ EPILOG = """types:
   Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q3_K_L Q3_K_M Q3_K_S Q2_K, Q4_0 Q4_1 Q5_0 Q5_1, F16 BF16,
   IQ4_NL IQ4_XS IQ3_M IQ3_S IQ3_XS IQ3_XXS IQ2_M IQ2_S IQ2_XS IQ2_XXS IQ1_M IQ1_S (slow to make),
   TQ1_0 TQ2_0 MXFP4 NVFP4; each is a mix: embedders, refiners and the final layer keep their floats.
+  INT8_CONVROT (ComfyUI's, rotated) and INT8_ROW: int8 rows as NAME.safetensors.
 
 examples:
   zimage quantize Z-Image-Turbo/ z-image-turbo-Q4_K_M.gguf --type Q4_K_M
   zimage quantize Z-Image-Turbo/ encoder.gguf --component text_encoder --type Q5_K_M
+  zimage quantize Z-Image-Turbo/ turbo_int8_convrot.safetensors --type INT8_CONVROT
   zimage quantize turbo.safetensors turbo.gguf --size 3.5GB --imatrix turbo.imatrix.gguf
   zimage quantize turbo.safetensors turbo.gguf --fit 6GiB --sensitivity turbo.json
 
@@ -33,18 +35,18 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser = verbs.add_parser(
         "quantize",
         parents=[common],
-        help="make a GGUF of fewer bits from any checkpoint",
+        help="make a GGUF of fewer bits, or an int8 file, from any checkpoint",
         description="Quantise a transformer or a text encoder, from any layout that is read here, into one "
-        "GGUF with the names that diffusers, ComfyUI-GGUF and stable-diffusion.cpp read. No GPU, memory for "
-        "one tensor.",
+        "GGUF with the names that diffusers, ComfyUI-GGUF and stable-diffusion.cpp read, or into one int8 "
+        "safetensors file for ComfyUI. No GPU, memory for one tensor.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("source", metavar="IN", help="GGUF, safetensors, a folder, or default: the embedded model")
-    add("out", metavar="OUT", help="the GGUF to write: NAME.gguf")
+    add("out", metavar="OUT", help="the file to write: NAME.gguf, or NAME.safetensors for int8")
     choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--type", metavar="NAME", help="a standard mix, such as Q4_K_M")
+    choice.add_argument("--type", metavar="NAME", help="a standard mix, such as Q4_K_M, or INT8_CONVROT")
     choice.add_argument("--recipe", metavar="FILE", help="lines of PATTERN [LAYERS] = TYPE")
     choice.add_argument("--size", metavar="BYTES", help="of the file: 3.5GB, 3.2GiB; types are chosen for it")
     choice.add_argument(
@@ -74,10 +76,13 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Quantise, and print one line about the file."""
+    from zimage_core.export.mixes import INT8
     from zimage_core.export.quantizing import quantize_file
     from zimage_core.export.recipes import write_recipe
 
     if args.write_recipe is not None:
+        if (args.type or "").upper() in INT8:
+            raise BadArgument("--write-recipe: int8 rows follow no recipe; leave it out")
         check_destination(args.write_recipe, args.force)
         if Path(args.write_recipe).resolve() == Path(args.out).resolve():
             raise BadArgument("--write-recipe: names OUT itself; give the recipe another name")

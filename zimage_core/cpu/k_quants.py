@@ -16,6 +16,7 @@ from zimage_core.cpu.fields import (
     floats,
     half,
     i8,
+    i32,
     i64,
     nibbles,
     run,
@@ -73,13 +74,18 @@ def q3_k_body(blocks: Tensor, out: Tensor, work: Workspace, scales: Tensor) -> N
 def affine_header(blocks: Tensor, work: Workspace) -> tuple[Tensor, ...]:
     """Q4_K and Q5_K: d * s and dmin * m from twelve bytes of six-bit numbers, [n, 8] each."""
     n = len(blocks)
-    a, b, c = word_columns(run(blocks, 4, 12, work))
-    scale = [a & _3F, c & _0F | a >> 2 & _30]
-    least = [b & _3F, c >> 4 & _0F | b >> 2 & _30]
-    six = floats(bytes_of_columns(scale + least, work), work).view(n, 2, 8)
-    six[:, 0] *= half(blocks, 0)
-    six[:, 1] *= half(blocks, 2)
-    return six[:, 0].contiguous(), six[:, 1].contiguous()
+    halves, a, b, c = work.take(i32, 4, n).copy_(blocks.view(i32)[:, :4].t()).unbind(0)
+    six, spare = work.take(i32, 2, n, 2), work.take(i32, n)
+    (scale, scale4), (least, least4) = (each.unbind(1) for each in six)  # four numbers in a word
+    torch.bitwise_and(a, _3F, out=scale)
+    torch.bitwise_and(b, _3F, out=least)
+    torch.bitwise_and(c, _0F, out=spare)
+    torch.bitwise_or(spare, a.bitwise_right_shift_(2).bitwise_and_(_30), out=scale4)
+    c.bitwise_right_shift_(4).bitwise_and_(_0F)
+    torch.bitwise_or(c, b.bitwise_right_shift_(2).bitwise_and_(_30), out=least4)
+    factors = floats(halves.view(torch.float16).view(n, 2), work)
+    columns = floats(six.view(u8), work).view(2, n, 8)
+    return columns[0].mul_(factors[:, :1]), columns[1].mul_(factors[:, 1:])
 
 
 def _affine(planes: tuple[Tensor, Tensor], out: Tensor, scales: Tensor, minima: Tensor) -> None:

@@ -4,6 +4,10 @@ Torch divides every operation among its threads and waits for all of them at its
 hundreds of operations of some ten microseconds, so the waiting costs more than the work, and more still if
 another process uses one of the cores. Here one thread dequantises and multiplies a whole range of rows, and
 there is only one wait per matrix.
+
+GNU's OpenMP lets torch's own threads spin for milliseconds after each operation, on cores that the workers
+need: this doubled the CPU time of a text encoder. It lets them sleep at once if it knows of more threads than
+there are cores. Every worker therefore starts one more thread, which then sleeps.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ import torch
 
 MAX_WORKERS = 8
 """Most workers, because Python's own lock limits more of them; each then has several torch threads."""
+
+_SPREAD = 1 << 18
+"""Elements of an operation that torch divides among two threads."""
 
 Task = Callable[[int, int], None]
 """(start, stop) -> None: processes a range of rows."""
@@ -42,6 +49,8 @@ class _Pool:
             # A thread copies the process's number at its first query and may then set its own. Setting it
             # also changes the process's number, which is restored below when all threads have theirs.
             torch.get_num_threads()
+            torch.set_num_threads(2)
+            torch.ones(_SPREAD).add_(1)
             torch.set_num_threads(threads // self.workers)
             _inside.worker = True
             everyone.wait()

@@ -72,6 +72,11 @@ class Target:
         return math.prod(self.shape)
 
 
+def is_small(target: Target) -> bool:
+    """Whether the tensor is a norm, a bias or a pad token, which stay floats in every file."""
+    return len(target.shape) < 2 or target.name.endswith("pad_token")
+
+
 class Checkpoint:
     """An open model of one network; a context manager that closes it.
 
@@ -170,7 +175,7 @@ class Checkpoint:
         return {self.file.tensors[part.name].format.name for part in target.parts}
 
     def is_scaled(self, target: Target) -> bool:
-        """Whether a separate scale multiplies the numbers of a part (fp8)."""
+        """Whether a separate scale multiplies the numbers of a part (fp8, int8)."""
         return any(part.name in self._scaled for part in target.parts)
 
     @property
@@ -194,20 +199,21 @@ class Checkpoint:
                 yield self._native(data, info.format)
 
     def dense(self, target: Target) -> Iterator[Tensor]:
-        """The numbers in slabs of float32 [rows, K]; scales are applied."""
+        """The numbers in slabs of float32 [rows, K]; scales are applied, and rotations undone."""
         for part in target.parts:
             info = self.file.tensors[part.name]
             columns = info.shape[-1] if info.shape else 1
             width = info.format.row_bytes(columns)
             first, size = self._span(part)
-            scale = self._scale(part)
+            scale, rotation = self._scale(part)
             step = max(1, SLAB // columns)
             for row in range(0, size // width, step):
                 count = min(step, size // width - row)
                 data = self.file.source_of(part.name).read_at(first + row * width, count * width)
                 packed = torch.frombuffer(self._native(data, info.format), dtype=torch.uint8)
                 rows = scale if scale is None or scale.numel() == 1 else scale[row : row + count]
-                found = QuantTensor(packed.view(count, width), info.format, (count, columns), rows)
+                packed = packed.view(count, width)
+                found = QuantTensor(packed, info.format, (count, columns), rows, rotation=rotation)
                 yield found.dequantize() if info.format.name != "F64" else self._narrowed(found, part.name)
 
     def _narrowed(self, wide: QuantTensor, name: str) -> Tensor:
@@ -227,14 +233,15 @@ class Checkpoint:
             info.nbytes * (part.stop - part.start) // part.of,
         )
 
-    def _scale(self, part: Part) -> Tensor | None:
-        """Scale of a part, float32: one number or one for each of its rows; None if it has no scale."""
+    def _scale(self, part: Part) -> tuple[Tensor | None, int]:
+        """Scale of a part, float32: one number or one for each of its rows, or None; and its rotation."""
         if part.name not in self._scaled:
-            return None
-        scale = storage.scaled_tensor(self.file, part.name).scale
-        if scale is None or scale.numel() == 1:
-            return scale
-        return scale[len(scale) * part.start // part.of : len(scale) * part.stop // part.of]
+            return None, 0
+        whole = storage.scaled_tensor(self.file, part.name)
+        scale = whole.scale
+        if scale is not None and scale.numel() != 1:
+            scale = scale[len(scale) * part.start // part.of : len(scale) * part.stop // part.of]
+        return scale, whole.rotation
 
     def _native(self, data: bytearray, fmt: BlockFormat) -> bytearray:
         if not self.file.swapped:

@@ -17,14 +17,20 @@ from typing import Any
 
 from zimage_core.errors import BadArgument, Unsupported, printable
 from zimage_core.export import safetensors_file
-from zimage_core.export.checkpoint import MODEL_PREFIX, Checkpoint, Target
+from zimage_core.export.checkpoint import MODEL_PREFIX, Checkpoint, Target, is_small
 from zimage_core.export.configs import config_json
 from zimage_core.export.folders import SHARD_BYTES, write_component, write_layout
 from zimage_core.export.metadata import gguf_metadata, safetensors_metadata
 from zimage_core.export.mixes import MIXES
 from zimage_core.export.quantizing import refuse_same_file
 from zimage_core.export.streaming import Job, Log, Progress
-from zimage_core.export.vocabularies import TOKENS_KEY, copied_files, tokenizer_files, tokenizer_folder
+from zimage_core.export.vocabularies import (
+    TOKENS_KEY,
+    copied_files,
+    tell_of_tokenizer,
+    tokenizer_files,
+    tokenizer_place,
+)
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights import gguf_writer
@@ -205,7 +211,7 @@ def _float(source: Checkpoint, target: Target, dequantize: str | None) -> BlockF
 
 def _gguf_job(source: Checkpoint, target: Target, dequantize: str | None) -> Job:
     stored = source.format_of(target)
-    if _is_small(target):
+    if is_small(target):
         return Job(target, FORMATS["F32"])
     return Job(target, _float(source, target, dequantize) or stored or FORMATS["F32"])
 
@@ -213,7 +219,7 @@ def _gguf_job(source: Checkpoint, target: Target, dequantize: str | None) -> Job
 def _safetensors_job(source: Checkpoint, target: Target, dequantize: str | None) -> Job:
     stored = source.format_of(target)
     narrow = source.file.metadata.get(NARROW_KEY)
-    if _is_small(target) and stored == FORMATS["F32"] and narrow in FLOATS.values():
+    if is_small(target) and stored == FORMATS["F32"] and narrow in FLOATS.values():
         return Job(target, FORMATS[str(narrow)])
     fmt = _float(source, target, dequantize) or stored
     if fmt is None or not fmt.is_float:
@@ -224,18 +230,13 @@ def _safetensors_job(source: Checkpoint, target: Target, dequantize: str | None)
     return Job(target, fmt)
 
 
-def _is_small(target: Target) -> bool:
-    """Whether the tensor is a norm, a bias or a pad token, which GGUF readers expect in float32."""
-    return len(target.shape) < 2 or target.name.endswith("pad_token")
-
-
 def _gguf_keys(source: Checkpoint, jobs: Sequence[Job], log: Log) -> dict[str, Any]:
     """The metadata of a converted GGUF."""
     metadata = gguf_metadata(source, file_type=_file_type(source, jobs), log=log)
     if not _same_types(source, jobs):
         for key in ("zimage.recipe_name", "zimage.recipe"):
             metadata.pop(key, None)
-    widened = Counter(name for job in jobs if _is_small(job.target) for name in source.formats_of(job.target))
+    widened = Counter(name for job in jobs if is_small(job.target) for name in source.formats_of(job.target))
     if len(widened) == 1 and next(iter(widened)) in ("F16", "BF16"):
         metadata[NARROW_KEY] = next(iter(widened))
     elif len(widened) > 1:
@@ -248,14 +249,14 @@ def _file_type(source: Checkpoint, jobs: Sequence[Job]) -> int | None:
     stated = source.file.metadata.get("general.file_type")
     if isinstance(stated, int) and _same_types(source, jobs):
         return stated
-    matrices = Counter(job.format.name for job in jobs if not _is_small(job.target))
+    matrices = Counter(job.format.name for job in jobs if not is_small(job.target))
     mix = MIXES.get(matrices.most_common(1)[0][0]) if matrices else None
     return None if mix is None else mix.file_type
 
 
 def _same_types(source: Checkpoint, jobs: Sequence[Job]) -> bool:
     """Whether every matrix keeps its type."""
-    return all(_is_small(job.target) or source.format_of(job.target) == job.format for job in jobs)
+    return all(is_small(job.target) or source.format_of(job.target) == job.format for job in jobs)
 
 
 def _is_changed(source: Checkpoint, jobs: Sequence[Job]) -> bool:
@@ -265,18 +266,14 @@ def _is_changed(source: Checkpoint, jobs: Sequence[Job]) -> bool:
 
 def _tokenizer(source: Checkpoint, to: str, log: Log) -> dict[str, bytes]:
     """The files of the tokenizer for a folder; what is not carried over is logged."""
-    where = printable(source.file.path)
-    inside = TOKENS_KEY in source.file.metadata
-    folder = tokenizer_folder(source.folder) or tokenizer_folder(Path(source.file.path).parent)
+    place = tokenizer_place(source.file, source.folder)
     if to == "single":
-        place = where if inside else folder and printable(folder)
-        if place:
-            log(f"a safetensors file holds no tokenizer; give this one beside it: --tokenizer {place}")
+        tell_of_tokenizer(place, log)
         return {}
     try:
-        if inside:
+        if TOKENS_KEY in source.file.metadata:
             return tokenizer_files(Tokenizer.from_gguf(source.file), source.file.metadata)
-        return {} if folder is None else copied_files(folder)
+        return {} if place is None else copied_files(place)
     except Unsupported as error:
         log(f"the tokenizer is not in the output: {error}")
         return {}

@@ -94,7 +94,7 @@ def write_component(
         for name, part in zip(names, parts, strict=True):
             mine = [by_name[row[0]] for row in part]
             layout = safetensors_file.lay_out(metadata, part)
-            tell = None if progress is None else _shifted(progress, before, total)
+            tell = None if progress is None else shifted(progress, before, total)
             nbytes += write_layout(source, mine, layout, folder / name, False, tell, log)
             before += sum(job.target.weights for job in mine)
         if len(parts) > 1:
@@ -115,6 +115,6 @@ def _present(folder: Path, stem: str, index: str) -> set[Path]:
     return {path for path in files if path.name == index or pattern.fullmatch(path.name)}
 
 
-def _shifted(progress: Progress, before: int, total: int) -> Progress:
+def shifted(progress: Progress, before: int, total: int) -> Progress:
     """Convert the progress of one shard into that of the whole folder."""
     return lambda done, _, name: progress(before + done, total, name)

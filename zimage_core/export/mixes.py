@@ -130,6 +130,9 @@ MIXES: dict[str, Mix] = {
 # fmt: on
 """Name -> mix, best quality first."""
 
+INT8 = {"INT8_CONVROT": True, "INT8_ROW": False}
+"""Types of int8 rows, which are written as safetensors (export/int8_file.py) -> whether rows are rotated."""
+
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 """Other names of mixes; as in llama-quantize, a bare K type means its M mix."""
 
@@ -148,7 +151,7 @@ def standard_mix(name: str, component: str, names: Mapping[str, object]) -> Reci
     key = ALIASES.get(name.upper(), name.upper())
     mix = MIXES.get(key)
     if mix is None:
-        raise BadArgument(f"unknown type {printable(name, 40)!r}; known are {', '.join(MIXES)}")
+        raise BadArgument(f"unknown type {printable(name, 40)!r}; known are {', '.join((*MIXES, *INT8))}")
     if component == "transformer":
         rules = [*(Rule(pattern, SOURCE) for pattern in KEPT), *_bumps(mix.transformer, TRANSFORMER_PARTS)]
     else:

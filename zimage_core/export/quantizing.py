@@ -1,4 +1,4 @@
-"""Quantises a checkpoint of any layout into a GGUF, one tensor at a time."""
+"""Quantises a checkpoint of any layout into a GGUF or an int8 safetensors file, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from os import PathLike, fspath
 from pathlib import Path
 
 from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
+from zimage_core.export import int8_file
 from zimage_core.export.checkpoint import Checkpoint, Target
 from zimage_core.export.metadata import gguf_metadata
-from zimage_core.export.mixes import refuse_idle_rules, standard_mix
+from zimage_core.export.mixes import INT8, refuse_idle_rules, standard_mix
 from zimage_core.export.recipes import Recipe, choose_formats, read_recipe
 from zimage_core.export.sensitivity import Sensitivity, read_sensitivity
 from zimage_core.export.sizing import recipe_for_size
@@ -37,7 +38,7 @@ class Quantized:
         path: The file.
         nbytes: Its size in bytes.
         types: Format -> number of tensors.
-        recipe: The recipe that was applied.
+        recipe: The recipe that was applied; without rules for int8 rows.
         remarks: The messages that were passed to `log`.
         seconds: Wall time.
     """
@@ -67,15 +68,16 @@ def quantize_file(
     progress: Progress | None = None,
     log: Log | None = None,
 ) -> Quantized:
-    """Quantise a transformer or a text encoder into one GGUF file.
+    """Quantise a transformer or a text encoder into one file: a GGUF, or int8 safetensors for ComfyUI.
 
     Memory is bounded for models of any size. `out` appears complete or not at all: a call that fails or is
     interrupted leaves the previous file, and the next call starts from the beginning.
 
     Args:
         source: A checkpoint in any layout that the library reads: diffusers folder, single file, GGUF.
-        out: The GGUF to write.
-        type: A standard mix ("Q4_K_M"); exactly one of type, recipe and size is given.
+        out: The file to write: a GGUF, or safetensors for int8.
+        type: A standard mix ("Q4_K_M"), or "INT8_CONVROT" or "INT8_ROW" (export/int8_file.py); exactly one of
+            type, recipe and size is given.
         recipe: A Recipe, or the path of a recipe file.
         size: Bytes that the file may have; types are chosen by `sensitivity`, or by a rule of thumb
             (export/sizing.py).
@@ -93,8 +95,9 @@ def quantize_file(
         Path, size, types, recipe, remarks and time of the file.
 
     Raises:
-        BadArgument: Not exactly one of type, recipe and size is given; `out` does not end in .gguf; a type is
-            unknown; the recipe has no rule for some tensor, or a rule for none.
+        BadArgument: Not exactly one of type, recipe and size is given; `out` does not end in .gguf
+            (.safetensors for int8); a type is unknown; the recipe has no rule for some tensor, or a rule for
+            none; an imatrix is given for int8.
         BadFile: The source cannot be read; `out` exists, is the source, or cannot be written.
         BadWeights: The weights hold NaN or infinity (the message names tensor, count and position), or the
             model is incomplete.
@@ -106,8 +109,10 @@ def quantize_file(
         raise BadArgument("wanted exactly one of type (--type), recipe (--recipe) and size (--size)")
     if sensitivity is not None and size is None:
         raise BadArgument("sensitivity chooses types for a size (--size); give that too, or leave it out")
-    if Path(out).suffix.lower() != ".gguf":
-        raise BadArgument(f"{printable(fspath(out))}: a GGUF is written; give it a name that ends in .gguf")
+    rows = INT8.get((type or "").upper())
+    _check_name(out, type if rows is not None else None)
+    if rows is not None and imatrix is not None:
+        raise BadArgument("imatrix (--imatrix): int8 rows are rounded to nearest without one; leave it out")
     started = time.perf_counter()
     remarks: list[str] = []
 
@@ -125,9 +130,17 @@ def quantize_file(
     check_destination(out, overwrite)
     with Checkpoint(source, component, variant) as checkpoint:
         refuse_same_file(checkpoint, out)
-        targets = _targets(checkpoint, requantize)
+        targets = _targets(checkpoint, requantize, rows is not None)
         for caution in checkpoint.card.cautions:
             say(caution)
+        nonfinite: NonFinite = "replace" if allow_nonfinite else "raise"
+        if rows is not None:
+            nbytes, found = int8_file.write_int8_file(
+                checkpoint, targets, rows, out, overwrite, nonfinite, progress, say
+            )
+            seconds = time.perf_counter() - started
+            chosen = Recipe((type or "").upper(), ())
+            return Quantized(fspath(out), nbytes, found, chosen, tuple(remarks), seconds)
         if type is not None:
             chosen = standard_mix(type, checkpoint.component, {t.name: t for t in targets})
         elif size is not None:
@@ -141,7 +154,6 @@ def quantize_file(
         label = matrix.path or "given as an object" if matrix is not None else ""
         metadata = gguf_metadata(checkpoint, chosen, label, chosen.file_type, say)
         layout = gguf_writer.lay_out(metadata, [(j.target.name, j.target.shape, j.format) for j in jobs])
-        nonfinite: NonFinite = "replace" if allow_nonfinite else "raise"
         with atomic_file(out, overwrite, layout.nbytes) as file:
             write_tensors(checkpoint, jobs, layout, file, nonfinite, progress, say)
     types = Counter(job.format.name for job in jobs)
@@ -160,15 +172,24 @@ def refuse_same_file(source: Checkpoint, out: str | PathLike[str]) -> None:
             raise BadFile(out, "is the source itself", "name another file")
 
 
-def _targets(source: Checkpoint, requantize: bool) -> list[Target]:
-    """The tensors of the GGUF; refuses a source that should not be quantised."""
+def _check_name(out: str | PathLike[str], int8: str | None) -> None:
+    """Refuse a name that ends like another kind of file; `int8` is the type of int8 rows."""
+    wanted, kind = (int8_file.ENDING, "safetensors") if int8 is not None else (".gguf", "a GGUF")
+    if Path(out).suffix.lower() != wanted:
+        made = f"{printable(int8, 40)} is written as {kind}" if int8 is not None else f"{kind} is written"
+        raise BadArgument(f"{printable(fspath(out))}: {made}; give it a name that ends in {wanted}")
+
+
+def _targets(source: Checkpoint, requantize: bool, int8: bool) -> list[Target]:
+    """The tensors of the file; refuses a source that should not be quantised."""
     path = printable(source.file.path)
     if source.component == "vae":
         raise Unsupported(
             f"{path}: a VAE stays as it is: it is small, and its convolutions suffer most; "
             "`zimage convert` changes its layout"
         )
-    targets = source.targets(LAYOUTS[source.component])
+    layout = int8_file.LAYOUTS[source.component] if int8 else (LAYOUTS[source.component],)
+    targets = source.targets(*layout)
     found = Counter(name for t in targets for name in source.formats_of(t) if not FORMATS[name].is_float)
     if found and not requantize:
         listed = ", ".join(f"{name} {count}" for name, count in found.most_common(4))

@@ -52,7 +52,7 @@ class TensorSource(Protocol):
         """The stored bytes, little-endian, in pieces of whole rows."""
 
     def dense(self, target: Target) -> Iterator[Tensor]:
-        """The numbers in slabs of float32 [rows, K]; scales are applied."""
+        """The numbers in slabs of float32 [rows, K]; scales are applied, and rotations undone."""
 
     def check_unchanged(self) -> None:
         """Raise BadFile if the source was changed since it was opened."""
@@ -122,7 +122,7 @@ def packed_rows(
         BadWeights: NaN or infinity that is not allowed, or finite numbers beyond the range of the new type.
     """
     exact = source.format_of(job.target) == job.format and not source.is_scaled(job.target)
-    check = _FiniteCheck(source.path, job, nonfinite)
+    check = FiniteCheck(source.path, job, nonfinite)
     if exact:
         if job.format.is_float and nonfinite != "keep":
             check.rest(source.dense(job.target))
@@ -144,7 +144,7 @@ def packed_rows(
     check.report(log, "0 stands for NaN, the largest number for infinity")
 
 
-class _FiniteCheck:
+class FiniteCheck:
     """Counts the numbers of a tensor that are not finite, or too large for its new type.
 
     Args:

@@ -7,7 +7,7 @@ library never evaluates one.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from zimage_core.text.tokenizer_json import read_folder
 from zimage_core.text.vocabulary import Vocabulary
 from zimage_core.weights.folder import has_tokenizer
 from zimage_core.weights.gguf_writer import TypedArray
+from zimage_core.weights.source import WeightFile
 
 TOKENS_KEY = "tokenizer.ggml.tokens"
 TEMPLATE_KEY = "tokenizer.chat_template"
@@ -43,6 +44,19 @@ def tokenizer_folder(folder: Path) -> Path | None:
         if has_tokenizer(place):
             return place
     return None
+
+
+def tokenizer_place(file: WeightFile, folder: Path) -> Path | None:
+    """What holds the tokenizer of a text encoder: its GGUF itself, or a folder at `folder` or the file."""
+    if TOKENS_KEY in file.metadata:
+        return Path(file.path)
+    return tokenizer_folder(folder) or tokenizer_folder(Path(file.path).parent)
+
+
+def tell_of_tokenizer(place: Path | None, log: Callable[[str], None]) -> None:
+    """Log where the tokenizer is that a safetensors file cannot hold."""
+    if place is not None:
+        log(f"a safetensors file holds no tokenizer; give this one beside it: --tokenizer {printable(place)}")
 
 
 # --- folder -> GGUF ------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Matrix:
         format: Name in `zimage_core.formats`.
         rows: Outputs.
         width: Inputs.
-        scaled: Whether a scale lies beside it (fp8).
+        scaled: Whether a scale lies beside it (fp8, int8).
     """
 
     format: str
@@ -53,6 +53,11 @@ class Matrix:
     def nbytes(self) -> int:
         """As the file holds it."""
         return FORMATS[self.format].row_bytes(self.width) * self.rows
+
+    @property
+    def scales(self) -> int:
+        """Bytes of the scales of int8 weights, one for each row; fp8 has one number, which is not counted."""
+        return self.rows * FLOAT32 if self.scaled and self.format == "I8" else 0
 
     @property
     def weights(self) -> int:
@@ -105,7 +110,7 @@ class Part:
         config: Its sizes.
         blocks: In the order in which they run, as the network's `blocks`; the VAE has none.
         always: Bytes that lie on the device as long as the network runs: norms, biases, embedders, adaptive
-            norms; of the VAE its decoder in float32.
+            norms, scales of int8 weights; of the VAE its decoder in float32.
         host: Bytes that may stay in host memory: the table of tokens, the VAE's encoder.
         matrices: Linear weights in none of the blocks, with the name of their module.
         once: Bytes of each block that runs once for each caption: those of the context refiner.
@@ -211,6 +216,7 @@ def _part(name: str, part: Opened, dtype: str) -> Part:
             continue  # the vision branch of an Omni checkpoint is not loaded
         matrix = _matrix(part.file, card.prefix, entry)
         nbytes = math.prod(entry.shape) * ITEMSIZE[dtype] if matrix is None else matrix.nbytes
+        always += 0 if matrix is None else matrix.scales
         block = ".".join(entry.module.split(".")[:2])
         # adaptive norms of all steps go through their matrices once, before the first block
         if matrix is not None and block in inside and ".adaLN_modulation." not in entry.module:

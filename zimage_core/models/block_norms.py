@@ -1,4 +1,4 @@
-"""The norms of an S3-DiT block together with what follows them: one fused step, or the norm as a module.
+"""Norms and gate of an S3-DiT block together with what follows: one fused step, or the norm as a module.
 
 The fused steps of `nn/elementwise` only read a norm's weight. A norm that has hooks, or was replaced by
 another module, is called as a module instead, and the step after it is plain torch. That rounds once more, as
@@ -10,8 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zimage_core.nn.elementwise import gate_norm_residual, qk_norm_rope, rms_norm_modulate
+from zimage_core.nn.elementwise import (
+    gate_norm_residual,
+    qk_norm_rope,
+    rms_norm_modulate,
+    rms_norm_modulate_int8,
+    silu_gate,
+    silu_gate_int8,
+)
 from zimage_core.nn.layers import RMSNorm, Rotation, has_hooks
+from zimage_core.nn.linear import shared_rotation
 
 NAMES = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2", "norm_q", "norm_k")
 """Names of these norms in a block."""
@@ -22,12 +30,30 @@ def is_plain(norm: nn.Module) -> bool:
     return type(norm) is RMSNorm and not has_hooks(norm)
 
 
-def norm_modulate(norm: RMSNorm, x: Tensor, scale: Tensor | None) -> Tensor:
-    """norm(x) * (1 + scale), for scale None norm(x); see `rms_norm_modulate`."""
+def norm_modulate(norm: RMSNorm, x: Tensor, scale: Tensor | None, branch: nn.Module) -> Tensor:
+    """norm(x) * (1 + scale), for scale None norm(x); see `rms_norm_modulate`.
+
+    Args:
+        norm: The norm.
+        x: [..., D].
+        scale: D numbers, or None.
+        branch: The module that takes the result, in the form that its `readers` share (`nn.linear.ready`).
+    """
     if is_plain(norm):
+        rotation = None if has_hooks(branch) else shared_rotation(*getattr(branch, "readers", ()))
+        if rotation is not None:
+            return rms_norm_modulate_int8(x, norm.weight, norm.eps, scale, rotation)  # type: ignore[return-value]
         return rms_norm_modulate(x, norm.weight, norm.eps, scale)
     normed: Tensor = norm(x)
     return normed if scale is None else normed * (1 + scale.to(x.dtype))
+
+
+def gated(gate: Tensor, up: Tensor, reader: nn.Module) -> Tensor:
+    """silu(gate) * up in the form that the layer `reader` takes; see `silu_gate`."""
+    rotation = shared_rotation(reader)
+    if rotation is None:
+        return silu_gate(gate, up)
+    return silu_gate_int8(gate, up, 1.0, rotation)  # type: ignore[return-value]
 
 
 def norm_residual(

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from zimage_core.config import TransformerConfig
 from zimage_core.errors import BadShape, Unsupported
 from zimage_core.models import sequence
-from zimage_core.models.block_norms import norm_modulate, norm_residual, norms_rope
+from zimage_core.models.block_norms import gated, norm_modulate, norm_residual, norms_rope
 from zimage_core.models.block_source import RESIDENT, BlockSource
 from zimage_core.models.ported import Network
 from zimage_core.nn.attention import attention
-from zimage_core.nn.elementwise import silu_gate
 from zimage_core.nn.layers import RMSNorm, Rotation, rotation
 from zimage_core.nn.linear import Linear, ready
 
@@ -104,10 +103,15 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.head_dim, QK_NORM_EPS)
         self.norm_k = RMSNorm(config.head_dim, QK_NORM_EPS)
 
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        """The layers that read x."""
+        return self.to_q, self.to_k, self.to_v
+
     def forward(self, x: Tensor, rope: Rotation, scale: float) -> Tensor:
         """x [..., L, dim] -> [..., L, dim], multiplied by `scale`."""
         per_head = (self.heads, -1)
-        x = ready(x, self.to_q, self.to_k, self.to_v)
+        x = ready(x, *self.readers)
         q, k = self.to_q(x).unflatten(-1, per_head), self.to_k(x).unflatten(-1, per_head)
         q, k = norms_rope(self.norm_q, self.norm_k, q, k, QK_NORM_EPS, rope)
         v = self.to_v(x if scale == 1.0 else x * scale).unflatten(-1, per_head)
@@ -124,11 +128,16 @@ class FeedForward(nn.Module):
         self.w2 = Linear(config.hidden_dim, config.dim)
         self.w3 = Linear(config.dim, config.hidden_dim)
 
+    @property
+    def readers(self) -> tuple[Linear, ...]:
+        """The layers that read x."""
+        return self.w1, self.w3
+
     def forward(self, x: Tensor, scale: float) -> Tensor:
         """x [..., L, dim] -> [..., L, dim], multiplied by `scale`."""
-        x = ready(x, self.w1, self.w3)
+        x = ready(x, *self.readers)
         up = self.w3(x if scale == 1.0 else x * scale)
-        out: Tensor = self.w2(silu_gate(self.w1(x), up))
+        out: Tensor = self.w2(gated(self.w1(x), up, self.w2))
         return out
 
 
@@ -178,9 +187,11 @@ class TransformerBlock(nn.Module):
             if modulation.ndim > 1:  # one for each member of a batch
                 modulation = modulation.unsqueeze(-2)
             scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
-        a = self.attention(norm_modulate(self.attention_norm1, x, scale_msa), rope, attn_scale)
+        a = self.attention(
+            norm_modulate(self.attention_norm1, x, scale_msa, self.attention), rope, attn_scale
+        )
         x = norm_residual(self.attention_norm2, x, a, gate_msa, attn_scale)
-        f = self.feed_forward(norm_modulate(self.ffn_norm1, x, scale_mlp), ffn_scale)
+        f = self.feed_forward(norm_modulate(self.ffn_norm1, x, scale_mlp, self.feed_forward), ffn_scale)
         return norm_residual(self.ffn_norm2, x, f, gate_mlp, ffn_scale)
 
 

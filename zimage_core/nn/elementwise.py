@@ -2,7 +2,7 @@
 
 Each step checks shapes, then runs a Triton kernel if `dispatch.kernels_for` allows it and no gradient is
 needed, else its function `*_torch` below. Both have the same order of operations. Under torch.compile a
-kernel is one opaque operator of the namespace `zimage`.
+kernel is one opaque operator of the namespace `zimage`. Two steps can end in int8 rows, for products of int8.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from torch.nn import functional
 from zimage_core.errors import BadShape
 from zimage_core.quant.dispatch import kernels_for
 from zimage_core.quant.gpu import kernels_run
+from zimage_core.quant.int8 import Int8Rows, quantize_rows
+
+LONGEST = 1 << 14
+"""Numbers of a row that a kernel holds to quantise it: `kernels.int8.LARGEST_ROW`, which imports Triton."""
 
 
 def rms_norm_modulate(x: Tensor, weight: Tensor, eps: float, scale: Tensor | None = None) -> Tensor:
@@ -48,6 +52,30 @@ def rms_norm_modulate_torch(x: Tensor, weight: Tensor, eps: float, scale: Tensor
     # the vectors are multiplied first, which saves a pass over the activations
     gain = weight.float() if scale is None else weight.float() * (1 + scale.float())
     return (_unit(x, eps) * gain).to(x.dtype)
+
+
+def rms_norm_modulate_int8(
+    x: Tensor, weight: Tensor, eps: float, scale: Tensor | None, rotation: int
+) -> Int8Rows:
+    """`rms_norm_modulate` as int8 rows; a kernel quantises the float32 result, which is never written.
+
+    Args:
+        x: [..., D].
+        weight: [D].
+        eps: As there.
+        scale: As there.
+        rotation: Block of the Hadamard rotation before the rows are quantised; 0 for none.
+
+    Raises:
+        BadShape: weight or scale does not fit x.
+    """
+    _check_weight("rms_norm_modulate", "weight", x, weight)
+    scale = _vector("rms_norm_modulate", "scale", x, scale)
+    if not _rows_fused(x, weight, scale) or (scale is not None and scale.ndim > 1):
+        return quantize_rows(rms_norm_modulate(x, weight, eps, scale), rotation)
+    flat = x.reshape(-1, x.shape[-1])
+    values, factors = _int8_kernels().rms_norm_modulate(flat, weight, eps, scale, rotation)
+    return Int8Rows(values, factors, tuple(x.shape[:-1]), x.dtype, rotation)
 
 
 def gate_norm_residual(
@@ -161,6 +189,26 @@ def silu_gate(gate: Tensor, up: Tensor, factor: float = 1.0) -> Tensor:
     return out
 
 
+def silu_gate_int8(gate: Tensor, up: Tensor, factor: float, rotation: int) -> Int8Rows:
+    """`silu_gate` as int8 rows; a kernel quantises the float32 result, which is never written.
+
+    Args:
+        gate: [..., D].
+        up: Shape of gate.
+        factor: As there.
+        rotation: Block of the Hadamard rotation before the rows are quantised; 0 for none.
+
+    Raises:
+        BadShape: The shapes differ.
+    """
+    _check_same("silu_gate", "up", gate, up)
+    if not _rows_fused(gate, up):
+        return quantize_rows(silu_gate(gate, up, factor), rotation)
+    flat, other = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
+    values, factors = _int8_kernels().silu_gate(flat, other, factor, rotation)
+    return Int8Rows(values, factors, tuple(gate.shape[:-1]), gate.dtype, rotation)
+
+
 def silu_gate_torch(gate: Tensor, up: Tensor, factor: float = 1.0) -> Tensor:
     """`silu_gate` in plain torch, unchecked."""
     product = functional.silu(gate.float()) * up.float()
@@ -211,6 +259,11 @@ def _fused(first: Tensor, *others: Tensor | None) -> bool:
     return run(first.device)
 
 
+def _rows_fused(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel quantises the rows of a result, which it holds whole."""
+    return _fused(first, *others) and not torch.compiler.is_compiling() and first.shape[-1] <= LONGEST
+
+
 def _run(name: str, *arguments: Any) -> Any:
     """Call a kernel by its name; under torch.compile as an operator."""
     if torch.compiler.is_compiling():
@@ -225,6 +278,13 @@ def _kernel(name: str, *arguments: Any) -> Any:
 @cache
 def _kernels() -> Any:
     from zimage_core.kernels import elementwise as kernels  # Triton is imported at the first call
+
+    return kernels
+
+
+@cache
+def _int8_kernels() -> Any:
+    from zimage_core.kernels import int8_steps as kernels  # Triton is imported at the first call
 
     return kernels
 

@@ -196,21 +196,26 @@ class Linear(_Weighted):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._kind()}{own}"
 
 
-def ready(x: Tensor, *layers: Linear) -> Tensor:
+def shared_rotation(*layers: nn.Module) -> int | None:
+    """Block of the rotation with which all layers take int8 rows, 0 for none; None where one takes floats."""
+    rotations = {getattr(layer, "rotation", None) for layer in layers}  # a layer may have been replaced
+    return rotations.pop() if len(rotations) == 1 else None
+
+
+def ready(x: Tensor | Int8Rows, *layers: Linear) -> Tensor:
     """x in the form that several layers share: quantised once where all of them multiply int8 alike.
 
     Args:
-        x: [..., K].
+        x: [..., K], or an `Int8Rows` already.
         layers: Layers that read it.
 
     Returns:
         x, or an `Int8Rows`, which multiplies by a number and is taken by these layers as x is.
     """
-    rotations = {getattr(layer, "rotation", None) for layer in layers}  # a layer may have been replaced
-    rotation = rotations.pop()
-    if rotations or rotation is None:
-        return x
-    return int8.quantize_rows(x, rotation)  # type: ignore[return-value]
+    rotation = shared_rotation(*layers)
+    if isinstance(x, Int8Rows):
+        return x  # type: ignore[return-value]
+    return x if rotation is None else int8.quantize_rows(x, rotation)  # type: ignore[return-value]
 
 
 class Embedding(_Weighted):

@@ -135,7 +135,7 @@ def _product(
 def _by_torch(
     x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The product by cuBLASLt, whose sums plain torch scales; x is taken in parts, for the sums' memory."""
+    """The product by cuBLASLt, whose sums are scaled afterwards; x in parts, for the memory of the sums."""
     (count, width), rows = x.shape, len(w)
     out = torch.empty(count, rows, dtype=dtype, device=x.device)
     if not out.numel():
@@ -150,6 +150,9 @@ def _by_torch(
         if len(part) < TORCH_ROWS:
             part = functional.pad(part, (0, 0, 0, TORCH_ROWS - len(part)))
         sums = torch._int_mm(part, w.t())[: stop - start, :rows]
+        if gpu.kernels_run(x.device):  # one pass over the sums instead of four
+            _kernels().rescale_into(out[start:stop], sums, x_scale[start:stop], w_scale, bias)
+            continue
         scaled = (sums * w_scale).mul_(x_scale[start:stop].unsqueeze(1))
         out[start:stop] = scaled if bias is None else scaled.add_(bias)
     return out
@@ -163,7 +166,7 @@ def _weight_into(values: Tensor, scale: Tensor, weight: Tensor | QuantTensor, ro
     fmt = weight.format
     if fmt.weights > 1 and gpu.kernels_run(values.device) and values.shape[1] <= _kernels().LARGEST_ROW:
         packed = gpu.words(weight)
-        _kernels().requantize_into(values, scale, packed, fmt, _block(rotation))
+        _kernels().requantize_into(values, scale, packed, fmt, rotation)
     else:
         _dense_into(values, scale, weight, rotation)
     if weight.scale is not None:
@@ -192,7 +195,7 @@ def _exact(fmt: BlockFormat) -> torch.dtype:
 def _quantize_into(values: Tensor, scale: Tensor, x: Tensor, rotation: int) -> None:
     """Quantise x [M, K] into int8 [M, K], contiguous, and scales [M]."""
     if x.dtype != torch.float64 and gpu.kernels_run(x.device) and x.shape[1] <= _kernels().LARGEST_ROW:
-        _kernels().quantize_into(values, scale, x, _block(rotation))
+        _kernels().quantize_into(values, scale, x, rotation)
         return
     wide = rotate(x.float(), rotation)
     # a number divided by a tensor would be the reciprocal times the number, rounded twice
@@ -200,7 +203,3 @@ def _quantize_into(values: Tensor, scale: Tensor, x: Tensor, rotation: int) -> N
     inverse = torch.full_like(largest, LARGEST).div_(largest)
     values.copy_((wide * inverse.unsqueeze(1)).round_())
     torch.div(largest, torch.full_like(largest, LARGEST), out=scale)
-
-
-def _block(rotation: int) -> int:
-    return rotation if rotation > 1 else 0

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zimage_core.cpu.dequantize import dequantize_into
+from zimage_core.cpu import dequantize as cpu
 from zimage_core.cpu.numbers import DTYPES
 from zimage_core.cpu.pool import in_parallel
 from zimage_core.cpu.rotation import rotate
-from zimage_core.cpu.workspace import workspace
 from zimage_core.errors import BadArgument, BadShape, Unsupported
 from zimage_core.formats import FORMATS
 from zimage_core.quant import gpu
@@ -104,15 +103,10 @@ def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tenso
     height = max(8, SLAB_BYTES // (4 * max(width, 1)) // 8 * 8)
 
     def multiply(first: int, last: int) -> None:
-        work = workspace("slab", flat.device)
-        work.release()
-        slab = work.take(torch.float32, min(height, last - first), width)
-        for start in range(first, last, height):
-            stop = min(start + height, last)
-            dense = slab[: stop - start]
-            dequantize_into(dense, weight.packed[start:stop], weight.format)
+        for start, dense in cpu.slabs(weight.packed[first:last], weight.format, height):
             # BLAS writes columns of a row-major matrix in place, by its leading dimension
-            torch.mm(flat, dense.t(), out=out[:, start:stop])
+            place = first + start
+            torch.mm(flat, dense.t(), out=out[:, place : place + len(dense)])
 
     if out.numel():
         in_parallel(multiply, rows) if out.numel() * width >= SPREAD_FROM else multiply(0, rows)

@@ -150,7 +150,7 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
     # a part is judged by its own tensors, whatever else lies in the file
     elsewhere = (*FOREIGN_PREFIXES, *filter(None, _other_components(found.kind, shapes)))
     problem = storage.storage_problem(file, found.prefix, elsewhere) or found.problem
-    notes = storage.storage_notes(storage.own_tensors(file, found.prefix, elsewhere))
+    notes = storage.storage_notes(file, storage.own_tensors(file, found.prefix, elsewhere))
     return replace(found, problem=problem, notes=found.notes + notes)
 
 
@@ -171,7 +171,7 @@ def name_packing(card: ModelCard, file: WeightFile, method: str, where: str) -> 
     plain = card if card.sound or card.kind == "unknown" else identify(file, card.kind)
     if plain.sound:
         own = storage.own_tensors(file, card.prefix)
-        if where != "config.json" or any(info.format.name in storage.FP8 for info in own.values()):
+        if where != "config.json" or any(info.format.name in storage.PACKED for info in own.values()):
             return card
         caution = f"{where} says that the weights are quantised by {method!r}, but they are plain numbers"
         return replace(card, cautions=(*card.cautions, f"{caution}, which are used as they are"))

@@ -168,10 +168,14 @@ def fill(model: nn.Module, file: WeightFile, table: names.Table, prefix: str, dt
     """Assign every entry of the table from the file.
 
     Raises:
-        BadWeights: A dense tensor holds NaN or infinity, or does not fit float16.
+        BadWeights: A dense tensor holds NaN or infinity, or does not fit float16; or one holds whole numbers
+            without a scale.
     """
     for name, entries in names.sources(table).items():
         whole = _shaped(storage.scaled_tensor(file, prefix + name), entries[0].stored_shape)
+        if whole.format.is_integer and whole.scale is None:
+            where = f"{printable(file.path)}: {printable(prefix + name, 120)}"
+            raise BadWeights(f"{where} is {whole.format.name} without a scale; {storage.WAY_ROUND}")
         for entry in entries:
             part = whole if entry.rows is None else whole.rows(*entry.rows)
             if entry.heads:
@@ -196,13 +200,15 @@ def _shaped(tensor: QuantTensor, shape: tuple[int, ...]) -> QuantTensor:
 def _unpermuted(tensor: QuantTensor, heads: int) -> QuantTensor:
     """Undo llama.cpp's row order of q and k: inside a head it stores rows 0, D/2, 1, D/2 + 1, ...
 
-    Whole rows move, so any block format will do. Source: llama.cpp, LlamaModel.permute.
+    Whole rows move, with their scales, so any block format will do. Source: llama.cpp, LlamaModel.permute.
     """
-    packed = tensor.packed
-    if len(tensor.shape) == 1:  # a bias: every number is a row
-        packed = packed.view(tensor.shape[0], -1)
-    pairs = packed.view(heads, packed.shape[0] // heads // 2, 2, packed.shape[1])
-    return replace(tensor, packed=pairs.transpose(1, 2).reshape(tensor.packed.shape))
+
+    def moved(rows: Tensor) -> Tensor:
+        pairs = rows.view(heads, tensor.shape[0] // heads // 2, 2, -1)
+        return pairs.transpose(1, 2).reshape(rows.shape)
+
+    scale = tensor.scale if tensor.scale is None or tensor.scale.numel() == 1 else moved(tensor.scale)
+    return tensor.like(moved(tensor.packed), scale=scale)
 
 
 def _dense(tensor: QuantTensor, dtype: torch.dtype, where: str) -> Tensor:

@@ -52,7 +52,6 @@ STYLES = (
 """(Part of a tensor name, scheme whose files have it), the more specific first; a newline ends a name."""
 
 WHOLE_NUMBERS = {
-    "I8": "int8 (int8_tensorwise, convrot or another scheme)",
     "U8": "packed bytes (nvfp4 or another scheme)",
     "I16": "integers",
     "I32": "packed 32-bit integers",

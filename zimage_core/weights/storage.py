@@ -1,20 +1,22 @@
 """Scales beside weights, and schemes of quantisation that are refused by name.
 
-Float8 weights in safetensors are read, plain or with a scale beside them (`X.scale_weight` in ComfyUI's older
-files, `X.weight_scale` with `X.comfy_quant` in its newer ones and in those of compressed-tensors). In a GGUF,
-`X.scale` multiplies `X.weight` of any format, as llama.cpp's converter writes for NVFP4. Other schemes need
-arithmetic of their own and are refused; the sentence says what to get instead.
+Float8 weights in safetensors are read, plain or with a scale beside them (`X.scale_weight` in ComfyUI's
+older files, `X.weight_scale` with `X.comfy_quant` in its newer ones and in those of compressed-tensors). So
+are int8 weights with a scale, which ComfyUI may have rotated (ConvRot). In a GGUF, `X.scale` multiplies
+`X.weight` of any format, as llama.cpp's converter writes for NVFP4. Other schemes need arithmetic of their
+own and are refused; the sentence says what to get instead.
 Source: ComfyUI's comfy/quant_ops.py and comfy/ops.py; llama.cpp's build_lora_mm.
 """
 
 from __future__ import annotations
 
-import json
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from zimage_core.errors import BadWeights, printable
+from zimage_core.weights import comfy
 from zimage_core.weights.packings import WHOLE_NUMBERS, style_of
 
 if TYPE_CHECKING:
@@ -23,17 +25,16 @@ if TYPE_CHECKING:
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 PLAIN = ("F32", "F16", "BF16")
-SCALED = (*FP8, *PLAIN)
+INT8 = "I8"
+PACKED = (*FP8, INT8)
+"""Quantised types of safetensors that are read."""
+SCALED = (*PACKED, *PLAIN)
 """Types of weights that may have a scale; some files have a scale beside every layer, whatever its type."""
-COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale", ".scale")
 """Endings of scale tensors: the numbers of `X.weight` are multiplied by the tensor `X` + ending."""
 
-BINDING_SUFFIXES = (*SCALE_SUFFIXES, ".comfy_quant")
-"""Endings of the tensors that decide how `X.weight` is read."""
-
-COMPANION_SUFFIXES = (*BINDING_SUFFIXES, ".scale_input", ".input_scale")
+COMPANION_SUFFIXES = (*SCALE_SUFFIXES, comfy.SUFFIX, ".scale_input", ".input_scale")
 """Endings of all tensors that describe a weight and are not weights themselves; input scales are not used."""
 
 GLOBAL_MARKS = ("scaled_fp8",)
@@ -63,25 +64,39 @@ def storage_problem(file: WeightFile, prefix: str = "", elsewhere: tuple[str, ..
     Arguments are those of `own_tensors`.
     """
     tensors = own_tensors(file, prefix, elsewhere)
-    if style := style_of(tensors) or _comfy_style(file, tensors):
+    if style := style_of(tensors):
         return f"its weights are quantised by {style}, which is not supported; {WAY_ROUND}"
     for name, info in tensors.items():
-        if info.format.name in WHOLE_NUMBERS and name.endswith(".weight"):
-            style = WHOLE_NUMBERS[info.format.name]
+        if not name.endswith(".weight"):
+            continue
+        stem = name.removesuffix(".weight")
+        stated = comfy.stated(file, stem) or comfy.Stated()
+        if stated.style:
+            return (
+                f"its weights are quantised by ComfyUI as {stated.style}, which is not supported; {WAY_ROUND}"
+            )
+        if style := WHOLE_NUMBERS.get(info.format.name, ""):
             return f"its weights are quantised to {style}, which is not supported; {WAY_ROUND}"
-    for name in tensors:
-        stem = name.removesuffix(next((s for s in BINDING_SUFFIXES if name.endswith(s)), "\0"))
-        if stem != name and stem + ".weight" in tensors and (fault := _fault(file, stem)):
-            return f"its tensor {printable(stem, 120)}.weight {fault}; {WAY_ROUND}"
+        if fault := stated.fault or _int8_fault(info, stated) or _scale_fault(file, stem):
+            return f"its tensor {printable(name, 120)} {fault}; {WAY_ROUND}"
     return ""
 
 
-def storage_notes(tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+def storage_notes(file: WeightFile, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     """Remarks for the user on how the weights of a part are stored."""
-    if not any(info.format.name in FP8 for info in tensors.values()):
-        return ()
-    scaled = any(name.endswith(SCALE_SUFFIXES) for name in tensors)
-    return ("fp8 weights with scales" if scaled else "fp8 weights without scales",)
+    notes = []
+    if any(info.format.name in FP8 for info in tensors.values()):
+        scaled = any(name.endswith(SCALE_SUFFIXES) for name in tensors)
+        notes.append("fp8 weights with scales" if scaled else "fp8 weights without scales")
+    groups: Counter[int] = Counter()
+    for name, info in tensors.items():
+        if info.format.name == INT8 and name.endswith(".weight"):
+            stated = comfy.stated(file, name.removesuffix(".weight"))
+            groups[0 if stated is None else stated.rotation] += 1
+    for group, count in groups.most_common():
+        kind = f"rotated by blocks of {group}" if group else "not rotated"
+        notes.append(f"INT8, {kind}: {count} matri{'x' if count == 1 else 'ces'}")
+    return tuple(notes)
 
 
 def is_companion(name: str, names: Collection[str]) -> bool:
@@ -92,7 +107,9 @@ def is_companion(name: str, names: Collection[str]) -> bool:
 
 
 def scaled_tensor(file: WeightFile, name: str) -> QuantTensor:
-    """The tensor `name` with its scale, if it has one; the file must have no `storage_problem`.
+    """The tensor `name` with its scale and rotation; the file must have no `storage_problem`.
+
+    Int8 weights have one scale for each row, also where the file has one for all.
 
     Raises:
         BadWeights: The scale holds NaN or infinity.
@@ -110,6 +127,10 @@ def scaled_tensor(file: WeightFile, name: str) -> QuantTensor:
     if not bool(torch.isfinite(scale).all()):
         where = f"{printable(file.path)}: {printable(name, 120)}"
         raise BadWeights(f"{where} has a scale that is NaN or infinite; download the file again")
+    if tensor.format.name == INT8 and tensor.shape:
+        stated = comfy.stated(file, stem)
+        rows = scale.expand(tensor.shape[0]).contiguous()
+        return replace(tensor, scale=rows, rotation=0 if stated is None else stated.rotation)
     return replace(tensor, scale=scale.reshape(()) if len(scale) == 1 else scale)
 
 
@@ -117,14 +138,25 @@ def _scale_name(file: WeightFile, stem: str) -> str | None:
     return next((stem + suffix for suffix in SCALE_SUFFIXES if stem + suffix in file.tensors), None)
 
 
-def _fault(file: WeightFile, stem: str) -> str:
-    """Why `{stem}.weight` cannot be read with its companion tensors; "" if it can."""
-    if stem + ".comfy_quant" in file.tensors and (fault := _comfy_fault(file, stem + ".comfy_quant")):
-        return fault
+def _int8_fault(info: TensorInfo, stated: comfy.Stated) -> str:
+    """Why what ComfyUI states of a weight does not fit it; "" if it does."""
+    is_int8 = info.format.name == INT8
+    if stated.format == comfy.INT8 and not is_int8:
+        return f"is {info.format.name}, and ComfyUI states that it is {comfy.INT8}"
+    if stated.format in comfy.FLOAT8 and is_int8:
+        return f"is I8, and ComfyUI states that it is {stated.format}"
+    group = stated.rotation
+    if group and (len(info.shape) != 2 or info.shape[1] % group):
+        return f"is rotated by blocks of {group}, which do not divide rows of its shape {info.shape}"
+    return ""
+
+
+def _scale_fault(file: WeightFile, stem: str) -> str:
+    """Why `{stem}.weight` cannot be multiplied by the scale beside it; "" if it can."""
+    fmt, shape = file.tensors[stem + ".weight"].format.name, file.tensors[stem + ".weight"].shape
     scale = _scale_name(file, stem)
     if scale is None:
-        return ""
-    fmt, shape = file.tensors[stem + ".weight"].format.name, file.tensors[stem + ".weight"].shape
+        return f"is int8 without a scale, {printable(stem, 120)}.weight_scale" if fmt == INT8 else ""
     found = file.tensors[scale].shape
     if file.kind == "gguf" and math.prod(found) != 1:
         return f"has a scale of shape {found}, wanted one number"
@@ -137,41 +169,3 @@ def _fault(file: WeightFile, stem: str) -> str:
     if file.tensors[scale].format.name not in PLAIN:
         return f"has a scale stored as {file.tensors[scale].format.name}, wanted {' or '.join(PLAIN)}"
     return ""
-
-
-def _comfy_style(file: WeightFile, tensors: Collection[str]) -> str:
-    """The scheme of a layer in ComfyUI's `_quantization_metadata` that is not supported; "" for none.
-
-    Newer files have this one text in place of a comfy_quant beside each weight.
-    """
-    text = file.metadata.get("_quantization_metadata")
-    try:
-        layers = json.loads(text)["layers"] if isinstance(text, str) else {}
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return ""
-    for layer, stated in layers.items() if isinstance(layers, dict) else ():
-        # the layers' names lack the prefix of the model in some files
-        if any(name.endswith(f"{layer}.weight") for name in tensors) and (style := _foreign(stated)):
-            return f"ComfyUI as {style}"
-    return ""
-
-
-def _foreign(stated: object) -> str:
-    """The name of a scheme of ComfyUI that is not supported; "" if it is."""
-    style = stated.get("format") if isinstance(stated, dict) else None
-    if isinstance(stated, dict) and stated.get("convrot"):
-        style = "convrot"
-    return "" if style in COMFY_FORMATS else repr(printable(style, 60))
-
-
-def _comfy_fault(file: WeightFile, name: str) -> str:
-    """Why a layer's comfy_quant, a short JSON text, is not supported; "" if it is."""
-    info = file.tensors[name]
-    if info.nbytes > 4096:
-        return f"has a comfy_quant of {info.nbytes} bytes, wanted a short JSON text"
-    try:
-        stated = json.loads(bytes(file.source_of(name).read_at(info.offset, info.nbytes)))
-    except (ValueError, RecursionError):
-        return "has a comfy_quant that is not JSON"
-    style = _foreign(stated)
-    return f"is quantised by ComfyUI as {style}, which is not supported" if style else ""
