@@ -84,8 +84,10 @@ INT8 = {
 }
 """Kernels of rows that are quantised -> numbers of a row, and whether it is rotated."""
 WIDEST = "10240 rotated"
-NARROW = ("Q3_K", "Q4_K", "Q6_K", "Q8_0")
-"""Packed weights are compiled as w2 is quantised, with the most registers; these also as most layers are."""
+"""Row of w2 as packed weights are quantised, which takes the most registers."""
+USUAL = ("Q3_K", "Q4_K", "Q6_K", "Q8_0")
+FEW_TARGETS = ("sm_80", "sm_90", "gfx942")
+"""Where all other formats are quantised, too: one decodes as another on the rest."""
 KERNELS = (
     "dequantize",
     "repack",
@@ -139,21 +141,9 @@ def cells() -> Iterator[Cell]:
             for variant in variants:
                 for dtype in dtypes:
                     yield Cell(kernel, "", dtype, variant, target)
-        for kernel, variants in INT8.items():
-            for variant in variants:
-                for dtype in dtypes:
-                    yield Cell(kernel, "", dtype, variant, target)
-        for name in DECODERS:
-            yield Cell("requantize", name, "", WIDEST, target)
-        for name in NARROW:
-            yield Cell("requantize", name, "", "3840", target)
+        yield from int8_cells(target)
         if target in NO_TENSOR_CORES:
-            yield Cell("rescale", "", "float16", "", target)
             continue
-        for dtype in HALVES:
-            for tile in int8_tiles_of(target):
-                yield Cell("int8_matmul", "", dtype, tile, target)
-            yield Cell("int8_matmul", "", dtype, f"{tile} odd", target)
         every = tiles_of(target)
         smallest = min(every, key=lambda tile: every[tile][1].bm * every[tile][1].bn)
         for dtype in HALVES:
@@ -163,6 +153,26 @@ def cells() -> Iterator[Cell]:
             for dtype in HALVES:
                 for tile in (*every, f"{smallest} split"):
                     yield Cell("matmul", name, dtype, tile, target)
+
+
+def int8_cells(target: str) -> Iterator[Cell]:
+    """Cells of the int8 kernels; the dtype of activations is that of a load and a store, so one is enough."""
+    dtype = "float16" if target in NO_TENSOR_CORES else "bfloat16"
+    for kernel, variants in INT8.items():
+        for variant in variants:
+            yield Cell(kernel, "", dtype, variant, target)
+    for name in DECODERS:
+        if name in USUAL or target in FEW_TARGETS:
+            yield Cell("requantize", name, "", WIDEST, target)
+        if name in USUAL:
+            yield Cell("requantize", name, "", "3840", target)
+    if target in NO_TENSOR_CORES:
+        yield Cell("rescale", "", dtype, "", target)
+        return
+    tile = ""
+    for tile in int8_tiles_of(target):
+        yield Cell("int8_matmul", "", dtype, tile, target)
+    yield Cell("int8_matmul", "", dtype, f"{tile} odd", target)
 
 
 def name(cell: Cell) -> str:

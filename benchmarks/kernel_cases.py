@@ -15,11 +15,14 @@ from benchmarks.variants import Bench, Variant, run_case, short
 from benchmarks.weights import dense_matrix, dequantize_error, packed_matrix, product_error
 from zimage_core.cpu.dequantize import dequantize_into as by_torch
 from zimage_core.formats import FORMATS, BlockFormat
-from zimage_core.quant import ops
+from zimage_core.quant import int8, ops
 from zimage_core.quant.tensor import QuantTensor
 
 PEER_LIMIT = 2e-2
 """Largest error of diffusers, which computes in float16 whatever the dtype."""
+
+INT8_LIMIT = 5e-2
+"""Largest error of an int8 product; 1.3 % is usual."""
 
 
 def formats(given: Sequence[str] | None) -> list[BlockFormat]:
@@ -108,6 +111,10 @@ def matmul(bench: Bench, fmt: BlockFormat, n: int, k: int, m: int, case: str) ->
             variants.append(ours("fused", fused, planes[0].nbytes, timed=bench.gpu))
         else:
             variants.append(Variant("fused", note=f"skipped: {fmt.name} has no planes at K = {k}"))
+    if bench.gpu:
+        kept = [int8.quantize_weight(each) for each in quant]
+        call = lambda i: int8.linear(x, kept[i])  # noqa: E731
+        variants.append(Variant("int8", call, partial(error, call), INT8_LIMIT, n * k + around))
     inputs = [(x, weight) for weight in dense]
     about = {"limit": limit, "nbytes": wide + around}
     variants += bench.with_compiled("resident", functional.linear, inputs, error, **about)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks import cases, step_model
+from benchmarks import cases, int8_model, step_model
 from benchmarks.report import arguments, write
 from benchmarks.step_model import GPUS, MAIN, Gpu, Range
 from zimage_core.formats import FORMATS
@@ -40,6 +40,23 @@ def step(gpu: Gpu, pixels: int) -> dict[str, Any]:
     }
 
 
+def int8(gpu: Gpu, pixels: int) -> dict[str, Any]:
+    """Milliseconds of a step in int8 and in 16 bits, and what an int8 q k^T would save of it."""
+    cost = int8_model.step(gpu, NAME, pixels)
+    return {
+        "16 bits": _ms(cost.sixteen),
+        "packed": _ms(cost.packed),
+        "kept": _ms(cost.kept),
+        "linears": _ms(cost.linears),
+        "attention": _ms(cost.attention),
+        "quantise": _ms(cost.quantise),
+        "elementwise": _ms(cost.elementwise),
+        "gaps": _ms(cost.gaps),
+        "attention_share": round(cost.attention_share, 3),
+        "attention_gain": round(cost.attention_gain, 3),
+    }
+
+
 def matrix(gpu: Gpu) -> dict[str, Any]:
     """Microseconds of single limits of the largest matrix, w1, packed as Q4_K."""
     fmt = FORMATS[NAME]
@@ -67,6 +84,10 @@ def main() -> None:
         },
         "crossover_rows": {name: crossover(fmt, name) for name in ARCHITECTURES},
         "step_ms": {gpu.name: {str(pixels): step(gpu, pixels) for pixels in PIXELS} for gpu in GPUS.values()},
+        "int8_ms": {
+            card.name: {str(pixels): int8(card, pixels) for pixels in PIXELS}
+            for card in int8_model.CARDS.values()
+        },
         "dequantise_a_step": {"bytes": traffic, "ms_of_copy": 1e3 * traffic / MAIN.copy},
         "w1_us": matrix(MAIN),
     }

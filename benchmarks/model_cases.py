@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from benchmarks import cases, peers
 from benchmarks.timing import Call, Samples, name_of
 from benchmarks.variants import Bench, Variant, run_case, timed
-from benchmarks.weights import blank, fill_dense, fill_oracle, fill_packed, linears, relative_error
+from benchmarks.weights import (
+    blank,
+    fill_dense,
+    fill_int8,
+    fill_oracle,
+    fill_packed,
+    linears,
+    relative_error,
+)
 from zimage_core.config import AutoencoderConfig, TransformerConfig
 from zimage_core.formats import BlockFormat
 from zimage_core.models.autoencoder import Autoencoder
@@ -26,7 +34,11 @@ BLOCK_LIMIT = 3e-2
 """Largest error of a block in half precision, and of diffusers, which dequantises in float16, in any."""
 STEP_LIMIT = 1e-1
 """Largest error of a step in half precision, summed over 34 blocks; a wrong kernel makes it 1."""
+INT8_LIMIT = 2e-1
+"""The same of a step in int8: a product of random numbers is 1.3 % off, with each block's seven on top."""
 MEMBERS = ("packed", "resident", "diffusers")
+INT8 = {"int8": False, "int8 kept": True}
+"""Steps in int8, on a GPU -> whether int8 rows are kept."""
 
 
 def stepper(model: nn.Module, latent: Tensor, t: Tensor, caption: Tensor, replay: bool = False) -> Call:
@@ -136,6 +148,13 @@ def step(bench: Bench, fmt: BlockFormat, pixels: int, caption: int, config: Tran
         if model is not None and bench.gpu and name in bench.given.replay:
             replayed = stepper(model, latent, t, words, replay=True)
             variants.append(_checked(f"{name} replayed", replayed, want, limit, nbytes))
+    for name, kept in INT8.items() if bench.gpu else ():
+        model = fill_int8(
+            blank(lambda: ZImageTransformer(config), dtype, device, dtype), members["packed"][0], device, kept
+        )
+        variants.append(_checked(name, stepper(model, latent, t, words), want, INT8_LIMIT, nbytes))
+        replayed = stepper(model, latent, t, words, replay=True)
+        variants.append(_checked(f"{name} replayed", replayed, want, INT8_LIMIT, nbytes))
     head = {"what": "step", "case": step_name(pixels, caption, config), "format": fmt.name, "m": rows}
     run_case(bench, head | {"n": config.hidden_dim, "k": config.dim}, variants, flops, "resident")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks import cases
+from benchmarks import cases, int8_model
 from benchmarks import step_model as model
 from benchmarks.step_model import CUDNN, FLASH, Gpu, Range
 from zimage_core.formats import FORMATS
@@ -119,6 +119,17 @@ def _whole(pixels: int) -> Prediction:
     return lambda gpu: model.step(gpu, pixels=pixels).replayed().times(1e3)
 
 
+def _int8(name: str) -> Prediction:
+    """Milliseconds of a whole step in int8, over `packed` weights or `kept` rows."""
+    return lambda gpu: getattr(int8_model.step(gpu), name).times(1e3)
+
+
+def _int8_rate(gpu: Gpu) -> Range:
+    case = _product(MANY)
+    seconds = int8_model.product(case, gpu)
+    return Range(case.flops / seconds.high, case.flops / seconds.low).times(1e-12)
+
+
 def _per_cent(name: str) -> Prediction:
     return lambda gpu: model.of_copy(FORMATS[name], gpu).times(100)
 
@@ -144,6 +155,9 @@ PREDICTIONS: dict[str, Prediction] = {
     "step_eager": _launched(cases.PIXELS),
     "step_512_replayed": _whole(SMALL),
     "step_512_eager": _launched(SMALL),
+    "int8_4128_tops": _int8_rate,
+    "int8_step": _int8("packed"),
+    "int8_step_kept": _int8("kept"),
     **{f"elementwise_{name}": _elementwise(name) for name in cases.STREAMS},
     "attention": _package_attention,
 }

@@ -91,8 +91,8 @@ def gaps(rows: Rows) -> float | None:
     return None if whole is None or None in parts else whole - sum(each or 0.0 for each in parts)
 
 
-def _step(m: int) -> Callable[[Rows], float | None]:
-    return lambda rows: _over(_pick(rows, "packed replayed", what="step", format="Q4_K", m=m), 1e3)
+def _step(m: int, member: str = "packed") -> Callable[[Rows], float | None]:
+    return lambda rows: _over(_pick(rows, f"{member} replayed", what="step", format="Q4_K", m=m), 1e3)
 
 
 def _eager(m: int) -> Callable[[Rows], float | None]:
@@ -136,6 +136,9 @@ FIGURES: dict[str, Callable[[Rows], float | None]] = {
     "step_eager": _eager(MANY),
     "step_512_replayed": _step(LITTLE),
     "step_512_eager": _eager(LITTLE),
+    "int8_4128_tops": lambda rows: _product(rows, "int8", MANY, "tflops"),
+    "int8_step": _step(MANY, "int8"),
+    "int8_step_kept": _step(MANY, "int8 kept"),
     **{f"elementwise_{name}": _elementwise(name) for name in cases.STREAMS},
     "attention": _attention,
 }

@@ -66,6 +66,7 @@ class Gpu:
         clock: Cycles a second under load.
         bandwidth: Its memory's over that of the card of this architecture in `dispatch.ARCHITECTURES`.
         driver: The end of the driver's name for it.
+        tensor: Its products' rate over that of the card of this architecture in `dispatch.ARCHITECTURES`.
     """
 
     name: str
@@ -74,11 +75,12 @@ class Gpu:
     clock: float
     bandwidth: float = 1.0
     driver: str = ""
+    tensor: float = 1.0
 
     @property
     def flops(self) -> float:
         """Operations a second of a large product."""
-        return ARCHITECTURES[self.architecture].tensor_flops
+        return ARCHITECTURES[self.architecture].tensor_flops * self.tensor
 
     @property
     def copy(self) -> float:

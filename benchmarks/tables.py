@@ -7,6 +7,7 @@ This measures nothing. The table of docs/numerics.md is written by `python -m be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,74 @@ def gain(report: Mapping[str, Any]) -> str:
     return markdown(" | ".join(["type", "gain", *GAIN_SUBJECTS]), rows)
 
 
+def int8_steps(report: Mapping[str, Any]) -> str:
+    """A row a card and size: the modelled step in 16 bits and in int8, and an image of eight steps."""
+    lines = []
+    for card, sizes in report["int8_ms"].items():
+        for pixels, cost in sizes.items():
+            ranges = [Range(*cost[name]) for name in ("16 bits", "packed", "kept")]
+            parts = [Range(*cost[name]) for name in ("linears", "attention", "quantise", "elementwise")]
+            images = [text(each.times(8e-3)) for each in ranges]
+            gain = ranges[0].middle / ranges[1].middle
+            lines.append(
+                [f"{card}, {pixels} px", *map(text, ranges), f"{gain:.1f}", *map(text, parts), *images]
+            )
+    head = (
+        "card, image | 16 bits, Q4_K | int8 from Q4_K | int8 rows kept | times as fast | products | attention"
+    )
+    head += " | quantise weights | element-wise | 8 steps, s: 16 bits | int8 from Q4_K | int8 rows kept"
+    return markdown(head, lines)
+
+
+def int8_attention(report: Mapping[str, Any]) -> str:
+    """Attention's share of a step in int8, and what an int8 q k^T would save of the step."""
+    cards = report["int8_ms"]
+    lines = [
+        [
+            card,
+            *(
+                f"{round(100 * cost[f'attention_{name}'])} %"
+                for cost in sizes.values()
+                for name in ("share", "gain")
+            ),
+        ]
+        for card, sizes in cards.items()
+    ]
+    columns = [
+        f"{pixels} px: {name}" for pixels in next(iter(cards.values())) for name in ("attention", "saved")
+    ]
+    return markdown(" | ".join(["card", *columns]), lines)
+
+
+def int8_counts(rows: Sequence[Mapping[str, str]]) -> str:
+    """What the product of int8 was compiled to, the largest tile of each target."""
+    lines = []
+    for target in dict.fromkeys(row["target"] for row in rows):
+        found = [
+            row
+            for row in rows
+            if (row["kernel"], row["target"]) == ("int8_matmul", target) and not row["tile"].endswith("odd")
+        ]
+        if found:
+            most = max(
+                found, key=lambda row: math.prod(int(n) for n in row["tile"].split()[0].split("x")[:2])
+            )
+            shared = f"{int(most['shared']) >> 10} KiB"
+            lines.append([target, most["tile"], most["tensor_core"], most["loop"], most["registers"], shared])
+    return markdown("target | tile | int8 instructions | loop | registers | shared memory", lines)
+
+
+def _kernels() -> dict[str, str]:
+    report, rows = read("model.json"), compiled_rows()
+    return {
+        "counts": counts(rows),
+        "steps": steps(report),
+        "int8": int8_steps(report),
+        "int8 attention": int8_attention(report),
+        "int8 counts": int8_counts(rows),
+    }
+
+
 def _quality() -> dict[str, str]:
     report = read("quality.json")
     return {
@@ -273,7 +342,7 @@ def _quantizing() -> dict[str, str]:
 
 
 PAGES: dict[Path, Callable[[], dict[str, str]]] = {
-    ROOT / "docs/kernels.md": lambda: {"counts": counts(compiled_rows()), "steps": steps(read("model.json"))},
+    ROOT / "docs/kernels.md": _kernels,
     ROOT / "docs/quality.md": _quality,
     ROOT / "docs/quantizing.md": _quantizing,
     ROOT / "benchmarks/README.md": lambda: {"standing": standing.table(standing.load())},

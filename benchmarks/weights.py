@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zimage_core.formats import FORMATS, BlockFormat
+from zimage_core.nn.compute import set_compute
 from zimage_core.nn.linear import Linear
+from zimage_core.quant.int8 import quantize_weight
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.reference.dequantize import dequantize as reference
 from zimage_core.reference.encode import random_blocks
@@ -157,6 +159,19 @@ def fill_dense(model: nn.Module, packed: nn.Module, dtype: torch.dtype) -> nn.Mo
         ours = model.get_submodule(name)
         set_dense(ours, dense_of(theirs, dtype))
         ours.bias = theirs.bias
+    return model
+
+
+def fill_int8(model: nn.Module, packed: nn.Module, device: torch.device, kept: bool) -> nn.Module:
+    """The weights of `packed`, multiplied in int8; `kept`: as int8 rows in memory."""
+    for name, theirs in linears(packed):
+        ours = model.get_submodule(name)
+        ours.set_weight(theirs.weight)
+        ours.dtype, ours.bias = theirs.dtype, theirs.bias
+    set_compute(model, "int8", device)
+    for _, layer in linears(model):
+        if kept and layer.rotation is not None:
+            layer.set_weight(quantize_weight(layer.weight, layer.rotation))
     return model
 
 

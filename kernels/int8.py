@@ -103,7 +103,7 @@ def store_row(q, scales, row, size, head, tail, HEAD: tl.constexpr, TAIL: tl.con
         tl.store(q + row * size + place, integers(tail, inverse), mask=place < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _quantize_kernel(
     x, q, scales,               # [rows, size], int8 [rows, size] contiguous, float32 [rows]
     size, stride,               # stride in elements
@@ -152,7 +152,7 @@ def _decode_tile(
     return tl.reshape(weight, (SIZE // 16, 16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _requantize_kernel(
     packed, q, scales, table,   # words, int8 [rows, size] contiguous, float32 [rows], codebook
     size,

@@ -1,10 +1,10 @@
 """Attention whose q k^T is a product of int8 rows, with smoothed keys: a study, which no kernel implements.
 
-    softmax(q k^T / sqrt(D)) v,  k' = k - mean of k over the tokens
+    softmax(q k'^T / sqrt(D)) v,  k' = k - mean of k over the tokens
 
-Taking the mean away adds the same number to all scores of a query, which softmax does not see; but keys of one
-head share large channels, and what is left of them is smaller, so that a scale for each token rounds less.
-Source: SageAttention, arXiv 2410.02367, section 4.2. The product of the weights of softmax with v stays in floats.
+Taking the mean away adds the same number to all scores of a query, which softmax does not see. But the keys
+of a head share large channels; what is left of them is smaller, so that a scale for each token rounds less.
+Source: SageAttention, arXiv 2410.02367, section 4.2. The product of softmax's weights with v stays in floats.
 """
 
 from __future__ import annotations

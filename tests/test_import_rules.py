@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"config", "files"},
     "text": {"config", "files"},
     "weights": {"config", "files", "formats", "models", "nn", "quant", "text"},
-    "memory": {"config", "files", "formats", "models", "nn", "quant", "weights"},
+    "memory": {"config", "cpu", "files", "formats", "models", "nn", "quant", "weights"},
     "run": {"assets", "config", "files", "memory", "models", "nn", "quant", "sampling", "text", "weights"},
     "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
@@ -48,7 +48,17 @@ DATA_ONLY = {"errors", "formats", "codebooks", "fields", "config", "files", "cli
 """Packages that import only the standard library at the top; other packages inside functions."""
 WITH_TENSORS = {"load", "scan"}
 """The files of weights/ that compute; the others only read headers, for `zimage inspect`."""
-PLANS = {"__init__", "activations", "plan", "planner", "rates", "residency", "sizes"}
+PLANS = {
+    "__init__",
+    "activations",
+    "allocator",
+    "int8_plan",
+    "plan",
+    "planner",
+    "rates",
+    "residency",
+    "sizes",
+}
 """The files of memory/ that only plan, for `zimage plan`; the others move weights."""
 NEVER = {
     "reference": {"torch", "triton"},

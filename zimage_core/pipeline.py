@@ -744,4 +744,5 @@ class ZImagePipeline(Ported):
             rates=rates,
             guidance=limits.guidance > 0 if guidance is None else guidance,
             steps=limits.steps if steps is None else steps,
+            compute=self.transformer.compute,
         )

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from zimage_core.cli import doctor
+from zimage_core.cpu import capability
+from zimage_core.quant import gpu
+from zimage_core.quant.dispatch import int8_gain
 
 
 def gpu_device(architecture="sm_86", obstacle="", transformer=("cudnn", "flash")):
@@ -45,6 +48,28 @@ def test_the_default_device_is_the_one_that_is_taken(monkeypatch):
     cpu, gpu = doctor._plan(devices, "cuda:0")
     assert cpu.startswith("cpu (with --device cpu): ")
     assert gpu.startswith("cuda:0 (default): ")
+
+
+def test_it_says_how_fast_the_cpu_multiplies_and_what_auto_chooses(zimage, monkeypatch):
+    rates = capability.Rates(float32=94.4, bfloat16=0.0, int8=430.2)
+    monkeypatch.setattr(capability, "rates", lambda: rates)
+    cpu = json.loads(zimage("doctor", "--json").out)["devices"][0]
+    assert cpu["gflops_a_core"] == {"float32": 94.4, "bfloat16": 0.0, "int8": 430.2}
+    assert cpu["instructions"] == capability.features()
+    out = zimage("doctor").out
+    assert f"cores, {capability.features()}, " in out
+    assert "products, measured: float32 94, bfloat16 0, int8 430 GFLOP/s a core" in out
+    assert "; --compute auto: int8, 4.6 times as fast as the usual product on this CPU (" in out
+    monkeypatch.setattr(capability, "rates", lambda: capability.Rates(70.0, 9.0, 3.5))
+    assert "--compute auto: exact, int8 is 0.1 times as fast as the usual product" in zimage("doctor").out
+
+
+@pytest.mark.parametrize(("architecture", "choice"), [("sm_86", "int8, "), ("gfx1100", "exact, int8 is ")])
+def test_what_auto_chooses_on_a_gpu_is_said(monkeypatch, architecture, choice):
+    monkeypatch.setattr(gpu, "architecture", lambda device: architecture)
+    device = {**gpu_device(architecture), **doctor._products(torch.device("cuda"))}
+    (line,) = doctor._plan([device], "cpu")
+    assert f"--compute auto: {choice}{int8_gain(architecture):.1f} times as fast" in line
 
 
 def test_a_missing_package_is_a_problem_and_status_1(zimage, monkeypatch):

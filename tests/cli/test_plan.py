@@ -46,6 +46,21 @@ def test_without_a_budget_each_common_card_has_a_line(zimage):
     assert "no limit peak" in out
 
 
+def test_int8_is_a_word_and_changes_seconds_and_reasons(zimage):
+    words = ("plan", "--architecture", "cpu", "--ram", "2GiB")
+    exact, int8 = zimage(*words, "--compute", "exact").out, zimage(*words, "--compute", "int8").out
+    assert zimage(*words).out == exact, "auto: the embedded model is too small to gain"
+    assert int8.splitlines()[0].endswith("float32, int8")
+    assert "int8 1.2 TOP/s" in int8.splitlines()[1]
+    assert int8.splitlines()[-1].startswith("- int8 rows of 5 of 5 blocks are kept")
+    expected = [next(line for line in out.splitlines() if "expected" in line) for out in (exact, int8)]
+    assert expected[0] != expected[1]
+    assert "(5 as int8 rows)" in zimage("plan", "--compute", "int8").out
+    data = json.loads(zimage(*words, "--compute", "int8", "--json").out)
+    assert data["compute"] == "int8"
+    assert data["components"][1]["int8_blocks"] == [0, 1, 2, 3, 4]
+
+
 def test_json_is_the_plan(zimage):
     data = json.loads(zimage("plan", "--vram", "100MB", "-W", 256, "-H", 128, "-n", 2, "--json").out)
     assert (data["width"], data["height"], data["images"], data["vram"]) == (256, 128, 2, 100_000_000)

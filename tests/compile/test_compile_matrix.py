@@ -181,7 +181,8 @@ def at(each, length):
 
 for kernel, tile in (("matmul", "16x64 w4 s4"), ("matmul", "16x64 w4 s4 split"), ("sum", "16x64 w4 s4"),
                      ("rms_norm_modulate", ""), ("gate_norm_residual", ""), ("qk_norm_rope", ""),
-                     ("silu_gate", "")):
+                     ("silu_gate", ""), ("quantize", "3840"), ("rms_norm_modulate_int8", "3840"),
+                     ("silu_gate_int8", "10240 rotated"), ("int8_matmul", "128x128x128 d1 w8 s4")):
     each = cell.Cell(kernel, "Q4_K" if kernel == "matmul" else "", "bfloat16", tile, "sm_90")
     found = [at(each, length) for length in (16, 13, 1)]
     assert found[0] == found[1] == found[2], (kernel, found)
@@ -196,4 +197,5 @@ def test_another_length_of_x_compiles_nothing():
     )
     assert done.stdout.split() == [
         "matmul", "matmul", "sum", "rms_norm_modulate", "gate_norm_residual", "qk_norm_rope", "silu_gate",
+        "quantize", "rms_norm_modulate_int8", "silu_gate_int8", "int8_matmul",
     ], done.stderr  # fmt: skip

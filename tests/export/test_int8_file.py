@@ -14,7 +14,6 @@ from tests.helpers.wide import wide_state, write_wide
 from zimage_core import convert_file, quantize_file
 from zimage_core.errors import BadArgument, BadFile, BadWeights, Unsupported
 from zimage_core.export.checkpoint import Checkpoint
-from zimage_core.nn.linear import set_compute
 from zimage_core.quant import int8
 from zimage_core.reference import int8 as reference
 from zimage_core.weights.inspection import inspect_file
@@ -82,10 +81,9 @@ def test_the_text_beside_a_weight_is_comfyuis_byte_for_byte(wide, tmp_path):
 
 def test_it_loads_and_multiplies_by_what_was_written(wide, tmp_path):
     path = quantize_file(wide, tmp_path / "a.safetensors", "INT8_CONVROT").path
-    model, tensors = load_transformer(path), read(path)[0]
+    model, tensors = load_transformer(path, compute="int8"), read(path)[0]
     layer = model.layers[0].attention.to_k
     assert torch.equal(layer.weight.packed.view(torch.int8), tensors[QKV][256:512])
-    set_compute(model, "int8")
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     rows = int8.quantize_rows(x, 256)
     scale = tensors[QKV.replace("weight", "weight_scale")]
@@ -111,6 +109,23 @@ def test_it_is_what_the_independent_script_writes(wide, tmp_path):
             np.testing.assert_allclose(mine[name].numpy(), tensor, rtol=1e-6)
         else:
             close(mine[name], tensor, tensor.dtype == np.int8)
+
+
+def test_comfyuis_own_arithmetic_makes_and_reads_the_same(wide, tmp_path):
+    """Where the package comfy-kitchen is installed (tried with 0.2.40)."""
+    kitchen = pytest.importorskip("comfy_kitchen.backends.eager.quantization")
+    path = quantize_file(wide, tmp_path / "a.safetensors", "INT8_CONVROT").path
+    tensors, model = read(path)[0], load_transformer(path, compute="int8")
+    values, scale = tensors[QKV], tensors[QKV.replace("weight", "weight_scale")]
+    theirs, their_scale = kitchen.quantize_int8_convrot_weight(dense(wide)[QKV], 256)
+    close(values, theirs.numpy(), True)
+    torch.testing.assert_close(scale, their_scale, rtol=1e-6, atol=0)
+    wanted = kitchen.dequantize_int8_convrot_weight(values, scale, 256)
+    torch.testing.assert_close(dense(path)[QKV], wanted, rtol=1e-5, atol=1e-6)
+    x = torch.randn(7, 256, generator=torch.Generator().manual_seed(0))
+    product = kitchen.int8_linear(x, values, scale, None, torch.float32, True, 256)[:, :256]
+    mine = model.layers[0].attention.to_q(x)
+    assert float((mine - product).norm() / product.norm()) < 1e-4
 
 
 def test_every_layout_of_a_model_gives_the_same_file_twice(wide, tmp_path):
@@ -146,7 +161,8 @@ def test_any_quantised_source_is_taken_if_asked_for(wide, tmp_path, kind):
 
 def test_int8_becomes_a_gguf_or_floats_by_its_numbers(wide, tmp_path):
     path = quantize_file(wide, tmp_path / "a.safetensors", "INT8_CONVROT").path
-    wanted = dense(path)[QKV]
+    wanted, original = dense(path)[QKV], dense(wide)[QKV]
+    assert float((wanted - original).norm() / original.norm()) < 0.01
     with pytest.raises(Unsupported, match=r"I8.*--dequantize"):
         convert_file(path, tmp_path / "b.safetensors")
     convert_file(path, tmp_path / "b.safetensors", dequantize="f32")

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zimage_core.quant.int8 import Int8Rows
 from zimage_core.weights.load import _Uninitialised
 
 
@@ -66,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
 @contextmanager
 def as_the_kernels(monkeypatch: Any) -> Iterator[None]:
     """Products, attention and the element-wise steps of S3-DiT leave their result and nothing else behind."""
-    from zimage_core.models import block_norms, transformer
+    from zimage_core.models import block_norms
     from zimage_core.nn import linear as linear_module
 
     def like(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -75,8 +76,16 @@ def as_the_kernels(monkeypatch: Any) -> Iterator[None]:
     def two(q: torch.Tensor, k: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return like(q), like(k)
 
-    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    def product(x: Any, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype, device=x.device)
+
+    def rows(x: torch.Tensor, rotation: int) -> Int8Rows:
+        values = torch.empty_like(x, dtype=torch.int8).flatten(0, -2)
+        scale = torch.empty(len(values), device=x.device)
+        return Int8Rows(values, scale, tuple(x.shape[:-1]), x.dtype, rotation)
+
+    def int8_product(x: Any, weight: torch.Tensor, bias: Any, rotated: bool) -> torch.Tensor:
+        return product(rows(x, 0) if isinstance(x, torch.Tensor) else x, weight)
 
     def mixture(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.empty_like(q)  # fused kernels keep the order of axes of q
@@ -87,9 +96,13 @@ def as_the_kernels(monkeypatch: Any) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(block_norms, "rms_norm_modulate", like)
         patch.setattr(block_norms, "gate_norm_residual", like)
-        patch.setattr(transformer, "silu_gate", like)
+        patch.setattr(block_norms, "silu_gate", like)
+        patch.setattr(block_norms, "rms_norm_modulate_int8", lambda x, *_: rows(x, 0))
+        patch.setattr(block_norms, "silu_gate_int8", lambda gate, *_: rows(gate, 0))
         patch.setattr(block_norms, "qk_norm_rope", two)
         patch.setattr(linear_module, "ops", SimpleNamespace(linear=product, embedding=no_call))
+        of_int8 = {"linear": int8_product, "quantize_rows": rows, "rotation_of": lambda *_: 0}
+        patch.setattr(linear_module, "int8", SimpleNamespace(**of_int8))
         patch.setattr(nn.functional, "scaled_dot_product_attention", mixture)
         yield
 

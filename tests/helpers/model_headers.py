@@ -8,8 +8,9 @@ from types import SimpleNamespace
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.files.units import in_bytes, in_seconds
 from zimage_core.formats import FORMATS
-from zimage_core.memory.planner import make_plan
-from zimage_core.memory.rates import PCIE, Rates
+from zimage_core.memory.job import Job
+from zimage_core.memory.planner import make_plan, plan_on_cpu
+from zimage_core.memory.rates import PCIE, Rates, known
 from zimage_core.memory.sizes import Sizes, sizes_of
 from zimage_core.weights import names
 from zimage_core.weights.card import ModelCard
@@ -107,5 +108,18 @@ def floor_table() -> list[str]:
     return rows
 
 
+def rows_table() -> list[str]:
+    """Markdown: blocks that a CPU keeps as int8 rows under a limit of host memory."""
+    sizes = full_size(dtype="float32")
+    job, rows = Job(sizes, 512, 512, rates=known("cpu"), compute="int8"), []
+    for gib in (3, 4, 5, 6, 7, 8):
+        plan = plan_on_cpu(job, gib << 30)
+        part = plan.component("transformer")
+        kept, packed = len(part.int8_blocks), len(part.resident_blocks) - len(part.int8_blocks)
+        cells = (f"{gib} GiB", f"{packed}/{part.blocks} blocks", f"{kept} blocks, {in_bytes(part.int8_rows)}")
+        rows.append(f"| {' | '.join(cells)} | {in_seconds(plan.times.step)} |")
+    return rows
+
+
 if __name__ == "__main__":
-    print("\n".join([*card_table(), "", *floor_table()]))
+    print("\n".join([*card_table(), "", *floor_table(), "", *rows_table()]))

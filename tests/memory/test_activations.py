@@ -8,9 +8,11 @@ import torch
 from tests.helpers.live_bytes import LiveBytes, as_the_kernels, meta, on_meta
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.memory import activations
+from zimage_core.memory.int8_plan import x_bytes
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.nn.compute import set_compute
 
 LEAST, MOST = 0.98, 1.05
 """A formula over the count."""
@@ -74,6 +76,19 @@ def test_a_step_of_the_transformer(net, height, width, caption):
     rows, cols = height // 8, width // 8
     formula = activations.step_bytes(net.config, rows, cols, caption, "bfloat16")
     within(formula, step_peak(net, rows, cols, caption))
+
+
+@pytest.mark.parametrize(("px", "caption"), [(256, 32), (1024, 128)])
+def test_quantised_activations_are_counted(px, caption):
+    """An upper bound: in most places they take the place of activations that are longer."""
+    config, side = TransformerConfig(n_layers=2), px // 8
+    net = on_meta(lambda: ZImageTransformer(config))
+    set_compute(net, "int8", torch.device("cpu"))
+    tokens = activations.padded(activations.image_tokens(config, side, side)) + activations.padded(caption)
+    formula = activations.step_bytes(config, side, side, caption, "bfloat16")
+    formula += x_bytes(config, tokens, "bfloat16", "sm_86")
+    counted = step_peak(net, side, side, caption)
+    assert 0.75 * formula <= counted <= formula
 
 
 @pytest.mark.parametrize("config", [SMALL_NET, NARROW_NET], ids=["small", "attention wider than the rest"])

@@ -107,7 +107,8 @@ def test_bias_is_added_once():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["Q8_0", "F32", "F16", "BF16"])
-def test_other_dtypes_of_x_compute_in_float32_and_round_once(dtype, name):
+def test_other_dtypes_of_x_compute_in_float32_and_round_once(dtype, name, monkeypatch):
+    monkeypatch.setattr(ops, "bfloat16_pays", lambda: False)
     weight, x, bias = quant(name, 9, 256), torch.randn(4, 256).to(dtype), torch.randn(9).to(dtype)
     got = ops.linear(x, weight, bias)
     assert got.dtype == dtype
@@ -116,11 +117,42 @@ def test_other_dtypes_of_x_compute_in_float32_and_round_once(dtype, name):
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("narrow", [torch.float32, torch.float16, torch.bfloat16])
-def test_dense_weights_of_another_dtype_than_x(wide, narrow):
+def test_dense_weights_of_another_dtype_than_x(wide, narrow, monkeypatch):
+    monkeypatch.setattr(ops, "bfloat16_pays", lambda: False)
     weight, x = torch.randn(9, 64).to(wide), torch.randn(4, 64).to(narrow)
     got = ops.linear(x, weight)
     assert got.dtype == narrow
     assert torch.equal(got, torch.nn.functional.linear(x.float(), weight.float()).to(narrow))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "F32", "BF16", "F8_E4M3", "dense float32", "dense bfloat16"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_bfloat16_where_it_pays(kind, with_bias, monkeypatch, two_threads):
+    """Both operands are rounded to bfloat16, the sums are float32 and the result is rounded once."""
+    monkeypatch.setattr(ops, "bfloat16_pays", lambda: True)
+    monkeypatch.setattr(ops, "SPREAD_FROM", 0)
+    if kind.startswith("dense"):
+        weight = torch.randn(70, 512).to(getattr(torch, kind.split()[1]))
+        wide = weight.float()
+    else:
+        weight = quant(kind, 70, 512, torch.rand(70) + 0.5 if kind == "F8_E4M3" else None)
+        wide = dense(weight)
+    x, bias = torch.randn(5, 512).bfloat16(), torch.randn(70) if with_bias else None
+    with torch.no_grad():
+        got = ops.linear(x, weight, None if bias is None else bias.bfloat16())
+    exact = x.double() @ wide.bfloat16().double().T + (0 if bias is None else bias.bfloat16().double())
+    room = 2.0**-8 * exact.abs() + 514 * EPS * (x.double().abs() @ wide.double().abs().T)
+    assert got.dtype == torch.bfloat16
+    assert ((got.double() - exact).abs() <= room).all()
+
+
+def test_bfloat16_rounds_weights_only_where_it_pays(monkeypatch):
+    """Products of 1 and 1 + 2^-8, a tie that goes down to 1; 256 of them show it."""
+    weight, x = torch.full((8, 256), 1 + 2.0**-8), torch.ones(1, 256).bfloat16()
+    for pays, wanted in ((True, 256.0), (False, 257.0)):
+        monkeypatch.setattr(ops, "bfloat16_pays", lambda pays=pays: pays)
+        bias = torch.full((8,), -256.0)
+        assert torch.equal(ops.linear(x, weight, bias), torch.full((1, 8), wanted - 256).bfloat16())
 
 
 def test_a_nan_weight_stays_in_its_row():

@@ -1,4 +1,4 @@
-"""Defends: taking the mean of the keys away changes no attention, and lets int8 keep it where channels stand out."""
+"""Defends: smoothed keys change no attention, and let int8 keep it where some channels are large."""
 
 from __future__ import annotations
 

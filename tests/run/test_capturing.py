@@ -14,6 +14,7 @@ from tests.helpers.linear import quant
 from tests.helpers.live_bytes import on_meta
 from tests.helpers.recorder import Recorder
 from zimage_core.config import TransformerConfig
+from zimage_core.memory import int8_rows
 from zimage_core.memory.rates import known
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn import cuda_graphs
@@ -27,7 +28,11 @@ def full_size():
     """S3-DiT of full size with dense weights, as if it were on a GPU."""
     net = on_meta(lambda: ZImageTransformer(TransformerConfig()))
     return SimpleNamespace(
-        config=net.config, blocks=net.blocks, dtype=torch.bfloat16, device=torch.device("cuda", 0)
+        config=net.config,
+        blocks=net.blocks,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda", 0),
+        compute="exact",
     )
 
 
@@ -50,6 +55,12 @@ def test_packed_weights_take_the_time_to_make_them_dense():
     weights = sum(math.prod(block.feed_forward.w1.weight.shape) for block in packed.blocks)
     wanted = weights * (34 / 32 + 4) / known("sm_90").bandwidth
     assert times[1] - times[0] == pytest.approx(wanted)
+
+
+def test_int8_steps_are_shorter_so_that_larger_ones_wait_for_the_host(full_size, monkeypatch):
+    monkeypatch.setattr(capturing, "architecture", lambda device: "sm_89")
+    assert not capturing.pays(full_size, 48, 48, 64)
+    assert capturing.pays(SimpleNamespace(**{**vars(full_size), "compute": "int8"}), 48, 48, 64)
 
 
 def test_a_cpu_and_amd_record_nothing_unasked(full_size, monkeypatch):
@@ -87,6 +98,18 @@ def test_the_ninth_step_of_a_size_is_recorded_and_no_latent_changes(recorder):
     assert seen == [(0, 0), (1, 4), (1, 10)]
     copy.deepcopy(pipe)
     assert torch.equal(copy.copy(pipe)(**DRAW).images, plain(**DRAW).images)
+
+
+def test_steps_with_int8_rows_are_recorded_once_since_the_rows_stay_where_they_are(recorder, monkeypatch):
+    monkeypatch.setattr(int8_rows.page_cache, "available", lambda: 1 << 40)
+    pipe, plain = tiny.pipeline(), tiny.pipeline()
+    for each in (pipe, plain):
+        each.set_compute("int8")
+    plain.capture(False)
+    for _ in range(3):
+        assert torch.equal(pipe(**DRAW).images, plain(**DRAW).images)
+    assert pipe._placement.rows.nbytes
+    assert (recorder.recorded, recorder.replayed) == (1, 10)
 
 
 def hook(pipe):

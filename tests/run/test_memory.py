@@ -31,21 +31,21 @@ def wanted():
     return draw(ZImagePipeline.from_default()).images
 
 
-def open_with(ram):
-    return ZImagePipeline.from_default(ram=ram)
+def open_with(ram, compute="exact"):
+    return ZImagePipeline.from_default(ram=ram, compute=compute)
 
 
 def feeders():
     return [t.name for t in threading.enumerate() if t.name.startswith(("zimage-stream", "zimage-read"))]
 
 
-def least_ram() -> int:
+def least_ram(compute="exact") -> int:
     """Bytes below which a run of SMALL is refused."""
     low, high = RUNTIME, RUNTIME + 400 * MIB
     while high - low > MIB // 4:
         middle = (low + high) // 2
         try:
-            open_with(middle)._placement.memory.begin(
+            open_with(middle, compute)._placement.memory.begin(
                 width=64, height=48, images=1, caption_tokens=40, guidance=False, steps=2
             )
             high = middle

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import closing
+from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,17 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import convrot
+from tests.helpers.headers import dit, header
 from tests.helpers.loaded import FUSED, SPLIT, assert_same, split_names, weights
 from tests.helpers.model_files import TOY_DIT, stored, write_json, write_safetensors
+from tests.helpers.streamed import DIT, draw, ringed, streamed
 from zimage_core.errors import BadWeights, WrongModel
 from zimage_core.formats import FORMATS
 from zimage_core.memory.sizes import _part
-from zimage_core.nn.linear import set_compute
 from zimage_core.quant import int8
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.reference import int8 as reference
-from zimage_core.weights import comfy
+from zimage_core.weights import comfy, names
 from zimage_core.weights.components import open_component
+from zimage_core.weights.identify import identify
 from zimage_core.weights.inspection import inspect_file
 from zimage_core.weights.load import _unpermuted, load_transformer
 
@@ -45,6 +50,16 @@ def state(shapes=FUSED, seed=0):
     return {name: value.numpy() for name, value in stored(shapes, seed=seed).values().items()}
 
 
+@cache
+def _made(quantised, group):
+    return convrot.tensors_of(state(), quantised, group)
+
+
+def made(quantised, group):
+    """The tensors of a small transformer's file, in a table of one's own."""
+    return dict(_made(quantised, group))
+
+
 def meant(tensors, group):
     """What the tensors of a file mean, in float32."""
     found = {}
@@ -61,7 +76,7 @@ def meant(tensors, group):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_file_of_an_independent_script_gives_its_numbers(tmp_path, group, prefix):
     """Integers bit for bit; dense numbers within the rounding of a rotation in float32."""
-    tensors = convrot.tensors_of(state(), with_modulation, group)
+    tensors = made(with_modulation, group)
     path = convrot.write(tmp_path / "a.safetensors", {prefix + n: t for n, t in tensors.items()})
     model = load_transformer(path)
     got, wanted = weights(model), split_names(meant(tensors, group))
@@ -81,9 +96,8 @@ def test_a_file_of_an_independent_script_gives_its_numbers(tmp_path, group, pref
 
 @pytest.mark.parametrize("group", [256, 0])
 def test_products_in_int8_use_the_stored_integers(tmp_path, group):
-    tensors = convrot.tensors_of(state(), in_a_block, group)
-    model = load_transformer(convrot.write(tmp_path / "a.safetensors", tensors))
-    set_compute(model, "int8")
+    tensors = made(in_a_block, group)
+    model = load_transformer(convrot.write(tmp_path / "a.safetensors", tensors), compute="int8")
     layer = model.layers[0].feed_forward.w1
     x = torch.randn(5, TOY_DIT.dim, generator=torch.Generator().manual_seed(1))
     rows = int8.quantize_rows(x, group)
@@ -101,7 +115,7 @@ def test_products_in_int8_use_the_stored_integers(tmp_path, group):
 
 @pytest.mark.parametrize("group", [256, 0])
 def test_exact_products_are_those_of_the_dense_numbers(tmp_path, group):
-    tensors = convrot.tensors_of(state(), with_modulation, group)
+    tensors = made(with_modulation, group)
     model = load_transformer(convrot.write(tmp_path / "a.safetensors", tensors))
     layer = model.layers[0].feed_forward.w1
     x = torch.randn(5, TOY_DIT.dim, generator=torch.Generator().manual_seed(1))
@@ -152,7 +166,7 @@ def test_int8_that_compressed_tensors_states_is_no_news(tmp_path, recwarn):
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_what_the_metadata_states_of_all_layers_counts_as_well(tmp_path, prefix):
     """As newer files have it; the names there may lack the prefix of the model."""
-    tensors = convrot.tensors_of(state(), in_a_block, 64)
+    tensors = made(in_a_block, 64)
     texts = {name: t for name, t in tensors.items() if name.endswith("comfy_quant")}
     layers = {n.removesuffix(".comfy_quant"): json.loads(bytes(t)) for n, t in texts.items()}
     held = {prefix + name: tensor for name, tensor in tensors.items() if name not in texts}
@@ -173,21 +187,47 @@ def test_rows_of_a_llama_move_with_their_scales():
 
 
 def test_inspect_names_int8_and_its_blocks(tmp_path):
-    group_of = {True: 256, False: 0}
-    tensors = convrot.tensors_of(state(), in_a_block, 256)
-    ada = convrot.tensors_of(state(), with_modulation, 0)
+    tensors = made(in_a_block, 256)
+    ada = made(with_modulation, 0)
     tensors |= {name: t for name, t in ada.items() if "adaLN_modulation.0" in name}
     found = inspect_file(convrot.write(tmp_path / "a.safetensors", tensors))
     assert found.usable
     blocks = 2 * TOY_DIT.n_refiner_layers + TOY_DIT.n_layers
-    assert f"INT8, rotated by blocks of {group_of[True]}: {5 * blocks} matrices" in found.notes
-    assert f"INT8, not rotated: {blocks - TOY_DIT.n_refiner_layers} matrices" in found.notes
+    ada = blocks - TOY_DIT.n_refiner_layers
+    assert f"INT8, rotated by blocks of 256: {5 * blocks} matrices, 8.11 bits a weight" in found.notes
+    assert f"INT8, not rotated: {ada} matrices, 8.12 bits a weight" in found.notes
     counted = {entry.format: entry for entry in found.types}
     assert counted["I8"].nbytes == counted["I8"].weights
 
 
+def test_the_published_file_is_identified():
+    """Comfy-Org's z_image_turbo_int8_convrot: 857 tensors, of which 202 are I8, 453 F32 and 202 U8."""
+    shapes = dit("fused")
+    layers = [name.removesuffix(".weight") for name in shapes if with_modulation(name)]
+    shapes |= {f"{stem}.weight_scale": (shapes[stem + ".weight"][0], 1) for stem in layers}
+    shapes |= {stem + ".comfy_quant": (72,) for stem in layers}
+    types = {stem + ".weight": "I8" for stem in layers} | {stem + ".comfy_quant": "U8" for stem in layers}
+    file = header(shapes, fmt=lambda name: types.get(name, "F32"))
+    file.source_of = lambda name: SimpleNamespace(read_at=lambda offset, count: comfy.layer_text(256))
+    assert (len(file.tensors), len(layers)) == (857, 202)
+    card = identify(file)
+    assert card.sound
+    assert card.title == "a Z-Image transformer (width 3840, 30 layers)"
+    assert card.notes[0].startswith("INT8, rotated by blocks of 256: 202 matrices")
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_streamed_blocks_keep_scales_and_rotation(tmp_path, compute):
+    shapes = names.checkpoint_shapes(names.transformer_table(DIT, "fused"))
+    tensors = convrot.tensors_of(state(shapes), in_a_block, 256)
+    model = load_transformer(convrot.write(tmp_path / "a.safetensors", tensors), compute=compute)
+    wanted = draw(model)
+    with closing(streamed(model, (1, 4), **ringed(slots=2))):
+        assert torch.equal(draw(model), wanted)
+
+
 def test_the_plan_counts_integers_and_scales(tmp_path):
-    tensors = convrot.tensors_of(state(), with_modulation, 256)
+    tensors = made(with_modulation, 256)
     opened = open_component(convrot.write(tmp_path / "a.safetensors", tensors), "transformer")
     part = _part("transformer", opened, "float32")
     opened.file.close()
@@ -204,7 +244,7 @@ def test_the_plan_counts_integers_and_scales(tmp_path):
 
 
 def broken(tmp_path, change, name="a"):
-    tensors = convrot.tensors_of(state(), in_a_block, 256)
+    tensors = made(in_a_block, 256)
     change(tensors)
     return convrot.write(tmp_path / f"{name}.safetensors", tensors)
 
@@ -276,13 +316,17 @@ def scale_of(*shape, value=1.0):
     ("change", "message"),
     [
         (without_scale, f"{LAYER}.weight is int8 without a scale, {LAYER}.weight_scale"),
+        (
+            lambda tensors: tensors.pop(LAYER + ".comfy_quant"),
+            f"{LAYER}.weight is int8 without a comfy_quant, which noise_refiner.0.attention.qkv.weight has",
+        ),
         (scale_of(7), "has a scale of shape (7,), wanted one number or one a row"),
         (scale_of(512, 2), "has a scale of shape (512, 2)"),
         (scale_of(1, 512), "has a scale of shape (1, 512)"),
         (scale_of(0, 1), "has a scale of shape (0, 1)"),
     ],
 )
-def test_scales_that_do_not_fit_are_refused(tmp_path, change, message):
+def test_what_lies_beside_a_weight_and_does_not_fit_is_refused(tmp_path, change, message):
     with pytest.raises(WrongModel, match=re.escape(message)):
         load_transformer(broken(tmp_path, change))
 

@@ -7,9 +7,10 @@ import json
 import os
 import platform
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zimage_core import __version__
 from zimage_core.errors import ZImageError, printable
@@ -17,6 +18,9 @@ from zimage_core.files.units import in_bytes
 from zimage_core.formats import FORMATS
 from zimage_core.quant.dispatch import choose, crossover
 from zimage_core.quant.probe import lacks
+
+if TYPE_CHECKING:
+    import torch
 
 NEEDED = ("torch", "numpy", "gguf", "safetensors", "tokenizers", "sentencepiece", "pillow")
 OPTIONAL = ("triton", "huggingface_hub")
@@ -164,12 +168,14 @@ def _cpu() -> dict[str, Any]:
 def _gpus(cpu: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
+    from zimage_core.cpu import capability
     from zimage_core.nn.attention import attention_backends
     from zimage_core.quant.gpu import architecture
     from zimage_core.quant.probe import obstacle
     from zimage_core.run.checks import read_dtypes
 
-    cpu["threads"] = torch.get_num_threads()
+    cpu |= {"threads": torch.get_num_threads(), **_products(torch.device("cpu"))}
+    cpu["instructions"], cpu["gflops_a_core"] = capability.features(), asdict(capability.rates())
     found: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties, device = torch.cuda.get_device_properties(index), torch.device("cuda", index)
@@ -190,9 +196,18 @@ def _gpus(cpu: dict[str, Any]) -> list[dict[str, Any]]:
                 },
                 "memory_bytes": total,
                 "memory_free_bytes": free,
+                **_products(device),
             }
         )
     return found
+
+
+def _products(device: torch.device) -> dict[str, Any]:
+    """What `--compute auto` chooses on a device for a network of full size with packed weights, and why."""
+    from zimage_core.nn.compute import automatic_on
+
+    choice, reason = automatic_on(device)
+    return {"compute": choice, "compute_reason": reason}
 
 
 def _embedded_model() -> tuple[dict[str, Any] | None, str]:
@@ -221,6 +236,8 @@ def _plan(devices: list[dict[str, Any]], default: str) -> list[str]:
             )
         else:
             does = f"{_on_gpu(device)}; {_attention(device)}"
+        if "compute" in device:
+            does += f"; --compute auto: {device['compute']}, {device['compute_reason']}"
         plan.append(f"{name} ({'default' if name == default else f'with --device {name}'}): {does}")
     return plan
 
@@ -252,12 +269,17 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         parts = [device["title"]]
         if "cores" in device:
             parts.append(f"{device['cores']} cores")
+        if "instructions" in device:
+            parts.append(device["instructions"])
         if "compute_capability" in device:
             parts.append(f"compute capability {device['compute_capability']}")
         if "memory_bytes" in device:
             free = device.get("memory_free_bytes", 0)
             parts.append(f"{in_bytes(device['memory_bytes'])}, {in_bytes(free)} free")
         lines.append(f"  {device['name']:<16} {', '.join(printable(p) for p in parts)}")
+        if "gflops_a_core" in device:
+            rates = ", ".join(f"{kind} {rate:.0f}" for kind, rate in device["gflops_a_core"].items())
+            lines.append(f"  {'':<16} products, measured: {rates} GFLOP/s a core")
     lines.append("embedded model")
     model = facts["embedded_model"]
     for kind, title in (model["parts"] if model else {}).items():

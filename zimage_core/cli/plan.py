@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zimage_core.assets import DEFAULT
+from zimage_core.cli.model_options import add_compute
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, OverBudget
 from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
+from zimage_core.memory.int8_plan import automatic
 from zimage_core.memory.job import Job
 from zimage_core.memory.plan import Plan
 from zimage_core.memory.planner import beside, plan_job, plan_on_cpu
@@ -62,6 +64,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         choices=("bfloat16", "float16", "float32"),
         help="default: float32 on a CPU, float16 before Ampere, else bfloat16",
     )
+    add_compute(parser)
     parser.add_argument(
         "--architecture", default="sm_86", metavar="NAME", help="of the GPU, or cpu; default: sm_86"
     )
@@ -90,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
     old = args.architecture in ("sm_70", "sm_72", "sm_75")
     sizes = read_sizes(_paths(args), args.dtype or ("float32" if cpu else "float16" if old else "bfloat16"))
     width, height = args.width or sizes.sample_size, args.height or sizes.sample_size
-    job = Job(sizes, width, height, args.count, args.caption, rates, args.guidance, args.steps)
+    compute = automatic(sizes.transformer, rates) if args.compute == "auto" else args.compute
+    run = (args.count, args.caption, rates, args.guidance, args.steps)
+    job = Job(sizes, width, height, *run, compute=compute)
 
     def plan(limit: int | None) -> Plan:
         return plan_on_cpu(job, limit) if cpu else plan_job(job, limit, ram)
@@ -170,7 +175,8 @@ def _lines(plan: Plan, signs: str, around: int) -> list[str]:
     for part in plan.components:
         slots = f"{part.slots} x {in_bytes(part.slot_bytes)}" if part.slots else "none"
         kept = f"{len(part.resident_blocks)}/{part.blocks}" if part.blocks else "-"
-        amounts = "".join(f"{in_bytes(n):>10}" for n in (part.resident, part.streamed, part.host))
+        staying = part.resident + part.int8_rows
+        amounts = "".join(f"{in_bytes(n):>10}" for n in (staying, part.streamed, part.host))
         rows.append(f"{part.name.replace('_', ' '):<13}{amounts}{kept:>13}  {slots}")
     names = ("weights", "slots", "activations", "scratch, libraries, gaps", "free")
     scale = max(plan.peak, plan.vram or 0)
@@ -207,10 +213,16 @@ def _head(plan: Plan) -> list[str]:
         if rates.architecture == "cpu"
         else f"link {rates.link / 1e9:.3g}"
     )
-    speed = f"{rates.flops / 1e12:.3g} TFLOP/s, {moves} GB/s"
+    flops = rates.flops32 if rates.architecture == "cpu" and plan.dtype == "float32" else rates.flops
+    products = {
+        "int8": f", int8 {rates.int8 / 1e12:.3g} TOP/s",
+        "bfloat16": f", bfloat16 {rates.flops / 1e12:.3g} TFLOP/s",
+    }.get(plan.compute, "")
+    speed = f"{flops / 1e12:.3g} TFLOP/s{products}, {moves} GB/s"
     return [
         f"{plan.width} x {plan.height} px, {count}, caption of {plan.caption_tokens} tokens, "
-        f"{plan.steps} steps{guided}, {plan.dtype}",
+        f"{plan.steps} steps{guided}, {plan.dtype}"
+        + ("" if plan.compute == "exact" else ", " + plan.compute),
         f"{rates.architecture}: {speed} ({rates.source})",
     ]
 
@@ -238,12 +250,14 @@ def _cards(plans: Mapping[str, Plan | str], around: int) -> list[str]:
         head = head or [*_head(plan), f"at least {in_bytes(plan.floor + around)} of {what} memory", ""]
         part, times = plan.component("transformer"), plan.times
         kept = f"{len(part.resident_blocks)}/{part.blocks} blocks stay"
+        int8 = f" ({len(part.int8_blocks)} as int8 rows)" if plan.compute == "int8" else ""
         moved = "nothing streamed"
         if times.transfer:
             moved = f"{in_bytes(part.each_step)} a step in {in_seconds(times.transfer)}"
         vae = "VAE at once" if plan.tile is None else f"VAE in tiles of {plan.tile} latents"
         rows.append(
             f"{name:<9}peak {in_bytes(plan.peak + around):>8}  step {in_seconds(times.step):>7}  run "
-            f"{in_seconds(plan.seconds):>7}  {'all networks stay' if plan.resident else kept}, {moved}, {vae}"
+            f"{in_seconds(plan.seconds):>7}  {'all networks stay' if plan.resident else kept}{int8}, "
+            f"{moved}, {vae}"
         )
     return [*head, *rows, *refused]

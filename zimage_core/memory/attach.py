@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zimage_core.errors import BadArgument
 from zimage_core.memory.device import Device, Ring, device_for
 from zimage_core.memory.edits import Moved, written
+from zimage_core.memory.int8_rows import load_rows
 from zimage_core.memory.page_cache import to_drop
 from zimage_core.memory.planner import RING
 from zimage_core.memory.stream import SLOTS, Block, Segment, Stored, Stream, aligned
@@ -105,6 +106,7 @@ def stream_model(
     slots: int = SLOTS,
     ring: int = RING,
     refiner_stays: bool = True,
+    int8_rows: Collection[int] = (),
     page_cache: int | None = None,
     through: Device | None = None,
 ) -> Stream:
@@ -123,6 +125,7 @@ def stream_model(
         ring: Bytes of host memory between file and device, rounded down to a power of two; the CPU as a
             device needs none.
         refiner_stays: False brings a transformer's context refiner for each caption and takes it away again.
+        int8_rows: Indices of the resident blocks whose int8 rows stay there, and not the weights themselves.
         page_cache: Bytes that the system's page cache may hold of the streamed blocks; None for all.
         through: What copies to the device, where another than the usual one is wanted.
 
@@ -162,9 +165,12 @@ def stream_model(
 
     staying = (module for module in model.modules() if module not in visiting)
     streamed = {segment.linear for block in moving for segment in block.segments}
+    rows = [segment for i in sorted({*int8_rows} & {*resident}) for segment in blocks[i].segments]
     size = max((block.nbytes for block in moving), default=0)
-    moved = load(staying, passage, maps, streamed, min(slots, len(moving)) * size)
+    apart = streamed | {segment.linear for segment in rows}
+    moved = load(staying, passage, maps, apart, min(slots, len(moving)) * size)
     try:
+        load_rows(rows, passage, moved)
         wrap = isinstance(model, ZImageTransformer)  # a text encoder runs once or twice
         places = torch.split(moved.spare, size) if moving else ()
         stream = Stream(moving, passage, places, wrap, visit if visiting else None, moved)
@@ -195,9 +201,11 @@ def forbid_planes(network: nn.Module) -> None:
 
 
 def packed_products(network: nn.Module) -> Iterator[tuple[str, QuantTensor]]:
-    """Packed weights of Linear layers, by the name of the layer."""
+    """Packed weights of Linear layers that do not multiply int8, by the name of the layer."""
     for name, module in network.named_modules():
-        if isinstance(module, Linear) and isinstance(module.weight, QuantTensor):
+        if not isinstance(module, Linear) or module.arithmetic.mode == "int8":
+            continue
+        if isinstance(module.weight, QuantTensor):
             yield name, module.weight
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from zimage_core.config import MIN_TILE, AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, OverBudget
 from zimage_core.files.units import in_bytes
-from zimage_core.memory import residency
+from zimage_core.memory import int8_plan, residency
 from zimage_core.memory.activations import (
     FLOAT32,
     ITEMSIZE,
@@ -29,8 +31,17 @@ from zimage_core.memory.allocator import (
     segment,
 )
 from zimage_core.memory.plan import PHASES, Phase
-from zimage_core.memory.rates import Rates, decode_flops, encode_flops, known, step_flops, step_traffic
-from zimage_core.memory.sizes import Block, Part, Sizes, matrices
+from zimage_core.memory.rates import (
+    Rates,
+    decode_flops,
+    encode_flops,
+    encode_products,
+    known,
+    step_flops,
+    step_products,
+    step_traffic,
+)
+from zimage_core.memory.sizes import Block, Part, Sizes, in_int8, matrices
 from zimage_core.quant.dispatch import family
 
 PLAIN_SWIGLU = 10
@@ -39,6 +50,9 @@ MAP_PASSES = 6
 """How often a map of the image crosses the link at each resolution, where it is kept on the host."""
 FINEST = 2.0625 / 8
 """Bytes a weight of the smallest usual quantisation."""
+
+QUANTISING = 1.3
+"""Time on a CPU to make int8 rows of packed weights over the time to make them dense, as aimed at."""
 
 Way = tuple[int | None, bool]
 """How to decode: latents a side of the tiles or None, whether maps of the image are kept on the host."""
@@ -59,6 +73,8 @@ class Job:
         steps: Steps of the run.
         kernels: Whether Triton kernels run on the GPU; plain torch takes more memory.
         workspace: Bytes that the library of products takes for itself, as found; default: as its makers say.
+        compute: In which numbers the blocks multiply: "exact", "bfloat16" or "int8".
+        threads: Threads of a CPU.
 
     Raises:
         BadArgument: A size or number is out of range.
@@ -67,11 +83,12 @@ class Job:
     def __init__(
         self, sizes: Sizes, width: int, height: int, images: int = 1, caption_tokens: int = 128,
         rates: Rates | None = None, guidance: bool = False, steps: int = 8, kernels: bool = True,
-        workspace: int | None = None,
+        workspace: int | None = None, compute: str = "exact", threads: int = int8_plan.THREADS,
     ) -> None:  # fmt: skip
         self.sizes, self.rates, self.dtype = sizes, rates or known("sm_86"), sizes.dtype
         self.width, self.height, self.images, self.caption = width, height, images, caption_tokens
         self.guidance, self.steps, self.kernels = guidance, steps, kernels
+        self.compute, self.int8, self.threads = compute, compute == "int8", threads
         self.captions = 2 if guidance else 1
         self.net, self.encoder, self.vae = sizes.transformer, sizes.text_encoder, sizes.vae
         net, encoder, vae = self.net.config, self.encoder.config, self.vae.config
@@ -89,8 +106,14 @@ class Job:
                 raise BadArgument(f"{name}: got {side}, wanted a multiple of {self.multiple}")
         self.rows, self.cols = height // vae.spatial_factor, width // vae.spatial_factor
         self.flops_rate = self.rates.flops32 if self.dtype == "float32" else self.rates.flops
+        self.products_rate = self.rates.flops if compute == "bfloat16" else self.flops_rate
+        if self.int8 and self.rates.int8:
+            self.products_rate = self.rates.int8
+        tokens = padded(image_tokens(net, self.rows, self.cols)) + padded(caption_tokens)
+        many = {"encode": caption_tokens, "denoise": tokens, "decode": 0}
+        how = (self.dtype, self.rates.architecture, kernels, threads, self.int8)
         self.scratch = {
-            phase: part.scratch(sizes.dtype, kernels)
+            phase: int8_plan.scratch_bytes(part, many[phase], *how)
             for phase, part in zip(PHASES, (self.encoder, self.net, self.vae), strict=True)
         }
         gpu = self.rates.architecture != "cpu"
@@ -101,10 +124,14 @@ class Job:
         rest = (caption_tokens, self.dtype, images, self.captions, steps)
         self.denoise_live = denoise_bytes(net, self.rows, self.cols, *rest)
         if not kernels:
-            tokens = padded(image_tokens(net, self.rows, self.cols)) + padded(caption_tokens)
             self.denoise_live += PLAIN_SWIGLU * tokens * net.hidden_dim
         # a caption alone, and an image of one patch beside it
         refine = denoise_bytes(net, net.patch_size, net.patch_size, *rest)
+        if self.int8:
+            on = (self.dtype, self.rates.architecture)
+            self.encode_live += int8_plan.x_bytes(encoder, caption_tokens, *on)
+            self.denoise_live += int8_plan.x_bytes(net, tokens, *on)
+            refine += int8_plan.x_bytes(net, padded(caption_tokens), *on)
         self.visited_live = max(self.denoise_live, max(self.net.once, default=0) + refine)
         # bytes on the device beside the blocks: the context refiner's blocks come one by one before the
         # first step, in the memory of its activations, or stay beside the steps
@@ -187,20 +214,29 @@ class Job:
             matrix.planes(self.tokens_of(part, name), architecture)
             for part in parts or (self.encoder, self.net)
             for name, matrix in matrices(part)
+            if not (self.int8 and in_int8(name))
         )
         return planes + int(PLANE_GAPS * planes)
 
     def encode_seconds(self) -> float:
         """Compute of all captions."""
-        flops = encode_flops(self.encoder_config, self.caption) / self.flops_rate
+        products = encode_products(self.encoder_config, self.caption)
+        rest = encode_flops(self.encoder_config, self.caption) - products
+        flops = rest / self.flops_rate + products / self.products_rate
         return self.captions * (flops + self._unpacking(self.encoder.blocks) / self.rates.bandwidth)
 
-    def step_seconds(self) -> float:
-        """Compute of one step: all images and sides, one after the other."""
+    def step_seconds(self, kept: Collection[int] = ()) -> float:
+        """Compute of one step: all images and sides, one after the other.
+
+        Args:
+            kept: Indices of the blocks that are kept as int8 rows.
+        """
         args = (self.net_config, self.rows, self.cols, self.caption)
-        moved = step_traffic(*args, ITEMSIZE[self.dtype]) + self._unpacking(self.net.blocks)
-        one = step_flops(*args) / self.flops_rate + moved / self.rates.bandwidth
-        return self.images * self.captions * one
+        packed = [block for i, block in enumerate(self.net.blocks) if i not in kept]
+        moved = step_traffic(*args, ITEMSIZE[self.dtype]) + self._unpacking(packed)
+        products = step_products(*args)
+        flops = (step_flops(*args) - products) / self.flops_rate + products / self.products_rate
+        return self.images * self.captions * (flops + moved / self.rates.bandwidth)
 
     def decode_seconds(self, way: Way) -> float:
         """Compute of decoding all images."""
@@ -214,10 +250,13 @@ class Job:
             one += MAP_PASSES * maps * ITEMSIZE["float32"] / self.rates.pageable
         return self.images * one
 
-    def _unpacking(self, blocks: tuple[Block, ...]) -> int:
-        """Bytes read and written to make the weights of blocks dense, once each."""
-        item = ITEMSIZE[self.dtype]
-        return sum(m.nbytes + m.weights * item for block in blocks for m in block.matrices)
+    def _unpacking(self, blocks: Sequence[Block]) -> float:
+        """Bytes read and written to make the weights of blocks dense, or int8, once each."""
+        cpu = self.rates.architecture == "cpu"
+        item = 1 if self.int8 and not cpu else ITEMSIZE[self.dtype]
+        made = [m for block in blocks for m in block.matrices if not (self.int8 and m.in_rows)]
+        moved = sum(m.nbytes + m.weights * item for m in made)
+        return QUANTISING * moved if self.int8 and cpu else moved
 
     def over_budget(self, vram: int) -> OverBudget:
         """The error that says in one sentence what is needed, what was given, and what would fit."""
@@ -247,7 +286,10 @@ class Job:
             return width, height
 
         def floor(width: int, height: int) -> int:
-            rest = (self.rates, self.guidance, self.steps, self.kernels, self.workspace)
+            rest = (
+                self.rates, self.guidance, self.steps, self.kernels, self.workspace, self.compute,
+                self.threads,
+            )  # fmt: skip
             return Job(self.sizes, width, height, self.images, self.caption, *rest).floor()
 
         low, high = 0, long // unit - 1  # low fits, or nothing does

@@ -26,6 +26,7 @@ from zimage_core.memory.attach import (
 )
 from zimage_core.memory.device import Ring, device_for
 from zimage_core.memory.edits import Moved
+from zimage_core.memory.int8_rows import int8_scratch
 from zimage_core.memory.job import Job
 from zimage_core.memory.plan import Component, Phase, Plan
 from zimage_core.memory.planner import plan_job, plan_on_cpu
@@ -134,6 +135,8 @@ class PhaseManager:
             raise BadArgument(f"memory budget: the vae is {type(vae).__name__}, wanted Autoencoder")
         self.device, self.budget = torch.empty(0, device=device).device, budget  # with the number of a GPU
         self._networks, self._opened, self._vae = networks, opened, vae
+        network: Any = networks["transformer"]
+        self._compute: str = network.compute
         self._sizes = sizes_of(opened, str(networks["transformer"].dtype).removeprefix("torch."))
         self._plan: Plan | None = None
         self._job: Job | None = None
@@ -168,8 +171,9 @@ class PhaseManager:
         kernels = self.device.type == "cpu" or kernels_for(self.device)
         workspace = self._segments.take_workspace(self._dtype("transformer"))
         job = Job(
-            self._sizes, width, height, images, caption_tokens, rates, guidance, steps, kernels, workspace
-        )
+            self._sizes, width, height, images, caption_tokens, rates, guidance, steps, kernels, workspace,
+            self._compute, torch.get_num_threads(),
+        )  # fmt: skip
         ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
         plan = plan_on_cpu(job, ram) if self.device.type == "cpu" else plan_job(job, self._vram(job), ram)
         self._plan, self._job = plan, job
@@ -257,8 +261,8 @@ class PhaseManager:
         if self.device.type == "cuda" and kernels_for(self.device):
             network, dtype = self._networks[NETWORKS[needs.name]], self._dtype(NETWORKS[needs.name])
             # at once, because as it grew each smaller one would leave a gap
-            sizes = (scratch_bytes(weight, dtype) for _, weight in packed_products(network))
-            reserve_scratch(self.device, max(sizes, default=0))
+            sizes = [scratch_bytes(weight, dtype) for _, weight in packed_products(network)]
+            reserve_scratch(self.device, max(*sizes, int8_scratch(network), 0))
 
     def _dtype(self, name: str) -> torch.dtype:
         network: Any = self._networks[name]
@@ -282,7 +286,7 @@ class PhaseManager:
             rooms = (page_cache.available(), None if plan.ram is None else plan.ram - plan.ram_need)
             stream_model(
                 network, file, component.resident_blocks, self.device, slots=max(1, component.slots),
-                ring=plan.ring, refiner_stays=component.once == 0,
+                ring=plan.ring, refiner_stays=component.once == 0, int8_rows=component.int8_blocks,
                 page_cache=min((room for room in rooms if room is not None), default=None),
             )  # fmt: skip
         else:
@@ -295,6 +299,8 @@ class PhaseManager:
             self._evict(name)
             raise
         forbid_planes(network)
+        if component.int8_blocks:
+            self._segments.give_back()  # the weights that rows were made of
         self._held[name] = self._segments.reserved - before
 
     def _make_planes(self, name: str, network: nn.Module) -> None:

@@ -13,7 +13,9 @@ PHASES = ("encode", "denoise", "decode")
 
 @dataclass(frozen=True)
 class Component:
-    """Where the bytes of one network lie; resident + streamed + host is all of it, each byte once.
+    """Where the bytes of one network lie.
+
+    resident + streamed + host is all of it, each byte once, but for blocks that are kept as int8 rows.
 
     Args:
         name: "text_encoder", "transformer" or "vae".
@@ -27,6 +29,9 @@ class Component:
         kept: Whether its resident bytes also stay through the other phases.
         once: Streamed bytes that come once for each caption and not in every step: a transformer's context
             refiner.
+        int8_rows: Bytes on the device of the blocks that are kept as int8 rows; they are in none of the
+            others.
+        int8_blocks: Indices of these blocks, some of the resident ones.
     """
 
     name: str
@@ -39,6 +44,8 @@ class Component:
     resident_blocks: tuple[int, ...]
     kept: bool
     once: int = 0
+    int8_rows: int = 0
+    int8_blocks: tuple[int, ...] = ()
 
     @property
     def each_step(self) -> int:
@@ -138,6 +145,7 @@ class Plan:
         rates: What the times were computed from.
         times: Expected seconds.
         reasons: Why it is so, in sentences.
+        compute: In which numbers the blocks multiply: "exact", "bfloat16" or "int8".
     """
 
     width: int
@@ -160,6 +168,7 @@ class Plan:
     rates: Rates
     times: Times
     reasons: tuple[str, ...] = ()
+    compute: str = "exact"
 
     @property
     def peak(self) -> int:
@@ -212,7 +221,7 @@ def reasons(plan: Plan, moving: set[int], always: int, decode_at_once: int, tile
         ]
         if planes := plan.phases[0].planes:
             found.append(f"{in_bytes(planes)} more are used for weights in the fused kernel's layout")
-        return tuple(found)
+        return (*found, *_int8(plan, moving))
     text, times = plan.component("text_encoder"), plan.times
     found = [
         f"the text encoder is streamed, it runs once: {in_bytes(text.streamed)} pass in "
@@ -233,7 +242,19 @@ def reasons(plan: Plan, moving: set[int], always: int, decode_at_once: int, tile
             f"{in_bytes(plan.ram)} of host memory hold no copy of what is streamed: steps read it from disk "
             f"at {in_bytes(min(plan.rates.disk, plan.rates.link))}/s"
         )
-    return tuple(found)
+    return (*found, *_int8(plan, moving))
+
+
+def _int8(plan: Plan, moving: set[int]) -> list[str]:
+    """What is kept as int8 rows, where the blocks multiply int8."""
+    if plan.compute != "int8":
+        return []
+    part = plan.component("transformer")
+    kept = len(moving & set(part.int8_blocks))
+    if not kept:
+        return ["no int8 rows are kept: they are made from the packed weights in every step"]
+    rest = "" if kept == len(moving) else "; the others are made from packed weights in every step"
+    return [f"int8 rows of {kept} of {len(moving)} blocks are kept ({in_bytes(part.int8_rows)}){rest}"]
 
 
 def _transformer(plan: Plan, moving: set[int], always: int) -> str:

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from zimage_core.errors import OverBudget
 from zimage_core.files.units import in_bytes
-from zimage_core.memory import residency
+from zimage_core.memory import int8_plan, residency
 from zimage_core.memory.activations import collected_bytes, decode_bytes
+from zimage_core.memory.allocator import MIDDLE_SEGMENT, segment
 from zimage_core.memory.job import AT_ONCE, Job, Way
 from zimage_core.memory.plan import PHASES, Component, Phase, Plan, Times, reasons
 from zimage_core.memory.rates import Rates
@@ -37,6 +38,7 @@ def make_plan(
     rates: Rates | None = None,
     guidance: bool = False,
     steps: int = 8,
+    compute: str = "exact",
 ) -> Plan:
     """Plan a run; `Job` and `plan_job` describe the arguments.
 
@@ -45,7 +47,7 @@ def make_plan(
         OverBudget: vram or ram does not hold the least that this image needs; the message says what would
             fit.
     """
-    job = Job(sizes, width, height, images, caption_tokens, rates, guidance, steps)
+    job = Job(sizes, width, height, images, caption_tokens, rates, guidance, steps, compute=compute)
     return plan_job(job, vram, ram)
 
 
@@ -63,9 +65,10 @@ def plan_job(job: Job, vram: int | None = None, ram: int | None = None) -> Plan:
     floor, link = job.floor(), job.rates.link
     if vram is not None and vram < floor:
         raise job.over_budget(vram)
-    plan = _with_host(job, _all_resident(job, vram, floor) or _in_turn(job, vram, floor, link), ram)
+    plan = _with_host(job, _placed(job, vram, floor), ram)
     if plan.from_disk:
-        plan = replace(plan, times=_in_turn(job, vram, floor, min(link, job.rates.disk)).times)
+        slower = min(link, job.rates.disk), plan.component("transformer").kept
+        plan = replace(plan, times=_with_rows(job, _in_turn(job, vram, floor, *slower)).times)
     moving = {i for i, block in enumerate(job.net.blocks) if block.nbytes}
     tile_px = (plan.tile or 0) * job.vae_config.spatial_factor
     found = reasons(plan, moving, job.net.always, job.decode_live(AT_ONCE), tile_px)
@@ -131,8 +134,11 @@ def _all_resident(job: Job, vram: int | None, floor: int) -> Plan | None:
     return _plan(job, vram, floor, components, phases, AT_ONCE, times)
 
 
-def _in_turn(job: Job, vram: int | None, floor: int, link: float) -> Plan:
-    """Each network in its own phase: those that run once pass through, the steps keep what fits."""
+def _in_turn(job: Job, vram: int | None, floor: int, link: float, keep: bool = True) -> Plan:
+    """Each network in its own phase: those that run once pass through, the steps keep what fits.
+
+    What the steps keep also stays through the other phases, if it fits and `keep` does not forbid it.
+    """
     room = vram if vram is not None else job.sizes.nbytes + floor
     texts, sizes = job.encoder.block_bytes, job.net.block_bytes
     # blocks that run once pass through three slots, or stay where that takes less
@@ -153,7 +159,7 @@ def _in_turn(job: Job, vram: int | None, floor: int, link: float) -> Plan:
     before = job.phase("encode", job.encoder.always, encoder.nbytes, job.encode_live)
     during = job.phase("denoise", resident, slots, live)
     after = job.phase("decode", job.vae.always, 0, job.decode_live(way))
-    kept = max(before.peak, after.peak) + resident + slots <= room
+    kept = keep and max(before.peak, after.peak) + resident + slots <= room
     if kept:
         before, after = (replace(phase, others=resident + slots) for phase in (before, after))
     transformer = Component(
@@ -191,6 +197,56 @@ def _streamed_times(job: Job, blocks: Residency, way: Way, link: float) -> Times
     )
 
 
+def _placed(job: Job, vram: int | None, floor: int) -> Plan:
+    """The plan: everything resident if it fits, else in turn; in int8 whichever takes less time."""
+    link, whole = job.rates.link, _all_resident(job, vram, floor)
+    if not job.int8 or vram is None:
+        return _with_rows(job, whole or _in_turn(job, vram, floor, link))
+    # weights that stay through all phases take memory from int8 rows
+    plans = [_in_turn(job, vram, floor, link, keep) for keep in (True, False)]
+    with_rows = [_with_rows(job, plan) for plan in (whole, *plans) if plan is not None]
+    return min(with_rows, key=lambda plan: plan.seconds)
+
+
+def _with_rows(job: Job, plan: Plan) -> Plan:
+    """The plan with int8 rows instead of packed weights for resident blocks, where there is room for them."""
+    if not job.int8:
+        return plan
+    part = plan.component("transformer")
+    blocks = [(i, job.net.blocks[i]) for i in part.resident_blocks if job.net.blocks[i].matrices]
+    with_net = [phase for phase in plan.phases if part.kept or phase.name == "denoise"]
+    room = None if plan.vram is None else plan.vram - max(phase.peak for phase in with_net)
+    # on a GPU making rows takes little, so that less than all of them is not worth the memory
+    some = job.rates.architecture == "cpu"
+    if not some:
+        if part.slots:
+            return plan
+        room = None if room is None else room - MIDDLE_SEGMENT  # rows have a segment of their own
+    costs = [block.int8_bytes - block.nbytes for _, block in blocks]
+    chosen = [blocks[place] for place in int8_plan.choose(costs, room, some)]
+    kept, packed = tuple(i for i, _ in chosen), sum(block.nbytes for _, block in chosen)
+    rows = sum(block.int8_bytes for _, block in chosen)
+    if chosen and not some:
+        rows = segment(rows)
+
+    def grown(phase: Phase) -> Phase:
+        if phase not in with_net:
+            return phase
+        if phase.name == "denoise":
+            return replace(phase, weights=phase.weights + rows - packed)
+        return replace(phase, others=phase.others + rows - packed)
+
+    changed = replace(part, resident=part.resident - packed, int8_rows=rows, int8_blocks=kept)
+    compute = job.step_seconds(set(kept))
+    step = max(compute, plan.times.transfer) + plan.times.fill
+    return replace(
+        plan,
+        components=tuple(changed if each is part else each for each in plan.components),
+        phases=tuple(grown(phase) for phase in plan.phases),
+        times=replace(plan.times, compute=compute, step=step),  # the first step makes the rows
+    )
+
+
 def _with_host(job: Job, plan: Plan, ram: int | None) -> Plan:
     """The plan with its host memory; steps read from disk where that does not hold what they stream."""
     ring, out = RING, collected_bytes(job.vae_config, job.rows, job.cols, job.images)
@@ -218,5 +274,5 @@ def _plan(
 ) -> Plan:  # fmt: skip
     return Plan(
         job.width, job.height, job.images, job.caption, job.guidance, job.steps, job.dtype, vram, None,
-        components, phases, *way, floor, 0, 0, False, job.rates, times,
+        components, phases, *way, floor, 0, 0, False, job.rates, times, compute=job.compute,
     )  # fmt: skip

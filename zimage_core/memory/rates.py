@@ -28,6 +28,8 @@ PAGEABLE = 0.5
 
 CPU_FLOPS, CPU_BANDWIDTH = 3e11, 4e10
 """Operations, and bytes read and written, of a CPU in a second, as assumed for eight cores."""
+CPU_INT8, CPU_BFLOAT16 = 4.0, 2.0
+"""Rates of int8 and bfloat16 products of a CPU over float32's, as assumed: VNNI and AVX512-BF16."""
 
 # generation of the slot that cards of a family stand in
 _SLOT = {
@@ -52,6 +54,7 @@ class Rates:
         disk: Bytes a second from the file to host memory.
         architecture: As `quant.dispatch` knows it.
         source: "measured", or what they were taken from.
+        int8: Operations a second in large int8 products; 0 where there are none.
     """
 
     flops: float
@@ -62,6 +65,7 @@ class Rates:
     disk: float = DISK
     architecture: str = "sm_86"
     source: str = ""
+    int8: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse rates that no time can be divided by."""
@@ -83,8 +87,10 @@ def known(architecture: str, link: float | None = None) -> Rates:
     if architecture == "cpu":
         if link is not None:
             raise BadArgument("link: on a CPU nothing is moved to a GPU; leave it out")
-        speeds = (CPU_FLOPS, CPU_FLOPS, CPU_BANDWIDTH, CPU_BANDWIDTH / 2, CPU_BANDWIDTH / 2)
-        return Rates(*speeds, architecture="cpu", source="eight cores assumed")
+        half = CPU_BFLOAT16 * CPU_FLOPS
+        speeds = (half, CPU_FLOPS, CPU_BANDWIDTH, CPU_BANDWIDTH / 2, CPU_BANDWIDTH / 2)
+        source = "eight cores with VNNI and BF16 assumed"
+        return Rates(*speeds, architecture="cpu", source=source, int8=CPU_INT8 * CPU_FLOPS)
     name = family(architecture)
     found, slot = ARCHITECTURES[name], _SLOT[name]
     speed = PCIE[slot] if link is None else link
@@ -96,6 +102,7 @@ def known(architecture: str, link: float | None = None) -> Rates:
         link=speed,
         pageable=speed * PAGEABLE,
         architecture=architecture,
+        int8=found.int8_ops,
         source=f"table of {name}, " + (f"PCIe {slot} x16 assumed" if link is None else "link as given"),
     )
 
@@ -127,7 +134,12 @@ def measure(device: str | torch.device, seconds: float = 0.05) -> Rates:
 
     ordinary, single = copy(torch.empty(size, dtype=torch.uint8)), product(torch.float32)
     if not gpu:
-        return Rates(single, single, 2 * ordinary, ordinary, ordinary, architecture="cpu", source="measured")
+        from zimage_core.cpu.capability import rates as cpu_rates
+
+        found = cpu_rates()
+        half, eighth = (single * rate / max(found.float32, 1e-9) for rate in (found.bfloat16, found.int8))
+        moves = (2 * ordinary, ordinary, ordinary)
+        return Rates(max(half, single), single, *moves, architecture="cpu", source="measured", int8=eighth)
     from zimage_core.quant.gpu import architecture
 
     name = architecture(where)
@@ -136,6 +148,7 @@ def measure(device: str | torch.device, seconds: float = 0.05) -> Rates:
         flops=half,
         # convolutions use TF32 where there is one, plain products do not unless asked to
         flops32=max(single, half * (known(name).flops32 / known(name).flops)),
+        int8=half * (known(name).int8 / known(name).flops),
         bandwidth=2 * copy(torch.empty_like(target)),
         link=copy(torch.empty(size, dtype=torch.uint8, pin_memory=True)),
         pageable=ordinary,
@@ -159,9 +172,13 @@ def _timed(work: Callable[[], object], seconds: float, wait: Callable[[], None])
             return max(best, 1e-9)
 
 
-def _block_flops(config: TransformerConfig, tokens: int) -> int:
-    linear = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim
-    return 2 * tokens * linear + 4 * tokens * tokens * config.dim
+def _all_blocks(
+    config: TransformerConfig, height: int, width: int, caption: int, of_block: Callable[[int], int]
+) -> int:
+    """The sum of a function of a block's tokens over the blocks of one call of the transformer."""
+    image, text = padded(image_tokens(config, height, width)), padded(caption)
+    refiners = config.n_refiner_layers * (of_block(image) + of_block(text))
+    return refiners + config.n_layers * of_block(image + text)
 
 
 def step_flops(config: TransformerConfig, height: int, width: int, caption: int) -> int:
@@ -169,9 +186,14 @@ def step_flops(config: TransformerConfig, height: int, width: int, caption: int)
 
     A product of M, N and K counts 2 M N K, here and in the other counts.
     """
-    image, text = padded(image_tokens(config, height, width)), padded(caption)
-    refiners = config.n_refiner_layers * (_block_flops(config, image) + _block_flops(config, text))
-    return refiners + config.n_layers * _block_flops(config, image + text)
+    attention = _all_blocks(config, height, width, caption, lambda tokens: 4 * tokens * tokens * config.dim)
+    return attention + step_products(config, height, width, caption)
+
+
+def step_products(config: TransformerConfig, height: int, width: int, caption: int) -> int:
+    """Those of `step_flops` that are products with weights."""
+    linear = 4 * config.dim**2 + 3 * config.dim * config.hidden_dim
+    return _all_blocks(config, height, width, caption, lambda tokens: 2 * tokens * linear)
 
 
 def step_traffic(config: TransformerConfig, height: int, width: int, caption: int, item: int) -> int:
@@ -183,9 +205,15 @@ def step_traffic(config: TransformerConfig, height: int, width: int, caption: in
 
 def encode_flops(config: TextEncoderConfig, tokens: int) -> int:
     """Operations of the text encoder on one caption, causal attention counted whole."""
+    attention = 4 * tokens * tokens * config.num_heads * config.head_dim
+    return (config.num_layers - 1) * attention + encode_products(config, tokens)
+
+
+def encode_products(config: TextEncoderConfig, tokens: int) -> int:
+    """Those of `encode_flops` that are products with weights."""
     q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     linear = 2 * config.hidden_size * (q + k) + 3 * config.hidden_size * config.intermediate_size
-    return (config.num_layers - 1) * (2 * tokens * linear + 4 * tokens * tokens * q)
+    return (config.num_layers - 1) * 2 * tokens * linear
 
 
 def decode_flops(config: AutoencoderConfig, height: int, width: int) -> int:

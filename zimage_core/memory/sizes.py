@@ -18,10 +18,12 @@ from zimage_core.config import (
 from zimage_core.errors import BadArgument, BadWeights, printable
 from zimage_core.formats import DTYPE_NAMES, FORMATS
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
+from zimage_core.quant.arithmetic import EXACT, arithmetic_of
 from zimage_core.quant.dispatch import (
     PLANAR_BITS,
     SCRATCH_BYTES,
     crossover,
+    int8_bytes,
     plain_bytes,
     planar_bytes,
     planar_width,
@@ -75,6 +77,16 @@ class Matrix:
             return self.weights * (2 * FLOAT32 + item)
         return 0 if DTYPE_NAMES.get(self.format) == dtype else self.weights * item
 
+    @property
+    def in_rows(self) -> bool:
+        """Whether the file holds int8 rows with scales."""
+        return self.format == "I8" and self.scaled
+
+    @property
+    def int8_bytes(self) -> int:
+        """As int8 rows with a scale each."""
+        return self.nbytes if self.in_rows else int8_bytes(self.rows, self.width)
+
     def planes(self, tokens: int, architecture: str) -> int:
         """Bytes of its planes if a product with so many rows of x would use them, else 0."""
         fmt = FORMATS[self.format]
@@ -99,6 +111,11 @@ class Block:
     def nbytes(self) -> int:
         """Bytes moved."""
         return sum(matrix.nbytes for matrix in self.matrices)
+
+    @property
+    def int8_bytes(self) -> int:
+        """Bytes of its weights as int8 rows."""
+        return sum(matrix.int8_bytes for matrix in self.matrices)
 
 
 @dataclass(frozen=True)
@@ -138,10 +155,6 @@ class Part:
     def nbytes(self) -> int:
         """Bytes of all of it."""
         return self.streamable + self.always + self.host + sum(self.once)
-
-    def scratch(self, dtype: str, kernels: bool = True) -> int:
-        """Bytes of dense weights at a time, at most."""
-        return max((matrix.scratch(dtype, kernels) for _, matrix in matrices(self)), default=0)
 
 
 @dataclass(frozen=True)
@@ -252,3 +265,8 @@ def matrices(part: Part) -> Iterator[tuple[str, Matrix]]:
     for block in part.blocks:
         for matrix in block.matrices:
             yield block.name, matrix
+
+
+def in_int8(name: str) -> bool:
+    """Whether a weight takes part in products of int8, by the name that `matrices` gives it."""
+    return not name.endswith(".weight") or arithmetic_of(name.removesuffix(".weight"), "int8") is not EXACT

@@ -46,6 +46,11 @@ def automatic(network: nn.Module, device: torch.device) -> tuple[str, str]:
         return "exact", "the weights are not packed"
     if max(min(layer.in_features, layer.out_features) for layer in layers) < WIDE:
         return "exact", "the network is too small to gain from int8"
+    return automatic_on(device)
+
+
+def automatic_on(device: torch.device) -> tuple[str, str]:
+    """What `auto` chooses on a device for a network of full size with packed weights, and why."""
     gain, where = gain_of(device)
     if gain < capability.INT8_GAIN:
         return "exact", f"int8 is {gain:.1f} times as fast as the usual product on {where}"

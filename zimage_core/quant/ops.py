@@ -2,7 +2,8 @@
 
 On a GPU, `gpu.linear` multiplies by kernels; where none run, a packed weight is dequantised by plain torch
 and multiplied by torch's product. On a CPU, it is dequantised in slabs of rows into one reused float32 buffer
-and multiplied in float32, so packed weights take only the memory of the file and one slab.
+and multiplied in float32, so packed weights take only the memory of the file and one slab. For x in bfloat16,
+where the CPU multiplies that faster, a slab is rounded to bfloat16 before.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from zimage_core.cpu import dequantize as cpu
+from zimage_core.cpu.capability import bfloat16_pays
 from zimage_core.cpu.numbers import DTYPES
 from zimage_core.cpu.pool import in_parallel
 from zimage_core.cpu.rotation import rotate
+from zimage_core.cpu.workspace import workspace
 from zimage_core.errors import BadArgument, BadShape, Unsupported
 from zimage_core.formats import FORMATS
 from zimage_core.quant import gpu
@@ -41,9 +44,10 @@ def linear(
 ) -> Tensor:
     """x @ weight.T + bias.
 
-    On a CPU the arithmetic is float32 for all dtypes of x and weight; the exception is a dense weight of x's
-    dtype under autograd, which uses torch's own linear. On a GPU the operands have x's dtype and the sums are
-    float32. The result is rounded once, to x's dtype.
+    On a CPU the arithmetic is float32 for all dtypes of x and weight, with two exceptions. A dense weight of
+    x's dtype under autograd uses torch's own linear. For x in bfloat16, where `capability.bfloat16_pays`, the
+    weight is rounded to bfloat16 and the sums are float32. On a GPU the operands have x's dtype and the sums
+    are float32. The result is rounded once, to x's dtype.
 
     Args:
         x: [..., K], a float type, any strides.
@@ -67,11 +71,13 @@ def linear(
         return linear(x.bfloat16(), weight, bias).to(x.dtype)
     if isinstance(weight, QuantTensor) and weight.rotation:  # (x R)(W R)^T is x W^T
         x, weight = rotate(x.float(), weight.rotation).to(x.dtype), weight.like(weight.packed, rotation=0)
+    narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and bfloat16_pays()
     if isinstance(weight, Tensor):
-        if weight.dtype == torch.float32 and x.dtype != torch.float32 and not weight.is_cuda:
+        if weight.dtype == torch.float32 and x.dtype != torch.float32 and not (weight.is_cuda or narrow):
             return functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
         wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        own = weight.dtype == x.dtype and (x.dtype in (torch.float32, torch.float64) or weight.is_cuda)
+        fast = weight.is_cuda or narrow or x.dtype in (torch.float32, torch.float64)
+        own = weight.dtype == x.dtype and fast
         if own or wants_grad or weight.dtype not in _FORMAT_OF:
             return functional.linear(x, weight, bias)
         raw = weight.detach().contiguous().view(torch.uint8)
@@ -97,24 +103,40 @@ def _packed_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tenso
     if x.device.type != "cpu":
         return plain_linear(x, weight, bias)
     rows, width = weight.shape
-    flat = x.reshape(-1, width).float().contiguous()  # the strides of x must not choose the BLAS routine
-    out = torch.empty(len(flat), rows, dtype=torch.float32, device=flat.device)
+    narrow = x.dtype == torch.bfloat16 and bfloat16_pays()
+    dtype = torch.bfloat16 if narrow else torch.float32
+    flat = x.reshape(-1, width).to(dtype).contiguous()  # the strides of x must not choose the BLAS routine
+    out = torch.empty(len(flat), rows, dtype=dtype)
     # a multiple of 8 rows, so that every slab is aligned like the first one
     height = max(8, SLAB_BYTES // (4 * max(width, 1)) // 8 * 8)
 
     def multiply(first: int, last: int) -> None:
-        for start, dense in cpu.slabs(weight.packed[first:last], weight.format, height):
-            # BLAS writes columns of a row-major matrix in place, by its leading dimension
-            place = first + start
-            torch.mm(flat, dense.t(), out=out[:, place : place + len(dense)])
+        part = weight.rows(first, last)
+        for start, dense in cpu.slabs(part.packed, part.format, height):
+            place = slice(first + start, first + start + len(dense))
+            if narrow:
+                own = None if bias is None else bias[place]
+                out[:, place] = _in_bfloat16(flat, dense, part.rows(start, start + len(dense)).scale, own)
+            else:  # BLAS writes columns of a row-major matrix in place, by its leading dimension
+                torch.mm(flat, dense.t(), out=out[:, place])
 
     if out.numel():
         in_parallel(multiply, rows) if out.numel() * width >= SPREAD_FROM else multiply(0, rows)
-    if weight.scale is not None:
+    if weight.scale is not None and not narrow:
         out.mul_(weight.scale.view(-1))
-    if bias is not None:
+    if bias is not None and not narrow:
         out.add_(bias)
     return out.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def _in_bfloat16(x: Tensor, dense: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """bfloat16 x times float32 rows, which are scaled and then rounded; one more rounding, of the result."""
+    if scale is not None:
+        dense.mul_(scale.view(-1, 1))
+    work = workspace("bfloat16", dense.device)
+    work.release()
+    rows = work.take(torch.bfloat16, *dense.shape).copy_(dense)
+    return functional.linear(x, rows, None if bias is None else bias.to(torch.bfloat16))
 
 
 def plain_linear(x: Tensor, weight: QuantTensor, bias: Tensor | None) -> Tensor:

@@ -6,10 +6,11 @@ import torch
 
 from zimage_core.errors import BadArgument
 from zimage_core.memory.activations import ITEMSIZE, step_bytes
-from zimage_core.memory.rates import known, step_flops, step_traffic
+from zimage_core.memory.rates import known, step_flops, step_products, step_traffic
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.linear import packed_weights
 from zimage_core.quant.gpu import architecture, free_bytes
+from zimage_core.quant.int8 import is_int8
 
 HOST = 0.9e-3
 """Seconds that the host takes to launch a block, as assumed: 0.4 ms of Python, measured on a server's core,
@@ -24,7 +25,7 @@ RESERVE = 2 << 30
 def device_seconds(
     transformer: ZImageTransformer, height: int, width: int, caption: int, architecture: str
 ) -> float:
-    """Time of a step on a GPU, by the rates of `memory.rates`.
+    """Time of a step on a GPU in the network's arithmetic, by the rates of `memory.rates`.
 
     Args:
         transformer: The network with its weights, dense or packed.
@@ -37,11 +38,16 @@ def device_seconds(
         BadArgument: The architecture is not known.
     """
     sizes, item = (transformer.config, height, width, caption), transformer.dtype.itemsize
-    packed = [weight for block in transformer.blocks for weight in packed_weights(block)]
-    unpacked = sum(weight.nbytes + weight.shape[0] * weight.shape[1] * item for weight in packed)
-    rates = known(architecture)
+    rates, products = known(architecture), step_products(*sizes)
+    in_int8 = transformer.compute == "int8" and rates.int8 > 0
+    packed = [
+        w for block in transformer.blocks for w in packed_weights(block) if not (in_int8 and is_int8(w))
+    ]
+    made = 1 if in_int8 else item
+    unpacked = sum(weight.nbytes + weight.shape[0] * weight.shape[1] * made for weight in packed)
     moved = step_traffic(*sizes, item) + unpacked
-    return step_flops(*sizes) / rates.flops + moved / rates.bandwidth
+    multiplied = products / (rates.int8 if in_int8 else rates.flops)
+    return multiplied + (step_flops(*sizes) - products) / rates.flops + moved / rates.bandwidth
 
 
 def pays(transformer: ZImageTransformer, height: int, width: int, caption: int) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from zimage_core.config import NATIVE_SIZE, AutoencoderConfig
 from zimage_core.errors import Unsupported
-from zimage_core.memory.activations import decode_bytes
+from zimage_core.memory.activations import ITEMSIZE, decode_bytes, denoise_bytes
+from zimage_core.memory.int8_rows import KeptRows, free_for_rows
 from zimage_core.memory.phases import MemoryBudget, MemoryReport, PhaseManager
 from zimage_core.models.transformer import Predict, ZImageTransformer
 from zimage_core.nn.attention import Use, settings
@@ -48,6 +49,8 @@ class Placement:
         self._may_record = True
         self._as_loaded = True
         self._addresses: list[int] = []  # of the weights that the graphs read
+        self.rows = KeptRows()
+        self._room = (0, False)  # bytes for those, and whether weights are mapped
 
     def __getstate__(self) -> dict[str, Any]:
         """State for copies and pickles.
@@ -60,7 +63,7 @@ class Placement:
                 "a pipeline with a memory budget is not copied or pickled: call limit_memory() without "
                 "arguments first, or open the model a second time (mapped files are shared)"
             )
-        return {**self.__dict__, "_own": None}
+        return {**self.__dict__, "_own": None, "rows": KeptRows()}
 
     def to(self, networks: Networks, targets: tuple[str | torch.device | torch.dtype, ...]) -> None:
         """Move the networks to devices, or cast transformer and text encoder to dtypes, in this order."""
@@ -169,6 +172,7 @@ class Placement:
         if self.memory is not None:
             self.memory.close()
             self.memory = None
+        self.rows.drop()
         if vram is None and ram is None:
             return
         if networks["transformer"].device.type != "cpu":
@@ -186,14 +190,23 @@ class Placement:
         self.graphs = self._own = None
 
     def begin(self, networks: Networks, run: Run, caption_tokens: int) -> None:
-        """Plan a run where memory is limited."""
+        """Plan a run where memory is limited; else find how much of it int8 rows may take."""
+        images, guided = run.batch.images, run.guidance_scale > 0
         if self.memory is not None:
             self.memory.check_networks(networks)
-            images, guided = run.batch.images, run.guidance_scale > 0
             self.memory.begin(
                 width=run.width, height=run.height, images=images, caption_tokens=caption_tokens,
                 guidance=guided, steps=run.steps,
             )  # fmt: skip
+        elif networks["transformer"].compute == "int8":
+            transformer, vae = networks["transformer"], networks.get("vae")
+            height, width = run.latents.shape[-2:]
+            dtype = str(transformer.dtype).removeprefix("torch.")
+            how = (caption_tokens, dtype if dtype in ITEMSIZE else "float32", images, 1 + guided, run.steps)
+            live = denoise_bytes(transformer.config, height, width, *how)
+            if vae is not None:
+                live = max(live, decode_bytes(vae.config, height, width, vae.tile))
+            self._room = free_for_rows(networks.values(), transformer.device, live)
 
     @contextmanager
     def phase(self, name: str, network: Any) -> Iterator[None]:
@@ -202,9 +215,15 @@ class Placement:
         torch's settings are those that the network needs there; see `nn.attention.settings`.
         """
         device = network.device if self.memory is None else self.memory.device
-        moved = nullcontext() if self.memory is None else self.memory.phase(name)
+        moved = self._rows_for(name, network) if self.memory is None else self.memory.phase(name)
         with settings(device, _USES[name], network.dtype), moved:
             yield
+
+    def _rows_for(self, name: str, network: Any) -> AbstractContextManager[None]:
+        """Context in which layers that multiply int8 read rows that are kept."""
+        if name != "denoise" or network.compute != "int8":
+            return nullcontext()
+        return self.rows.bound(network, *self._room)
 
     def report(self) -> MemoryReport | None:
         """Report of what was planned and moved in the last run; None without a budget."""
@@ -219,7 +238,8 @@ class Placement:
             )
 
     def forget_graphs(self) -> None:
-        """Drop recorded graphs, whose memory would otherwise stay until the next run."""
+        """Drop recorded graphs and int8 rows, whose memory would otherwise stay until the next run."""
         self._own = None
+        self.rows.drop()
         if self.graphs is not None:
             self.graphs = StepGraphs(self.graphs.step)

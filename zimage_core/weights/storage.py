@@ -11,7 +11,6 @@ Source: ComfyUI's comfy/quant_ops.py and comfy/ops.py; llama.cpp's build_lora_mm
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
@@ -66,6 +65,7 @@ def storage_problem(file: WeightFile, prefix: str = "", elsewhere: tuple[str, ..
     tensors = own_tensors(file, prefix, elsewhere)
     if style := style_of(tensors):
         return f"its weights are quantised by {style}, which is not supported; {WAY_ROUND}"
+    described: dict[bool, str] = {}  # whether ComfyUI states something of it -> an int8 weight
     for name, info in tensors.items():
         if not name.endswith(".weight"):
             continue
@@ -79,6 +79,11 @@ def storage_problem(file: WeightFile, prefix: str = "", elsewhere: tuple[str, ..
             return f"its weights are quantised to {style}, which is not supported; {WAY_ROUND}"
         if fault := stated.fault or _int8_fault(info, stated) or _scale_fault(file, stem):
             return f"its tensor {printable(name, 120)} {fault}; {WAY_ROUND}"
+        if info.format.name == INT8:
+            described.setdefault(bool(stated.format), name)
+    if len(described) == 2:  # nobody can tell whether it is rotated
+        without, other = printable(described[False], 120), printable(described[True], 120)
+        return f"its tensor {without} is int8 without a comfy_quant, which {other} has; {WAY_ROUND}"
     return ""
 
 
@@ -88,15 +93,24 @@ def storage_notes(file: WeightFile, tensors: Mapping[str, TensorInfo]) -> tuple[
     if any(info.format.name in FP8 for info in tensors.values()):
         scaled = any(name.endswith(SCALE_SUFFIXES) for name in tensors)
         notes.append("fp8 weights with scales" if scaled else "fp8 weights without scales")
-    groups: Counter[int] = Counter()
+    groups: dict[int, list[TensorInfo]] = {}
     for name, info in tensors.items():
         if info.format.name == INT8 and name.endswith(".weight"):
             stated = comfy.stated(file, name.removesuffix(".weight"))
-            groups[0 if stated is None else stated.rotation] += 1
-    for group, count in groups.most_common():
+            groups.setdefault(0 if stated is None else stated.rotation, []).append(info)
+    for group, found in groups.items():
         kind = f"rotated by blocks of {group}" if group else "not rotated"
-        notes.append(f"INT8, {kind}: {count} matri{'x' if count == 1 else 'ces'}")
+        held = sum(_bytes_with_scale(file, info) for info in found)
+        bits = 8 * held / max(1, sum(info.nbytes for info in found))
+        noun = "matrix" if len(found) == 1 else "matrices"
+        notes.append(f"INT8, {kind}: {len(found)} {noun}, {bits:.2f} bits a weight")
     return tuple(notes)
+
+
+def _bytes_with_scale(file: WeightFile, info: TensorInfo) -> int:
+    """Bytes of a weight and of the scale beside it."""
+    beside = _scale_name(file, info.name.removesuffix(".weight"))
+    return info.nbytes + (0 if beside is None else file.tensors[beside].nbytes)
 
 
 def is_companion(name: str, names: Collection[str]) -> bool:

@@ -1,6 +1,6 @@
 """Is a memory budget kept? Planned, allocated, reserved and given by the driver, phase by phase.
 
-    budget.py [--vram 6GiB] [--spare BYTES] [--files FOLDER] [--pixels 1024]
+    budget.py [--vram 6GiB] [--spare BYTES] [--files FOLDER] [--pixels 1024] [--compute int8]
 
 The card has the budget's memory and that of the driver's context, and nothing more; with --spare that much
 more. Copies move nothing, so that device memory needs none of the host's.
@@ -95,10 +95,11 @@ def main():
     )
     parser.add_argument("--words", type=int, default=0, help="of another caption; default: a short one")
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--compute", default="exact", help="in which numbers blocks multiply; default: exact")
     args = parser.parse_args()
     project.patch_out()
     rows = record_phases()
-    pipe = project.open_pipeline(args.files, device="cpu", dtype="bfloat16")
+    pipe = project.open_pipeline(args.files, device="cpu", dtype="bfloat16", compute=args.compute)
     project.read_nothing()
     pixels = args.pixels or pipe.sample_size
     vram = budget_of(pipe, args.vram, pixels)
