@@ -1,7 +1,7 @@
 """Draw from a full-size model on the CPU, or quantise one: times, and memory from /proc.
 
     python -m benchmarks.make_full_size FOLDER
-    python -m benchmarks.full_size FOLDER [--size 256 --steps 2] [--ram 4GiB]
+    python -m benchmarks.full_size FOLDER [--size 256 --steps 2] [--ram 4GiB] [--compute int8]
     python -m benchmarks.make_full_size FOLDER --bf16
     python -m benchmarks.full_size FOLDER --quantize Q4_K_M
 
@@ -59,7 +59,7 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
         "text_encoder": args.folder / "text_encoder.gguf",
         "vae": args.folder / "vae.safetensors",
     }
-    pipe = ZImagePipeline.from_files(**files, ram=args.ram)
+    pipe = ZImagePipeline.from_files(**files, ram=args.ram, compute=args.compute)
     opened = time.perf_counter()
     result = pipe(args.prompt, height=args.size, width=args.size, num_inference_steps=args.steps, seed=0)
     finished = time.perf_counter()
@@ -69,6 +69,7 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "size": args.size,
         "ram": args.ram,
+        "compute": args.compute,
         "steps": args.steps,
         "seconds": {
             "import": imported - begin,
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--ram", help="limit of host memory, such as 4GiB")
+    parser.add_argument("--compute", default="exact", help="in which numbers the blocks multiply")
     parser.add_argument("--prompt", default="a lighthouse on a cliff at dusk, oil painting, 黄昏的灯塔")
     parser.add_argument("--quantize", metavar="MIX", help="quantise bf16.safetensors instead of drawing")
     parser.add_argument("--out", type=Path, help="default full_size_cpu.json or quantize_full_size.json")

@@ -22,6 +22,8 @@ from zimage_core.quantize.encode import ENCODERS
 Rows = Sequence[Mapping[str, Any]]
 KINDS = ("gaussian", "student", "real")
 """Weights that the encoders' errors are of."""
+HOW = ("plain", "rotated")
+"""Products of int8 without and with a rotation of both operands."""
 SPEED_ROWS = 1024
 """Rows of the matrix whose speed is shown, where it was measured."""
 
@@ -194,6 +196,63 @@ def steps(report: Mapping[str, Any]) -> str:
     return markdown(" | ".join(head), lines)
 
 
+def compute_tables(report: Mapping[str, Any]) -> dict[str, str]:
+    """Compute modes on the embedded model, each kind of layer alone in int8, and products with outliers."""
+    modes = []
+    for name, row in report["modes"].items():
+        mix, _, mode = name.partition(" ")
+        equal = "psnr" not in row
+        modes.append(
+            [
+                mix,
+                mode,
+                "0" if equal else f"{100 * row['velocity']:.3g} %",
+                f"{100 * row['source']:.3g} %",
+                "equal" if equal else f"{row['psnr_mean']:.1f}",
+                "1" if equal else f"{row['ssim']:.4f}",
+                f"{row['right']} of {row['of']}",
+            ]
+        )
+    layers = [
+        [network, kind, f"{row['layers']:.0f}", *(f"{100 * row[how]:.3g} %" for how in HOW)]
+        for network, kinds in report["layers"].items()
+        for kind, row in kinds.items()
+    ]
+    outliers = report["products"]
+    products = [
+        [kind, *(f"{100 * of[kind]['3840'][how]:.2f} %" for of in outliers.values() for how in HOW)]
+        for kind in next(iter(outliers.values()))
+    ]
+    return {
+        "modes": markdown(
+            "file | compute | velocity, to exact | to the source | PSNR to exact, dB | SSIM | right", modes
+        ),
+        "layers": markdown("error of | layers in int8 | number | plain | rotated", layers),
+        "outliers": markdown(
+            " | ".join(["activations", *(f"weights {name}, {how}" for name in outliers for how in HOW)]),
+            products,
+        ),
+    }
+
+
+GAIN_SUBJECTS = ("velocity", "velocity, importance", "caption", "caption, normed", "SmolLM2, a fifth")
+"""What the errors of benchmarks.gain are of, as columns."""
+
+
+def gain(report: Mapping[str, Any]) -> str:
+    """A row a type: its gain, and errors as the encoder leaves the weights / with each block's gain as 1."""
+    rows = []
+    for fmt, found in sorted(report["results"].items(), key=lambda item: (-bits(item[0]), item[0])):
+        cells = (
+            f"{100 * found[name]['as found']:.3g} / {100 * found[name]['block']:.3g} %"
+            if name in found
+            else ""
+            for name in GAIN_SUBJECTS
+        )
+        rows.append([fmt, f"{found['velocity']['gain']:.3f}", *cells])
+    return markdown(" | ".join(["type", "gain", *GAIN_SUBJECTS]), rows)
+
+
 def int8_steps(report: Mapping[str, Any]) -> str:
     """A row a card and size: the modelled step in 16 bits and in int8, and an image of eight steps."""
     lines = []
@@ -264,7 +323,12 @@ def _kernels() -> dict[str, str]:
 
 def _quality() -> dict[str, str]:
     report = read("quality.json")
-    return {"nano": nano(report), "full": full(report)}
+    return {
+        "nano": nano(report),
+        "full": full(report),
+        "gain": gain(read("gain.json")),
+        **compute_tables(read("compute_modes.json")),
+    }
 
 
 def _quantizing() -> dict[str, str]:
