@@ -131,11 +131,11 @@ def test_auto_asks_what_the_device_gains(pipe, monkeypatch, gain, mode):
     assert "a device" in automatic(network, CPU)[1]
 
 
-def test_auto_leaves_the_text_encoder_exact_on_a_cpu(pipe, monkeypatch):
+def test_auto_leaves_the_text_encoder_exact(pipe, monkeypatch):
     monkeypatch.setattr(compute, "WIDE", 1)
     monkeypatch.setattr(compute, "gain_of", lambda device: (4.6, "a device"))
     assert automatic(pipe.text_encoder, CPU)[0] == "exact"
-    assert automatic(pipe.text_encoder, torch.device("cuda"))[0] == "int8"
+    assert automatic(pipe.text_encoder, torch.device("cuda"))[0] == "exact"
 
 
 def test_a_wrong_mode_is_refused(pipe):
