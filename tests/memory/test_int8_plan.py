@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.helpers.linear import quant
 from tests.helpers.model_headers import full_size, plain, q4_k_m
 from tests.memory.test_plan import jobs
-from zimage_core.cpu import capability, workspace
+from zimage_core.cpu import attention, capability, workspace
 from zimage_core.errors import OverBudget, Unsupported
 from zimage_core.memory import int8_plan
 from zimage_core.memory.allocator import segment
@@ -103,7 +103,7 @@ def test_a_gpu_keeps_the_rows_of_all_blocks_or_of_none(gib, blocks):
 
 def test_the_reason_counts_blocks_and_bytes():
     some = on_cpu(6)
-    blocks, count = len(some.component("transformer").int8_blocks), "1.59 GB"
+    blocks, count = len(some.component("transformer").int8_blocks), "1.42 GB"
     assert (
         f"int8 rows of {blocks} of 32 blocks are kept ({count}); the others are made from packed weights in "
         "every step" in some.reasons
@@ -155,7 +155,10 @@ def test_auto_asks_the_device_the_weights_and_their_width():
     assert int8_plan.automatic(full_size(plain("BF16")).transformer, CPU) == "exact"
     small = dataclasses.replace(net, matrices=(), blocks=(Block("layers.0", (Matrix("Q4_K", 9216, 512),)),))
     assert int8_plan.automatic(small, CPU) == "exact"
+    text = ON_CPU.text_encoder
+    assert int8_plan.automatic(text, known("sm_86")) == int8_plan.automatic(text, CPU) == "exact"
     assert (int8_plan.GAIN, int8_plan.WIDE) == (capability.INT8_GAIN, compute.WIDE)
+    assert (int8_plan.QUERIES, int8_plan.SHORTEST) == (attention.QUERIES, attention.SHORTEST)
 
 
 def test_a_gpu_without_int8_products_has_no_plan_in_int8():

@@ -131,6 +131,13 @@ def test_auto_asks_what_the_device_gains(pipe, monkeypatch, gain, mode):
     assert "a device" in automatic(network, CPU)[1]
 
 
+def test_auto_leaves_the_text_encoder_exact(pipe, monkeypatch):
+    monkeypatch.setattr(compute, "WIDE", 1)
+    monkeypatch.setattr(compute, "gain_of", lambda device: (4.6, "a device"))
+    assert automatic(pipe.text_encoder, CPU)[0] == "exact"
+    assert automatic(pipe.text_encoder, torch.device("cuda"))[0] == "exact"
+
+
 def test_a_wrong_mode_is_refused(pipe):
     for wrong in ("fp8", 8, {"vae": "int8"}, {"transformer": "fast"}):
         with pytest.raises(BadArgument, match="compute"):

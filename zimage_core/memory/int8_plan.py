@@ -21,6 +21,10 @@ SLAB_ROWS = 1024
 """Rows of a weight that a thread of a CPU multiplies at a time: `quant.int8.HEIGHT`."""
 GROWN = 2
 """A thread's scratch memory on a CPU has up to twice the bytes of what was asked for (`cpu.workspace`)."""
+QUERIES, SHORTEST = 256, 512
+"""Queries at a time of attention in int8 on a CPU, and its least tokens: those of `cpu.attention`."""
+HEAD = 128
+"""Channels of a head, as Z-Image has them."""
 DECODING = 28 << 20
 """Bytes of scratch memory in which a thread of a CPU makes int8 rows of packed weights (`cpu.int8`)."""
 GAIN, WIDE = 1.5, 1024
@@ -34,6 +38,8 @@ def automatic(net: Part, rates: Rates) -> str:
     inside = [matrix for name, matrix in matrices(net) if in_int8(name)]
     packed = any(FORMATS[m.format].weights > 1 or FORMATS[m.format].nbytes == 1 for m in inside)
     wide = max((min(m.rows, m.width) for m in inside), default=0) >= WIDE
+    if isinstance(net.config, TextEncoderConfig):
+        return "exact"
     cpu = rates.architecture == "cpu"
     gain = rates.int8 / rates.flops32 if cpu else int8_gain(rates.architecture)
     return "int8" if packed and wide and gain >= GAIN else "exact"
@@ -64,6 +70,8 @@ def scratch_bytes(
             found = max(found, threads * _on_cpu(matrix, tokens))
         else:
             found = max(found, _on_gpu(matrix, tokens, architecture, kernels))
+    if int8 and architecture == "cpu" and part.name == "transformer" and tokens >= SHORTEST:
+        found += threads * _attention(tokens)
     return found
 
 
@@ -71,6 +79,13 @@ def _on_cpu(matrix: Matrix, tokens: int) -> int:
     """Bytes of a thread: int32 sums, int8 rows of a slab, and what quantises them."""
     rows = min(SLAB_ROWS, matrix.rows)
     return GROWN * rows * (FLOAT32 * tokens + matrix.width + FLOAT32) + DECODING
+
+
+def _attention(tokens: int) -> int:
+    """Bytes of a thread of a CPU for attention in int8: a head's operands, and scores of some queries."""
+    operands = tokens * (HEAD * (2 + FLOAT32 + 2) + 2 * FLOAT32)
+    scores = min(QUERIES, tokens) * tokens * (2 * FLOAT32 + 2)
+    return GROWN * (operands + scores)
 
 
 def _on_gpu(matrix: Matrix, tokens: int, architecture: str, kernels: bool) -> int:

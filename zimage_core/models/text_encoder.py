@@ -99,6 +99,8 @@ class TextEncoder(Network):
     """Token ids to caption features."""
 
     loader = "load_text_encoder"
+    few_rows = True
+    """A prompt has tens of tokens: making int8 rows takes longer than their products save."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()

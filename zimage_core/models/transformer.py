@@ -22,7 +22,7 @@ from zimage_core.models.block_source import RESIDENT, BlockSource
 from zimage_core.models.ported import Network
 from zimage_core.nn.attention import attention
 from zimage_core.nn.layers import RMSNorm, Rotation, rotation
-from zimage_core.nn.linear import Linear, ready
+from zimage_core.nn.linear import Linear, multiplies_int8, ready
 
 FREQUENCIES = 256
 """Length of the sinusoid that encodes the timestep."""
@@ -115,7 +115,7 @@ class Attention(nn.Module):
         q, k = self.to_q(x).unflatten(-1, per_head), self.to_k(x).unflatten(-1, per_head)
         q, k = norms_rope(self.norm_q, self.norm_k, q, k, QK_NORM_EPS, rope)
         v = self.to_v(x if scale == 1.0 else x * scale).unflatten(-1, per_head)
-        out: Tensor = self.to_out[0](attention(q, k, v))
+        out: Tensor = self.to_out[0](attention(q, k, v, in_int8=multiplies_int8(self.to_k)))
         return out
 
 

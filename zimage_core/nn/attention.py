@@ -19,6 +19,7 @@ from torch.backends import cuda as backends
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from zimage_core.cpu import attention as int8_on_cpu
 from zimage_core.quant.dispatch import family
 from zimage_core.quant.gpu import architecture
 
@@ -69,17 +70,26 @@ def attention_backends(
     return ("flash", "efficient")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, in_int8: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for each head.
 
     `causal` is the only mask: a sequence holds the tokens of one image only, and its pad tokens are attended
     to by design.
 
-    Shape:
-        q [..., L, H, D]; k, v [..., L, H_kv, D] with H a multiple of H_kv -> [..., L, H * D].
+    Args:
+        q: [..., L, H, D].
+        k: [..., L, H_kv, D] with H a multiple of H_kv.
+        v: Shape of k.
+        causal: Whether a token sees only itself and those before it.
+        in_int8: Multiply q k^T in int8 where the device gains by it.
+
+    Returns:
+        [..., L, H * D].
     """
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
     alone = q.ndim == 3
+    if in_int8 and alone and not causal and _int8_pays(q, k):
+        return int8_on_cpu.attention(q, k, v).transpose(-3, -2).flatten(-2)
     if alone:  # torch's fused kernels need four axes; with three, torch builds the whole matrix of scores
         q, k, v = q[None], k[None], v[None]
     grouped = q.shape[-3] != k.shape[-3]
@@ -93,6 +103,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
     out = out.transpose(-3, -2).flatten(-2)
     return out[0] if alone else out
+
+
+def _int8_pays(q: Tensor, k: Tensor) -> bool:
+    """Whether q k^T in int8 is possible and faster than torch's attention."""
+    if q.shape != k.shape or torch.compiler.is_compiling():
+        return False
+    return q.device.type == "cpu" and int8_on_cpu.pays(q.shape[-2])
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

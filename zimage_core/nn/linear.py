@@ -218,6 +218,11 @@ def ready(x: Tensor | Int8Rows, *layers: Linear) -> Tensor:
     return x if rotation is None else int8.quantize_rows(x, rotation)  # type: ignore[return-value]
 
 
+def multiplies_int8(layer: nn.Module) -> bool:
+    """Whether a layer multiplies int8; one that was put in its place does not."""
+    return isinstance(layer, Linear) and layer.arithmetic.mode == "int8"
+
+
 class Embedding(_Weighted):
     """ids [...] -> [..., dim]; only the requested rows of a packed table are read."""
 
