@@ -594,10 +594,11 @@ class ZImagePipeline(Ported):
         """Let the blocks multiply in other numbers from the next run on.
 
         Args:
-            compute: "exact", "bfloat16", "int8" or "auto", or a dict, as for `from_files`.
+            compute: "exact", "bfloat16", "int8" or "auto", or a dict, as for `from_files`; a network that the
+                dict leaves out keeps its mode.
 
         Raises:
-            BadArgument: There is no such mode.
+            BadArgument: There is no such mode, or no such network.
             Unsupported: The pipeline has a memory budget, whose plan depends on it.
         """
         self._placement.refuse_budget("set_compute")

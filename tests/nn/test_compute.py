@@ -173,6 +173,28 @@ def test_gradients_are_refused_in_int8():
     layer.arithmetic = Arithmetic("int8")
     with pytest.raises(Unsupported, match="gradients"):
         layer(torch.randn(2, 64, requires_grad=True))
+    with pytest.raises(Unsupported, match="gradients"):
+        ready(torch.randn(2, 64, requires_grad=True), layer)
+    with pytest.raises(Unsupported, match="gradients"):  # of the weight
+        layer(ready(torch.randn(2, 64), layer))
+
+
+def test_a_layer_takes_no_mode_that_is_not_known():
+    for mode in ("auto", "INT8", "fp8"):
+        with pytest.raises(BadArgument, match=f"got '{mode}', wanted one of exact, bfloat16, int8"):
+            Arithmetic(mode)
+
+
+def test_a_printed_layer_says_how_it_multiplies():
+    layer = Linear(192, 8)
+    assert "int8" not in repr(layer)
+    layer.arithmetic = Arithmetic("int8")
+    assert repr(layer).endswith(", int8)")
+    layer.arithmetic = Arithmetic("int8", rotated=True)
+    assert repr(layer).endswith(", int8 rotated by 64)")
+    odd = Linear(682, 8)
+    odd.arithmetic = layer.arithmetic
+    assert repr(odd).endswith(", int8)"), "no power of four divides 682"
 
 
 def test_int8_under_the_compiler_is_one_operator():

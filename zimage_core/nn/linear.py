@@ -192,7 +192,9 @@ class Linear(_Weighted):
 
     def extra_repr(self) -> str:
         """Shape, format and arithmetic, for print(model)."""
-        own = "" if self.arithmetic == EXACT else f", {self.arithmetic.mode}"
+        own = "" if self.arithmetic.mode == "exact" else f", {self.arithmetic.mode}"
+        if own == ", int8" and (block := int8.rotation_of(self.weight, self.arithmetic.rotated)) > 1:
+            own += f" rotated by {block}"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self._kind()}{own}"
 
 

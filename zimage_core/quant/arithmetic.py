@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zimage_core.errors import BadArgument, printable
+
 MODES = ("exact", "bfloat16", "int8", "auto")
 """Values of `compute=`."""
 
@@ -36,10 +38,18 @@ class Arithmetic:
     Args:
         mode: "exact", "bfloat16" or "int8".
         rotated: In int8, whether x and W are rotated by blocks of K before they are quantised.
+
+    Raises:
+        BadArgument: There is no such mode, or a layer cannot have it.
     """
 
     mode: str = "exact"
     rotated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES or self.mode == "auto":
+            known = ", ".join(mode for mode in MODES if mode != "auto")
+            raise BadArgument(f"mode of a layer: got {printable(self.mode, 40)!r}, wanted one of {known}")
 
 
 EXACT = Arithmetic()

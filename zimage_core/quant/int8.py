@@ -106,7 +106,11 @@ def quantize_rows(x: Tensor, rotation: int = 0) -> Int8Rows:
     Args:
         x: [..., K], a float type, any strides.
         rotation: Block of the rotation before, which divides K; 0 for none.
+
+    Raises:
+        Unsupported: A gradient would have to pass through the rounding.
     """
+    _refuse_gradients(x)
     width, lead = x.shape[-1], tuple(x.shape[:-1])
     flat = x.reshape(math.prod(lead), width)
     if x.device.type != "cpu":
@@ -156,12 +160,7 @@ def linear(
             f"linear: x has shape {tuple(x.shape)} and the weight {tuple(weight.shape)}; "
             "the last axes of both must agree"
         )
-    if (
-        torch.is_grad_enabled()
-        and isinstance(x, Tensor)
-        and (x.requires_grad or (isinstance(weight, Tensor) and weight.requires_grad))
-    ):
-        raise Unsupported('products of int8 give no gradients; open the model with compute="exact"')
+    _refuse_gradients(x, weight)
     rotation = rotation_of(weight, rotated)
     if isinstance(x, Int8Rows) and x.rotation != rotation:
         x = x.dequantize()  # rows that were made for another layer
@@ -172,6 +171,14 @@ def linear(
             product: Tensor = _gpu().linear(x, weight, bias, rotation)
             return product
         return _on_cpu(quantize_rows(x, rotation) if isinstance(x, Tensor) else x, weight, bias)
+
+
+def _refuse_gradients(*operands: Tensor | QuantTensor | Int8Rows) -> None:
+    if torch.is_grad_enabled() and any(isinstance(own, Tensor) and own.requires_grad for own in operands):
+        raise Unsupported(
+            "products in int8 give no gradients; run under torch.no_grad(), or choose the exact ones by "
+            'pipe.set_compute("exact") or compute="exact"'
+        )
 
 
 def _on_cpu(x: Int8Rows, weight: Tensor | QuantTensor, bias: Tensor | None) -> Tensor:
