@@ -46,6 +46,13 @@ def test_without_a_budget_each_common_card_has_a_line(zimage):
     assert "no limit peak" in out
 
 
+def test_ram_alone_points_to_the_cpu(zimage):
+    hint = "--architecture cpu plans a run on a CPU"
+    assert hint in zimage("plan", "--ram", "4GiB").out
+    assert hint not in zimage("plan").out
+    assert hint not in zimage("plan", "--ram", "4GiB", "--architecture", "cpu").out
+
+
 def test_int8_is_a_word_and_changes_seconds_and_reasons(zimage):
     words = ("plan", "--architecture", "cpu", "--ram", "2GiB")
     exact, int8 = zimage(*words, "--compute", "exact").out, zimage(*words, "--compute", "int8").out

@@ -211,8 +211,9 @@ def test_arguments_that_make_no_sense_are_refused(wide, tmp_path):
         quantize_file(wide, tmp_path / "a.safetensors", "Q8_0")
     with pytest.raises(BadArgument, match="int8 rows are rounded to nearest"):
         quantize_file(wide, tmp_path / "a.safetensors", "INT8_ROW", imatrix="x.gguf")
-    with pytest.raises(BadArgument, match=r"unknown type 'INT8'; known are .*INT8_CONVROT"):
-        quantize_file(wide, tmp_path / "a.gguf", "INT8")
+    for name in ("a.gguf", "a.safetensors"):
+        with pytest.raises(BadArgument, match=r"unknown type 'INT8'; known are .*INT8_CONVROT"):
+            quantize_file(wide, tmp_path / name, "INT8")
     (tmp_path / "a.safetensors").write_bytes(b"precious")
     with pytest.raises(BadFile, match="exists already"):
         quantize_file(wide, tmp_path / "a.safetensors", "int8_row")

@@ -238,6 +238,8 @@ def _plan(devices: list[dict[str, Any]], default: str) -> list[str]:
             does = f"{_on_gpu(device)}; {_attention(device)}"
         if "compute" in device:
             does += f"; --compute auto: {device['compute']}, {device['compute_reason']}"
+            if device["compute"] == "int8":
+                does += "; text encoders, small transformers and those without packed weights stay exact"
         plan.append(f"{name} ({'default' if name == default else f'with --device {name}'}): {does}")
     return plan
 

@@ -66,8 +66,9 @@ def add_compute(group: argparse._ActionsContainer, default: str = "auto") -> Non
         "--compute",
         choices=COMPUTE,
         default=default,
-        help="numbers in which the blocks multiply; auto: int8 where weights are packed and the device gains "
-        f"over 1.5 times (default: {default})",
+        help="how the blocks multiply: exact, by the weights as the file has them; bfloat16 or int8, faster, "
+        "by rounded weights and activations; auto, int8 for a large transformer with packed weights "
+        f"if the device gains over 1.5 times, else exact (default: {default})",
     )
 
 
@@ -207,7 +208,7 @@ def load_pipeline(args: argparse.Namespace, fit: bool = False) -> ZImagePipeline
         from zimage_core.nn.compute import automatic
 
         reason = automatic(pipeline.transformer, pipeline.device)[1]
-        say(f"compute: {pipeline.compute}, {reason}; --compute exact multiplies in full")
+        say(f"compute: {pipeline.compute}, {reason}; --compute exact rounds nothing")
     return pipeline
 
 

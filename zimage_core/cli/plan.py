@@ -120,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
         _write({name: found if isinstance(found, str) else found.to_json() for name, found in cards.items()})
     else:
         _write(_cards(cards, around))
+        if ram is not None and not cpu:
+            sys.stdout.write("\nfor a GPU beside this host memory; --architecture cpu plans a run on a CPU\n")
     return 0
 
 

@@ -137,6 +137,18 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 """Other names of mixes; as in llama-quantize, a bare K type means its M mix."""
 
 
+def mix_name(name: str) -> str:
+    """The name of a standard mix as `MIXES` has it, from one in any case or another name of it.
+
+    Raises:
+        BadArgument: There is no such mix; the message lists the names.
+    """
+    key = ALIASES.get(name.upper(), name.upper())
+    if key not in MIXES:
+        raise BadArgument(f"unknown type {printable(name, 40)!r}; known are {', '.join((*MIXES, *INT8))}")
+    return key
+
+
 def standard_mix(name: str, component: str, names: Mapping[str, object]) -> Recipe:
     """The recipe of a standard mix for one network.
 
@@ -148,10 +160,8 @@ def standard_mix(name: str, component: str, names: Mapping[str, object]) -> Reci
     Raises:
         BadArgument: There is no mix of that name; the message lists the names.
     """
-    key = ALIASES.get(name.upper(), name.upper())
-    mix = MIXES.get(key)
-    if mix is None:
-        raise BadArgument(f"unknown type {printable(name, 40)!r}; known are {', '.join((*MIXES, *INT8))}")
+    key = mix_name(name)
+    mix = MIXES[key]
     if component == "transformer":
         rules = [*(Rule(pattern, SOURCE) for pattern in KEPT), *_bumps(mix.transformer, TRANSFORMER_PARTS)]
     else:

@@ -13,7 +13,7 @@ from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
 from zimage_core.export import int8_file
 from zimage_core.export.checkpoint import Checkpoint, Target
 from zimage_core.export.metadata import gguf_metadata
-from zimage_core.export.mixes import INT8, refuse_idle_rules, standard_mix
+from zimage_core.export.mixes import INT8, mix_name, refuse_idle_rules, standard_mix
 from zimage_core.export.recipes import Recipe, choose_formats, read_recipe
 from zimage_core.export.sensitivity import Sensitivity, read_sensitivity
 from zimage_core.export.sizing import recipe_for_size
@@ -110,6 +110,8 @@ def quantize_file(
     if sensitivity is not None and size is None:
         raise BadArgument("sensitivity chooses types for a size (--size); give that too, or leave it out")
     rows = INT8.get((type or "").upper())
+    if type is not None and rows is None:
+        mix_name(type)
     _check_name(out, type if rows is not None else None)
     if rows is not None and imatrix is not None:
         raise BadArgument("imatrix (--imatrix): int8 rows are rounded to nearest without one; leave it out")

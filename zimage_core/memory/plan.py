@@ -254,7 +254,8 @@ def _int8(plan: Plan, moving: set[int]) -> list[str]:
     if not kept:
         return ["no int8 rows are kept: they are made from the packed weights in every step"]
     rest = "" if kept == len(moving) else "; the others are made from packed weights in every step"
-    return [f"int8 rows of {kept} of {len(moving)} blocks are kept ({in_bytes(part.int8_rows)}){rest}"]
+    rows = in_bytes(part.int8_rows)
+    return [f"int8 rows of {kept} of {len(moving)} blocks are kept ({rows}) in place of packed weights{rest}"]
 
 
 def _transformer(plan: Plan, moving: set[int], always: int) -> str:

@@ -94,9 +94,10 @@ def plan_on_cpu(job: Job, ram: int | None = None) -> Plan:
         return plan_job(job)
     around, size = beside(job.sizes), f"{job.width} x {job.height} px"
     if ram < around + job.floor():
+        less = ', or take compute="exact", which needs less' if job.int8 else ""
         raise OverBudget(
             f"ram: {in_bytes(ram)} of host memory are given and {size} need at least "
-            f"{in_bytes(job.floor() + around)}; give more or make a smaller image"
+            f"{in_bytes(job.floor() + around)}; give more or make a smaller image{less}"
         )
     plan = plan_job(job, ram - around)
     if plan.maps_on_host:

@@ -54,9 +54,8 @@ def automatic(network: nn.Module, device: torch.device) -> tuple[str, str]:
 def automatic_on(device: torch.device) -> tuple[str, str]:
     """What `auto` chooses on a device for a network of full size with packed weights, and why."""
     gain, where = gain_of(device)
-    if gain < capability.INT8_GAIN:
-        return "exact", f"int8 is {gain:.1f} times as fast as the usual product on {where}"
-    return "int8", f"{gain:.1f} times as fast as the usual product on {where}"
+    than = f"{gain:.1f} times as fast as {'16 bits' if device.type == 'cuda' else 'float32'} on {where}"
+    return ("exact", f"int8 is {than}") if gain < capability.INT8_GAIN else ("int8", than)
 
 
 def gain_of(device: torch.device) -> tuple[float, str]:
