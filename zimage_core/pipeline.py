@@ -425,8 +425,9 @@ class ZImagePipeline(Ported):
                 float32.
             torch_dtype: Another name of `dtype`, as in diffusers.
             compute: In which numbers the blocks multiply: "exact" (the default), "bfloat16", "int8", or
-                "auto" for int8 where weights are packed and the device gains over 1.5 times; a dict gives one
-                for "transformer", "text_encoder" and "default". docs/quality.md shows what it costs.
+                "auto": int8 for a large transformer with packed weights if the device gains over 1.5 times,
+                else exact. A dict gives one for "transformer", "text_encoder" and "default".
+                docs/quality.md shows what it costs.
             device: Device of the computation.
             mmap: Use the weights in place; the files must then not change. False reads them into memory.
             vram: Limit of GPU memory, such as "6GiB" or "auto"; see `limit_memory`.
