@@ -8,6 +8,8 @@ import torch
 
 from zimage_core.kernels import attention_int8 as kernels
 from zimage_core.kernels import tiles
+from zimage_core.nn import attention as module
+from zimage_core.quant import dispatch, gpu
 from zimage_core.reference import attention_int8 as reference
 from zimage_core.reference.int8 import quantize_rows
 
@@ -52,8 +54,8 @@ def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Each number within what rounding may do.
 
     A weight of softmax and the result are rounded once each to the dtype of v. The rest is float32: a score
-    and its power, relatively 2^-17 for the largest scores here. An integer of k is the next one where the mean,
-    summed in another order, decides a half: some in a million, which move a score by 2^-10 of a token's.
+    and its power, relatively 2^-17 for the largest scores here. An integer of k is the next one where the
+    mean, summed in another order, decides a half: some in a million, which hardly move a score.
     """
     heads = [per_head(x) for x in (q, k, v)]
     want = reference.attention(*heads)
@@ -133,3 +135,66 @@ def test_nothing_is_launched_for_nothing(device):
 def test_an_architecture_without_a_tile_of_its_own_takes_the_usual_one():
     assert tiles.attention_tile("sm_90") == tiles.attention_tile("default")
     assert tiles.attention_tile("sm_121") == tiles.attention_tile("sm_120")
+
+
+def test_one_table_of_heads_is_stated_twice():
+    assert dispatch.INT8_ATTENTION_HEADS == kernels.HEADS
+
+
+@pytest.fixture
+def geforce(monkeypatch):
+    """Kernels run, and the GPU is one that gains; the list counts calls."""
+    monkeypatch.setattr(dispatch, "KERNELS", "on")
+    monkeypatch.setattr(gpu, "architecture", lambda device: "sm_89")
+    ran, real = [], kernels.attention
+    monkeypatch.setattr(kernels, "attention", lambda *heads: (ran.append(1), real(*heads))[1])
+    return ran
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 1)])
+def test_the_models_attention_takes_it(lead, device, geforce, monkeypatch):
+    monkeypatch.setattr(dispatch, "INT8_ATTENTION_FROM", 37)
+    q, k, v = (x.reshape(*lead, 37, 2, 64) for x in drawn(37, device, 64, sequences=max(1, sum(lead[:1]))))
+    usual, got = (module.attention(q, k, v, in_int8=on) for on in (False, True))
+    assert geforce == [1]
+    assert got.shape == usual.shape == (*lead, 37, 128)
+    assert got.dtype == usual.dtype
+    assert 1e-4 < error(got.double().cpu().numpy(), usual.double().cpu().numpy()) < 0.02
+
+
+def test_what_does_not_suit_takes_the_usual_attention(device, geforce, monkeypatch):
+    monkeypatch.setattr(dispatch, "INT8_ATTENTION_FROM", 37)
+    q, k, v = (x[0] for x in drawn(37, device, 64))
+    narrow = q[..., :48]
+    module.attention(q, k, v)
+    module.attention(q, k, v, causal=True, in_int8=True)
+    module.attention(q, k[:, :1], v[:, :1], in_int8=True)
+    module.attention(q[:36], k[:36], v[:36], in_int8=True)
+    module.attention(narrow, narrow, narrow, in_int8=True)
+    module.attention(q.float(), k.float(), v.float(), in_int8=True)
+    module.attention(q.float().requires_grad_(), k.float(), v.float(), in_int8=True).sum().backward()
+    monkeypatch.setattr(gpu, "architecture", lambda device: "sm_90")
+    module.attention(q, k, v, in_int8=True)
+    monkeypatch.setattr(gpu, "architecture", lambda device: "sm_89")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    module.attention(q, k, v, in_int8=True)
+    assert not geforce
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_whole_image_on_a_gpu_replayed_from_a_graph(dtype):
+    """4,128 tokens, the first queries of each head against float64, then the same from a CUDA graph."""
+    q, k, v = drawn(4128, torch.device("cuda"), heads=30, dtype=dtype)
+    k[..., ::32] += 30
+    got = kernels.attention(q, k, v)
+    few, keys, values = (x[0].double().transpose(0, 1) for x in (q[:, :40], k, v))
+    want = (few @ keys.mT * 128**-0.5).softmax(-1) @ values
+    found = got[0, :40].double().view(40, 30, 128).transpose(0, 1)
+    assert float((found - want).norm() / want.norm()) < 0.03
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = kernels.attention(q, k, v)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(again, got)
