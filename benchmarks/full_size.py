@@ -16,6 +16,7 @@ import json
 import threading
 import time
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,15 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
     }
     pipe = ZImagePipeline.from_files(**files, ram=args.ram, compute=args.compute)
     opened = time.perf_counter()
-    result = pipe(args.prompt, height=args.size, width=args.size, num_inference_steps=args.steps, seed=0)
+    cpu: list[float] = []
+
+    def step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> None:
+        cpu.append(time.process_time())
+
+    result = pipe(
+        args.prompt, height=args.size, width=args.size, num_inference_steps=args.steps, seed=0,
+        callback_on_step_end=step_end,
+    )  # fmt: skip
     finished = time.perf_counter()
     watch.done.set()
     watch.join()
@@ -77,6 +86,8 @@ def draw(args: argparse.Namespace) -> dict[str, Any]:
             "run": finished - opened,
             "cold_start_to_image": finished - begin,
             **asdict(result.timings),
+            # of all threads; the first step is left out, since what comes before it is in the same difference
+            "cpu_of_later_steps": [b - a for a, b in pairwise(cpu)],
         },
         "bytes": {
             "files": on_disk,

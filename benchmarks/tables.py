@@ -337,6 +337,24 @@ def _kernels() -> dict[str, str]:
     }
 
 
+def cpu_products(report: Mapping[str, Any]) -> str:
+    """A row a way to multiply: GFLOP/s of the seven products of a block, and how often exact's."""
+    by_tokens = sorted(report["products"].values(), key=lambda found: found["m"])
+    rows = [
+        [
+            name,
+            *(
+                f"{found['variants'][name]['gflops']:.0f} ({found['variants'][name]['over exact']:.2f})"
+                for found in by_tokens
+            ),
+            f"{100 * by_tokens[-1]['variants'][name]['error']:.2g} %",
+        ]
+        for name in by_tokens[0]["variants"]
+    ]
+    head = ["GFLOP/s (times exact)", *(f"M = {found['m']:,}" for found in by_tokens), "error"]
+    return markdown(" | ".join(head), rows)
+
+
 def _quality() -> dict[str, str]:
     report = read("quality.json")
     return {
@@ -361,7 +379,10 @@ PAGES: dict[Path, Callable[[], dict[str, str]]] = {
     ROOT / "docs/kernels.md": _kernels,
     ROOT / "docs/quality.md": _quality,
     ROOT / "docs/quantizing.md": _quantizing,
-    ROOT / "benchmarks/README.md": lambda: {"standing": standing.table(standing.load())},
+    ROOT / "benchmarks/README.md": lambda: {
+        "standing": standing.table(standing.load()),
+        "cpu": cpu_products(read("cpu_products.json")),
+    },
 }
 """The tables of each page, by the name between the markers."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.nn.linear import Linear
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.quant.tensor import QuantTensor
+from zimage_core.run import placement
 
 
 @pytest.fixture
@@ -87,3 +89,18 @@ def test_a_copied_network_belongs_to_no_file():
     assert set(pipe.files()) == {"text_encoder", "vae"}
     with pytest.raises(Unsupported, match="transformer came from none"):
         pipe.limit_memory(ram="2GiB")
+
+
+def test_files_are_read_ahead_once_and_only_where_the_weights_are_mapped(monkeypatch):
+    read = []
+
+    def reading(file):
+        read.append(file)
+        return nullcontext()
+
+    monkeypatch.setattr(placement.page_cache, "reading_ahead", reading)
+    pipe = ZImagePipeline.from_default()
+    for _ in range(2):
+        pipe("a red circle", seed=1, num_inference_steps=1)
+    files = pipe.files()
+    assert read == [files[name] for name in ("text_encoder", "transformer", "vae")]

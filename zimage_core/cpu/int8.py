@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zimage_core.cpu.capability import int8_pays
-from zimage_core.cpu.dequantize import DECODERS, dequantize_into, headers
+from zimage_core.cpu.dequantize import DECODERS, headers, slabs
 from zimage_core.cpu.rotation import rotate_into
 from zimage_core.cpu.workspace import Workspace, workspace
 from zimage_core.formats import BlockFormat
@@ -26,7 +26,7 @@ calls cost more than that saves."""
 EXACT_DEPTH = 1024
 """Products of int8 whose sum float32 holds exactly: 1024 * 127 * 127 < 2^24."""
 CHUNK = 1 << 21
-"""Weights whose block headers are decoded at once, and that are float32 at once where they are rotated."""
+"""Weights whose block headers are decoded at once."""
 
 
 CODES = {
@@ -70,20 +70,16 @@ def decode_into(quantised: Tensor, scale: Tensor, packed: Tensor, fmt: BlockForm
         fmt: Format of the rows.
         rotation: Block of the Hadamard rotation before; 0 for none.
     """
-    height = max(CHUNK // max(quantised.shape[1], 1), 1)
-    work = workspace("int8 rows", packed.device)
-    dense = None
-    for start in range(0, len(packed), height):
-        part = slice(start, min(start + height, len(packed)))
-        if fmt.name in CODES and not rotation:
+    width = max(quantised.shape[1], 1)
+    if fmt.name in CODES and not rotation:
+        height = max(CHUNK // width, 1)
+        for start in range(0, len(packed), height):
+            part = slice(start, start + height)
             _decode_scaled(quantised[part], scale[part], packed[part], fmt)
-            continue
-        if dense is None:
-            work.release()
-            dense = work.take(torch.float32, min(height, len(packed)), quantised.shape[1])
-        wide = dense[: part.stop - start]
-        dequantize_into(wide, packed[part], fmt)
-        quantize_into(quantised[part], scale[part], wide, rotation)
+    elif len(packed):
+        for start, wide in slabs(packed, fmt, max(TILE // width // 8 * 8, 8)):
+            part = slice(start, start + len(wide))
+            quantize_into(quantised[part], scale[part], wide, rotation)
 
 
 def _decode_scaled(quantised: Tensor, scale: Tensor, packed: Tensor, fmt: BlockFormat) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from zimage_core.cpu.capability import int8_pays
 from zimage_core.cpu.int8 import decode_into, multiply_into, quantize_into
 from zimage_core.cpu.pool import in_parallel
 from zimage_core.cpu.rotation import rotate, rotation_group
@@ -182,6 +183,7 @@ def _on_cpu(x: Int8Rows, weight: Tensor | QuantTensor, bias: Tensor | None) -> T
     if is_int8(weight) and weight.scale is not None:
         kept, kept_scale = weight.packed.view(torch.int8), weight.scale.view(-1).expand(rows)
     x_scale, device = x.scale.unsqueeze(1), x.device
+    int8_pays()  # what it measures is not for a worker, which would change the number of threads
 
     def multiply(first: int, last: int) -> None:
         work = workspace("int8 slab", device)

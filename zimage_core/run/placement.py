@@ -10,6 +10,7 @@ import torch
 
 from zimage_core.config import NATIVE_SIZE, AutoencoderConfig
 from zimage_core.errors import Unsupported
+from zimage_core.memory import page_cache
 from zimage_core.memory.activations import ITEMSIZE, decode_bytes, denoise_bytes
 from zimage_core.memory.int8_rows import KeptRows, free_for_rows
 from zimage_core.memory.phases import MemoryBudget, MemoryReport, PhaseManager
@@ -50,6 +51,7 @@ class Placement:
         self._as_loaded = True
         self._addresses: list[int] = []  # of the weights that the graphs read
         self.rows = KeptRows()
+        self._read: set[int] = set()  # files that were read ahead
         self._room = (0, False)  # bytes for those, and whether weights are mapped
 
     def __getstate__(self) -> dict[str, Any]:
@@ -216,8 +218,17 @@ class Placement:
         """
         device = network.device if self.memory is None else self.memory.device
         moved = self._rows_for(name, network) if self.memory is None else self.memory.phase(name)
-        with settings(device, _USES[name], network.dtype), moved:
+        with settings(device, _USES[name], network.dtype), self._reading(network), moved:
             yield
+
+    def _reading(self, network: Any) -> AbstractContextManager[None]:
+        """Context in which the rest of a mapped file is read while the first layers of its network run."""
+        opened = opened_file(network)
+        elsewhere = self.memory is not None or network.device.type != "cpu"  # its weights were read already
+        if elsewhere or opened is None or id(opened) in self._read:
+            return nullcontext()
+        self._read.add(id(opened))
+        return page_cache.reading_ahead(opened.file)
 
     def _rows_for(self, name: str, network: Any) -> AbstractContextManager[None]:
         """Context in which layers that multiply int8 read rows that are kept."""
