@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from zimage_core.formats import FORMATS
-from zimage_core.kernels import elementwise, int8, int8_steps, tiles
+from zimage_core.kernels import attention_int8, elementwise, int8, int8_steps, tiles
 from zimage_core.kernels.decode.table import DECODERS
 from zimage_core.kernels.dequantize import dequantize_into
 from zimage_core.kernels.matmul import matmul
@@ -88,6 +88,7 @@ WIDEST = "10240 rotated"
 USUAL = ("Q3_K", "Q4_K", "Q6_K", "Q8_0")
 FEW_TARGETS = ("sm_80", "sm_90", "gfx942")
 """Where all other formats are quantised, too: one decodes as another on the rest."""
+ATTENTION = ("sum_keys", "quantize_heads", "attend")
 KERNELS = (
     "dequantize",
     "repack",
@@ -98,8 +99,11 @@ KERNELS = (
     "requantize",
     "int8_matmul",
     "rescale",
+    *ATTENTION,
 )
-PRODUCTS = ("matmul", "int8_matmul")
+PRODUCTS = ("matmul", "int8_matmul", "attend")
+ATTENDED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+"""Where attention by int8 is compiled. It is used on GeForce alone; see `quant.dispatch.INT8_ATTENTION`."""
 INTEGER_PRODUCT = re.compile(r"IGMMA|IMMA|UTCIMMA|v_mfma_i32\w*|v_wmma_i32\w*")
 """Tensor-core instructions of int8: wgmma, mma and tcgen05 of NVIDIA, matrix cores of AMD."""
 HOPPER, BLACKWELL = "IGMMA", "UTCIMMA"
@@ -112,9 +116,14 @@ def tiles_of(target: str) -> dict[str, tuple[int, tiles.Tile]]:
     count = 16
     for entry in table.get(target, table["default"]):
         tile = tiles.matmul_tile(count, target)
-        found.setdefault(f"{tile.bm}x{tile.bn} w{tile.warps} s{tile.stages}", (count, tile))
+        found.setdefault(tile_name(tile), (count, tile))
         count = entry["rows"] // 16 * 16 + 16
     return found
+
+
+def tile_name(tile: tiles.Tile) -> str:
+    """A tile in a cell."""
+    return f"{tile.bm}x{tile.bn} w{tile.warps} s{tile.stages}"
 
 
 def int8_tiles_of(target: str) -> dict[str, tiles.Int8Tile]:
@@ -173,6 +182,13 @@ def int8_cells(target: str) -> Iterator[Cell]:
     for tile in int8_tiles_of(target):
         yield Cell("int8_matmul", "", dtype, tile, target)
     yield Cell("int8_matmul", "", dtype, f"{tile} odd", target)
+    if target in ATTENDED:
+        for kernel in ("sum_keys", "quantize_heads"):
+            yield Cell(kernel, "", dtype, str(HEAD), target)
+        tile = tile_name(tiles.attention_tile(target))
+        for size in attention_int8.HEADS:
+            yield Cell("attend", "", dtype, f"{size} {tile}", target)
+        yield Cell("attend", "", "float16", f"{HEAD} {tile}", target)
 
 
 def name(cell: Cell) -> str:
@@ -228,6 +244,10 @@ def launch(cell: Cell) -> None:
             matmul(empty(count, WIDTH, dtype=dtype), planes, fmt, ROWS, row if cell.kernel == "sum" else None)
     elif cell.kernel in (*INT8, "requantize", "int8_matmul", "rescale"):
         launch_int8(cell, dtype)
+    elif cell.kernel in ATTENTION:
+        x = empty(1, TOKENS, HEADS, int(cell.tile.split()[0]), dtype=dtype)
+        with patch.object(tiles, "attention", lambda device: tiles.attention_tile(cell.target)):
+            attention_int8.attention(x, x, x)
     elif cell.kernel in ("rms_norm_modulate", "gate_norm_residual"):
         x = empty(TOKENS, ROWS, dtype=dtype)
         factor = None if cell.tile else empty(ROWS, dtype=torch.float32)
@@ -402,6 +422,13 @@ def measure(cell: Cell) -> Row:
     elif cell.kernel == "int8_matmul":
         row.tensor_core = integer_products(code, cell.target)
         row.loop = hot_loop(code, labels)
+    elif cell.kernel == "attend":
+        integers = integer_products(code, cell.target)
+        row.tensor_core = integers and row.tensor_core - integers and row.tensor_core  # of both kinds
+        row.loop = hot_loop(code, labels)
+    elif cell.kernel == "quantize_heads":
+        numbers = 2 * attention_int8.TOKENS * HEAD
+        row.per_weight = round(row.instructions * attention_int8.ROW_WARPS * 32 / numbers, 2)
     elif cell.kernel in (*INT8, "requantize"):
         size = int(cell.tile.split()[0])
         threads = int8.row_warps(int8.row_tiles(size)[0]) * gpu(cell.target).warp_size

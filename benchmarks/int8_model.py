@@ -16,7 +16,7 @@ from benchmarks.report import compiled_rows
 from benchmarks.step_model import CUDNN, GPUS, Gpu, Range, total
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.kernels.tiles import int8_tile
-from zimage_core.quant.dispatch import ARCHITECTURES, INT8_SPREAD, int8_product
+from zimage_core.quant.dispatch import ARCHITECTURES, INT8_SPREAD, int8_attention, int8_product
 
 RATE = Range(1 - INT8_SPREAD, 1 + INT8_SPREAD)
 """How far the rate of int8 products may be from that of `dispatch.ARCHITECTURES`. None has been measured."""
@@ -57,12 +57,13 @@ class Int8Cost:
 
     Args:
         linears: All products.
-        attention: As in 16 bits.
+        attention: As `dispatch.int8_attention` has it: with q k^T in int8 on GeForce.
         quantise: Packed weights to int8 rows.
         elementwise: The steps between products, and the quantising of activations.
         gaps: Between the launches of a graph.
         sixteen: The whole step in 16 bits over packed weights.
-        smooth: The whole int8 step over kept rows, with q k^T in int8 as well.
+        half: All attention in 16 bits.
+        smooth: All attention with q k^T in int8.
     """
 
     linears: Range
@@ -71,6 +72,7 @@ class Int8Cost:
     elementwise: Range
     gaps: Range
     sixteen: Range
+    half: Range
     smooth: Range
 
     @property
@@ -85,13 +87,16 @@ class Int8Cost:
 
     @property
     def attention_share(self) -> float:
-        """Attention's share of the step over kept rows."""
-        return self.attention.middle / self.kept.middle
+        """Share of attention in 16 bits of the step over kept rows."""
+        return self.half.middle / self._with(self.half)
 
     @property
     def attention_gain(self) -> float:
         """What an int8 q k^T saves of the step over kept rows; negative where it costs time."""
-        return 1 - self.smooth.middle / self.kept.middle
+        return 1 - self._with(self.smooth) / self._with(self.half)
+
+    def _with(self, attention: Range) -> float:
+        return self.kept.middle - self.attention.middle + attention.middle
 
 
 def product(case: cases.LinearCase, gpu: Gpu) -> Range:
@@ -158,11 +163,23 @@ def attended(case: cases.AttentionCase, gpu: Gpu) -> Range:
 
 
 def smoothed(case: cases.AttentionCase, gpu: Gpu) -> Range:
-    """Seconds of one attention whose q k^T, half of its work, is int8, with the quantising of q and k."""
-    numbers = 2 * case.length * case.heads * case.head_dim
+    """Seconds of one attention whose q k^T, half of its work, is int8, with its two launches before."""
     slower = 1 / SAGE_KERNEL.get(gpu.architecture, 1.0)
     share = slower * (0.5 + 0.5 / SAGE[gpu.architecture])
-    return attended(case, gpu).times(share) + _rows("quantize", "3840", numbers, 3, gpu)
+    numbers = case.length * case.heads * case.head_dim
+    found = _cells()
+    key = ("quantize_heads", "", str(case.head_dim))
+    # where it is not compiled it is charged as on sm_80
+    counted = found.get((*key, gpu.architecture), found[(*key, "sm_80")])
+    rows = step_model.busy(6 * numbers / gpu.copy, 2 * numbers * counted / gpu.issue, "elementwise")
+    means = Range(2 * numbers / gpu.copy, 2 * numbers / gpu.copy)
+    return total([attended(case, gpu).times(share), means, rows, step_model.GAP.times(2)])
+
+
+def _taken(case: cases.AttentionCase, gpu: Gpu) -> Range:
+    """The attention that the package takes."""
+    fast = int8_attention(gpu.architecture, case.length, case.head_dim, "bfloat16")
+    return smoothed(case, gpu) if fast else attended(case, gpu)
 
 
 def step(gpu: Gpu, name: str = "Q4_K", pixels: int = cases.PIXELS, caption: int = cases.CAPTION) -> Int8Cost:
@@ -192,19 +209,22 @@ def step(gpu: Gpu, name: str = "Q4_K", pixels: int = cases.PIXELS, caption: int 
     # what `step_model` has no count for on Turing is charged as on sm_80
     steps = total([stepped(case, gpu).times(case.count) for case in elementwise])
     steps += total([_rows("quantize", "3840 rotated", n, 3, gpu).times(count) for n, count in behind])
-    attended_all = total([attended(case, gpu).times(case.count) for case in attention])
+    half, smooth, taken = (
+        total([way(case, gpu).times(case.count) for case in attention])
+        for way in (attended, smoothed, _taken)
+    )
     linears_all = total([product(case, gpu).times(case.count) for case in blocks])
     linears_all += total([step_model.product(case, gpu).times(case.count) for case in others])
     gaps = step_model.GAP.times(launches)
-    smooth = total([smoothed(case, gpu).times(case.count) for case in attention])
     return Int8Cost(
         linears_all,
-        attended_all,
+        taken,
         quantised(blocks, fmt, gpu),
         steps,
         gaps,
-        _sixteen(gpu, fmt, pixels, caption, attended_all),
-        total([linears_all, smooth, steps, gaps]),
+        _sixteen(gpu, fmt, pixels, caption, half),
+        half,
+        smooth,
     )
 
 

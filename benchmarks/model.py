@@ -49,6 +49,8 @@ def int8(gpu: Gpu, pixels: int) -> dict[str, Any]:
         "kept": _ms(cost.kept),
         "linears": _ms(cost.linears),
         "attention": _ms(cost.attention),
+        "attention_16": _ms(cost.half),
+        "attention_int8": _ms(cost.smooth),
         "quantise": _ms(cost.quantise),
         "elementwise": _ms(cost.elementwise),
         "gaps": _ms(cost.gaps),

@@ -108,7 +108,8 @@ def _attention(bench: Bench, size: Size) -> list[Variant]:
         nbytes = sum(case.count * case.nbytes(bench.dtype.itemsize) for case in found)
         flops = sum(case.count * case.flops for case in found)
         label = "attention" if name == "nn.attention" else f"attention, {name}"
-        return Variant(label, call, error, bench.limit(1e-2, 1e-5), nbytes, flops=flops)
+        limit = step_cases.INT8_LIMIT if name == "int8" else bench.limit(1e-2, 1e-5)
+        return Variant(label, call, error, limit, nbytes, flops=flops)
 
     return [variant(name, run) for name, run in step_cases.attentions(bench, math=False).items()]
 

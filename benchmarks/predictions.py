@@ -115,6 +115,14 @@ def _package_attention(gpu: Gpu) -> Range:
     return Range(*(max(1.0, *(getattr(each, end) for each in over)) for end in ("low", "high")))
 
 
+def _attention_int8(gpu: Gpu) -> Range:
+    """Time of attention with q k^T in int8 over that of cuDNN, the two as far apart as int8 rates may be."""
+    case = next(case for case in cases.step_attention() if case.length == MANY)
+    half, fast = int8_model.attended(case, gpu), int8_model.smoothed(case, gpu)
+    ratios = sorted((fast.low / half.low, fast.high / half.high))
+    return Range(ratios[0] * int8_model.RATE.low, ratios[1] * int8_model.RATE.high)
+
+
 def _whole(pixels: int) -> Prediction:
     return lambda gpu: model.step(gpu, pixels=pixels).replayed().times(1e3)
 
@@ -160,6 +168,7 @@ PREDICTIONS: dict[str, Prediction] = {
     "int8_step_kept": _int8("kept"),
     **{f"elementwise_{name}": _elementwise(name) for name in cases.STREAMS},
     "attention": _package_attention,
+    "attention_int8": _attention_int8,
 }
 """By the identity of a standing figure, in its unit."""
 

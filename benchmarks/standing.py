@@ -103,10 +103,15 @@ def _elementwise(name: str) -> Callable[[Rows], float | None]:
     return lambda rows: _compared(rows, "torch", "kernel", what="elementwise", case=name)
 
 
-def _attention(rows: Rows) -> float | None:
-    names = {row["variant"] for row in rows if row["what"] == "attention"} - {"nn.attention"}
-    found = [_compared(rows, "nn.attention", name, what="attention") for name in names]
-    return max((ratio for ratio in found if ratio is not None), default=None)
+def _attention(variant: str) -> Callable[[Rows], float | None]:
+    """Time of one of the package's ways over that of the fastest backend of torch."""
+
+    def found(rows: Rows) -> float | None:
+        names = {row["variant"] for row in rows if row["what"] == "attention"} - {"nn.attention", "int8"}
+        ratios = [_compared(rows, variant, name, what="attention") for name in names]
+        return max((ratio for ratio in ratios if ratio is not None), default=None)
+
+    return found
 
 
 FIGURES: dict[str, Callable[[Rows], float | None]] = {
@@ -140,7 +145,8 @@ FIGURES: dict[str, Callable[[Rows], float | None]] = {
     "int8_step": _step(MANY, "int8"),
     "int8_step_kept": _step(MANY, "int8 kept"),
     **{f"elementwise_{name}": _elementwise(name) for name in cases.STREAMS},
-    "attention": _attention,
+    "attention": _attention("nn.attention"),
+    "attention_int8": _attention("int8"),
 }
 """Value of each figure from the rows of one run, None where they do not hold it."""
 

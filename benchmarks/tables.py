@@ -273,23 +273,38 @@ def int8_steps(report: Mapping[str, Any]) -> str:
 
 
 def int8_attention(report: Mapping[str, Any]) -> str:
-    """Attention's share of a step in int8, and what an int8 q k^T would save of the step."""
+    """Attention of a step in int8: milliseconds in 16 bits and with q k^T in int8, what that saves."""
     cards = report["int8_ms"]
     lines = [
         [
             card,
             *(
-                f"{round(100 * cost[f'attention_{name}'])} %"
+                cell
                 for cost in sizes.values()
-                for name in ("share", "gain")
+                for cell in (
+                    *(text(Range(*cost[f"attention_{name}"])) for name in ("16", "int8")),
+                    *(f"{round(100 * cost[f'attention_{name}'])} %" for name in ("share", "gain")),
+                )
             ),
         ]
         for card, sizes in cards.items()
     ]
     columns = [
-        f"{pixels} px: {name}" for pixels in next(iter(cards.values())) for name in ("attention", "saved")
+        f"{pixels} px: {name}"
+        for pixels in next(iter(cards.values()))
+        for name in ("16 bits, ms", "int8, ms", "share of a step", "saved of it")
     ]
     return markdown(" | ".join(["card", *columns]), lines)
+
+
+def attention_counts(rows: Sequence[Mapping[str, str]]) -> str:
+    """What attention with q k^T in int8 was compiled to, for heads of 128 channels in bfloat16."""
+    lines = [
+        [row["target"], row["tile"], row["loop"], row["registers"], f"{int(row['shared']) / 1024:.0f} KiB"]
+        for row in rows
+        if row["kernel"] == "attend" and row["tile"].startswith("128 ") and row["dtype"] == "bfloat16"
+    ]
+    return markdown("target | channels, tile | loop | registers | shared memory", lines)
 
 
 def int8_counts(rows: Sequence[Mapping[str, str]]) -> str:
@@ -318,6 +333,7 @@ def _kernels() -> dict[str, str]:
         "int8": int8_steps(report),
         "int8 attention": int8_attention(report),
         "int8 counts": int8_counts(rows),
+        "int8 attention counts": attention_counts(rows),
     }
 
 

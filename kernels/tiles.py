@@ -119,6 +119,16 @@ def int8_tiles(arch: str) -> list[Int8Tile]:
     return [Int8Tile(**entry) for entry in _entries(arch, "int8 ")]
 
 
+def attention_tile(arch: str) -> Tile:
+    """The tile of attention by int8: BM queries by BN keys of a head."""
+    return Tile(**_entries(arch, "attention ")[0])
+
+
+def attention(device: torch.device) -> Tile:
+    """The tile of attention by int8 on a device."""
+    return attention_tile(architecture(device)[0])
+
+
 @cache
 def int8_tile(count: int, rows: int, arch: str, processors: int) -> Int8Tile:
     """The tile of the int8 product with which x [count, K] and W [rows, K] take the fewest rounds of programs."""

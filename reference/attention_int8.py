@@ -1,10 +1,13 @@
-"""Attention whose q k^T is a product of int8 rows, with smoothed keys: a study, which no kernel implements.
+"""Attention whose q k^T is a product of int8 rows, with smoothed keys: what `compute="int8"` may take.
 
     softmax(q k'^T / sqrt(D)) v,  k' = k - mean of k over the tokens
 
 Taking the mean away adds the same number to all scores of a query, which softmax does not see. But the keys
 of a head share large channels; what is left of them is smaller, so that a scale for each token rounds less.
-Source: SageAttention, arXiv 2410.02367, section 4.2. The product of softmax's weights with v stays in floats.
+Source: SageAttention, arXiv 2410.02367, section 4.2.
+
+The sums of int8 are exact, everything after them is float64 here. Implementations compute softmax in float32
+and round its weights, not their sum, to the dtype in which they multiply by v.
 """
 
 from __future__ import annotations

@@ -113,6 +113,7 @@ def test_the_committed_matrix_has_the_cells_of_today(matrix):
         ("matmul", "gfx1100", {"shared": 65 * 1024}, "65 KB of shared memory, gfx1100 has 64"),
         ("matmul", "sm_80", {"tensor_core": 0}, "no tensor-core instruction"),
         ("dequantize", "sm_80", {"tensor_core": 0}, None),
+        ("attend", "sm_89", {"tensor_core": 0}, "no tensor-core instruction"),
         ("matmul", "sm_75", {}, "a fused product on sm_75"),
         ("silu_gate", "sm_90", {"failure": "OutOfResources"}, "OutOfResources"),
     ],
@@ -182,7 +183,8 @@ def at(each, length):
 for kernel, tile in (("matmul", "16x64 w4 s4"), ("matmul", "16x64 w4 s4 split"), ("sum", "16x64 w4 s4"),
                      ("rms_norm_modulate", ""), ("gate_norm_residual", ""), ("qk_norm_rope", ""),
                      ("silu_gate", ""), ("quantize", "3840"), ("rms_norm_modulate_int8", "3840"),
-                     ("silu_gate_int8", "10240 rotated"), ("int8_matmul", "128x128x128 d1 w8 s4")):
+                     ("silu_gate_int8", "10240 rotated"), ("int8_matmul", "128x128x128 d1 w8 s4"),
+                     ("sum_keys", "128"), ("quantize_heads", "128"), ("attend", "128")):
     each = cell.Cell(kernel, "Q4_K" if kernel == "matmul" else "", "bfloat16", tile, "sm_90")
     found = [at(each, length) for length in (16, 13, 1)]
     assert found[0] == found[1] == found[2], (kernel, found)
@@ -198,4 +200,5 @@ def test_another_length_of_x_compiles_nothing():
     assert done.stdout.split() == [
         "matmul", "matmul", "sum", "rms_norm_modulate", "gate_norm_residual", "qk_norm_rope", "silu_gate",
         "quantize", "rms_norm_modulate_int8", "silu_gate_int8", "int8_matmul",
+        "sum_keys", "quantize_heads", "attend",
     ], done.stderr  # fmt: skip

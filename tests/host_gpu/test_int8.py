@@ -15,6 +15,7 @@ STEPS = {
     "_qk_norm_rope_kernel": 1, "_gate_norm_residual_kernel": 2,
 }  # fmt: skip
 """Launches of a block besides attention and products: activations are quantised four times for seven."""
+ATTENTION = {"_sum_keys_kernel": 1, "_quantize_heads_kernel": 1, "_attend_kernel": 1}
 SEVEN = {"_int8_matmul_kernel": 7}
 WEIGHTS = {"_requantize_kernel": 7}
 
@@ -30,6 +31,13 @@ def test_hopper_multiplies_by_kernels():
     assert found["other"] == STEPS | SEVEN | WEIGHTS
     assert found["kept"] == STEPS | SEVEN
     assert found["by_library"] == 0
+
+
+def test_geforce_attends_by_kernels_too_but_not_for_a_caption():
+    found = run(89)
+    assert found["packed"] == STEPS | SEVEN | WEIGHTS | ATTENTION
+    assert found["other"] == STEPS | SEVEN | WEIGHTS
+    assert found["kept"] == STEPS | SEVEN | ATTENTION
 
 
 def test_turing_multiplies_by_the_library_and_scales_its_sums_once():

@@ -105,10 +105,12 @@ def test_the_reason_counts_blocks_and_bytes():
     some = on_cpu(6)
     blocks, count = len(some.component("transformer").int8_blocks), "1.42 GB"
     assert (
-        f"int8 rows of {blocks} of 32 blocks are kept ({count}); the others are made from packed weights in "
-        "every step" in some.reasons
+        f"int8 rows of {blocks} of 32 blocks are kept ({count}) in place of packed weights; the others are made "
+        "from packed weights in every step" in some.reasons
     )
-    assert "int8 rows of 32 of 32 blocks are kept (5.67 GB)" in on_cpu(None).reasons
+    assert (
+        "int8 rows of 32 of 32 blocks are kept (5.67 GB) in place of packed weights" in on_cpu(None).reasons
+    )
     few = make_plan(full_size(q4_k_m), 1024, 1024, vram=6 * GIB, compute="int8")
     assert "no int8 rows are kept: they are made from the packed weights in every step" in few.reasons
     assert not any("int8" in reason for reason in on_cpu(6, "exact").reasons)

@@ -297,3 +297,18 @@ def test_int8_rows_are_kept_and_other_weights_are_quantised_into_scratch():
     assert found.path == "scratch"
     assert found.nbytes == 3840 * 10240 + 4 * 3840
     assert choose_int8("Q4_K", 1 << 20, 10240, "sm_90").nbytes == dispatch.SCRATCH_BYTES
+
+
+@pytest.mark.parametrize(
+    ("arch", "tokens", "head", "dtype", "taken"),
+    [
+        ("sm_89", 4128, 128, "bfloat16", True), ("sm_86", 512, 64, "float16", True),
+        ("sm_121", 4128, 128, "bfloat16", True), ("sm_89", 511, 128, "bfloat16", False),
+        ("sm_89", 4128, 96, "bfloat16", False), ("sm_89", 4128, 128, "float32", False),
+        ("sm_80", 4128, 128, "bfloat16", False), ("sm_90", 4128, 128, "bfloat16", False),
+        ("sm_75", 4128, 128, "float16", False), ("gfx1201", 4128, 128, "bfloat16", False),
+        ("cpu", 4128, 128, "bfloat16", False),
+    ],
+)  # fmt: skip
+def test_attention_in_int8_is_for_long_sequences_on_geforce(arch, tokens, head, dtype, taken):
+    assert dispatch.int8_attention(arch, tokens, head, dtype) == taken

@@ -3,7 +3,8 @@
 torch has several ways to compute attention. `attention_backends` says which are right for a GPU and a use,
 and `settings` asks torch for them, for a phase of a run. The unfused way keeps the matrix of all scores, 2 GB
 a block at 1024 px. On a GPU `attention` never takes it: it repeats heads of k and v where that makes a fused
-kernel possible, else it takes the queries in chunks.
+kernel possible, else it takes the queries in chunks. In int8 mode q k^T may be a product of int8 instead, on
+GPUs by a kernel of this library.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zimage_core.cpu import attention as int8_on_cpu
+from zimage_core.quant import gpu_int8
 from zimage_core.quant.dispatch import family
-from zimage_core.quant.gpu import architecture
+from zimage_core.quant.gpu import architecture, kernels_run
 
 Use = Literal["transformer", "text encoder", "VAE"]
 
@@ -86,10 +88,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, in_int8: bo
     Returns:
         [..., L, H * D].
     """
+    if in_int8 and not causal and _int8_pays(q, k, v):
+        return _by_int8(q, k, v)
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
     alone = q.ndim == 3
-    if in_int8 and alone and not causal and _int8_pays(q, k):
-        return int8_on_cpu.attention(q, k, v).transpose(-3, -2).flatten(-2)
     if alone:  # torch's fused kernels need four axes; with three, torch builds the whole matrix of scores
         q, k, v = q[None], k[None], v[None]
     grouped = q.shape[-3] != k.shape[-3]
@@ -105,11 +107,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, in_int8: bo
     return out[0] if alone else out
 
 
-def _int8_pays(q: Tensor, k: Tensor) -> bool:
+def _int8_pays(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether q k^T in int8 is possible and faster than torch's attention."""
-    if q.shape != k.shape or torch.compiler.is_compiling():
+    if q.shape != k.shape or k.shape != v.shape or torch.compiler.is_compiling():
         return False
-    return q.device.type == "cpu" and int8_on_cpu.pays(q.shape[-2])
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return False
+    if kernels_run(q.device):
+        return gpu_int8.attention_pays(q)
+    return q.device.type == "cpu" and q.ndim == 3 and int8_on_cpu.pays(q.shape[-3])
+
+
+def _by_int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k, v [..., L, H, D] -> [..., L, H * D]."""
+    if kernels_run(q.device):
+        return gpu_int8.attention(q, k, v)
+    return int8_on_cpu.attention(*(t.transpose(0, 1) for t in (q, k, v))).transpose(0, 1).flatten(-2)
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

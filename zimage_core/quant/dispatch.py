@@ -103,6 +103,19 @@ INT8_SPREAD = 0.2
 """How far the rate of int8 products may be from what is assumed."""
 
 
+INT8_ATTENTION = ("sm_86", "sm_89", "sm_120")
+"""Where attention with q k^T in int8 is the faster one, by the model of a step: benchmarks/int8_model.py.
+
+Tensor cores of GeForce multiply int8 four times as fast as half precision with float32 sums, and Triton's
+attention is about as fast as cuDNN's. On data-centre cards int8 is twice as fast, which the lead of cuDNN's
+attention takes back. Turing gets no tensor-core code from Triton. No GPU has measured any of this.
+"""
+INT8_ATTENTION_FROM = 512
+"""Tokens from which on it is used: at fewer, two more launches cost what the product saves."""
+INT8_ATTENTION_HEADS = (32, 64, 128)
+"""Channels of a head that it takes: `kernels.attention_int8.HEADS`, which imports Triton."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A path, the reason for it, and the device memory it needs besides packed weight, x and result."""
@@ -202,6 +215,20 @@ def int8_product(architecture: str) -> str:
     if not arch.int8_ops:
         raise Unsupported(f'{architecture} multiplies no int8; use compute="exact"')
     return "triton" if arch.efficiency else "torch"
+
+
+def int8_attention(architecture: str, tokens: int, head_dim: int, dtype: str) -> bool:
+    """Whether attention without mask takes q k^T in int8, on a GPU where kernels run.
+
+    Args:
+        architecture: As for `choose`.
+        tokens: Queries of a head, and its keys.
+        head_dim: Channels of a head.
+        dtype: Name of the dtype of q, k and v.
+    """
+    gains = architecture != "cpu" and family(architecture) in INT8_ATTENTION
+    suits = head_dim in INT8_ATTENTION_HEADS and dtype in ("float16", "bfloat16")
+    return gains and suits and tokens >= INT8_ATTENTION_FROM
 
 
 def int8_bytes(rows: int, width: int) -> int:

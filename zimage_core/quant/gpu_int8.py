@@ -1,4 +1,4 @@
-"""Products of int8 rows on a GPU: by Triton kernels, or by torch where those have no tensor cores.
+"""Products of int8 rows on a GPU, by Triton kernels or by torch where those have no tensor cores; attention.
 
 A weight that is packed, or dense, is quantised into the scratch of `quant.gpu` before each product: a program
 decodes a row, rotates it and finds its scale without writing it in between. Where no kernel runs, plain torch
@@ -82,6 +82,28 @@ def linear(
     return out.view(*lead, rows)
 
 
+def attention_pays(q: Tensor) -> bool:
+    """Whether attention without mask takes q k^T in int8, where kernels run; q [..., L, H, D]."""
+    dtype = str(q.dtype).removeprefix("torch.")
+    return dispatch.int8_attention(gpu.architecture(q.device), q.shape[-3], q.shape[-1], dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v by a kernel, with q k^T in int8 and smoothed keys.
+
+    Args:
+        q: [..., L, H, D], as `dispatch.int8_attention` wants it.
+        k: The same shape and dtype.
+        v: The same shape and dtype.
+
+    Returns:
+        [..., L, H * D].
+    """
+    four = (t if t.ndim == 4 else t.reshape(-1, *t.shape[-3:]) for t in (q, k, v))
+    out: Tensor = _attention_kernels().attention(*four)
+    return out.view(*q.shape[:-2], -1)
+
+
 def scratch_bytes(weight: Tensor | QuantTensor) -> int:
     """Bytes of scratch that a product with a weight takes in int8."""
     return 0 if is_int8(weight) else min(dispatch.SCRATCH_BYTES, weight.shape[0] * weight.shape[1])
@@ -90,6 +112,13 @@ def scratch_bytes(weight: Tensor | QuantTensor) -> int:
 @cache
 def _kernels() -> Any:
     from zimage_core.kernels import int8 as kernels  # Triton is imported at the first call
+
+    return kernels
+
+
+@cache
+def _attention_kernels() -> Any:
+    from zimage_core.kernels import attention_int8 as kernels
 
     return kernels
 

@@ -25,7 +25,7 @@ from zimage_core.nn.linear import Linear
 from zimage_core.quant.int8 import quantize_weight
 from zimage_core.quant.tensor import QuantTensor
 
-CONFIG, ROWS, OTHER = TransformerConfig(dim=512, n_heads=4, hidden_dim=1280), 160, 33
+CONFIG, ROWS, OTHER = TransformerConfig(dim=512, n_heads=4, hidden_dim=1280), 544, 33
 FMT, DTYPE = FORMATS["Q4_K"], torch.float16
 TRITON = "triton:"
 PRODUCTS = ("cublas", "gemm")
