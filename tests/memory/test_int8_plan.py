@@ -104,10 +104,8 @@ def test_a_gpu_keeps_the_rows_of_all_blocks_or_of_none(gib, blocks):
 def test_the_reason_counts_blocks_and_bytes():
     some = on_cpu(6)
     blocks, count = len(some.component("transformer").int8_blocks), "1.42 GB"
-    assert (
-        f"int8 rows of {blocks} of 32 blocks are kept ({count}) in place of packed weights; the others are made "
-        "from packed weights in every step" in some.reasons
-    )
+    kept = f"int8 rows of {blocks} of 32 blocks are kept ({count}) in place of packed weights"
+    assert f"{kept}; the others are made from packed weights in every step" in some.reasons
     assert (
         "int8 rows of 32 of 32 blocks are kept (5.67 GB) in place of packed weights" in on_cpu(None).reasons
     )
@@ -141,7 +139,9 @@ def test_scratch_memory_of_a_thread_is_within_the_plan(monkeypatch, tokens):
     taken = sum(each.nbytes for each in workspace._local.by_use.values())
     part = dataclasses.replace(ON_CPU.transformer, matrices=(), blocks=(Block("a", (WIDEST,)),))
     planned = int8_plan.scratch_bytes(part, tokens, "float32", "cpu", True, 1, True)
-    assert 0.7 * planned <= taken <= planned
+    if tokens >= int8_plan.SHORTEST:
+        planned -= int8_plan._attention(tokens)  # which no product takes
+    assert 0.65 * planned <= taken <= planned
 
 
 def test_sizes_of_slabs_are_those_of_the_products():
