@@ -5,9 +5,9 @@
     int8       both operands as int8 with a scale for each row, exact int32 sums (reference/int8.py)
     auto       int8 where weights are packed and the device gains over 1.5 times, else exact
 
-This is the one place that says which layers take part and which of them rotate; docs/quality.md has the errors
-behind it. Embedders, final layer and adaptive norms stay exact: they are 1 per cent of the work, and err as
-much as a whole kind of layer of the blocks.
+This is the one place that says which layers take part and which of them rotate; docs/quality.md has the
+errors behind it. Embedders, final layer and adaptive norms stay exact: they are 1 per cent of the work, and
+err as much as a whole kind of layer of the blocks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ BLOCKS = ("layers", "noise_refiner", "context_refiner")
 """Module lists whose layers take part, of both networks."""
 
 PLAIN = ("to_q", "to_k", "to_v", "w1", "w3")
-"""Layers of an S3-DiT block that multiply x as it is: their input comes from a norm. Rotating it as well takes
-a fifth from the error, and as much again as decoding from weights that are not kept as int8 rows."""
+"""Layers of an S3-DiT block that multiply x as it is: their input comes from a norm. Rotating it as well
+takes a fifth from the error, and as much again as decoding from weights that are not kept as int8 rows."""
 
 ROTATED = ("to_out.0", "w2", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Layers whose operands are rotated. Outputs of attention and of a gate have outliers; in a language model

@@ -84,7 +84,7 @@ def is_int8(weight: Tensor | QuantTensor) -> TypeGuard[QuantTensor]:
     """Whether a weight is int8 rows with their scales already."""
     if not isinstance(weight, QuantTensor):
         return False
-    return weight.format is I8 and weight.scale is not None and len(weight.shape) == 2
+    return weight.format.name == I8.name and weight.scale is not None and len(weight.shape) == 2
 
 
 def rotation_of(weight: Tensor | QuantTensor, rotated: bool) -> int:
@@ -105,7 +105,11 @@ def quantize_rows(x: Tensor, rotation: int = 0) -> Int8Rows:
     Args:
         x: [..., K], a float type, any strides.
         rotation: Block of the rotation before, which divides K; 0 for none.
+
+    Raises:
+        Unsupported: A gradient would have to pass through them.
     """
+    _refuse_gradient(x)
     width, lead = x.shape[-1], tuple(x.shape[:-1])
     flat = x.reshape(math.prod(lead), width)
     if x.device.type != "cpu":
@@ -121,7 +125,7 @@ def quantize_weight(weight: Tensor | QuantTensor, rotation: int = 0) -> QuantTen
         values, scale = _gpu().quantize_weight(weight, rotation)
     elif isinstance(weight, QuantTensor):
         values = torch.empty(weight.shape, dtype=torch.int8)
-        scale = torch.empty(weight.shape[0])
+        scale = torch.empty(weight.shape[0], dtype=torch.float32)
 
         def share(start: int, stop: int) -> None:
             _decode(values[start:stop], scale[start:stop], weight, start, rotation)
@@ -155,12 +159,7 @@ def linear(
             f"linear: x has shape {tuple(x.shape)} and the weight {tuple(weight.shape)}; "
             "the last axes of both must agree"
         )
-    if (
-        torch.is_grad_enabled()
-        and isinstance(x, Tensor)
-        and (x.requires_grad or (isinstance(weight, Tensor) and weight.requires_grad))
-    ):
-        raise Unsupported('products of int8 give no gradients; open the model with compute="exact"')
+    _refuse_gradient(x, weight)
     rotation = rotation_of(weight, rotated)
     if isinstance(x, Int8Rows) and x.rotation != rotation:
         x = x.dequantize()  # rows that were made for another layer
@@ -173,11 +172,16 @@ def linear(
         return _on_cpu(quantize_rows(x, rotation) if isinstance(x, Tensor) else x, weight, bias)
 
 
+def _refuse_gradient(*operands: Tensor | Int8Rows | QuantTensor) -> None:
+    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in operands):
+        raise Unsupported('products of int8 give no gradients; open the model with compute="exact"')
+
+
 def _on_cpu(x: Int8Rows, weight: Tensor | QuantTensor, bias: Tensor | None) -> Tensor:
     """The product slab by slab; a slab of a weight that is not int8 yet is quantised before it is used."""
     rows, width = weight.shape
     tokens = len(x.values)
-    out = torch.empty(tokens, rows)
+    out = torch.empty(tokens, rows, dtype=torch.float32)
     kept = kept_scale = None
     if is_int8(weight) and weight.scale is not None:
         kept, kept_scale = weight.packed.view(torch.int8), weight.scale.view(-1).expand(rows)
@@ -221,7 +225,7 @@ def _decode(values: Tensor, scale: Tensor, weight: Tensor | QuantTensor, start: 
 def _rows_of(x: Tensor, rotation: int) -> tuple[Tensor, Tensor]:
     """Rows [R, K] on a CPU as int8 [R, K] and scales [R]."""
     values = torch.empty(x.shape, dtype=torch.int8)
-    scale = torch.empty(len(x))
+    scale = torch.empty(len(x), dtype=torch.float32)
 
     def share(start: int, stop: int) -> None:
         quantize_into(values[start:stop], scale[start:stop], x[start:stop], rotation)
