@@ -146,6 +146,9 @@ def test_a_budget_keeps_the_rows_that_it_has_room_for_and_changes_no_bit(which, 
 def test_the_plan_of_a_pipeline_is_that_of_its_arithmetic():
     pipe = opened()
     assert pipe.plan(64, 48).compute == "int8"
+    both = pipe.plan(64, 48).times.encode
+    pipe.set_compute({"text_encoder": "exact"})
+    assert pipe.plan(64, 48).times.encode != both
     pipe.set_compute("exact")
     assert pipe.plan(64, 48).component("transformer").int8_rows == 0
 
