@@ -53,7 +53,7 @@ def linear(
         x: [..., K], a float type, any strides.
         weight: [N, K], dense or packed.
         bias: [N] or None.
-        in_bfloat16: Round both operands to bfloat16, whatever dtype x has.
+        in_bfloat16: Multiply as if x were bfloat16, and round the result to that before x's dtype.
 
     Returns:
         [..., N] in x's dtype.
