@@ -747,4 +747,5 @@ class ZImagePipeline(Ported):
             guidance=limits.guidance > 0 if guidance is None else guidance,
             steps=limits.steps if steps is None else steps,
             compute=self.transformer.compute,
+            encoder_compute=self.text_encoder.compute,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -92,3 +94,18 @@ def test_wrong_sums_have_rate_zero():
 
 def test_float32_has_a_rate():
     assert capability.rates().float32 > 0
+
+
+def test_measuring_in_a_worker_leaves_the_number_of_threads_of_new_threads(monkeypatch):
+    monkeypatch.setattr(capability, "_rates", None)
+    monkeypatch.setattr(capability, "_rate", lambda *_: 50.0)
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as worker:
+            worker.submit(lambda: (torch.get_num_threads(), torch.set_num_threads(1))).result()
+            torch.set_num_threads(3)  # the process's number; the worker keeps its own, as those of a pool do
+            worker.submit(capability.rates).result()
+        with ThreadPoolExecutor(1) as new:
+            assert new.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -166,3 +166,17 @@ def test_auto_asks_the_device_the_weights_and_their_width():
 def test_a_gpu_without_int8_products_has_no_plan_in_int8():
     with pytest.raises(Unsupported, match="sm_70 multiplies no int8"):
         make_plan(full_size(q4_k_m), 1024, 1024, rates=known("sm_70"), compute="int8")
+
+
+@pytest.mark.parametrize("architecture", ["cpu", "sm_86"])
+def test_a_text_encoder_that_stays_exact_is_planned_so(architecture):
+    sizes, rates = full_size(q4_k_m), known(architecture)
+    exact, mixed, int8_only = (
+        Job(sizes, 512, 512, rates=rates, compute=how, encoder_compute=encoder)
+        for how, encoder in (("exact", None), ("int8", "exact"), ("int8", None))
+    )
+    assert mixed.encode_need == exact.encode_need != int8_only.encode_need
+    assert mixed.encode_seconds() == exact.encode_seconds() != int8_only.encode_seconds()
+    assert mixed.planes(mixed.encoder) == exact.planes(exact.encoder)
+    assert mixed.denoise_need == int8_only.denoise_need
+    assert mixed.step_seconds() == int8_only.step_seconds()

@@ -20,6 +20,7 @@ from zimage_core.memory.activations import collected_bytes
 from zimage_core.memory.job import Job
 from zimage_core.memory.planner import LEAST_RING, RING, RUNTIME, make_plan
 from zimage_core.memory.rates import PCIE, known, measure, step_flops
+from zimage_core.quant.dispatch import ARCHITECTURES
 
 GIB = 1 << 30
 Q4_K_M, Q3_K_S = full_size(q4_k_m), full_size(q3_k_s)
@@ -164,6 +165,7 @@ def test_rates_are_known_or_measured():
     assert here.source == "measured"
     assert known("sm_86").link == PCIE[4]
     assert known("sm_87", 1e9).link == 1e9
+    assert all(known(name).link > 0 for name in ARCHITECTURES), "a slot for every family"
     with pytest.raises(BadArgument, match="not known"):
         known("sm_12x")
     with pytest.raises(BadArgument, match="link is"):

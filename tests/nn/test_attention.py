@@ -81,6 +81,7 @@ def test_chunks_of_queries_are_the_formula(kv_heads, causal, rows, monkeypatch):
         ("sm_90", "VAE", "float32", 512, "efficient"),
         ("sm_75", "VAE", "float32", 512, "efficient"),
         ("sm_90", "transformer", "float32", 128, "efficient"),
+        ("sm_103", "transformer", "bfloat16", 128, "cudnn"),
         ("gfx942", "transformer", "bfloat16", 128, "flash"),
     ],
 )

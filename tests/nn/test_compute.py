@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -139,13 +141,14 @@ def test_auto_leaves_the_text_encoder_exact(pipe, monkeypatch):
 
 
 def test_a_wrong_mode_is_refused(pipe):
-    for wrong in ("fp8", 8, {"vae": "int8"}, {"transformer": "fast"}):
+    for wrong in ("fp8", 8, ["int8"], np.array(["int8", "exact"]), {"vae": "int8"}, {"transformer": "fast"}):
         with pytest.raises(BadArgument, match="compute"):
             pipe.set_compute(wrong)
         with pytest.raises(BadArgument, match="compute"):
             ZImagePipeline.from_default(compute=wrong)
-    with pytest.raises(BadArgument, match=", ".join(MODES)):
-        tiny_loader(compute="INT8")
+    for wrong in ("INT8", None, ["int8"]):
+        with pytest.raises(BadArgument, match=", ".join(MODES)):
+            tiny_loader(compute=wrong)
 
 
 def tiny_loader(**options):
@@ -205,3 +208,25 @@ def test_int8_under_the_compiler_is_one_operator():
     with torch.no_grad():
         compiled = torch.compile(nn.Sequential(layer), backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["a subclass", "another forward"])
+@pytest.mark.parametrize("place", ["attention.to_q", "feed_forward.w2", "attention"])
+def test_code_of_others_is_given_floats(pipe, place, how):
+    """A layer or branch that was extended sees x as it is, and the image has the same bits."""
+    other = copy.deepcopy(pipe)
+    other.set_compute("int8")
+    wanted, seen = image(other), []
+    module = other.transformer.layers[0].get_submodule(place)
+    usual = type(module).forward
+
+    def forward(self, x, *rest):
+        seen.append(x)
+        return usual(self, x * 1.0, *rest)
+
+    if how == "a subclass":
+        module.__class__ = type("Extended", (type(module),), {"forward": forward})
+    else:
+        module.forward = types.MethodType(forward, module)
+    assert torch.equal(image(other), wanted)
+    assert {type(x) for x in seen} == {torch.Tensor}

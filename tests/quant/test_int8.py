@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zimage_core.cpu.rotation import rotate, rotation_group
+from zimage_core.cpu.rotation import hadamard, rotate, rotation_group
 from zimage_core.errors import BadShape, Unsupported
 from zimage_core.formats import FORMATS
 from zimage_core.quant import int8, ops
@@ -32,7 +35,7 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 @given(
     tokens=st.integers(1, 40),
     rows=st.integers(1, 50),
-    width=st.sampled_from([4, 64, 256, 320, 512]),
+    width=st.sampled_from([1, 4, 64, 256, 320, 512]),
     seed=st.integers(0, 1000),
     scale=st.sampled_from([1e-30, 1.0, 1e30]),
 )
@@ -138,3 +141,35 @@ def test_what_does_not_fit_is_refused():
 def test_no_rows_and_no_tokens():
     assert int8.linear(drawn(0, 64), drawn(3, 64)).shape == (0, 3)
     assert int8.linear(drawn(2, 0, 64), drawn(3, 64)).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda w: pickle.loads(pickle.dumps(w))])
+def test_a_copy_of_rotated_rows_is_multiplied_as_they_are(clone):
+    x, kept = drawn(3, 512), int8.quantize_weight(drawn(40, 512), 256)
+    assert torch.equal(int8.linear(x, clone(kept)), int8.linear(x, kept))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_the_default_dtype_of_torch_changes_no_bit(dtype):
+    x, w = drawn(3, 320), drawn(40, 320)
+    wanted = int8.linear(x, w, rotated=True)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    hadamard.cache_clear()  # so that the matrix is made under it
+    try:
+        found = int8.linear(x, w, rotated=True)
+        kept = int8.quantize_weight(w, 64)
+    finally:
+        torch.set_default_dtype(before)
+        hadamard.cache_clear()
+    assert torch.equal(found, wanted)
+    assert torch.equal(int8.linear(x, kept), wanted)
+
+
+def test_gradients_through_rotated_rows_are_refused_in_every_mode():
+    x, kept = drawn(3, 512).requires_grad_(), int8.quantize_weight(drawn(40, 512), 256)
+    for product in (int8.linear, ops.linear):
+        with pytest.raises(Unsupported, match="gradients"):
+            product(x, kept)
+    with pytest.raises(Unsupported, match="gradients"):
+        int8.quantize_rows(x)

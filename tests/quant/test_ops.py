@@ -352,3 +352,12 @@ def test_packed_weights_compile_whole_on_a_cpu():
         x = torch.randn(rows, 256)
         assert torch.equal(compiled(x), work(x))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_gradients_pass_from_bfloat16_through_a_float32_weight(pays, monkeypatch):
+    monkeypatch.setattr(ops, "bfloat16_pays", lambda: pays)
+    x = torch.randn(3, 64).bfloat16().requires_grad_()
+    weight = torch.randn(8, 64)
+    ops.linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad[0].float(), weight.sum(0), rtol=0.01, atol=0.01)

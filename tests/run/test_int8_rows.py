@@ -146,5 +146,41 @@ def test_a_budget_keeps_the_rows_that_it_has_room_for_and_changes_no_bit(which, 
 def test_the_plan_of_a_pipeline_is_that_of_its_arithmetic():
     pipe = opened()
     assert pipe.plan(64, 48).compute == "int8"
+    both = pipe.plan(64, 48).times.encode
+    pipe.set_compute({"text_encoder": "exact"})
+    assert pipe.plan(64, 48).times.encode != both
     pipe.set_compute("exact")
     assert pipe.plan(64, 48).component("transformer").int8_rows == 0
+
+
+def test_rows_go_when_the_transformer_is_replaced():
+    pipe = opened()
+    draw(pipe)
+    pipe.transformer = ZImagePipeline.from_default().transformer
+    draw(pipe)
+    assert pipe._placement.rows.nbytes == 0
+
+
+def test_rows_that_found_no_room_are_made_when_there_is_some(monkeypatch):
+    pipe = opened()
+    with monkeypatch.context() as patch:
+        patch.setattr(int8_rows.page_cache, "available", lambda: None)
+        draw(pipe)
+    assert pipe._placement.rows.nbytes == 0
+    draw(pipe)
+    assert pipe._placement.rows.nbytes > 3 * MIB
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_rows_follow_what_is_written_into_a_weight(dense):
+    pipe = opened()  # private maps, which may be written to
+    layer = pipe.transformer.layers[0].feed_forward.w2
+    if dense:
+        layer.dequantize_weight(torch.float32)
+    before = draw(pipe).images
+    with torch.no_grad():
+        (layer.weight if dense else layer.weight.packed).zero_()
+    after = draw(pipe).images
+    assert not torch.equal(after, before)
+    pipe._placement.rows.drop()
+    assert torch.equal(draw(pipe).images, after)

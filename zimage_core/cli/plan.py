@@ -93,9 +93,11 @@ def run(args: argparse.Namespace) -> int:
     old = args.architecture in ("sm_70", "sm_72", "sm_75")
     sizes = read_sizes(_paths(args), args.dtype or ("float32" if cpu else "float16" if old else "bfloat16"))
     width, height = args.width or sizes.sample_size, args.height or sizes.sample_size
-    compute = automatic(sizes.transformer, rates) if args.compute == "auto" else args.compute
+    auto = args.compute == "auto"
+    networks = (sizes.transformer, sizes.text_encoder)
+    compute, of_encoder = (automatic(net, rates) if auto else args.compute for net in networks)
     run = (args.count, args.caption, rates, args.guidance, args.steps)
-    job = Job(sizes, width, height, *run, compute=compute)
+    job = Job(sizes, width, height, *run, compute=compute, encoder_compute=of_encoder)
 
     def plan(limit: int | None) -> Plan:
         return plan_on_cpu(job, limit) if cpu else plan_job(job, limit, ram)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -91,7 +92,9 @@ def rates() -> Rates:
     global _rates
     with _lock:
         if _rates is None:
-            _rates = _measured()
+            # a new thread has the process's number of threads and can restore it; the caller's may differ
+            with ThreadPoolExecutor(1, thread_name_prefix="zimage-measure") as alone:
+                _rates = alone.submit(_measured).result()
         return _rates
 
 

@@ -108,14 +108,14 @@ def multiply_into(sums: Tensor, x: Tensor, weight: Tensor) -> None:
     """x W^T in int32, exactly.
 
     Where `torch._int_mm` is slow, or wrong because it adds pairs in int16, float32 multiplies: it holds the
-    sum of 1,024 products of int8 exactly.
+    sum of 1,024 products of int8 exactly. For K = 1 `torch._int_mm` mistakes W^T for W.
 
     Args:
         sums: int32 [M, N], contiguous.
         x: int8 [M, K].
         weight: int8 [N, K].
     """
-    if int8_pays():
+    if x.shape[1] > 1 and int8_pays():
         torch._int_mm(x, weight.t(), out=sums)
         return
     sums.zero_()

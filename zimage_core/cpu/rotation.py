@@ -34,8 +34,9 @@ def hadamard(size: int, device: torch.device) -> Tensor:
         device: Where it is kept.
     """
     with torch.inference_mode(False):  # the matrix is used after the caller's mode ends
-        h4 = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
-        found = torch.ones(1, 1)
+        rows = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
+        h4 = torch.tensor(rows, dtype=torch.float32) / 2
+        found = torch.ones(1, 1, dtype=torch.float32)
         while len(found) < size:
             found = torch.kron(found, h4)
         return found.to(device)

@@ -18,7 +18,7 @@ GAPS = {"encode": 0.25, "denoise": 0.1, "decode": 0.12}
 tests/memory/test_gaps.py compares it with the allocator's rules, followed on the meta device."""
 PLANE_GAPS = 0.05
 """Bytes that it leaves between planes, over the bytes of those."""
-WORKSPACE = {"sm_90": 32 << 20, "sm_100": 32 << 20}
+WORKSPACE = {"sm_90": 32 << 20, "sm_100": 32 << 20, "sm_103": 32 << 20}
 """Bytes that the library of products takes for itself, by family; OTHER_WORKSPACE elsewhere. Source: PyTorch,
 notes on CUDA semantics, cuBLAS workspaces."""
 OTHER_WORKSPACE = 9 << 20

@@ -98,9 +98,9 @@ class KeptRows:
     """Rows that are kept beside the weights of one network; layers read them only inside `bound`."""
 
     def __init__(self) -> None:
-        self._chosen: set[Linear] | None = None  # None before the first run
-        # layer -> its weight, the rows of it, and a checksum of the weight where a user may write to it
-        self._rows: dict[Linear, tuple[Weight, QuantTensor, Tensor | None]] = {}
+        self._chosen: set[Linear] = set()
+        # layer -> its weight, the rows of it, and what shows whether the weight was written to
+        self._rows: dict[Linear, tuple[Weight, QuantTensor, object]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +109,7 @@ class KeptRows:
 
     def drop(self) -> None:
         """Let the rows go; the next run makes them anew."""
-        self._chosen = None
+        self._chosen = set()
         self._rows.clear()
 
     @contextmanager
@@ -129,7 +129,7 @@ class KeptRows:
             and "context_refiner." not in name  # runs once for a caption
             and not int8.is_int8(module.weight)
         ]
-        if self._chosen is None or not self._chosen <= {layer for _, layer in layers}:
+        if not self._chosen or not self._chosen <= {layer for _, layer in layers}:
             self.drop()
             some = all(layer.device.type == "cpu" for _, layer in layers)
             names = set(choose_layers(layers, room, mapped, some))
@@ -138,7 +138,7 @@ class KeptRows:
             bound = [(layer, layer.weight, self._of(layer)) for _, layer in layers if layer in self._chosen]
         except torch.OutOfMemoryError:  # another program took it: products make their own rows
             self.drop()
-            bound, self._chosen = [], set()
+            bound = []
         try:
             for layer, _, rows in bound:
                 layer.set_weight(rows)
@@ -152,12 +152,20 @@ class KeptRows:
         """The rows of a layer, made where its weight is new or was written to."""
         weight = layer.weight
         found = self._rows.get(layer)
-        now = checksum(weight) if isinstance(weight, nn.Parameter) else None
-        if found is not None and found[0] is weight and (now is None or bool(now == found[2])):
+        now = _content(weight)
+        if found is not None and found[0] is weight and found[2] == now:
             return found[1]
         rows = rows_of(layer, weight)
         self._rows[layer] = weight, rows, now
         return rows
+
+
+def _content(weight: Weight) -> object:
+    """A value that changes when a weight is written to: packed bytes by torch, a Parameter by anything."""
+    if isinstance(weight, nn.Parameter):
+        return int(checksum(weight))
+    tensors = (weight.packed, *(() if weight.scale is None else (weight.scale,)))
+    return tuple(None if each.is_inference() else each._version for each in tensors)
 
 
 def load_rows(segments: Sequence[Segment], ring: Ring, moved: Moved) -> None:

@@ -75,6 +75,7 @@ class Job:
         workspace: Bytes that the library of products takes for itself, as found; default: as its makers say.
         compute: In which numbers the blocks multiply: "exact", "bfloat16" or "int8".
         threads: Threads of a CPU.
+        encoder_compute: The same of the text encoder; None for `compute`.
 
     Raises:
         BadArgument: A size or number is out of range.
@@ -84,11 +85,13 @@ class Job:
         self, sizes: Sizes, width: int, height: int, images: int = 1, caption_tokens: int = 128,
         rates: Rates | None = None, guidance: bool = False, steps: int = 8, kernels: bool = True,
         workspace: int | None = None, compute: str = "exact", threads: int = int8_plan.THREADS,
+        encoder_compute: str | None = None,
     ) -> None:  # fmt: skip
         self.sizes, self.rates, self.dtype = sizes, rates or known("sm_86"), sizes.dtype
         self.width, self.height, self.images, self.caption = width, height, images, caption_tokens
         self.guidance, self.steps, self.kernels = guidance, steps, kernels
         self.compute, self.int8, self.threads = compute, compute == "int8", threads
+        self.encoder_compute = encoder_compute or compute
         self.captions = 2 if guidance else 1
         self.net, self.encoder, self.vae = sizes.transformer, sizes.text_encoder, sizes.vae
         net, encoder, vae = self.net.config, self.encoder.config, self.vae.config
@@ -106,14 +109,11 @@ class Job:
                 raise BadArgument(f"{name}: got {side}, wanted a multiple of {self.multiple}")
         self.rows, self.cols = height // vae.spatial_factor, width // vae.spatial_factor
         self.flops_rate = self.rates.flops32 if self.dtype == "float32" else self.rates.flops
-        self.products_rate = self.rates.flops if compute == "bfloat16" else self.flops_rate
-        if self.int8 and self.rates.int8:
-            self.products_rate = self.rates.int8
         tokens = padded(image_tokens(net, self.rows, self.cols)) + padded(caption_tokens)
         many = {"encode": caption_tokens, "denoise": tokens, "decode": 0}
-        how = (self.dtype, self.rates.architecture, kernels, threads, self.int8)
+        how = (self.dtype, self.rates.architecture, kernels, threads)
         self.scratch = {
-            phase: int8_plan.scratch_bytes(part, many[phase], *how)
+            phase: int8_plan.scratch_bytes(part, many[phase], *how, self.how(part) == "int8")
             for phase, part in zip(PHASES, (self.encoder, self.net, self.vae), strict=True)
         }
         gpu = self.rates.architecture != "cpu"
@@ -127,9 +127,10 @@ class Job:
             self.denoise_live += PLAIN_SWIGLU * tokens * net.hidden_dim
         # a caption alone, and an image of one patch beside it
         refine = denoise_bytes(net, net.patch_size, net.patch_size, *rest)
-        if self.int8:
-            on = (self.dtype, self.rates.architecture)
+        on = (self.dtype, self.rates.architecture)
+        if self.how(self.encoder) == "int8":
             self.encode_live += int8_plan.x_bytes(encoder, caption_tokens, *on)
+        if self.int8:
             self.denoise_live += int8_plan.x_bytes(net, tokens, *on)
             refine += int8_plan.x_bytes(net, padded(caption_tokens), *on)
         self.visited_live = max(self.denoise_live, max(self.net.once, default=0) + refine)
@@ -139,6 +140,16 @@ class Job:
         self.denoise_need = self.net.always + self.around("denoise", self.visited_live)
         stays = self.net.always + sum(self.net.once)
         self.denoise_need_with_refiner = stays + self.around("denoise", self.denoise_live)
+
+    def how(self, part: Part) -> str:
+        """In which numbers a network multiplies."""
+        return {"transformer": self.compute, "text_encoder": self.encoder_compute}.get(part.name, "exact")
+
+    def products_rate(self, part: Part) -> float:
+        """Operations a second in products with the weights of a network's blocks."""
+        if self.how(part) == "int8" and self.rates.int8:
+            return self.rates.int8
+        return self.rates.flops if self.how(part) == "bfloat16" else self.flops_rate
 
     def gaps(self, phase: str, live: int) -> int:
         """Bytes unused in the segment of a phase's temporary tensors, of which `live` bytes live at once."""
@@ -214,7 +225,7 @@ class Job:
             matrix.planes(self.tokens_of(part, name), architecture)
             for part in parts or (self.encoder, self.net)
             for name, matrix in matrices(part)
-            if not (self.int8 and in_int8(name))
+            if not (self.how(part) == "int8" and in_int8(name))
         )
         return planes + int(PLANE_GAPS * planes)
 
@@ -222,8 +233,9 @@ class Job:
         """Compute of all captions."""
         products = encode_products(self.encoder_config, self.caption)
         rest = encode_flops(self.encoder_config, self.caption) - products
-        flops = rest / self.flops_rate + products / self.products_rate
-        return self.captions * (flops + self._unpacking(self.encoder.blocks) / self.rates.bandwidth)
+        flops = rest / self.flops_rate + products / self.products_rate(self.encoder)
+        moved = self._unpacking(self.encoder, self.encoder.blocks)
+        return self.captions * (flops + moved / self.rates.bandwidth)
 
     def step_seconds(self, kept: Collection[int] = ()) -> float:
         """Compute of one step: all images and sides, one after the other.
@@ -233,9 +245,9 @@ class Job:
         """
         args = (self.net_config, self.rows, self.cols, self.caption)
         packed = [block for i, block in enumerate(self.net.blocks) if i not in kept]
-        moved = step_traffic(*args, ITEMSIZE[self.dtype]) + self._unpacking(packed)
+        moved = step_traffic(*args, ITEMSIZE[self.dtype]) + self._unpacking(self.net, packed)
         products = step_products(*args)
-        flops = (step_flops(*args) - products) / self.flops_rate + products / self.products_rate
+        flops = (step_flops(*args) - products) / self.flops_rate + products / self.products_rate(self.net)
         return self.images * self.captions * (flops + moved / self.rates.bandwidth)
 
     def decode_seconds(self, way: Way) -> float:
@@ -250,13 +262,13 @@ class Job:
             one += MAP_PASSES * maps * ITEMSIZE["float32"] / self.rates.pageable
         return self.images * one
 
-    def _unpacking(self, blocks: Sequence[Block]) -> float:
-        """Bytes read and written to make the weights of blocks dense, or int8, once each."""
-        cpu = self.rates.architecture == "cpu"
-        item = 1 if self.int8 and not cpu else ITEMSIZE[self.dtype]
-        made = [m for block in blocks for m in block.matrices if not (self.int8 and m.in_rows)]
+    def _unpacking(self, part: Part, blocks: Sequence[Block]) -> float:
+        """Bytes read and written to make the weights of a network's blocks dense, or int8, once each."""
+        cpu, int8 = self.rates.architecture == "cpu", self.how(part) == "int8"
+        item = 1 if int8 and not cpu else ITEMSIZE[self.dtype]
+        made = [m for block in blocks for m in block.matrices if not (int8 and m.in_rows)]
         moved = sum(m.nbytes + m.weights * item for m in made)
-        return QUANTISING * moved if self.int8 and cpu else moved
+        return QUANTISING * moved if int8 and cpu else moved
 
     def over_budget(self, vram: int) -> OverBudget:
         """The error that says in one sentence what is needed, what was given, and what would fit."""
@@ -288,7 +300,7 @@ class Job:
         def floor(width: int, height: int) -> int:
             rest = (
                 self.rates, self.guidance, self.steps, self.kernels, self.workspace, self.compute,
-                self.threads,
+                self.threads, self.encoder_compute,
             )  # fmt: skip
             return Job(self.sizes, width, height, self.images, self.caption, *rest).floor()
 

@@ -135,8 +135,6 @@ class PhaseManager:
             raise BadArgument(f"memory budget: the vae is {type(vae).__name__}, wanted Autoencoder")
         self.device, self.budget = torch.empty(0, device=device).device, budget  # with the number of a GPU
         self._networks, self._opened, self._vae = networks, opened, vae
-        network: Any = networks["transformer"]
-        self._compute: str = network.compute
         self._sizes = sizes_of(opened, str(networks["transformer"].dtype).removeprefix("torch."))
         self._plan: Plan | None = None
         self._job: Job | None = None
@@ -172,7 +170,7 @@ class PhaseManager:
         workspace = self._segments.take_workspace(self._dtype("transformer"))
         job = Job(
             self._sizes, width, height, images, caption_tokens, rates, guidance, steps, kernels, workspace,
-            self._compute, torch.get_num_threads(),
+            self._compute("transformer"), torch.get_num_threads(), self._compute("text_encoder"),
         )  # fmt: skip
         ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
         plan = plan_on_cpu(job, ram) if self.device.type == "cpu" else plan_job(job, self._vram(job), ram)
@@ -267,6 +265,10 @@ class PhaseManager:
     def _dtype(self, name: str) -> torch.dtype:
         network: Any = self._networks[name]
         return network.dtype  # type: ignore[no-any-return]
+
+    def _compute(self, name: str) -> str:
+        network: Any = self._networks[name]
+        return network.compute  # type: ignore[no-any-return]
 
     def _ids(self, name: str) -> list[int]:
         return [id(module) for module in self._networks[name].modules()]

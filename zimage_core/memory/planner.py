@@ -39,6 +39,7 @@ def make_plan(
     guidance: bool = False,
     steps: int = 8,
     compute: str = "exact",
+    encoder_compute: str | None = None,
 ) -> Plan:
     """Plan a run; `Job` and `plan_job` describe the arguments.
 
@@ -47,7 +48,10 @@ def make_plan(
         OverBudget: vram or ram does not hold the least that this image needs; the message says what would
             fit.
     """
-    job = Job(sizes, width, height, images, caption_tokens, rates, guidance, steps, compute=compute)
+    job = Job(
+        sizes, width, height, images, caption_tokens, rates, guidance, steps,
+        compute=compute, encoder_compute=encoder_compute,
+    )  # fmt: skip
     return plan_job(job, vram, ram)
 
 

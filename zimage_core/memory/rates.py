@@ -34,7 +34,7 @@ CPU_INT8, CPU_BFLOAT16 = 4.0, 2.0
 # generation of the slot that cards of a family stand in
 _SLOT = {
     "sm_50": 3, "sm_70": 3, "sm_75": 3, "sm_80": 4, "sm_86": 4, "sm_89": 4, "sm_90": 5, "sm_100": 5,
-    "sm_120": 5, "gfx906": 3, "gfx942": 5, "gfx1030": 4, "gfx1100": 4, "gfx1201": 5,
+    "sm_103": 5, "sm_120": 5, "gfx906": 3, "gfx942": 5, "gfx1030": 4, "gfx1100": 4, "gfx1201": 5,
 }  # fmt: skip
 _TF32 = 1 / 3
 """Rate of float32 convolutions over bfloat16 products where TF32 exists: half the peak, and less of it."""

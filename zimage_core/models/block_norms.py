@@ -40,12 +40,18 @@ def norm_modulate(norm: RMSNorm, x: Tensor, scale: Tensor | None, branch: nn.Mod
         branch: The module that takes the result, in the form that its `readers` share (`nn.linear.ready`).
     """
     if is_plain(norm):
-        rotation = None if has_hooks(branch) else shared_rotation(*getattr(branch, "readers", ()))
+        rotation = shared_rotation(*_readers(branch))
         if rotation is not None:
             return rms_norm_modulate_int8(x, norm.weight, norm.eps, scale, rotation)  # type: ignore[return-value]
         return rms_norm_modulate(x, norm.weight, norm.eps, scale)
     normed: Tensor = norm(x)
     return normed if scale is None else normed * (1 + scale.to(x.dtype))
+
+
+def _readers(branch: nn.Module) -> tuple[nn.Module, ...]:
+    """Layers that read the input of a branch; none where other code sees it as well."""
+    own = "readers" in vars(type(branch)) and "forward" not in vars(branch)  # no subclass, no other forward
+    return branch.readers if own and not has_hooks(branch) else ()  # type: ignore[return-value]
 
 
 def gated(gate: Tensor, up: Tensor, reader: nn.Module) -> Tensor:

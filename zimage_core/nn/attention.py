@@ -27,7 +27,7 @@ from zimage_core.quant.gpu import architecture, kernels_run
 
 Use = Literal["transformer", "text encoder", "VAE"]
 
-CUDNN = ("sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+CUDNN = ("sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 """Where cuDNN is faster than flash attention for long sequences without mask, as others measured: pytorch
 #192799 (sm_86, sm_89), transformers #48163 (sm_90), sglang #33655 (sm_100) and #36479 (sm_120, heads of 128
 channels, 4,096 tokens). On sm_80 the two are equal."""

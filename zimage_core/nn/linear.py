@@ -24,8 +24,8 @@ class _Weighted(nn.Module):
 
     `.to` changes `dtype` as it would change that of a dense weight; packed bytes are moved, never converted.
     Assigning `weight` replaces it by one of either kind. A state dict holds the packed bytes as `packed`;
-    format and scale are not in it and must be those of the module that loads it. A dense `weight` in a state
-    dict replaces a packed one.
+    format, scale and rotation are not in it and must be those of the module that loads it. A dense `weight`
+    in a state dict replaces a packed one.
     """
 
     weight: Weight
@@ -186,7 +186,8 @@ class Linear(_Weighted):
     @property
     def rotation(self) -> int | None:
         """Block of the rotation of x in int8, 0 for none; None where the layer takes x as it is."""
-        if self.arithmetic.mode != "int8" or has_hooks(self) or torch.compiler.is_compiling():
+        own = type(self).forward is Linear.forward and "forward" not in vars(self)
+        if self.arithmetic.mode != "int8" or not own or has_hooks(self) or torch.compiler.is_compiling():
             return None
         return int8.rotation_of(self.weight, self.arithmetic.rotated)
 

@@ -1,7 +1,7 @@
 """`compute=`: in which numbers the large products of a network are multiplied.
 
     exact      weights as the file has them, in the dtype of the computation, float32 sums
-    bfloat16   both operands rounded to bfloat16, float32 sums
+    bfloat16   x and the result rounded to bfloat16, and weights where the device gains by it; float32 sums
     int8       both operands as int8 with a scale for each row, exact int32 sums (reference/int8.py)
     auto       int8 for a large transformer with packed weights if the device gains over 1.5 times, else exact
 

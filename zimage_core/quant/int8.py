@@ -85,7 +85,7 @@ def is_int8(weight: Tensor | QuantTensor) -> TypeGuard[QuantTensor]:
     """Whether a weight is int8 rows with their scales already."""
     if not isinstance(weight, QuantTensor):
         return False
-    return weight.format is I8 and weight.scale is not None and len(weight.shape) == 2
+    return weight.format.name == I8.name and weight.scale is not None and len(weight.shape) == 2
 
 
 def rotation_of(weight: Tensor | QuantTensor, rotated: bool) -> int:
@@ -126,7 +126,7 @@ def quantize_weight(weight: Tensor | QuantTensor, rotation: int = 0) -> QuantTen
         values, scale = _gpu().quantize_weight(weight, rotation)
     elif isinstance(weight, QuantTensor):
         values = torch.empty(weight.shape, dtype=torch.int8)
-        scale = torch.empty(weight.shape[0])
+        scale = torch.empty(weight.shape[0], dtype=torch.float32)
 
         def share(start: int, stop: int) -> None:
             _decode(values[start:stop], scale[start:stop], weight, start, rotation)
@@ -185,7 +185,7 @@ def _on_cpu(x: Int8Rows, weight: Tensor | QuantTensor, bias: Tensor | None) -> T
     """The product slab by slab; a slab of a weight that is not int8 yet is quantised before it is used."""
     rows, width = weight.shape
     tokens = len(x.values)
-    out = torch.empty(tokens, rows)
+    out = torch.empty(tokens, rows, dtype=torch.float32)
     kept = kept_scale = None
     if is_int8(weight) and weight.scale is not None:
         kept, kept_scale = weight.packed.view(torch.int8), weight.scale.view(-1).expand(rows)
@@ -230,7 +230,7 @@ def _decode(values: Tensor, scale: Tensor, weight: Tensor | QuantTensor, start: 
 def _rows_of(x: Tensor, rotation: int) -> tuple[Tensor, Tensor]:
     """Rows [R, K] on a CPU as int8 [R, K] and scales [R]."""
     values = torch.empty(x.shape, dtype=torch.int8)
-    scale = torch.empty(len(x))
+    scale = torch.empty(len(x), dtype=torch.float32)
 
     def share(start: int, stop: int) -> None:
         quantize_into(values[start:stop], scale[start:stop], x[start:stop], rotation)

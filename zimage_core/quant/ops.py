@@ -53,7 +53,7 @@ def linear(
         x: [..., K], a float type, any strides.
         weight: [N, K], dense or packed.
         bias: [N] or None.
-        in_bfloat16: Round both operands to bfloat16, whatever dtype x has.
+        in_bfloat16: Multiply as if x were bfloat16, and round the result to that before x's dtype.
 
     Returns:
         [..., N] in x's dtype.
@@ -69,24 +69,26 @@ def linear(
         )
     if in_bfloat16 and x.dtype != torch.bfloat16:
         return linear(x.bfloat16(), weight, bias).to(x.dtype)
-    if isinstance(weight, QuantTensor) and weight.rotation:  # (x R)(W R)^T is x W^T
-        x, weight = rotate(x.float(), weight.rotation).to(x.dtype), weight.like(weight.packed, rotation=0)
+    if isinstance(weight, QuantTensor):
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise Unsupported(
+                "packed weights give no gradients; run under torch.no_grad(), or make them dense by "
+                "pipe.dequantize_weights(budget) or by dequantize_weight(dtype) of the layer"
+            )
+        if weight.rotation:  # (x R)(W R)^T is x W^T
+            x, weight = rotate(x.float(), weight.rotation).to(x.dtype), weight.like(weight.packed, rotation=0)
     narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and bfloat16_pays()
     if isinstance(weight, Tensor):
+        wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        narrow = narrow and not wants_grad
         if weight.dtype == torch.float32 and x.dtype != torch.float32 and not (weight.is_cuda or narrow):
             return functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
-        wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         fast = weight.is_cuda or narrow or x.dtype in (torch.float32, torch.float64)
         own = weight.dtype == x.dtype and fast
         if own or wants_grad or weight.dtype not in _FORMAT_OF:
             return functional.linear(x, weight, bias)
         raw = weight.detach().contiguous().view(torch.uint8)
         weight = QuantTensor(raw, _FORMAT_OF[weight.dtype], tuple(weight.shape))
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise Unsupported(
-            "packed weights give no gradients; run under torch.no_grad(), or make them dense by "
-            "pipe.dequantize_weights(budget) or by dequantize_weight(dtype) of the layer"
-        )
     if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return _packed_linear(x, weight, bias)
     with torch.no_grad():

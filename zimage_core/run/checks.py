@@ -269,8 +269,8 @@ def read_computes(compute: Compute) -> dict[str, str]:
     for key, value in named.items():
         if key not in known:
             raise BadArgument(f"compute: got a dict with {shown(key)}, wanted keys of {', '.join(known)}")
-        if value is not None and value not in MODES:
-            raise BadArgument(f"compute: got {printable(value, 60)}, wanted one of {', '.join(MODES)}")
+        if value is not None:
+            choice("compute", value, MODES)
     found = {name: named.get(name, named.get("default")) for name in known[:2]}
     return {name: mode for name, mode in found.items() if mode is not None}
 

@@ -232,7 +232,10 @@ class Placement:
 
     def _rows_for(self, name: str, network: Any) -> AbstractContextManager[None]:
         """Context in which layers that multiply int8 read rows that are kept."""
-        if name != "denoise" or network.compute != "int8":
+        if name != "denoise":
+            return nullcontext()
+        if network.compute != "int8":
+            self.rows.drop()  # of another transformer, or from before it was set otherwise
             return nullcontext()
         return self.rows.bound(network, *self._room)
 
