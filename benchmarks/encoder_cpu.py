@@ -2,10 +2,12 @@
 
     python -m benchmarks.make_full_size FOLDER
     python -m benchmarks.encoder_cpu FOLDER [--tokens 20 64 128] [--repeats 5]
+    python -m benchmarks.encoder_cpu --attention
 
 Writes results/encoder_cpu.json: seconds of the encoder for each `compute`, nanoseconds a weight of its parts,
 and the other studies. The modes alternate within a repeat. With --encoder-only the file has the first part
-alone, so that an older checkout can be measured by `--modes exact`.
+alone, so that an older checkout can be measured by `--modes exact`. With --attention nothing but attention is
+measured, into results/attention_cpu.json.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch.nn import functional
 
 from benchmarks.report import RESULTS, write
 from benchmarks.timing import spread
+from zimage_core.cpu import attention as int8_attention
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.weights.load import load_text_encoder
 
@@ -110,13 +113,15 @@ def parts(path: Path, tokens: Iterable[int], repeats: int) -> dict[str, dict[str
 
 
 def attention(repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of attention with 30 heads of 128 channels, by dtype."""
+    """Milliseconds of attention with 30 heads of 128 channels, by dtype, and with q k^T in int8."""
     found = {}
-    for length in (288, 1056):
+    for length in (288, 1056, 4128):
         calls = {}
         for dtype in (torch.float32, torch.bfloat16):
             heads = [torch.randn(1, 30, length, 128).to(dtype) for _ in range(3)]
             calls[str(dtype)] = lambda h=heads: functional.scaled_dot_product_attention(*h)
+            if dtype == torch.float32:
+                calls["int8"] = lambda h=heads: int8_attention.attention(*(each[0] for each in h))
         found[str(length)] = {n: round(min(s) * 1e3, 2) for n, s in alternate(calls, repeats).items()}
     return found
 
@@ -180,13 +185,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--attention", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="+", default=[20, 64])
     parser.add_argument("--modes", nargs="+", default=["exact", "bfloat16", "int8"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--encoder-only", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS / "encoder_cpu.json")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.attention:
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            write(args.out or RESULTS / "attention_cpu.json", {"attention": attention(args.repeats)})
+        return
+    if args.folder is None:
+        parser.error("give the folder of make_full_size, or --attention")
     path = args.folder / "text_encoder.gguf"
     with torch.inference_mode():
         figures: dict[str, Any] = {"load_average": round(os.getloadavg()[0], 1)}
@@ -200,7 +213,7 @@ def main() -> None:
             figures["attention"] = attention(args.repeats)
             figures["dynamic_int8"] = dynamic_int8(args.repeats)
             figures["vae"] = vae(args.repeats)
-    write(args.out, figures)
+    write(args.out or RESULTS / "encoder_cpu.json", figures)
 
 
 if __name__ == "__main__":

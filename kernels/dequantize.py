@@ -19,18 +19,13 @@ from zimage_core.kernels.decode.table import DECODERS, lookup_table, words
 from zimage_core.kernels.launch import Launch
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def _dequantize_kernel(
-    packed, out, table,                 # words, [blocks * WEIGHTS], codebook
-    blocks,
-    CODES: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, WEIGHTS: tl.constexpr,
-    GROUPS: tl.constexpr, SUB: tl.constexpr, AFFINE: tl.constexpr, ZERO: tl.constexpr, LOOKUP: tl.constexpr,
-    SB: tl.constexpr,                   # blocks a program
-    WHOLE: tl.constexpr,                # whether no program is part empty, so that nothing needs a mask
+@triton.jit
+def decoded(
+    base, live, table,                  # first words of blocks, which of them exist, codebook
+    CODES: tl.constexpr, SCALES: tl.constexpr, SB: tl.constexpr, WEIGHTS: tl.constexpr, GROUPS: tl.constexpr,
+    SUB: tl.constexpr, AFFINE: tl.constexpr, ZERO: tl.constexpr, LOOKUP: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * SB + tl.arange(0, SB)
-    live = tl.full((SB,), True, tl.int1) if WHOLE else block < blocks
-    base = packed + block * WORDS
+    """Weights of SB blocks, float32 [SB, GROUPS, WEIGHTS / GROUPS]."""
     code = CODES(base, live, table)
     if LOOKUP:
         level = tl.load(table + code)
@@ -46,6 +41,22 @@ def _dequantize_kernel(
             weight -= (parts[2][:, None] * parts[3].to(tl.float32))[:, :, None]
         else:
             weight -= parts[1][:, None, None]
+    return weight
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _dequantize_kernel(
+    packed, out, table,                 # words, [blocks * WEIGHTS], codebook
+    blocks,
+    CODES: tl.constexpr, SCALES: tl.constexpr, WORDS: tl.constexpr, WEIGHTS: tl.constexpr,
+    GROUPS: tl.constexpr, SUB: tl.constexpr, AFFINE: tl.constexpr, ZERO: tl.constexpr, LOOKUP: tl.constexpr,
+    SB: tl.constexpr,                   # blocks a program
+    WHOLE: tl.constexpr,                # whether no program is part empty, so that nothing needs a mask
+):  # fmt: skip
+    block = tl.program_id(0).to(tl.int64) * SB + tl.arange(0, SB)
+    live = tl.full((SB,), True, tl.int1) if WHOLE else block < blocks
+    base = packed + block * WORDS
+    weight = decoded(base, live, table, CODES, SCALES, SB, WEIGHTS, GROUPS, SUB, AFFINE, ZERO, LOOKUP)
     place = block[:, None] * WEIGHTS + tl.arange(0, WEIGHTS)[None, :]
     tl.store(out + place, tl.reshape(weight, (SB, WEIGHTS)).to(out.dtype.element_ty), mask=live[:, None])
 

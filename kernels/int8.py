@@ -16,6 +16,7 @@ import triton.language as tl
 from zimage_core.formats import BlockFormat
 from zimage_core.kernels import tiles
 from zimage_core.kernels.decode.table import DECODERS, lookup_table, words
+from zimage_core.kernels.dequantize import decoded
 from zimage_core.kernels.launch import Launch
 
 LEAST: tl.constexpr = tl.constexpr(27 << 23)
@@ -133,21 +134,7 @@ def _decode_tile(
     block = START // WEIGHTS + tl.arange(0, SB)
     live = block < blocks
     base = row + block * WORDS
-    code = CODES(base, live, table)
-    if LOOKUP:
-        level = tl.load(table + code)
-    else:
-        level = (code - ZERO).to(tl.float32)
-    parts = SCALES(base, live)
-    scale = parts[0][:, None]
-    if SUB:
-        scale = scale * parts[1].to(tl.float32)
-    weight = tl.reshape(level, (SB, GROUPS, WEIGHTS // GROUPS)) * scale[:, :, None]
-    if AFFINE:
-        if SUB:
-            weight -= (parts[2][:, None] * parts[3].to(tl.float32))[:, :, None]
-        else:
-            weight -= parts[1][:, None, None]
+    weight = decoded(base, live, table, CODES, SCALES, SB, WEIGHTS, GROUPS, SUB, AFFINE, ZERO, LOOKUP)
     weight = tl.where(live[:, None, None], weight, 0.0)
     return tl.reshape(weight, (SIZE // 16, 16))
 

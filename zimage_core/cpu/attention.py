@@ -1,7 +1,7 @@
 """Attention on a CPU with q k^T in int8 and the product with v in bfloat16, for `compute="int8"`.
 
-torch's own attention on a CPU is float32 and reaches the rate of its product: 87 GFLOP/s a core with AVX512,
-in bfloat16 no more. Here the first product runs at four times that rate and the second at twice.
+torch's own attention on a CPU reaches the rate of its float32 product, and no more in bfloat16. Here each of
+the two products runs at the rate of its type (benchmarks/results/attention_cpu.json).
 `reference.attention_int8` specifies the scores; the keys are smoothed as in SageAttention (arXiv 2410.02367).
 """
 

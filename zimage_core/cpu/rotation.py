@@ -1,7 +1,7 @@
 """Rotates blocks of K numbers by a regular Hadamard matrix, which spreads outliers before they are quantised.
 
 `reference.int8` specifies it. A block of 256 is rotated by two products with 16 x 16 matrices, because
-H256 is the Kronecker product of H16 with itself: 5 times quicker than one product with 256 x 256.
+H256 is the Kronecker product of H16 with itself: 32 multiplications a number instead of 256.
 """
 
 from __future__ import annotations

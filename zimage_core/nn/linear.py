@@ -215,9 +215,9 @@ def ready(x: Tensor | Int8Rows, *layers: Linear) -> Tensor:
     Returns:
         x, or an `Int8Rows`, which multiplies by a number and is taken by these layers as x is.
     """
-    rotation = shared_rotation(*layers)
     if isinstance(x, Int8Rows):
         return x  # type: ignore[return-value]
+    rotation = shared_rotation(*layers)
     return x if rotation is None else int8.quantize_rows(x, rotation)  # type: ignore[return-value]
 
 

@@ -24,7 +24,7 @@ BLOCKS = ("layers", "noise_refiner", "context_refiner")
 
 PLAIN = ("to_q", "to_k", "to_v", "w1", "w3")
 """Layers of an S3-DiT block that multiply x as it is: their input comes from a norm. Rotating it, too, would
-take a fifth from the error, and make rows that are not kept 1.5 times as dear to make."""
+take a fifth from the error, and make rows that are not kept dearer to make."""
 
 ROTATED = ("to_out.0", "w2", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Layers whose operands are rotated. Outputs of attention and of a gate have outliers; in a language model

@@ -20,9 +20,9 @@ from zimage_core.cpu.int8 import decode_into, multiply_into, quantize_into
 from zimage_core.cpu.pool import in_parallel
 from zimage_core.cpu.rotation import rotate, rotation_group
 from zimage_core.cpu.workspace import workspace
-from zimage_core.errors import BadShape, Unsupported
+from zimage_core.errors import Unsupported
 from zimage_core.formats import FORMATS, BlockFormat
-from zimage_core.quant.tensor import QuantTensor
+from zimage_core.quant.tensor import QuantTensor, check_operands
 
 I8 = FORMATS["I8"]
 
@@ -113,10 +113,8 @@ def quantize_rows(x: Tensor, rotation: int = 0) -> Int8Rows:
     _refuse_gradients(x)
     width, lead = x.shape[-1], tuple(x.shape[:-1])
     flat = x.reshape(math.prod(lead), width)
-    if x.device.type != "cpu":
-        values, scale = _gpu().quantize_rows(flat, rotation)
-        return Int8Rows(values, scale, lead, x.dtype, rotation)
-    values, scale = _rows_of(flat, rotation)
+    quantize = _rows_of if x.device.type == "cpu" else _gpu().quantize_rows
+    values, scale = quantize(flat, rotation)
     return Int8Rows(values, scale, lead, x.dtype, rotation)
 
 
@@ -155,11 +153,7 @@ def linear(
         BadShape: K of x is not K of the weight, or the weight is no matrix.
         Unsupported: A gradient would have to pass through the product.
     """
-    if len(weight.shape) != 2 or x.shape[-1:] != (weight.shape[-1],):
-        raise BadShape(
-            f"linear: x has shape {tuple(x.shape)} and the weight {tuple(weight.shape)}; "
-            "the last axes of both must agree"
-        )
+    check_operands(x.shape, weight)
     _refuse_gradients(x, weight)
     rotation = rotation_of(weight, rotated)
     if isinstance(x, Int8Rows) and x.rotation != rotation:

@@ -24,7 +24,7 @@ from zimage_core.quant import gpu
 from zimage_core.quant.dequantize import dense_rows
 from zimage_core.quant.dispatch import PLAIN_WEIGHTS, SCRATCH_BYTES
 from zimage_core.quant.plain import slabs
-from zimage_core.quant.tensor import PlaneCache, QuantTensor, per_row
+from zimage_core.quant.tensor import PlaneCache, QuantTensor, check_operands, per_row
 
 SLAB_BYTES = 4 << 20
 """Bytes of dequantised rows per thread and multiplication.
@@ -62,11 +62,7 @@ def linear(
         BadShape: K of x is not K of the weight, or the weight is no matrix.
         Unsupported: A gradient would have to pass through packed weights.
     """
-    if len(weight.shape) != 2 or x.shape[-1:] != (weight.shape[-1],):
-        raise BadShape(
-            f"linear: x has shape {tuple(x.shape)} and the weight {tuple(weight.shape)}; "
-            "the last axes of both must agree"
-        )
+    check_operands(x.shape, weight)
     if in_bfloat16 and x.dtype != torch.bfloat16:
         return linear(x.bfloat16(), weight, bias).to(x.dtype)
     if isinstance(weight, QuantTensor):

@@ -6,6 +6,7 @@ form, including float32, because a view of the bytes costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -122,3 +123,12 @@ class QuantTensor:
 def per_row(scale: Tensor, ndim: int) -> Tensor:
     """Reshape a scale (one number, or one for each index of axis 0) to multiply a tensor of `ndim` axes."""
     return scale.view(-1, *[1] * (ndim - 1))
+
+
+def check_operands(shape: Sequence[int], weight: Tensor | QuantTensor) -> None:
+    """Raise BadShape unless x of this shape can be multiplied by a matrix W^T."""
+    if len(weight.shape) != 2 or tuple(shape[-1:]) != (weight.shape[-1],):
+        raise BadShape(
+            f"linear: x has shape {tuple(shape)} and the weight {tuple(weight.shape)}; "
+            "the last axes of both must agree"
+        )
