@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from zimage_core.control.load import load_controlnet
     from zimage_core.control.model import ControlNet as ZImageControlNetModel
+    from zimage_core.control_pipelines import ZImageControlNetInpaintPipeline, ZImageControlNetPipeline
     from zimage_core.errors import (
         BadArgument,
         BadFile,
@@ -67,7 +68,9 @@ __all__ = [
     "UnknownFormat",
     "Unsupported",
     "WrongModel",
+    "ZImageControlNetInpaintPipeline",
     "ZImageControlNetModel",
+    "ZImageControlNetPipeline",
     "ZImageError",
     "ZImagePipeline",
     "convert_file",
@@ -92,7 +95,9 @@ _MODULE = {  # public name -> module; all other public names are error classes
     "MemoryBudget": "memory.phases",
     "QuantTensor": "quant.tensor",
     "Tokenizer": "text.tokenizer",
+    "ZImageControlNetInpaintPipeline": "control_pipelines",
     "ZImageControlNetModel": "control.model",
+    "ZImageControlNetPipeline": "control_pipelines",
     "ZImagePipeline": "pipeline",
     "convert_file": "export.converting",
     "dequantize": "quant.dequantize",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tests.helpers import tiny
 from tests.helpers.parity import TRANSFORMER
 from zimage_core.config import TransformerConfig
 from zimage_core.control.config import ControlConfig
@@ -16,6 +17,8 @@ from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.weights.controlnets import OWN, PLAIN, SHARED
 
 BASE: dict[str, Any] = {**TRANSFORMER, "n_layers": 6}
+TINY: dict[str, Any] = {**tiny.TRANSFORMER, "n_layers": 2, "n_refiner_layers": 1}
+"""The transformer of tests/helpers/tiny.py."""
 VARIANTS: dict[str, tuple[int, int, str]] = {
     "1.0": (2, 16, PLAIN), "2.0": (6, 33, SHARED), "2.1": (6, 33, OWN), "2.1 lite": (3, 33, OWN),
 }  # fmt: skip
@@ -24,6 +27,7 @@ VARIANTS: dict[str, tuple[int, int, str]] = {
 
 def config(variant: str, base: dict[str, Any] = BASE) -> ControlConfig:
     layers, channels, refiner = VARIANTS[variant]
+    layers = min(layers, base["n_layers"])
     return ControlConfig(
         dim=base["dim"], n_heads=base["n_heads"], hidden_dim=int(base["dim"] / 3 * 8), channels=channels,
         n_layers=layers, n_refiner_layers=0 if refiner == SHARED else base["n_refiner_layers"],
@@ -50,21 +54,28 @@ def transformer(seed: int = 3) -> ZImageTransformer:
     return draw(ZImageTransformer(TransformerConfig.from_json({**usual, "norm_eps": 1e-5, **BASE})), seed)
 
 
+def their_net(variant: str, ours: ControlNet, base: dict[str, Any] = BASE) -> Any:
+    """diffusers' ControlNet with the weights of ours."""
+    from diffusers import ZImageControlNetModel
+
+    _, channels, refiner = VARIANTS[variant]
+    net = ZImageControlNetModel(
+        control_layers_places=list(ours.config.places_in(base["n_layers"])),
+        control_refiner_layers_places=[] if refiner == PLAIN else list(range(base["n_refiner_layers"])),
+        control_in_dim=channels,
+        add_control_noise_refiner=None if refiner == PLAIN else refiner,
+        **{name: base[name] for name in ("dim", "n_refiner_layers", "n_heads", "n_kv_heads")},
+    )
+    net.load_state_dict(ours.state_dict())
+    return net
+
+
 def theirs(variant: str, ours: ControlNet, base: ZImageTransformer) -> tuple[Any, Any]:
     """diffusers' ControlNet and transformer with the weights of ours."""
     from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 
-    _, channels, refiner = VARIANTS[variant]
-    transformer = ZImageTransformer2DModel(**BASE)
+    transformer, net = ZImageTransformer2DModel(**BASE), their_net(variant, ours)
     transformer.load_state_dict(base.state_dict())
-    net = ZImageControlNetModel(
-        control_layers_places=list(ours.config.places_in(BASE["n_layers"])),
-        control_refiner_layers_places=[] if refiner == PLAIN else list(range(BASE["n_refiner_layers"])),
-        control_in_dim=channels,
-        add_control_noise_refiner=None if refiner == PLAIN else refiner,
-        **{name: BASE[name] for name in ("dim", "n_refiner_layers", "n_heads", "n_kv_heads")},
-    )
-    net.load_state_dict(ours.state_dict())
     for each in (transformer, net):
         each.requires_grad_(False).eval()
     return ZImageControlNetModel.from_transformer(net, transformer), transformer

@@ -7,14 +7,16 @@ formulae.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zimage_core.control.model import ControlBlock, ControlNet
 from zimage_core.models.transformer import After, Prepared, ZImageTransformer
+from zimage_core.nn.compute import set_compute
 from zimage_core.nn.layers import Rotation
 from zimage_core.weights.controlnets import OWN, PLAIN
 
@@ -34,6 +36,7 @@ class Control:
         scale: Factor of the hints.
         steps: First step in which it acts, and the first in which it does no more.
         hints: One of `HINTS`.
+        settings: What an image's settings say of it.
     """
 
     net: ControlNet
@@ -41,10 +44,21 @@ class Control:
     scale: float
     steps: tuple[int, int]
     hints: str = TRAINER
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def acts(self, step: int) -> bool:
         """Whether it changes anything in a step."""
         return self.scale != 0 and self.steps[0] <= step < self.steps[1]
+
+
+def place_beside(net: ControlNet, transformer: ZImageTransformer) -> None:
+    """Give a ControlNet the device, dtype and arithmetic of the base model."""
+    if net.device != transformer.device:
+        net.to(transformer.device)
+    if net.dtype != transformer.dtype:
+        net.to(transformer.dtype)
+    if net.compute != transformer.compute:
+        set_compute(net, transformer.compute, transformer.device)
 
 
 class Controls:

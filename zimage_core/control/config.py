@@ -66,6 +66,11 @@ class ControlConfig:
         )
 
     @property
+    def masked(self) -> bool:
+        """Whether the control latents may have a mask and the latents of an image to be inpainted."""
+        return self.channels % 2 == 1
+
+    @property
     def steers_refiner(self) -> bool:
         """Whether its refiner is made of control blocks, which have projections."""
         return self.refiner == OWN

@@ -49,6 +49,8 @@ class ControlNet(Network):
     loader = "load_controlnet"
     name = ""
     """Name under which a pipeline has it."""
+    hints = "trainer"
+    """Where its hints for the noise refiner go, one of `control.apply.HINTS`."""
 
     def __init__(self, config: ControlConfig) -> None:
         super().__init__()
