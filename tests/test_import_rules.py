@@ -30,7 +30,10 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"config", "files", "formats", "models", "nn", "quant", "text"},
     "memory": {"config", "cpu", "files", "formats", "models", "nn", "quant", "weights"},
     "editing": {"config", "files", "models", "sampling"},
-    "run": {"assets", "config", "files", "memory", "models", "nn", "quant", "sampling", "text", "weights"},
+    "run": {
+        "assets", "config", "editing", "files", "memory", "models", "nn", "quant", "sampling", "text",
+        "weights",
+    },
     "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {"assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},
