@@ -32,8 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "control": {"config", "editing", "files", "models", "nn", "quant", "weights"},
     "editing": {"config", "files", "models", "sampling"},
     "run": {
-        "assets", "config", "control", "files", "memory", "models", "nn", "quant", "sampling", "text",
-        "weights",
+        "assets", "config", "control", "editing", "files", "memory", "models", "nn", "quant", "sampling",
+        "text", "weights",
     },
     "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
     "control_pipelines": {"control", "pipeline", "run"},

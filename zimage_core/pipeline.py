@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -28,7 +29,7 @@ from zimage_core.run.checks import (
 )
 from zimage_core.run.components import check_components, check_kinds, networks, require
 from zimage_core.run.controlled import Controlled, control_files
-from zimage_core.run.decode import decode
+from zimage_core.run.decode import decode, encode_images
 from zimage_core.run.denoise import Denoiser, denoise
 from zimage_core.run.device_faults import explained
 from zimage_core.run.loading import (
@@ -40,7 +41,7 @@ from zimage_core.run.nonfinite import checked, guard_attention
 from zimage_core.run.opening import Opening
 from zimage_core.run.placement import Placement
 from zimage_core.run.ported import Ported
-from zimage_core.run.request import Batch, Encoding, Limits, Request, encoding, make_batch, prepare
+from zimage_core.run.request import Batch, Encoding, Limits, Request, Run, encoding, make_batch, prepare
 from zimage_core.run.result import Clock, Timings, ZImageResult, peak_memory, settings_of, to_output
 from zimage_core.run.unlearned import unlearned
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
@@ -291,7 +292,7 @@ class ZImagePipeline(Opening, Controlled, Ported):
         run = prepare(self.limits, self.scheduler, request)
         if self._controlnets or request.control_image is not None:
             run = self._with_controls(run, request)
-        if run.output_type != "latent":
+        if run.output_type != "latent" or (run.edit is not None and run.edit.encodes):
             require("vae", self.vae)
         for remark in (*run.remarks, *unlearned(self.text_encoder, run.batch.prompts)):
             warnings.warn(remark, UserWarning, stacklevel=4)
@@ -307,6 +308,8 @@ class ZImagePipeline(Opening, Controlled, Ported):
         limited = self._placement.memory is not None
         place = torch.device("cpu") if limited else self.transformer.device
         captions = self._encode(run.batch, ids, run.debug, place)
+        if run.edit is not None and run.edit.encodes:
+            run = self._with_image(run)
         if run.controls:
             run = self._with_control_latents(run)
         encoded = clock.lap()
@@ -320,7 +323,7 @@ class ZImagePipeline(Opening, Controlled, Ported):
             with self._placement.phase("decode", self.vae):
                 keep = None if self._placement.memory is None else self._placement.memory.keep
                 latents = images.to(self.vae.device)
-                images = to_output(decode(self.vae, latents, run.debug, keep), run.output_type)
+                images = to_output(decode(self.vae, latents, run.debug, keep), run.output_type, run.edit)
                 del latents
         timings = Timings(encoded, steps, decode=clock.lap(), total=clock.total())
         return ZImageResult(
@@ -335,6 +338,15 @@ class ZImagePipeline(Opening, Controlled, Ported):
             files=identities,
             opened=opened,
         )
+
+    def _with_image(self, run: Run) -> Run:
+        """The run with the latents of the image that it begins from."""
+        config, memory = self.vae.config, self._placement.memory
+        keep = None if memory is None else memory.keep
+        with self._placement.phase("image", self.vae):
+            moments = partial(encode_images, self.vae, debug=run.debug, keep=keep)
+            edit = run.edit.encoded(moments, config.scaling_factor, config.shift_factor)
+        return replace(run, edit=edit)
 
     def _explained(self, error: RuntimeError) -> ZImageError:
         """The error to raise instead of one of torch, or that one again if it is of another kind."""
