@@ -157,7 +157,8 @@ class ZImagePipeline(Opening, Ported):
             height: Height in pixels, a multiple of 16; default: the checkpoint's own size, or 1024 if it
                 states none.
             width: Width in pixels, with the same default.
-            num_inference_steps: Calls of the network; default 8, or 50 for the base checkpoint.
+            num_inference_steps: Steps, each one call of the network (two with the sampler "heun"); default
+                8, or 50 for the base checkpoint.
             sigmas: Noise levels before the shift, falling, in (0, 1]; they replace the number of steps.
             guidance_scale: g in pos + g (pos - neg), so 0 is off; default 0, or 4 for the base checkpoint.
             cfg_normalization: Largest norm of the guided prediction as a multiple of the unguided one; False
@@ -176,7 +177,8 @@ class ZImagePipeline(Opening, Ported):
             callback_on_step_end: f(pipe, step, timestep, tensors) -> dict of tensors to replace, or None.
                 An exception in it ends the run and is raised unchanged; setting `pipe._interrupt = True` ends
                 the denoising and decodes the latents so far.
-            callback_on_step_end_tensor_inputs: Any of latents, prompt_embeds, negative_prompt_embeds.
+            callback_on_step_end_tensor_inputs: Any of latents, prompt_embeds, negative_prompt_embeds and
+                denoised, the step's estimate of the clean latents, for previews; it cannot be replaced.
             max_sequence_length: Most prompt tokens, up to 1504.
             seed: Image i is drawn from seed + i (modulo 2^64), with the same noise on every device and in
                 every batch position; between devices and numbers of threads images differ by rounding.
@@ -303,6 +305,11 @@ class ZImagePipeline(Opening, Ported):
         limited = self._placement.memory is not None
         place = torch.device("cpu") if limited else self.transformer.device
         captions = self._encode(run.batch, ids, run.debug, place)
+        if run.variety:
+            from zimage_core.sampling.variety import vary
+
+            pairs = zip(captions[0], run.later_seeds, strict=True)
+            captions = [vary(caption, seed, run.variety) for caption, seed in pairs], captions[1]
         encoded = clock.lap()
         with self._placement.phase("denoise", self.transformer):
             predict = self._placement.predict(self.transformer, run, longest)
