@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "memory": {"config", "cpu", "files", "formats", "models", "nn", "quant", "weights"},
     "run": {"assets", "config", "files", "memory", "models", "nn", "quant", "sampling", "text", "weights"},
     "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
+    "preview": {"config", "models", "run", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {"assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},
     "study": {
