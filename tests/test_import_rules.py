@@ -29,7 +29,11 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"config", "files"},
     "weights": {"config", "files", "formats", "models", "nn", "quant", "text"},
     "memory": {"config", "cpu", "files", "formats", "models", "nn", "quant", "weights"},
-    "run": {"assets", "config", "files", "memory", "models", "nn", "quant", "sampling", "text", "weights"},
+    "editing": {"config", "files", "models", "sampling"},
+    "run": {
+        "assets", "config", "editing", "files", "memory", "models", "nn", "quant", "sampling", "text",
+        "weights",
+    },
     "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
     "preview": {"config", "models", "run", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},

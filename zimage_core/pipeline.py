@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -27,7 +28,7 @@ from zimage_core.run.checks import (
     read_device,
 )
 from zimage_core.run.components import check_components, check_kinds, networks, require
-from zimage_core.run.decode import decode
+from zimage_core.run.decode import decode, encode_images
 from zimage_core.run.denoise import Denoiser, denoise
 from zimage_core.run.device_faults import explained
 from zimage_core.run.loading import (
@@ -39,7 +40,7 @@ from zimage_core.run.nonfinite import checked, guard_attention
 from zimage_core.run.opening import Opening
 from zimage_core.run.placement import Placement
 from zimage_core.run.ported import Ported
-from zimage_core.run.request import Batch, Encoding, Limits, Request, encoding, make_batch, prepare
+from zimage_core.run.request import Batch, Encoding, Limits, Request, Run, encoding, make_batch, prepare
 from zimage_core.run.result import Clock, Timings, ZImageResult, peak_memory, settings_of, to_output
 from zimage_core.run.unlearned import unlearned
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
@@ -289,7 +290,7 @@ class ZImagePipeline(Opening, Ported):
         clock = Clock()
         check_kinds({**networks(self), "scheduler": self.scheduler})
         run = prepare(self.limits, self.scheduler, request)
-        if run.output_type != "latent":
+        if run.output_type != "latent" or (run.edit is not None and run.edit.encodes):
             require("vae", self.vae)
         for remark in (*run.remarks, *unlearned(self.text_encoder, run.batch.prompts)):
             warnings.warn(remark, UserWarning, stacklevel=4)
@@ -310,6 +311,8 @@ class ZImagePipeline(Opening, Ported):
 
             pairs = zip(captions[0], run.later_seeds, strict=True)
             captions = [vary(caption, seed, run.variety) for caption, seed in pairs], captions[1]
+        if run.edit is not None and run.edit.encodes:
+            run = self._with_image(run)
         encoded = clock.lap()
         with self._placement.phase("denoise", self.transformer):
             predict = self._placement.predict(self.transformer, run, longest)
@@ -321,7 +324,7 @@ class ZImagePipeline(Opening, Ported):
             with self._placement.phase("decode", self.vae):
                 keep = None if self._placement.memory is None else self._placement.memory.keep
                 latents = images.to(self.vae.device)
-                images = to_output(decode(self.vae, latents, run.debug, keep), run.output_type)
+                images = to_output(decode(self.vae, latents, run.debug, keep), run.output_type, run.edit)
                 del latents
         timings = Timings(encoded, steps, decode=clock.lap(), total=clock.total())
         return ZImageResult(
@@ -336,6 +339,15 @@ class ZImagePipeline(Opening, Ported):
             files=identities,
             opened=opened,
         )
+
+    def _with_image(self, run: Run) -> Run:
+        """The run with the latents of the image that it begins from."""
+        config, memory = self.vae.config, self._placement.memory
+        keep = None if memory is None else memory.keep
+        with self._placement.phase("image", self.vae):
+            moments = partial(encode_images, self.vae, debug=run.debug, keep=keep)
+            edit = run.edit.encoded(moments, config.scaling_factor, config.shift_factor)
+        return replace(run, edit=edit)
 
     def _explained(self, error: RuntimeError) -> ZImageError:
         """The error to raise instead of one of torch, or that one again if it is of another kind."""

@@ -130,13 +130,16 @@ def denoise(
         nonlocal done
         done = step + 1
         after_step()
+        if run.edit is not None:
+            latents = run.edit.after_step(latents, run.sigmas[step + 1])
         if run.callback is not None:
             latents = call_back(pipe, run, denoiser, step, timestep, latents)
             after_callback()
         return latents
 
     try:
-        start = run.latents.to(denoiser.transformer.device)
+        start = run.latents if run.edit is None else run.edit.start(run.latents, run.sigmas[0])
+        start = start.to(denoiser.transformer.device)
         stochastic = samplers.SAMPLERS[run.sampler].stochastic
         more = {"noise": StepNoise(start.shape, run.later_seeds)} if stochastic else {}
         sample = samplers.find(run.sampler)
