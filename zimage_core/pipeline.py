@@ -28,6 +28,7 @@ from zimage_core.run.checks import (
     read_device,
 )
 from zimage_core.run.components import check_components, check_kinds, networks, require
+from zimage_core.run.controlled import Controlled, control_files
 from zimage_core.run.decode import decode, encode_images
 from zimage_core.run.denoise import Denoiser, denoise
 from zimage_core.run.device_faults import explained
@@ -53,7 +54,7 @@ from zimage_core.weights.source import WeightFile
 Self = TypeVar("Self", bound="ZImagePipeline")
 
 
-class ZImagePipeline(Opening, Ported):
+class ZImagePipeline(Opening, Controlled, Ported):
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.
@@ -98,6 +99,7 @@ class ZImagePipeline(Opening, Ported):
         self.transformer = cast(ZImageTransformer, transformer)
         self.sample_size = keep_sample_size(transformer, sample_size)
         self._placement = Placement()
+        self._controlnets = {}
         self._running: dict[str, object] = {}
         self._interrupt = False
         self._guidance_scale = 0.0
@@ -290,11 +292,13 @@ class ZImagePipeline(Opening, Ported):
         clock = Clock()
         check_kinds({**networks(self), "scheduler": self.scheduler})
         run = prepare(self.limits, self.scheduler, request)
+        if self._controlnets or request.control_image is not None:
+            run = self._with_controls(run, request)
         if run.output_type != "latent" or (run.edit is not None and run.edit.encodes):
             require("vae", self.vae)
         for remark in (*run.remarks, *unlearned(self.text_encoder, run.batch.prompts)):
             warnings.warn(remark, UserWarning, stacklevel=4)
-        opened = self._opened()
+        opened = {**self._opened(), **control_files(run)}
         for part in opened.values():
             part.file.check_unchanged()
         identities = {name: part.file.identity() for name, part in opened.items()}
@@ -313,6 +317,8 @@ class ZImagePipeline(Opening, Ported):
             captions = [vary(caption, seed, run.variety) for caption, seed in pairs], captions[1]
         if run.edit is not None and run.edit.encodes:
             run = self._with_image(run)
+        if run.controls:
+            run = self._with_control_latents(run)
         encoded = clock.lap()
         with self._placement.phase("denoise", self.transformer):
             predict = self._placement.predict(self.transformer, run, longest)

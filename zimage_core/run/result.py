@@ -195,6 +195,8 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
         common["schedule"] = run.schedule
     if run.variety:
         common["variety"] = run.variety
+    if run.controls:
+        common["controls"] = [dict(each.settings) for each in run.controls]
     usual = Encoding()._asdict()
     common |= {name: value for name, value in run.encoding._asdict().items() if value != usual[name]}
     out, batch = [], run.batch
