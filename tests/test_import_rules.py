@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         "weights",
     },
     "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
+    "image_pipelines": {"pipeline", "run"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {"assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},
     "study": {
