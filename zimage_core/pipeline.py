@@ -28,6 +28,7 @@ from zimage_core.run.checks import (
     read_device,
 )
 from zimage_core.run.components import check_components, check_kinds, networks, require
+from zimage_core.run.controlled import Controlled, control_files
 from zimage_core.run.decode import decode, encode_images
 from zimage_core.run.denoise import Denoiser, denoise
 from zimage_core.run.device_faults import explained
@@ -54,7 +55,7 @@ from zimage_core.weights.source import WeightFile
 Self = TypeVar("Self", bound="ZImagePipeline")
 
 
-class ZImagePipeline(ImageCalls, Opening, Ported):
+class ZImagePipeline(ImageCalls, Opening, Controlled, Ported):
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.
@@ -99,6 +100,7 @@ class ZImagePipeline(ImageCalls, Opening, Ported):
         self.transformer = cast(ZImageTransformer, transformer)
         self.sample_size = keep_sample_size(transformer, sample_size)
         self._placement = Placement()
+        self._controlnets = {}
         self._running: dict[str, object] = {}
         self._interrupt = False
         self._guidance_scale = 0.0
@@ -159,7 +161,8 @@ class ZImagePipeline(ImageCalls, Opening, Ported):
             height: Height in pixels, a multiple of 16; default: the checkpoint's own size, or 1024 if it
                 states none.
             width: Width in pixels, with the same default.
-            num_inference_steps: Calls of the network; default 8, or 50 for the base checkpoint.
+            num_inference_steps: Steps, each one call of the network (two with the sampler "heun"); default
+                8, or 50 for the base checkpoint.
             sigmas: Noise levels before the shift, falling, in (0, 1]; they replace the number of steps.
             guidance_scale: g in pos + g (pos - neg), so 0 is off; default 0, or 4 for the base checkpoint.
             cfg_normalization: Largest norm of the guided prediction as a multiple of the unguided one; False
@@ -178,7 +181,8 @@ class ZImagePipeline(ImageCalls, Opening, Ported):
             callback_on_step_end: f(pipe, step, timestep, tensors) -> dict of tensors to replace, or None.
                 An exception in it ends the run and is raised unchanged; setting `pipe._interrupt = True` ends
                 the denoising and decodes the latents so far.
-            callback_on_step_end_tensor_inputs: Any of latents, prompt_embeds, negative_prompt_embeds.
+            callback_on_step_end_tensor_inputs: Any of latents, prompt_embeds, negative_prompt_embeds and
+                denoised, the step's estimate of the clean latents, for previews; it cannot be replaced.
             max_sequence_length: Most prompt tokens, up to 1504.
             seed: Image i is drawn from seed + i (modulo 2^64), with the same noise on every device and in
                 every batch position; between devices and numbers of threads images differ by rounding.
@@ -289,11 +293,13 @@ class ZImagePipeline(ImageCalls, Opening, Ported):
         clock = Clock()
         check_kinds({**networks(self), "scheduler": self.scheduler})
         run = prepare(self.limits, self.scheduler, request)
+        if self._controlnets or request.control_image is not None:
+            run = self._with_controls(run, request)
         if run.output_type != "latent" or (run.edit is not None and run.edit.encodes):
             require("vae", self.vae)
         for remark in (*run.remarks, *unlearned(self.text_encoder, run.batch.prompts)):
             warnings.warn(remark, UserWarning, stacklevel=4)
-        opened = self._opened()
+        opened = {**self._opened(), **control_files(run)}
         for part in opened.values():
             part.file.check_unchanged()
         identities = {name: part.file.identity() for name, part in opened.items()}
@@ -305,8 +311,15 @@ class ZImagePipeline(ImageCalls, Opening, Ported):
         limited = self._placement.memory is not None
         place = torch.device("cpu") if limited else self.transformer.device
         captions = self._encode(run.batch, ids, run.debug, place)
+        if run.variety:
+            from zimage_core.sampling.variety import vary
+
+            pairs = zip(captions[0], run.later_seeds, strict=True)
+            captions = [vary(caption, seed, run.variety) for caption, seed in pairs], captions[1]
         if run.edit is not None and run.edit.encodes:
             run = self._with_image(run)
+        if run.controls:
+            run = self._with_control_latents(run)
         encoded = clock.lap()
         with self._placement.phase("denoise", self.transformer):
             predict = self._placement.predict(self.transformer, run, longest)

@@ -185,14 +185,18 @@ def _joined(small: ZImageResult, large: ZImageResult, scale: float) -> ZImageRes
     timings = Timings(
         one.encode + two.encode, (*one.steps, *two.steps), one.decode + two.decode, one.total + two.total
     )
-    settings = tuple(
-        {
-            **after,
-            "steps": before["steps"],
-            "hires": scale,
-            "hires_steps": after["steps"],
-            "hires_from": f"{before['width']}x{before['height']}",
-        }  # fmt: skip
-        for before, after in zip(small.settings, large.settings, strict=True)
-    )
+    both = zip(small.settings, large.settings, strict=True)
+    settings = tuple(_of_both(before, after, scale) for before, after in both)
     return replace(large, timings=timings, settings=settings, seeds=small.seeds)
+
+
+def _of_both(before: dict[str, Any], after: dict[str, Any], scale: float) -> dict[str, Any]:
+    """Settings of an image that two passes made."""
+    size = f"{before['width']}x{before['height']}"
+    return {
+        **after,
+        "steps": before["steps"],
+        "hires": scale,
+        "hires_steps": after["steps"],
+        "hires_from": size,
+    }

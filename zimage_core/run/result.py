@@ -176,7 +176,7 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
         "program": "zimage_core",
         "version": f"zimage_core {__version__}",
         "steps": run.steps,
-        "sampler": "euler",
+        "sampler": run.sampler,
         "shift": run.shift,
         "guidance_scale": run.guidance_scale,
         "width": run.width,
@@ -191,6 +191,12 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
         common |= {"cfg_normalization": run.cfg_normalization, "cfg_truncation": run.cfg_truncation}
     if run.own_sigmas and run.steps <= MOST_SIGMAS:
         common["sigmas"] = [round(s, 6) for s in run.sigmas]
+    if run.schedule != "linear":
+        common["schedule"] = run.schedule
+    if run.variety:
+        common["variety"] = run.variety
+    if run.controls:
+        common["controls"] = [dict(each.settings) for each in run.controls]
     usual = Encoding()._asdict()
     common |= {name: value for name, value in run.encoding._asdict().items() if value != usual[name]}
     out, batch = [], run.batch
