@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -27,7 +28,8 @@ from zimage_core.run.checks import (
     read_device,
 )
 from zimage_core.run.components import check_components, check_kinds, networks, require
-from zimage_core.run.decode import decode
+from zimage_core.run.controlled import Controlled, control_files
+from zimage_core.run.decode import decode, encode_images
 from zimage_core.run.denoise import Denoiser, denoise
 from zimage_core.run.device_faults import explained
 from zimage_core.run.loading import (
@@ -39,7 +41,7 @@ from zimage_core.run.nonfinite import checked, guard_attention
 from zimage_core.run.opening import Opening
 from zimage_core.run.placement import Placement
 from zimage_core.run.ported import Ported
-from zimage_core.run.request import Batch, Encoding, Limits, Request, encoding, make_batch, prepare
+from zimage_core.run.request import Batch, Encoding, Limits, Request, Run, encoding, make_batch, prepare
 from zimage_core.run.result import Clock, Timings, ZImageResult, peak_memory, settings_of, to_output
 from zimage_core.run.unlearned import unlearned
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
@@ -52,7 +54,7 @@ from zimage_core.weights.source import WeightFile
 Self = TypeVar("Self", bound="ZImagePipeline")
 
 
-class ZImagePipeline(Opening, Ported):
+class ZImagePipeline(Opening, Controlled, Ported):
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.
@@ -97,6 +99,7 @@ class ZImagePipeline(Opening, Ported):
         self.transformer = cast(ZImageTransformer, transformer)
         self.sample_size = keep_sample_size(transformer, sample_size)
         self._placement = Placement()
+        self._controlnets = {}
         self._running: dict[str, object] = {}
         self._interrupt = False
         self._guidance_scale = 0.0
@@ -289,11 +292,13 @@ class ZImagePipeline(Opening, Ported):
         clock = Clock()
         check_kinds({**networks(self), "scheduler": self.scheduler})
         run = prepare(self.limits, self.scheduler, request)
-        if run.output_type != "latent":
+        if self._controlnets or request.control_image is not None:
+            run = self._with_controls(run, request)
+        if run.output_type != "latent" or (run.edit is not None and run.edit.encodes):
             require("vae", self.vae)
         for remark in (*run.remarks, *unlearned(self.text_encoder, run.batch.prompts)):
             warnings.warn(remark, UserWarning, stacklevel=4)
-        opened = self._opened()
+        opened = {**self._opened(), **control_files(run)}
         for part in opened.values():
             part.file.check_unchanged()
         identities = {name: part.file.identity() for name, part in opened.items()}
@@ -310,6 +315,10 @@ class ZImagePipeline(Opening, Ported):
 
             pairs = zip(captions[0], run.later_seeds, strict=True)
             captions = [vary(caption, seed, run.variety) for caption, seed in pairs], captions[1]
+        if run.edit is not None and run.edit.encodes:
+            run = self._with_image(run)
+        if run.controls:
+            run = self._with_control_latents(run)
         encoded = clock.lap()
         with self._placement.phase("denoise", self.transformer):
             predict = self._placement.predict(self.transformer, run, longest)
@@ -321,7 +330,7 @@ class ZImagePipeline(Opening, Ported):
             with self._placement.phase("decode", self.vae):
                 keep = None if self._placement.memory is None else self._placement.memory.keep
                 latents = images.to(self.vae.device)
-                images = to_output(decode(self.vae, latents, run.debug, keep), run.output_type)
+                images = to_output(decode(self.vae, latents, run.debug, keep), run.output_type, run.edit)
                 del latents
         timings = Timings(encoded, steps, decode=clock.lap(), total=clock.total())
         return ZImageResult(
@@ -336,6 +345,15 @@ class ZImagePipeline(Opening, Ported):
             files=identities,
             opened=opened,
         )
+
+    def _with_image(self, run: Run) -> Run:
+        """The run with the latents of the image that it begins from."""
+        config, memory = self.vae.config, self._placement.memory
+        keep = None if memory is None else memory.keep
+        with self._placement.phase("image", self.vae):
+            moments = partial(encode_images, self.vae, debug=run.debug, keep=keep)
+            edit = run.edit.encoded(moments, config.scaling_factor, config.shift_factor)
+        return replace(run, edit=edit)
 
     def _explained(self, error: RuntimeError) -> ZImageError:
         """The error to raise instead of one of torch, or that one again if it is of another kind."""

@@ -49,6 +49,11 @@ class Denoiser:
         self.estimate: Tensor | None = None
         self._run, self._predict = run, predict
         self._prepared: Prepared | None = None
+        self._controls = None
+        if run.controls:
+            from zimage_core.control.apply import Controls
+
+            self._controls = Controls(transformer, run.controls)
 
     def replace(self, name: str, captions: list[Tensor]) -> None:
         """Use other caption features from now on; `name` is "prompt_embeds" or "negative_prompt_embeds"."""
@@ -80,14 +85,17 @@ class Denoiser:
         members = latents.to(self.transformer.dtype)
         whole = has_hooks(self.transformer)  # they see the network's own call, which prepares each step anew
 
-        def one(member: Tensor, caption: int) -> Tensor:
+        def one(member: Tensor, image: int, caption: int) -> Tensor:
+            controls = self._controls
+            after = None if controls is None else controls.after(prepared, step, image, caption)
             if not whole:
-                return self.transformer.step(member, prepared, step, caption, self._predict)
-            out: Tensor = self.transformer([member[:, None]], time, [prepared.captions[caption]])[0]
+                return self.transformer.step(member, prepared, step, caption, self._predict, after)
+            captions = [prepared.captions[caption]]
+            out: Tensor = self.transformer([member[:, None]], time, captions, after=after)[0]
             return out[:, 0]
 
         def side(first: int) -> list[Tensor]:
-            return [one(member, first + i).float() for i, member in enumerate(members)]
+            return [one(member, i, first + i).float() for i, member in enumerate(members)]
 
         out, scale = side(0), scale_at(float(time), self.scale, run.cfg_truncation)
         if scale > 0:
@@ -130,13 +138,16 @@ def denoise(
         nonlocal done
         done = step + 1
         after_step()
+        if run.edit is not None:
+            latents = run.edit.after_step(latents, run.sigmas[step + 1])
         if run.callback is not None:
             latents = call_back(pipe, run, denoiser, step, timestep, latents)
             after_callback()
         return latents
 
     try:
-        start = run.latents.to(denoiser.transformer.device)
+        start = run.latents if run.edit is None else run.edit.start(run.latents, run.sigmas[0])
+        start = start.to(denoiser.transformer.device)
         stochastic = samplers.SAMPLERS[run.sampler].stochastic
         more = {"noise": StepNoise(start.shape, run.later_seeds)} if stochastic else {}
         sample = samplers.find(run.sampler)

@@ -10,7 +10,7 @@ import torch
 
 from zimage_core.config import AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, Unsupported
-from zimage_core.run import checks
+from zimage_core.run import checks, edits
 from zimage_core.run.checks import MAX_IMAGES, StepCallback, real, whole
 from zimage_core.sampling import noise, samplers
 from zimage_core.sampling.schedule import BASE_SHIFT, MAX_STEPS, FlowMatchEulerScheduler
@@ -236,12 +236,12 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
     usual = limits.defaults(request.shift)
     scale = checks.guidance(request.guidance_scale, request.cfg, usual.guidance)
     multiple = limits.factor * limits.patch
+    given, size = edits.given(request, limits), (request.height, request.width)
+    if given is not None:
+        size = given.size(*size, (multiple * limits.rows, multiple * limits.cols, checks.MAX_PIXELS))
     height, width = (
         checks.side(name, limits.sample_size if value is None else value, multiple, multiple * most)
-        for name, value, most in (
-            ("height", request.height, limits.rows),
-            ("width", request.width, limits.cols),
-        )
+        for name, value, most in zip(("height", "width"), size, (limits.rows, limits.cols), strict=True)
     )
     checks.area(height, width, 1)
     steps = usual.steps if request.num_inference_steps is None else request.num_inference_steps
@@ -252,7 +252,9 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
     batch = make_batch(request, scale > 0, limits.caption_width)
     checks.area(height, width, batch.images)
     shape = (batch.images, limits.channels, height // limits.factor, width // limits.factor)
-    seeds, latents = _start(shape, request)
+    seeds, latents, edit = _start(shape, request, given, len(sigmas) - 1)
+    if edit is not None:
+        sigmas = sigmas[edit.first :]
     variety = real("variety", request.variety, 0, checks.MAX_VARIETY)
     later = _later_seeds(seeds, request) if variety or samplers.SAMPLERS[sampler].stochastic else ()
     truncation, function = request.cfg_truncation, request.callback_on_step_end
@@ -273,11 +275,12 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
         callback_tensors=checks.callback(function, request.callback_on_step_end_tensor_inputs),
         encoding=encoding(request),
         debug=bool(request.debug),
-        remarks=_remarks(usual.distilled, scale, request),
         sampler=sampler,
         schedule=schedule,
         variety=variety,
         later_seeds=later,
+        remarks=(*_remarks(usual.distilled, scale, request), *(() if edit is None else edit.remarks())),
+        edit=edit,
     )
 
 
@@ -350,19 +353,28 @@ def _repeated(members: list[Member] | None, times: int) -> list[Member] | None:
     return None if members is None else [member for member in members for _ in range(times)]
 
 
-def _start(shape: tuple[int, int, int, int], request: Request) -> tuple[tuple[int | None, ...], torch.Tensor]:
-    """Seeds and noise, from the seed, the generator or the latents of the request."""
+def _start(
+    shape: tuple[int, int, int, int], request: Request, given: Any, steps: int
+) -> tuple[tuple[int | None, ...], torch.Tensor, Any]:
+    """Seeds and noise, from the seed, generator or latents of the request; and what edits its image."""
     seed, generator = checks.seed(request.seed, request.generator), request.generator
-    none = (None,) * shape[0]
+    latents, own = None, generator is None
     if request.latents is not None:
         if seed is not None:
             raise BadArgument("seed and latents both choose the noise: give one")
-        return none, checks.latents(request.latents, shape)
-    if generator is not None:
-        return none, noise.from_generator(shape, generator)
-    first = noise.fresh_seed() if seed is None else seed
-    seeds = tuple((first + i) % (noise.MAX_SEED + 1) for i in range(shape[0]))
-    return seeds, noise.from_seeds(shape, seeds)
+        latents = checks.latents(request.latents, shape)
+    seeds: tuple[int | None, ...] = (None,) * shape[0]
+    if generator is None:
+        if latents is not None and given is None:
+            return seeds, latents, None
+        first = noise.fresh_seed() if seed is None else seed
+        drawn = tuple((first + i) % (noise.MAX_SEED + 1) for i in range(shape[0]))
+        generator = [torch.Generator().manual_seed(each) for each in drawn]
+        seeds = drawn if latents is None else seeds
+    if given is None:
+        return seeds, noise.from_generator(shape, generator) if latents is None else latents, None
+    edit = edits.make_edit(request, given, shape, generator, own, latents, steps)
+    return seeds, edit.noise if latents is None else latents, edit
 
 
 def _levels(
