@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from zimage_core.cli.adapters import add_lora, load_loras, read_loras
 from zimage_core.cli.model_options import (
     add_image,
     add_model,
@@ -52,6 +53,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", dest="named_text", metavar="TEXT", help="the same as PROMPT")
     parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
     model = add_model(parser)
+    add_lora(model)
     model.add_argument(
         "--profile",
         metavar="FILE",
@@ -82,13 +84,14 @@ def run(args: argparse.Namespace) -> int:
         args.seed = secrets.randbelow(2**32)
     call = call_arguments(args, prompts)
     _check(args, len(prompts))
+    loras = read_loras(args.lora)
     names = _names(args, len(prompts) * args.count)
     for name in names:
         check_destination(name, overwrite=args.force)
 
     records: list[dict[str, Any]] = []
     try:
-        _make(args, prompts, call, names, records)
+        _make(args, prompts, call, names, records, loras)
     finally:  # what was written before a failure is reported too
         if args.json:
             sys.stdout.write(json.dumps(records, indent=2) + "\n")
@@ -101,6 +104,7 @@ def _make(
     call: dict[str, Any],
     names: list[Path],
     records: list[dict[str, Any]],
+    loras: list[tuple[str, float]],
 ) -> None:
     """Load the model, draw image after image, write each before the next and add its record."""
     progress = Progress(quiet=args.quiet)
@@ -110,6 +114,7 @@ def _make(
         return tensors
 
     pipeline = load_pipeline(args, fit=True)
+    load_loras(pipeline, loras)
     call["callback_on_step_end"] = on_step
     for number, path in enumerate(names):
         progress.start(f"image {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
