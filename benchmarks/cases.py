@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.models.sequence import pad_count
-from zimage_core.models.transformer import FREQUENCIES
+from zimage_core.models.timestep import FREQUENCIES
 
 TRANSFORMER = TransformerConfig()
 ENCODER = TextEncoderConfig()

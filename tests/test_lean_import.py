@@ -41,6 +41,17 @@ def test_the_pipeline_needs_neither_triton_nor_diffusers():
     assert not any(name.startswith("zimage_core.kernels") for name in loaded)
 
 
+def test_a_plain_run_loads_no_room_beside_the_main_job():
+    loaded = loaded_after(
+        "from zimage_core import ZImagePipeline\n"
+        "pipe = ZImagePipeline.from_default()\n"
+        "pipe('a circle', num_inference_steps=1, height=32, width=32, seed=0)"
+    )
+    rooms = {name.split(".")[1] for name in loaded if name.count(".")}
+    assert "run" in rooms
+    assert not rooms & {"adapters", "control", "editing", "preview", "study", "export"}
+
+
 def test_every_public_name_resolves():
     for name in zimage_core.__all__:
         assert getattr(zimage_core, name) is not None

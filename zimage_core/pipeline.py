@@ -21,29 +21,22 @@ from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.compute import set_compute
-from zimage_core.run import sources
 from zimage_core.run.checks import (
-    Compute,
-    Dtype,
     StepCallback,
     read_computes,
     read_device,
-    read_dtypes,
-    read_path,
 )
-from zimage_core.run.components import FOLDERS, check_components, check_kinds, networks, require
+from zimage_core.run.components import check_components, check_kinds, networks, require
 from zimage_core.run.decode import decode
 from zimage_core.run.denoise import Denoiser, denoise
 from zimage_core.run.device_faults import explained
 from zimage_core.run.loading import (
-    PathLike,
-    find_components,
     keep_sample_size,
     known_of,
-    load_components,
     stated_scheduler,
 )
 from zimage_core.run.nonfinite import checked, guard_attention
+from zimage_core.run.opening import Opening
 from zimage_core.run.placement import Placement
 from zimage_core.run.ported import Ported
 from zimage_core.run.request import Batch, Encoding, Limits, Request, encoding, make_batch, prepare
@@ -59,7 +52,7 @@ from zimage_core.weights.source import WeightFile
 Self = TypeVar("Self", bound="ZImagePipeline")
 
 
-class ZImagePipeline(Ported):
+class ZImagePipeline(Opening, Ported):
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.
@@ -144,6 +137,18 @@ class ZImagePipeline(Ported):
         enable_thinking: bool = True,
         prompt_template: str | None = None,
         debug: bool = False,
+        sampler: str | None = None,
+        schedule: str | None = None,
+        variety: float = 0.0,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        mask_blur: float = 0.0,
+        outpaint: Sequence[int] | None = None,
+        control_image: Any = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 0.75,
+        control_guidance_start: float | Sequence[float] = 0.0,
+        control_guidance_end: float | Sequence[float] = 1.0,
     ) -> ZImageResult | tuple[Any]:
         """Make images.
 
@@ -185,6 +190,20 @@ class ZImagePipeline(Ported):
                 with True.
             prompt_template: Text that contains `{prompt}` once, instead of Qwen3's chat template.
             debug: Check the output of every block for NaN and infinity as it runs; slower.
+            sampler: Name of the method that follows the velocity; default "euler". docs/sampling.md has all.
+            schedule: Name of the noise levels' grid; default "linear", that of the checkpoints.
+            variety: How far the prompt's embedding is moved for each seed, since Turbo's images of one prompt
+                are alike; 0 is not at all, 0.1 a usual value.
+            image: Image to begin from: a path, a Pillow image, an array or a tensor; docs/editing.md.
+            mask_image: Where to paint anew, white on black; the rest of `image` stays as it is.
+            strength: Share of the noise levels that `image` goes through, 0 to 1; default 0.6, or 1 with a
+                mask.
+            mask_blur: Width in pixels over which the mask's edge is blended.
+            outpaint: Pixels by which `image` grows at the left, top, right and bottom.
+            control_image: Image, or several, that the loaded ControlNets follow; docs/control.md.
+            controlnet_conditioning_scale: Strength of the control, one for each image or for all.
+            control_guidance_start: Share of the steps after which the control begins, in the same form.
+            control_guidance_end: Share of the steps after which it ends, in the same form.
 
         Returns:
             The images with seeds, noise levels, timings and memory; see `ZImageResult`.
@@ -227,7 +246,23 @@ class ZImagePipeline(Ported):
             enable_thinking=enable_thinking,
             prompt_template=prompt_template,
             debug=debug,
+            sampler=sampler,
+            schedule=schedule,
+            variety=variety,
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
+            mask_blur=mask_blur,
+            outpaint=outpaint,
+            control_image=control_image,
+            controlnet_conditioning_scale=controlnet_conditioning_scale,
+            control_guidance_start=control_guidance_start,
+            control_guidance_end=control_guidance_end,
         )
+        return self._run(request, return_dict)
+
+    def _run(self, request: Request, return_dict: bool) -> ZImageResult | tuple[Any]:
+        """Serve one call, and refuse a second one until it has ended."""
         token = object()
         try:
             if self._running.setdefault("run", token) is not token:
@@ -255,7 +290,7 @@ class ZImagePipeline(Ported):
         if run.output_type != "latent":
             require("vae", self.vae)
         for remark in (*run.remarks, *unlearned(self.text_encoder, run.batch.prompts)):
-            warnings.warn(remark, UserWarning, stacklevel=3)
+            warnings.warn(remark, UserWarning, stacklevel=4)
         opened = self._opened()
         for part in opened.values():
             part.file.check_unchanged()
@@ -388,162 +423,6 @@ class ZImagePipeline(Ported):
         except RuntimeError as error:
             fault = self._explained(error)
         raise fault
-
-    @classmethod
-    def from_files(
-        cls: type[Self],
-        transformer: PathLike | ZImageTransformer,
-        text_encoder: PathLike | TextEncoder,
-        vae: PathLike | Autoencoder,
-        tokenizer: PathLike | Tokenizer | None = None,
-        *,
-        scheduler: FlowMatchEulerScheduler | None = None,
-        dtype: Dtype = None,
-        torch_dtype: Dtype = None,
-        compute: Compute = None,
-        device: str | torch.device = "cpu",
-        mmap: bool = True,
-        vram: int | str | None = None,
-        ram: int | str | None = None,
-    ) -> Self:
-        """Build a pipeline from files (GGUF or safetensors) or folders of shards, identified by contents.
-
-        Each network may also be an object of this library, which is used as it is.
-
-        Args:
-            transformer: The S3-DiT.
-            text_encoder: Qwen3-4B, or the text encoder that the transformer was trained with.
-            vae: FLUX.1's VAE.
-            tokenizer: A tokenizer.json, a folder with one or with vocab.json and merges.txt, a GGUF, or a
-                Tokenizer. Default: the text encoder's own GGUF keys, else a tokenizer beside its file.
-            scheduler: The schedule; default: shift 3, as for Turbo. Files of the base checkpoint cannot be
-                told from Turbo's, so pass FlowMatchEulerScheduler(shift=6.0) for them, or shift=6 in each
-                call; both also set the defaults of 50 steps and guidance 4.
-            dtype: Dtype of the computation: float32, float16 or bfloat16, as torch dtype or name. Default:
-                float32 on a CPU, float16 on GPUs before Ampere, else bfloat16. It does not change packed
-                weights. A dict gives one for "transformer", "text_encoder" and "default"; the VAE is always
-                float32.
-            torch_dtype: Another name of `dtype`, as in diffusers.
-            compute: In which numbers the blocks multiply: "exact" (the default), "bfloat16", "int8", or
-                "auto": int8 for a large transformer with packed weights if the device gains over 1.5 times,
-                else exact. A dict gives one for "transformer", "text_encoder" and "default".
-                docs/quality.md shows what it costs.
-            device: Device of the computation.
-            mmap: Use the weights in place; the files must then not change. False reads them into memory.
-            vram: Limit of GPU memory, such as "6GiB" or "auto"; see `limit_memory`.
-            ram: Limit of host memory, in the same form.
-
-        Raises:
-            BadArgument: A path is no path.
-            BadFile: A file cannot be read.
-            WrongModel, BadWeights: A file is another model or a damaged one.
-        """
-        paths: dict[str, Any] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-        for name, value in paths.items():
-            if value is None:  # no network at all is for from_pretrained, whose callers say so on purpose
-                read_path(name, value)
-        kinds, where = (dtype, torch_dtype, read_computes(compute)), read_device(device)
-        return cls._load(paths, tokenizer, scheduler, kinds, where, mmap, vram, ram)
-
-    @classmethod
-    def from_pretrained(
-        cls: type[Self],
-        pretrained_model_name_or_path: PathLike,
-        *,
-        transformer: PathLike | ZImageTransformer | None = FOLDERS,
-        text_encoder: PathLike | TextEncoder | None = FOLDERS,
-        vae: PathLike | Autoencoder | None = FOLDERS,
-        tokenizer: PathLike | Tokenizer | None = None,
-        scheduler: FlowMatchEulerScheduler | None = None,
-        dtype: Dtype = None,
-        torch_dtype: Dtype = None,
-        compute: Compute = None,
-        device: str | torch.device = "cpu",
-        mmap: bool = True,
-        vram: int | str | None = None,
-        ram: int | str | None = None,
-        variant: str | None = None,
-        **others: Any,
-    ) -> Self:
-        """Build a pipeline from a folder, or from a repository of the Hugging Face Hub.
-
-        A folder has diffusers' layout, or holds single files that are identified by their contents; one file
-        that holds all three networks serves as well. A repository is "org/repo", or "org/repo:Q4_K_M" to
-        choose one quantisation; it needs the package huggingface_hub (`pip install zimage_core[hub]`), and
-        nothing is downloaded if HF_HUB_OFFLINE is set.
-
-        Args:
-            pretrained_model_name_or_path: Folder, file with all components, repository, or "default" for
-                the embedded model.
-            transformer: A transformer to use instead of the folder's: a path, an object, or None for none.
-            text_encoder: A text encoder to use instead, in the same form. A repository that holds only
-                quantised transformers needs the other components from elsewhere.
-            vae: A VAE to use instead, in the same form.
-            tokenizer: Path of a tokenizer, or a Tokenizer, to use instead.
-            scheduler: The schedule; default: the folder's scheduler_config.json, else shift 3.
-            dtype: Dtype of the computation, as for `from_files`.
-            torch_dtype: Another name of `dtype`.
-            compute: In which numbers the blocks multiply, as for `from_files`.
-            device: Device of the computation.
-            mmap: Use the weights in place, as views of the files.
-            vram: Limit of GPU memory; see `limit_memory`.
-            ram: Limit of host memory, in the same form.
-            variant: Variant of the files in diffusers' layout, such as "fp16"; default: those without one.
-            others: Further arguments of diffusers. `low_cpu_mem_usage` and `use_safetensors` are ignored,
-                since they ask for what is always done here; `revision`, `cache_dir`, `token` and
-                `local_files_only` go to the Hub. Any other argument with a value is refused.
-
-        Raises:
-            BadArgument, BadFile, WrongModel, BadWeights: A path or file is refused, as by `from_files`.
-            Unsupported: An argument of diffusers is not supported; the message names it.
-        """
-        named = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-        given = {name: value for name, value in named.items() if value is not FOLDERS}
-        paths, tokenizer, scheduler = find_components(
-            pretrained_model_name_or_path, given, tokenizer, scheduler, mmap, variant, others
-        )
-        kinds, where = (dtype, torch_dtype, read_computes(compute)), read_device(device)
-        return cls._load(paths, tokenizer, scheduler, kinds, where, mmap, vram, ram)
-
-    @classmethod
-    def from_default(
-        cls: type[Self],
-        *,
-        dtype: Dtype = None,
-        torch_dtype: Dtype = None,
-        compute: Compute = None,
-        device: str | torch.device = "cpu",
-        vram: int | str | None = None,
-        ram: int | str | None = None,
-    ) -> Self:
-        """Build a pipeline with the nano model inside the package: small images of shapes and letters."""
-        paths = sources.embedded().paths
-        scheduler = FlowMatchEulerScheduler()  # stated, because this is a distilled model
-        kinds, where = (dtype, torch_dtype, read_computes(compute)), read_device(device)
-        return cls._load(paths, None, scheduler, kinds, where, True, vram, ram)
-
-    @classmethod
-    def _load(
-        cls: type[Self],
-        paths: Mapping[str, Any],
-        tokenizer: PathLike | Tokenizer | None,
-        scheduler: FlowMatchEulerScheduler | None,
-        kinds: tuple[Dtype, Dtype, Mapping[str, str]],
-        where: torch.device,
-        mmap: bool,
-        vram: int | str | None,
-        ram: int | str | None,
-    ) -> Self:
-        """Load what the other constructors found, and set the memory budget."""
-        limited = vram is not None or ram is not None
-        load_device = torch.device("cpu") if limited else where  # with a limit, each phase moves its network
-        dtype, torch_dtype, computes = kinds
-        found = read_dtypes(dtype, torch_dtype, where)
-        pipe = cls(**load_components(paths, tokenizer, scheduler, found, load_device, mmap))
-        pipe._compute_in(computes, where)
-        if limited:
-            pipe.limit_memory(vram, ram, device=where)
-        return pipe
 
     @property
     def limits(self) -> Limits:

@@ -5,7 +5,8 @@ import torch
 
 from zimage_core.config import TransformerConfig
 from zimage_core.errors import BadShape
-from zimage_core.models.transformer import FP16_FFN_SCALE, ZImageTransformer, timestep_sinusoid
+from zimage_core.models.timestep import timestep_sinusoid
+from zimage_core.models.transformer import FP16_FFN_SCALE, ZImageTransformer
 from zimage_core.nn.elementwise import gate_norm_residual
 
 TINY = TransformerConfig(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers import parity
-from zimage_core.models import block_norms, sequence, transformer
+from zimage_core.models import block_norms, sequence, timestep, transformer
 from zimage_core.nn import layers
 from zimage_core.nn.elementwise import rms_norm_modulate
 
@@ -92,14 +92,14 @@ def _no_tanh_on_gates(monkeypatch):
 
 
 def _time_not_scaled(monkeypatch):
-    original = transformer.timestep_sinusoid
-    monkeypatch.setattr(transformer, "timestep_sinusoid", lambda t: original(t / 1000))
+    original = timestep.timestep_sinusoid
+    monkeypatch.setattr(timestep, "timestep_sinusoid", lambda t: original(t / 1000))
 
 
 def _sin_before_cos(monkeypatch):
-    original = transformer.timestep_sinusoid
+    original = timestep.timestep_sinusoid
     monkeypatch.setattr(
-        transformer, "timestep_sinusoid", lambda t: torch.cat(original(t).chunk(2, -1)[::-1], -1)
+        timestep, "timestep_sinusoid", lambda t: torch.cat(original(t).chunk(2, -1)[::-1], -1)
     )
 
 

@@ -7,7 +7,6 @@ results of its images alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,14 +19,11 @@ from zimage_core.models import sequence
 from zimage_core.models.block_norms import gated, norm_modulate, norm_residual, norms_rope
 from zimage_core.models.block_source import RESIDENT, BlockSource
 from zimage_core.models.ported import Network
+from zimage_core.models.timestep import TimestepEmbedder
 from zimage_core.nn.attention import attention
 from zimage_core.nn.layers import RMSNorm, Rotation, rotation
 from zimage_core.nn.linear import Linear, multiplies_int8, ready
 
-FREQUENCIES = 256
-"""Length of the sinusoid that encodes the timestep."""
-MAX_PERIOD = 10000.0
-"""Longest period of that sinusoid, in units of t * t_scale."""
 QK_NORM_EPS = 1e-5
 """Epsilon of the norms on q and k; it does not depend on norm_eps."""
 FINAL_NORM_EPS = 1e-6
@@ -44,6 +40,9 @@ cancels exactly. Only float16 uses it.
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """Type of `ZImageTransformer.predict`, and of functions that replace it."""
+
+After = Callable[[int, Tensor], Tensor]
+"""(number of a block of the step, or -1 before the first; tokens [L, dim]) -> tokens to go on with."""
 
 
 class Prepared(NamedTuple):
@@ -64,29 +63,6 @@ class Prepared(NamedTuple):
     rotations: tuple[Rotation, ...]
     blocks: Tensor
     final: Tensor
-
-
-def timestep_sinusoid(t: Tensor) -> Tensor:
-    """Scaled time [B] -> [B, 256] float32: cosines first, then sines, of t * 10000^(-i / 128)."""
-    half = FREQUENCIES // 2
-    steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    angle = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps / half)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoid, then Linear, SiLU, Linear."""
-
-    def __init__(self, out: int, hidden: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            Linear(FREQUENCIES, hidden, bias=True), nn.SiLU(), Linear(hidden, out, bias=True)
-        )
-
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Scaled time [B] float32 -> [B, out] in `dtype`."""
-        out: Tensor = self.mlp(timestep_sinusoid(t).to(dtype))
-        return out
 
 
 class Attention(nn.Module):
@@ -361,7 +337,14 @@ class ZImageTransformer(Network):
         return predict(latent, prepared.texts[caption], cos, sin, prepared.blocks[i], prepared.final[i])
 
     def predict(
-        self, latent: Tensor, text: Tensor, cos: Tensor, sin: Tensor, blocks: Tensor, final: Tensor
+        self,
+        latent: Tensor,
+        text: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        blocks: Tensor,
+        final: Tensor,
+        after: After | None = None,
     ) -> Tensor:
         """One call of the network on tensors alone, without host work, so that a graph can record it.
 
@@ -372,6 +355,8 @@ class ZImageTransformer(Network):
             sin: Sines of the same shape.
             blocks: Modulations of the blocks at one time [blocks, 4 * dim] float32.
             final: Modulation of the final layer [dim].
+            after: Function that is called with the image's tokens before the noise refiner (-1) and after
+                each of its blocks, then with the joint sequence, the image first, after each layer.
 
         Returns:
             [in_channels, h, w].
@@ -383,13 +368,19 @@ class ZImageTransformer(Network):
         pads = len(cos) - len(text) - len(image)
         image = torch.cat((image, self.x_pad_token.expand(pads, -1)))
         split, modulations = len(image), blocks.unbind()
+        if after is not None:
+            image = after(-1, image)
         for i, block in enumerate(self.noise_refiner):
             with self.stream.block(i):
                 image = block(image, (cos[:split], sin[:split]), modulation=modulations[i])
+            if after is not None:
+                image = after(i, image)
         joint = torch.cat((image, text))  # the image comes first in the joint sequence
         for i, block in enumerate(self.layers, start=len(self.noise_refiner)):
             with self.stream.block(i):
                 joint = block(joint, (cos, sin), modulation=modulations[i])
+            if after is not None:
+                joint = after(i, joint)
         out = self.all_final_layer[config.patch_key](joint[: len(tokens)], modulation=final)
         return sequence.unpatchify(out, height, width, config.patch_size)
 

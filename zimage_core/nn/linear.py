@@ -17,6 +17,9 @@ from zimage_core.quant.int8 import Int8Rows
 from zimage_core.quant.tensor import QuantTensor
 
 Weight = nn.Parameter | QuantTensor
+Product = Callable[["Tensor | Int8Rows"], Tensor]
+Branch = Callable[[Product, "Tensor | Int8Rows"], Tensor]
+"""(the layer's own product, x) -> the layer's result: what an adapter puts beside the weight."""
 
 
 class _Weighted(nn.Module):
@@ -166,8 +169,11 @@ def packed_weights(module: nn.Module) -> Iterator[QuantTensor]:
 class Linear(_Weighted):
     """x [..., in_features] -> [..., out_features] in x's dtype, by the layer's arithmetic.
 
-    `arithmetic` says in which numbers it multiplies; see `nn.compute`.
+    `arithmetic` says in which numbers it multiplies; see `nn.compute`. `branch` is what adapters add to the
+    product; it is no module and no part of a state dict.
     """
+
+    branch: Branch | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(out_features, in_features, in_features**-0.5)
@@ -177,6 +183,10 @@ class Linear(_Weighted):
 
     def forward(self, x: Tensor | Int8Rows) -> Tensor:
         """x [..., in_features], or what `ready` made of it -> [..., out_features]."""
+        return self.product(x) if self.branch is None else self.branch(self.product, x)
+
+    def product(self, x: Tensor | Int8Rows) -> Tensor:
+        """x times the layer's own weight, without what adapters add."""
         mode = self.arithmetic.mode
         if mode == "int8":
             return int8.linear(x, self.weight, self.bias, self.arithmetic.rotated)

@@ -83,7 +83,7 @@ def decode(
                 f"VAE: no memory to decode {size} with tile = {vae.tile}; it is decoded again in "
                 "smaller tiles, which takes longer and changes no more than rounding; "
                 "pipe.enable_vae_tiling() before the run saves the failed attempt",
-                stacklevel=4,
+                stacklevel=5,
             )
         del ways[0]
     return torch.cat(images)

@@ -48,6 +48,18 @@ class Request:
     enable_thinking: bool = True
     prompt_template: str | None = None
     debug: bool = False
+    sampler: str | None = None
+    schedule: str | None = None
+    variety: float = 0.0
+    image: Any = None
+    mask_image: Any = None
+    strength: float | None = None
+    mask_blur: float = 0.0
+    outpaint: Sequence[int] | None = None
+    control_image: Any = None
+    controlnet_conditioning_scale: float | Sequence[float] = 0.75
+    control_guidance_start: float | Sequence[float] = 0.0
+    control_guidance_end: float | Sequence[float] = 1.0
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,11 @@ class Run:
         own_sigmas: Whether the caller gave the noise levels.
         shift: Shift of the noise levels.
         remarks: Warnings for the caller.
+        sampler: Name of the method that follows the velocity.
+        schedule: Name of the noise levels' grid.
+        variety: How far each image's caption features are moved.
+        edit: What is made of a given image; None for text to image.
+        controls: Control images with what follows them.
     """
 
     batch: Batch
@@ -187,6 +204,11 @@ class Run:
     encoding: Encoding
     debug: bool
     remarks: tuple[str, ...]
+    sampler: str = "euler"
+    schedule: str = "linear"
+    variety: float = 0.0
+    edit: Any = None
+    controls: tuple[Any, ...] = ()
 
     @property
     def steps(self) -> int:
