@@ -32,6 +32,8 @@ ANYWHERE = 0.5
 """Share of single shapes that stand anywhere."""
 UNSAID = 0.5
 """Share of the others whose prompt names neither place nor size."""
+PLACE = 0
+"""Main layer of the base after which the hint is added."""
 
 
 def edged(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[np.ndarray]]:
@@ -68,7 +70,7 @@ class Edges(nn.Module):
             nn.init.zeros_(zero)
         self.model = [model]  # in a list, so that it is none of its parameters
 
-    def condition(self, latents: Tensor) -> Control:
+    def condition(self, latents: Tensor, scale: Tensor | float = 1.0) -> Control:
         """Unit-variance latents of the control images [B, 16, h, w] -> what a pass of the base calls."""
         nano, layer = self.model[0], self.control_layers[0]
         tokens = self.control_all_x_embedder["2-1"](sequence.patchify(latents, 2)).float()
@@ -77,7 +79,7 @@ class Edges(nn.Module):
 
         def hints(joint: Tensor, text: Tensor, temb: Tensor) -> Mapping[int, Tensor]:
             c = layer.before_proj(torch.cat((image, text), 1)) + joint
-            return {0: layer.after_proj(layer(c, nano.joint_angles, temb))}
+            return {PLACE: scale * layer.after_proj(layer(c, nano.joint_angles, temb))}
 
         return hints
 
@@ -90,6 +92,7 @@ def export(part: Edges, path: Path) -> None:
     writer.add_description("Edges to shapes, for the toy Z-Image (benchmarks/nano)")
     writer.add_file_type(LlamaFileType.MOSTLY_Q5_0)
     writer.add_quantization_version(2)
+    writer.add_string("places", str(PLACE))
     for name, weight in part.state_dict().items():
         values, kind = weight.float().numpy(), GGMLQuantizationType.Q5_0
         if values.ndim == 1:

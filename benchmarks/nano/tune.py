@@ -27,6 +27,8 @@ from benchmarks.nano.train import Batch, Pool, Show, pick
 from benchmarks.nano.train_vae import NanoVAE, mixed_precision, save, to_tensor
 
 KEEP_EVERY = 100
+SCALES = (0.6, 1.1)
+"""A ControlNet is trained at scales between these, for people use it at 0.65 to 1."""
 
 
 def base(assets: Path = ASSETS) -> tuple[Nano, NanoVAE]:
@@ -44,7 +46,7 @@ class Tuner:
 
     def __init__(
         self, args: argparse.Namespace, name: str, part: nn.Module, base: tuple[Nano, NanoVAE],
-        show: Show, kinds: int, condition: Callable[[Tensor], Control] | None = None,
+        show: Show, kinds: int, condition: Callable[..., Control] | None = None,
     ) -> None:  # fmt: skip
         self.args, self.path, self.part = args, args.runs / f"{name}.pt", part
         self.model, self.vae = base
@@ -72,7 +74,11 @@ class Tuner:
             ids, lengths = pad_ids(batch.said)
             with torch.no_grad():
                 hidden = self.model.caption(ids)
-            control = self.condition(batch.latents[:, 1]) if self.condition else None
+            control = None
+            if self.condition:
+                low, high = SCALES
+                share = torch.rand(len(ids), 1, 1, generator=torch.Generator().manual_seed(self.done))
+                control = self.condition(batch.latents[:, 1], low + (high - low) * share)
             out = self.model(batch.noisy, 1 - batch.sigma, hidden, lengths, control)
         return batch.loss(out)
 
