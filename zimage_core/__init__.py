@@ -11,6 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from zimage_core.control.load import load_controlnet
+    from zimage_core.control.model import ControlNet as ZImageControlNetModel
+    from zimage_core.control_pipelines import ZImageControlNetInpaintPipeline, ZImageControlNetPipeline
     from zimage_core.errors import (
         BadArgument,
         BadFile,
@@ -65,6 +68,9 @@ __all__ = [
     "UnknownFormat",
     "Unsupported",
     "WrongModel",
+    "ZImageControlNetInpaintPipeline",
+    "ZImageControlNetModel",
+    "ZImageControlNetPipeline",
     "ZImageError",
     "ZImagePipeline",
     "convert_file",
@@ -72,6 +78,7 @@ __all__ = [
     "encode",
     "identify",
     "inspect_file",
+    "load_controlnet",
     "load_text_encoder",
     "load_tokenizer",
     "load_transformer",
@@ -88,12 +95,16 @@ _MODULE = {  # public name -> module; all other public names are error classes
     "MemoryBudget": "memory.phases",
     "QuantTensor": "quant.tensor",
     "Tokenizer": "text.tokenizer",
+    "ZImageControlNetInpaintPipeline": "control_pipelines",
+    "ZImageControlNetModel": "control.model",
+    "ZImageControlNetPipeline": "control_pipelines",
     "ZImagePipeline": "pipeline",
     "convert_file": "export.converting",
     "dequantize": "quant.dequantize",
     "encode": "quantize.encode",
     "identify": "weights.identify",
     "inspect_file": "weights.inspection",
+    "load_controlnet": "control.load",
     "load_text_encoder": "weights.load",
     "load_tokenizer": "run.sources",
     "load_transformer": "weights.load",

@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,10 +23,11 @@ from zimage_core.cli.model_options import (
 )
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadArgument, printable
-from zimage_core.files.atomic import check_destination
+from zimage_core.files.atomic import check_destination, write_atomically
 from zimage_core.files.units import in_bytes
 
 if TYPE_CHECKING:
+    from zimage_core.pipeline import ZImagePipeline
     from zimage_core.run.result import ZImageResult
 
 MAX_COUNT = 100_000
@@ -70,6 +72,14 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--no-metadata", action="store_true", help="write no prompt and settings into the PNG"
     )
+    output.add_argument(
+        "--preview",
+        metavar="PNG",
+        help="write a quick look at the image after each step, in place of the last",
+    )
+    output.add_argument(
+        "--taef1", metavar="FILE", help="draw --preview by this decoder, safetensors of TAEF1"
+    )
     output.add_argument("--json", action="store_true", help="print settings, times and memory as JSON")
     output.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run)
@@ -85,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     names = _names(args, len(prompts) * args.count)
     for name in names:
         check_destination(name, overwrite=args.force)
+    _check_preview(args, names)
 
     records: list[dict[str, Any]] = []
     try:
@@ -104,13 +115,16 @@ def _make(
 ) -> None:
     """Load the model, draw image after image, write each before the next and add its record."""
     progress = Progress(quiet=args.quiet)
-
-    def on_step(pipe: Any, step: int, _timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
-        progress.step(step + 1, pipe.num_timesteps)
-        return tensors
-
     pipeline = load_pipeline(args, fit=True)
+    show = _previewer(args, pipeline)
+
+    def on_step(pipe: Any, step: int, _timestep: object, tensors: dict[str, Any]) -> None:
+        progress.step(step + 1, pipe.num_timesteps)
+        if show is not None:
+            show(tensors["denoised"])
+
     call["callback_on_step_end"] = on_step
+    call["callback_on_step_end_tensor_inputs"] = ("denoised",) if show is not None else ()
     for number, path in enumerate(names):
         progress.start(f"image {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
         call["seed"] = (args.seed + number) % 2**64
@@ -127,6 +141,30 @@ def _make(
             progress.say(_summary(result))
             for line in result.memory.summary() if result.memory is not None else ():
                 progress.say(line)
+
+
+def _previewer(args: argparse.Namespace, pipeline: ZImagePipeline) -> Callable[[Any], None] | None:
+    """The function that writes --preview from latents; None without the option."""
+    if args.preview is None:
+        return None
+    from zimage_core.files.png import encode
+    from zimage_core.preview import Preview
+
+    preview = Preview(pipeline, args.taef1)
+    return lambda latents: write_atomically(args.preview, encode(preview(latents)), overwrite=True)
+
+
+def _check_preview(args: argparse.Namespace, names: list[Path]) -> None:
+    """Refuse a preview that cannot be written, or would take the place of an image."""
+    if args.preview is None:
+        if args.taef1 is not None:
+            raise BadArgument("--taef1 goes with --preview PNG: it draws previews, the VAE draws images")
+        return
+    check_destination(args.preview, overwrite=args.force)
+    if Path(args.preview).suffix.lower() != ".png":
+        raise BadArgument(f"--preview {printable(args.preview)}: wanted a name that ends in .png")
+    if Path(args.preview).resolve() in {name.resolve() for name in names}:
+        raise BadArgument(f"--preview {printable(args.preview)}: this is the name of an image, give another")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
