@@ -42,7 +42,7 @@ from zimage_core.assets import PARTS
 
 Row = dict[str, Any]
 WEIGHTS = (0.0, 0.5, 1.0)
-STRENGTHS = (0.5, 0.7, 0.8, 0.9)
+STRENGTHS = (0.5, 0.7, 0.9)
 SHIFT, GROWTH = 2.5, 0.15
 """An object agrees with a control image if its centre is at most SHIFT pixels off, its extent GROWTH."""
 HALF = 0.5

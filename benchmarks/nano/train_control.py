@@ -92,7 +92,7 @@ def export(part: Edges, path: Path) -> None:
     writer.add_description("Edges to shapes, for the toy Z-Image (benchmarks/nano)")
     writer.add_file_type(LlamaFileType.MOSTLY_Q5_0)
     writer.add_quantization_version(2)
-    writer.add_string("places", str(PLACE))
+    writer.add_array("places", [PLACE])
     for name, weight in part.state_dict().items():
         values, kind = weight.float().numpy(), GGMLQuantizationType.Q5_0
         if values.ndim == 1:

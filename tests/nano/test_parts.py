@@ -13,7 +13,6 @@ from safetensors import safe_open
 from benchmarks.nano.check import templates
 from benchmarks.nano.draw import SHAPES, SIZE, Scene, coverage, draw, edges, shape_mask
 from zimage_core.assets import PARTS, embedded_part
-from zimage_core.weights.gguf import GGUFFile
 
 
 def test_short_names_find_the_files():
