@@ -16,6 +16,7 @@ from zimage_core import __version__
 from zimage_core.errors import BadArgument
 from zimage_core.files import png
 from zimage_core.files.atomic import write_atomically
+from zimage_core.run.loras import settings_of_adapters
 from zimage_core.run.request import Encoding, Run
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
         "program": "zimage_core",
         "version": f"zimage_core {__version__}",
         "steps": run.steps,
-        "sampler": "euler",
+        "sampler": run.sampler,
         "shift": run.shift,
         "guidance_scale": run.guidance_scale,
         "width": run.width,
@@ -184,6 +185,8 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
         "dtype": str(dtype).removeprefix("torch."),
         "compute": networks["transformer"].compute,
     }
+    if loras := settings_of_adapters(networks):
+        common["loras"] = loras
     encoder = networks.get("text_encoder")
     if encoder is not None and encoder.compute != common["compute"]:
         common["text_encoder_compute"] = encoder.compute
@@ -191,6 +194,10 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
         common |= {"cfg_normalization": run.cfg_normalization, "cfg_truncation": run.cfg_truncation}
     if run.own_sigmas and run.steps <= MOST_SIGMAS:
         common["sigmas"] = [round(s, 6) for s in run.sigmas]
+    if run.schedule != "linear":
+        common["schedule"] = run.schedule
+    if run.variety:
+        common["variety"] = run.variety
     if run.controls:
         common["controls"] = [dict(each.settings) for each in run.controls]
     usual = Encoding()._asdict()
