@@ -140,8 +140,9 @@ class Adapted:
             state = applied.state
             for name, adapter in state.adapters.items():
                 facts, own = adapter.facts, found.get(name)
+                fused = name in state.fused or (own is not None and own.fused)
                 found[name] = LoadedLora(
-                    name, state.weights.get(name), name in state.fused, facts.title, facts.kinds, facts.ranks,
+                    name, state.weights.get(name), fused, facts.title, facts.kinds, facts.ranks,
                     facts.layers, facts.tensors, facts.unmatched,
                     adapter.nbytes + (0 if own is None else own.nbytes), facts.file,
                 )  # fmt: skip
