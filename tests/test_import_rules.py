@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "cpu": {"formats", "codebooks"},
     "quant": {"formats", "cpu", "kernels"},
     "nn": {"cpu", "formats", "quant", "kernels"},
+    "adapters": {"config", "cpu", "files", "nn", "quant", "weights"},
     "models": {"config", "nn"},
     "sampling": {"config", "files"},
     "text": {"config", "files"},
@@ -32,8 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "control": {"config", "editing", "files", "models", "nn", "quant", "weights"},
     "editing": {"config", "files", "models", "sampling"},
     "run": {
-        "assets", "config", "control", "editing", "files", "memory", "models", "nn", "quant", "sampling",
-        "text", "weights",
+        "adapters", "assets", "config", "control", "editing", "files", "memory", "models", "nn", "quant",
+        "sampling", "text", "weights",
     },
     "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
     "image_pipelines": {"pipeline", "run"},

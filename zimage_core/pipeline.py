@@ -22,6 +22,7 @@ from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.compute import set_compute
+from zimage_core.run.adapted import Adapted
 from zimage_core.run.checks import (
     StepCallback,
     read_computes,
@@ -55,7 +56,7 @@ from zimage_core.weights.source import WeightFile
 Self = TypeVar("Self", bound="ZImagePipeline")
 
 
-class ZImagePipeline(ImageCalls, Opening, Controlled, Ported):
+class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.

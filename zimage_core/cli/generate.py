@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from zimage_core.cli.adapters import add_lora, load_loras, read_loras
 from zimage_core.cli.model_options import (
     add_image,
     add_model,
@@ -55,6 +56,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", dest="named_text", metavar="TEXT", help="the same as PROMPT")
     parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
     model = add_model(parser)
+    add_lora(model)
     model.add_argument(
         "--profile",
         metavar="FILE",
@@ -130,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
     call = call_arguments(args, prompts)
     _check(args, len(prompts))
     _check_editing(args, call)
+    loras = read_loras(args.lora)
     names = _names(args, len(prompts) * args.count)
     for name in names:
         check_destination(name, overwrite=args.force)
@@ -137,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
 
     records: list[dict[str, Any]] = []
     try:
-        _make(args, prompts, call, names, records)
+        _make(args, prompts, call, names, records, loras)
     finally:  # what was written before a failure is reported too
         if args.json:
             sys.stdout.write(json.dumps(records, indent=2) + "\n")
@@ -150,6 +153,7 @@ def _make(
     call: dict[str, Any],
     names: list[Path],
     records: list[dict[str, Any]],
+    loras: list[tuple[str, float]],
 ) -> None:
     """Load the model, draw image after image, write each before the next and add its record."""
     progress = Progress(quiet=args.quiet)
@@ -161,6 +165,7 @@ def _make(
         if show is not None:
             show(tensors["denoised"])
 
+    load_loras(pipeline, loras)
     call["callback_on_step_end"] = on_step
     draw = pipeline if args.hires is None else partial(pipeline.hires, scale=args.hires)
     call["callback_on_step_end_tensor_inputs"] = ("denoised",) if show is not None else ()
