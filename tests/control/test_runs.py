@@ -172,7 +172,6 @@ BAD = {
         None, {"control_image": ControlImage(None, picture(), picture())}, BadArgument,
         r"'edges' \(1.0\) has no channels for a mask",
     ),
-    "mask alone": (None, {"control_image": ControlImage(picture(), None, 0)}, BadArgument, "go together"),
     "no VAE": (lambda p: setattr(p, "vae", None), {}, Unsupported, "this pipeline has no VAE"),
 }  # fmt: skip
 
