@@ -104,7 +104,8 @@ def control_config(
 
     Args:
         shapes: Tensor name without prefix -> shape.
-        metadata: Metadata of the file; its key `places` is read, such as "0,10,20".
+        metadata: Metadata of the file; its key `places` is read, such as "0,10,20". Of a 1.0 that states it,
+            the trainer is another, and the refiner may be missing.
         untrained: Whether a tensor holds one and the same number, by its name without prefix.
 
     Raises:
@@ -122,15 +123,17 @@ def control_config(
         raise BadWeights(f"heads of {head_dim} channels do not divide the width {dim}")
     count, channels = infer.count_layers(shapes, LAYERS), width // PATCH**2
     refiner = refiner_kind(shapes, channels, untrained)
+    places = _stated_places(metadata.get("places"), count)
+    least = 0 if refiner == SHARED or (refiner == PLAIN and places) else 1
     return ControlConfig(
         dim=dim,
         n_heads=dim // head_dim,
         hidden_dim=hidden,
         channels=channels,
         n_layers=count,
-        n_refiner_layers=0 if refiner == SHARED else max(1, infer.count_layers(shapes, REFINER)),
+        n_refiner_layers=0 if refiner == SHARED else max(least, infer.count_layers(shapes, REFINER)),
         refiner=refiner,
-        places=_stated_places(metadata.get("places"), count),
+        places=places,
     )
 
 
@@ -139,7 +142,8 @@ def _stated_places(value: Any, count: int) -> tuple[int, ...] | None:
     if value is None:
         return None
     try:
-        parts = value.strip("[]() ").split(",") if isinstance(value, str) else list(value)
+        text = str(value) if isinstance(value, int) else value  # "0" is read as a number
+        parts = text.strip("[]() ").split(",") if isinstance(text, str) else list(text)
         places = tuple(int(part) for part in parts[: count + 1])
     except (TypeError, ValueError):
         places = ()
