@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from zimage_core.export.pretrained import save_pretrained
     from zimage_core.export.quantizing import quantize_file
     from zimage_core.formats import FORMATS
+    from zimage_core.image_pipelines import ZImageImg2ImgPipeline, ZImageInpaintPipeline
     from zimage_core.memory.phases import MemoryBudget
     from zimage_core.pipeline import ZImagePipeline
     from zimage_core.quant.dequantize import dequantize
@@ -72,6 +73,8 @@ __all__ = [
     "ZImageControlNetModel",
     "ZImageControlNetPipeline",
     "ZImageError",
+    "ZImageImg2ImgPipeline",
+    "ZImageInpaintPipeline",
     "ZImagePipeline",
     "convert_file",
     "dequantize",
@@ -95,6 +98,8 @@ _MODULE = {  # public name -> module; all other public names are error classes
     "MemoryBudget": "memory.phases",
     "QuantTensor": "quant.tensor",
     "Tokenizer": "text.tokenizer",
+    "ZImageImg2ImgPipeline": "image_pipelines",
+    "ZImageInpaintPipeline": "image_pipelines",
     "ZImageControlNetInpaintPipeline": "control_pipelines",
     "ZImageControlNetModel": "control.model",
     "ZImageControlNetPipeline": "control_pipelines",

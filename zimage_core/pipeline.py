@@ -22,6 +22,7 @@ from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.compute import set_compute
+from zimage_core.run.adapted import Adapted
 from zimage_core.run.checks import (
     StepCallback,
     read_computes,
@@ -32,6 +33,7 @@ from zimage_core.run.controlled import Controlled, control_files
 from zimage_core.run.decode import decode, encode_images
 from zimage_core.run.denoise import Denoiser, denoise
 from zimage_core.run.device_faults import explained
+from zimage_core.run.image_calls import ImageCalls
 from zimage_core.run.loading import (
     keep_sample_size,
     known_of,
@@ -54,7 +56,7 @@ from zimage_core.weights.source import WeightFile
 Self = TypeVar("Self", bound="ZImagePipeline")
 
 
-class ZImagePipeline(Opening, Controlled, Ported):
+class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.
@@ -327,11 +329,7 @@ class ZImagePipeline(Opening, Controlled, Ported):
             del predict, denoiser, captions  # frees what they hold before the decoder needs the memory
         steps = clock.steps()
         if run.output_type != "latent":
-            with self._placement.phase("decode", self.vae):
-                keep = None if self._placement.memory is None else self._placement.memory.keep
-                latents = images.to(self.vae.device)
-                images = to_output(decode(self.vae, latents, run.debug, keep), run.output_type, run.edit)
-                del latents
+            images = self._pixels(images, run.output_type, run.debug, run.edit)
         timings = Timings(encoded, steps, decode=clock.lap(), total=clock.total())
         return ZImageResult(
             images=images,
@@ -345,6 +343,13 @@ class ZImagePipeline(Opening, Controlled, Ported):
             files=identities,
             opened=opened,
         )
+
+    def _pixels(self, latents: torch.Tensor, output_type: str, debug: bool, edit: Any = None) -> Any:
+        """Latents [B, C, h, w] of a run as images of an output type."""
+        with self._placement.phase("decode", self.vae):
+            keep = None if self._placement.memory is None else self._placement.memory.keep
+            pixels = decode(self.vae, latents.to(self.vae.device), debug, keep)
+            return to_output(pixels, output_type, edit)
 
     def _with_image(self, run: Run) -> Run:
         """The run with the latents of the image that it begins from."""

@@ -167,12 +167,11 @@ BAD = {
     "batch": (
         None, {"control_image": torch.zeros(3, 3, 32, 48)}, BadArgument, "got 3 for a run of 1 images"
     ),
-    "mask alone": (None, {"control_image": ControlImage(picture(), None, 0)}, BadArgument, "together"),
+    "too few": (lambda p: p.load_controlnet(net(), "b"), {}, BadArgument, r"1 for 2 ControlNets"),
     "mask": (
         None, {"control_image": ControlImage(None, picture(), picture())}, BadArgument,
         r"'edges' \(1.0\) has no channels for a mask",
     ),
-    "mask alone": (None, {"control_image": ControlImage(picture(), None, 0)}, BadArgument, "go together"),
     "no VAE": (lambda p: setattr(p, "vae", None), {}, Unsupported, "this pipeline has no VAE"),
 }  # fmt: skip
 

@@ -175,3 +175,16 @@ def test_vary_changes_half_of_the_entries_by_at_most_its_share_of_the_deviation(
     assert torch.equal(vary(caption, 4, 0.2) - caption, changed)
     assert vary(caption.bfloat16(), 4, 0.2).dtype == torch.bfloat16
     assert vary(caption, 2**64 - 1, 0.2).shape == caption.shape
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_an_image_can_be_begun_from_with_every_sampler(pipe, name):
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(32, 32)
+    mask[:, 16:] = 1
+    call = {"image": image, "strength": 0.7, "sampler": name, "seed": 1, "num_inference_steps": 4}
+    made = pipe("a", mask_image=mask, output_type="pt", **call).images
+    assert torch.equal((made[0, :, :, :16] * 255).round(), (image[:, :, :16] * 255).round())
+    whole = pipe("a", output_type="latent", **call)
+    assert len(whole.sigmas) == 4
+    assert bool(torch.isfinite(whole.images).all())

@@ -122,11 +122,12 @@ def test_a_few_such_tensors_do_not_make_a_model_an_adapter():
     assert identify(header(dit() | {"extra.lora_A.weight": (4, 64), "y.diff": (4,)})).kind == "transformer"
 
 
-def test_nothing_is_promised_for_an_adapter(tmp_path, capsys):
+def test_an_adapter_is_shown_with_how_to_use_it(tmp_path, capsys):
     factors = {f"{Q}.lora_A.weight": torch.ones(4, 64), f"{Q}.lora_B.weight": torch.ones(64, 4)}
-    save_file(factors, tmp_path / "lora.safetensors")
+    strange = {f"other.{name.replace('to_q', 'xyz')}": value.clone() for name, value in factors.items()}
+    save_file({**factors, **strange}, tmp_path / "lora.safetensors")
     assert main(["inspect", str(tmp_path / "lora.safetensors")]) == 0
     shown = capsys.readouterr().out
     assert "a LoRA for Z-Image" in shown
-    assert "to run" not in shown
-    assert shown.count("cannot be applied by this version") == 1
+    assert "--lora FILE[:WEIGHT]" in shown
+    assert "1 layers that Z-Image lacks are not used: other.layers.0.attention.xyz" in shown

@@ -9,9 +9,11 @@ import secrets
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from zimage_core.cli.adapters import add_lora, load_loras, read_loras
 from zimage_core.cli.model_options import (
     add_image,
     add_model,
@@ -54,6 +56,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", dest="named_text", metavar="TEXT", help="the same as PROMPT")
     parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
     model = add_model(parser)
+    add_lora(model)
     model.add_argument(
         "--profile",
         metavar="FILE",
@@ -64,6 +67,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     image.add_argument(
         "-n", "--count", type=int, default=1, metavar="N", help="images of each prompt (default: 1)"
     )
+    _add_editing(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o", "--output", metavar="FILE", help="PNG, or a folder with / (default: zimage-SEED.png here)"
@@ -85,6 +89,41 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_editing(parser: argparse.ArgumentParser) -> None:
+    editing = parser.add_argument_group("editing", "Begin from an image; docs/editing.md has examples.")
+    editing.add_argument("--image", metavar="FILE", help="image to begin from")
+    editing.add_argument(
+        "--strength", type=float, metavar="X",
+        help="share of the noise levels it goes through, above 0, up to 1 (default: 0.6; 1 with a mask)",
+    )  # fmt: skip
+    editing.add_argument(
+        "--mask", dest="mask_image", metavar="FILE", help="where to paint anew: white; black stays to the bit"
+    )
+    editing.add_argument(
+        "--mask-blur", type=float, metavar="N", help="pixels outside of the mask to blend over"
+    )
+    editing.add_argument(
+        "--outpaint",
+        type=_margins,
+        metavar="L,T,R,B",
+        help="pixels to paint around the image, such as 64,0,64,0",
+    )
+    editing.add_argument(
+        "--hires", type=float, metavar="SCALE",
+        help="make the image, enlarge it by SCALE, paint it anew; --strength says how much (default: 0.6)",
+    )  # fmt: skip
+
+
+def _margins(text: str) -> tuple[int, ...]:
+    """The argument of --outpaint."""
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdigit() and len(part) < 8 for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"got {printable(text, 40)!r}, wanted four numbers such as 64,0,64,0"
+        )
+    return tuple(int(part) for part in parts)
+
+
 def run(args: argparse.Namespace) -> int:
     """Check what can be checked, load, draw, write."""
     prompts = _prompts(args)
@@ -92,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
         args.seed = secrets.randbelow(2**32)
     call = call_arguments(args, prompts)
     _check(args, len(prompts))
+    _check_editing(args, call)
+    loras = read_loras(args.lora)
     names = _names(args, len(prompts) * args.count)
     for name in names:
         check_destination(name, overwrite=args.force)
@@ -99,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
 
     records: list[dict[str, Any]] = []
     try:
-        _make(args, prompts, call, names, records)
+        _make(args, prompts, call, names, records, loras)
     finally:  # what was written before a failure is reported too
         if args.json:
             sys.stdout.write(json.dumps(records, indent=2) + "\n")
@@ -112,6 +153,7 @@ def _make(
     call: dict[str, Any],
     names: list[Path],
     records: list[dict[str, Any]],
+    loras: list[tuple[str, float]],
 ) -> None:
     """Load the model, draw image after image, write each before the next and add its record."""
     progress = Progress(quiet=args.quiet)
@@ -123,12 +165,14 @@ def _make(
         if show is not None:
             show(tensors["denoised"])
 
+    load_loras(pipeline, loras)
     call["callback_on_step_end"] = on_step
+    draw = pipeline if args.hires is None else partial(pipeline.hires, scale=args.hires)
     call["callback_on_step_end_tensor_inputs"] = ("denoised",) if show is not None else ()
     for number, path in enumerate(names):
         progress.start(f"image {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
         call["seed"] = (args.seed + number) % 2**64
-        result = cast("ZImageResult", pipeline(prompts[number // args.count], **call))
+        result = cast("ZImageResult", draw(prompts[number // args.count], **call))
         progress.finish()
         result.save(path, force=args.force, metadata=not args.no_metadata)
         if args.profile is not None and result.memory is not None:
@@ -187,6 +231,29 @@ def _check(args: argparse.Namespace, prompts: int) -> None:
             raise BadArgument("--profile shows one run; ask for one image")
         check_destination(args.profile, args.force)
     check_model(args)
+
+
+def _check_editing(args: argparse.Namespace, call: dict[str, Any]) -> None:
+    """Refuse an image that cannot be read, and options that lack another, before anything is loaded."""
+    from zimage_core.run import edits
+    from zimage_core.run.request import Request
+
+    request = Request(**call)
+    if args.hires is not None:
+        from zimage_core.run.checks import real
+        from zimage_core.run.image_calls import MAX_SCALE
+
+        real("--hires", args.hires, 1, MAX_SCALE)
+        for name in ("image", "mask_image", "outpaint"):
+            if name in call:
+                raise BadArgument(f"--hires makes its own image; leave --{name.partition('_')[0]} out")
+        request = Request(**{name: value for name, value in call.items() if name != "strength"})
+    edits.check(request)
+    for name in ("image", "mask_image"):
+        if name in call:
+            from zimage_core.editing.images import open_images
+
+            open_images(call[name], f"--{name.partition('_')[0]}")
 
 
 def _names(args: argparse.Namespace, count: int) -> list[Path]:

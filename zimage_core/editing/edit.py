@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from zimage_core.editing.images import Pictures, expand, open_images
 from zimage_core.editing.mask import Margins, Mask, grown, make_mask
@@ -73,8 +74,6 @@ class Given:
         margins = None
         if outpaint is not None:
             margins = Margins(*outpaint)
-            if not any(margins):
-                raise BadArgument("outpaint: got four zeros, wanted at least one side that grows")
         if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == channels:
             if mask is not None or margins is not None:
                 raise BadArgument("mask_image and outpaint need pixels, not latents: give an image")
@@ -302,3 +301,8 @@ def make_edit(
     return Edit(
         given, strength, steps, blur, images, canvas, mask, drawn_noise, drawn, latents is not None, clean
     )
+
+
+def enlarged(latents: Tensor, height: int, width: int) -> Tensor:
+    """Latents [B, C, h, w] -> [B, C, height, width], bicubic."""
+    return functional.interpolate(latents, size=(height, width), mode="bicubic")

@@ -16,6 +16,7 @@ from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.files.atomic import write_atomically
 from zimage_core.files.units import parse_bytes
 from zimage_core.memory import page_cache, traffic
+from zimage_core.memory.activations import image_tokens, padded
 from zimage_core.memory.attach import (
     forbid_planes,
     load,
@@ -32,7 +33,7 @@ from zimage_core.memory.plan import Component, Phase, Plan
 from zimage_core.memory.planner import plan_job, plan_on_cpu
 from zimage_core.memory.rates import Rates, known, measure
 from zimage_core.memory.segments import Segments
-from zimage_core.memory.sizes import sizes_of
+from zimage_core.memory.sizes import Sizes, sizes_of
 from zimage_core.memory.stream import Stream
 from zimage_core.memory.traffic import Traffic
 from zimage_core.models.autoencoder import Autoencoder
@@ -171,7 +172,8 @@ class PhaseManager:
         kernels = self.device.type == "cpu" or kernels_for(self.device)
         workspace = self._segments.take_workspace(self._dtype("transformer"))
         job = Job(
-            self._sizes, width, height, images, caption_tokens, rates, guidance, steps, kernels, workspace,
+            self._with_adapters(width, height, caption_tokens), width, height, images, caption_tokens,
+            rates, guidance, steps, kernels, workspace,
             self._compute("transformer"), torch.get_num_threads(), self._compute("text_encoder"), image,
         )  # fmt: skip
         ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
@@ -191,6 +193,21 @@ class PhaseManager:
         for stream in self._streams().values():
             stream.traffic(clear=True)
         return plan
+
+    def _with_adapters(self, width: int, height: int, caption: int) -> Sizes:
+        """The sizes with what adapters take: factors on the device, and what was read on the host."""
+        sizes, held = self._sizes, 0
+        net: Any = self._networks["transformer"]
+        factor = self._vae.config.spatial_factor
+        rows = padded(image_tokens(net.config, height // factor, width // factor)) + padded(caption)
+        for name in ("text_encoder", "transformer"):
+            adapted = getattr(self._networks[name], "adapted", None)
+            if adapted is not None:
+                held += adapted.host_bytes()
+                part = getattr(sizes, name)
+                more = replace(part, always=part.always + adapted.device_bytes(rows))
+                sizes = replace(sizes, **{name: more})
+        return replace(sizes, transformer=replace(sizes.transformer, host=held)) if held else sizes
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -295,7 +312,10 @@ class PhaseManager:
         return network.compute  # type: ignore[no-any-return]
 
     def _ids(self, name: str) -> list[int]:
-        return [id(module) for module in self._networks[name].modules()]
+        """What tells whether its modules are those that were loaded, and its adapters the same."""
+        adapted = getattr(self._networks[name], "adapted", None)
+        adapters = 0 if adapted is None else adapted.version
+        return [adapters, *(id(module) for module in self._networks[name].modules())]
 
     def _streams(self) -> dict[str, Stream]:
         """What feeds the networks that are on the device now."""
@@ -320,6 +340,8 @@ class PhaseManager:
             self._decoder = load(self._vae.decoder.modules(), ring, maps_of(file))
         self._loaded[name], self._modules[name] = key, self._ids(name)
         try:
+            if (adapted := getattr(network, "adapted", None)) is not None:
+                adapted.prepare(self.device)
             self._make_planes(name, network)
         except BaseException:
             self._evict(name)
@@ -344,6 +366,8 @@ class PhaseManager:
         network = self._networks[name]
         self._loaded.pop(name, None)
         self._held.pop(name, None)
+        if (adapted := getattr(network, "adapted", None)) is not None:
+            adapted.release()
         if not isinstance(network, (ZImageTransformer, TextEncoder)):
             self._decoder.restore()
             return

@@ -261,6 +261,8 @@ def _with_host(job: Job, plan: Plan, ram: int | None) -> Plan:
         out += decode_bytes(job.vae_config, job.rows, job.cols, plan.tile)
     table = plan.component("text_encoder").host
     fixed = {"Python and torch": RUNTIME, "the table of tokens": table, "the images": out}
+    if job.net.host:
+        fixed["the adapters"] = job.net.host
     if ram is not None and sum(fixed.values()) + ring > ram:
         ring = LEAST_RING
     wanted = {**fixed, "the pinned ring": ring}

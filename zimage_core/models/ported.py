@@ -16,10 +16,7 @@ from zimage_core.nn.linear import packed_weights
 
 Self = TypeVar("Self", bound="Network")
 
-_LORA = (
-    "merge the adapter into the transformer with the program that made it, save that, and load it with "
-    "ZImagePipeline.from_files(transformer=...)"
-)
+_LORA = "adapters are loaded by the pipeline: pipe.load_lora(path) or pipe.load_lora_weights(path)"
 _MEMORY = "give vram= or ram= when the pipeline is opened, or call limit_memory(vram=...)"
 _ATTENTION = (
     "attention is torch's fused one; torch.nn.attention.sdpa_kernel(...) around the call chooses another"
@@ -27,8 +24,10 @@ _ATTENTION = (
 
 REFUSED = {
     "load_lora_weights": _LORA,
+    "load_lora_adapter": _LORA,
     "load_lora_into_transformer": _LORA,
-    "save_lora_weights": _LORA,
+    "save_lora_weights": "adapters are not trained here; keep the file that was loaded",
+    "set_lora_device": "adapters are where their network is",
     "unload_lora_weights": _LORA,
     "fuse_lora": _LORA,
     "unfuse_lora": _LORA,
@@ -82,6 +81,8 @@ class Network(nn.Module):
     """In which numbers its blocks multiply; see `nn.compute.set_compute`, which sets it."""
     opened: object | None = None
     """The file that it was loaded from, a `weights.opened.Opened`."""
+    adapted: Any = None
+    """Its adapters, an `adapters.applied.Applied`; None if there never were any."""
 
     def __getattr__(self, name: str) -> Any:
         try:

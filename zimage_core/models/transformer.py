@@ -345,7 +345,7 @@ class ZImageTransformer(Network):
         values = (latent, prepared.texts[caption], cos, sin, prepared.blocks[i], prepared.final[i])
         if after is not None:
             return self.predict(*values, after)
-        return (predict or self.predict)(*values)
+        return (self.predict if predict is None else predict)(*values)  # empty graphs are falsy
 
     def predict(
         self,

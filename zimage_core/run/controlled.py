@@ -11,12 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from zimage_core.errors import BadArgument, printable
 from zimage_core.run.checks import choice, read_path
 from zimage_core.run.components import require
+from zimage_core.run.decode import encode_images
 from zimage_core.run.request import Request, Run
 from zimage_core.weights.load import opened_file
 
@@ -128,6 +126,7 @@ class Controlled:
             request.control_guidance_end,
             run.steps,
             run.batch.images,
+            None if run.edit is None or run.edit.mask is None else (run.edit.canvas, run.edit.mask.pixels),
         )
         require("vae", self.vae)
         for each in controls:
@@ -139,9 +138,10 @@ class Controlled:
         """The run with its control images encoded by the VAE, and their nets beside the transformer."""
         from zimage_core.control.apply import place_beside
 
-        config = self.vae.config
-        with self._placement.phase("decode", self.vae):
-            moments = partial(_moments, self.vae)
+        config, memory = self.vae.config, self._placement.memory
+        keep = None if memory is None else memory.keep
+        with self._placement.phase("image", self.vae):
+            moments = partial(encode_images, self.vae, debug=run.debug, keep=keep)
             size = (run.height, run.width, run.batch.images)
             controls = tuple(
                 each.encoded(moments, config.scaling_factor, config.shift_factor, *size)
@@ -151,11 +151,6 @@ class Controlled:
             for each in controls:
                 place_beside(each.net, self.transformer)
         return replace(run, controls=controls)
-
-
-def _moments(vae: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    found = [vae.moments(x[None].to(vae.device)) for x in pixels]
-    return torch.cat([mean.cpu() for mean, _ in found]), torch.cat([logvar.cpu() for _, logvar in found])
 
 
 def control_files(run: Run) -> dict[str, Opened]:

@@ -71,7 +71,7 @@ def decode(
         return image.cpu()  # finished images would split the memory that the next one needs
 
     left = [z[None] for z in latents / config.scaling_factor + config.shift_factor]
-    return torch.cat(_each(vae, one, left, latents.shape[2:], keep, f"decode {size}", failed))
+    return torch.cat(_each(vae, one, left, latents.shape[2:], keep, f"decode {size}", failed, 7))
 
 
 def encode_images(
@@ -105,7 +105,7 @@ def encode_images(
         call = partial(_moments, vae, x.to(device), way)
         return checked(vae, "VAE", call, debug).cpu()
 
-    found = _each(vae, one, [x[None] for x in pixels], (h, w), keep, f"encode {size}", failed)
+    found = _each(vae, one, [x[None] for x in pixels], (h, w), keep, f"encode {size}", failed, 8)
     mean, logvar = torch.cat(found).chunk(2, dim=1)
     return mean, logvar
 
@@ -126,8 +126,12 @@ def _each(
     keep: torch.device | None,
     what: str,
     failed: Callable[[str], OutOfMemory],
+    caller: int,
 ) -> list[torch.Tensor]:
-    """Run each image in the first way that fits in memory; images begin where the last one succeeded."""
+    """Run each image in the first way that fits in memory; images begin where the last one succeeded.
+
+    `caller` is the number of frames from here to the user's call, for the warning.
+    """
     h, w = latent_size
     ways = ways_to_decode(h, w, vae.tile) if keep is None else [DecodeWay(vae.tile, keep)]
     done: list[torch.Tensor] = []
@@ -148,7 +152,7 @@ def _each(
                 f"VAE: no memory to {what} with tile = {vae.tile}; it is {what.split()[0]}d again in "
                 "smaller tiles, which takes longer and changes no more than rounding; "
                 "pipe.enable_vae_tiling() before the run saves the failed attempt",
-                stacklevel=6,
+                stacklevel=caller,
             )
         del ways[0]
     return done

@@ -149,7 +149,7 @@ def denoise(
         start = run.latents if run.edit is None else run.edit.start(run.latents, run.sigmas[0])
         start = start.to(denoiser.transformer.device)
         stochastic = samplers.SAMPLERS[run.sampler].stochastic
-        more = {"noise": StepNoise(start.shape, run.later_seeds)} if stochastic else {}
+        more = {"noise": StepNoise(run.later_seeds)} if stochastic else {}
         sample = samplers.find(run.sampler)
         out: Tensor = sample(denoiser, start, run.sigmas, step_end, lambda: bool(pipe._interrupt), **more)
         return out

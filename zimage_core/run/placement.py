@@ -51,7 +51,7 @@ class Placement:
         self._own: StepGraphs | None = None  # those recorded where it pays
         self._may_record = True
         self._as_loaded = True
-        self._addresses: list[int] = []  # of the weights that the graphs read
+        self._addresses: list[int] = []  # of the weights that the graphs read, after the adapters' version
         self.rows = KeptRows()
         self._read: set[int] = set()  # files that were read ahead
         self._room = (0, False)  # bytes for those, and whether weights are mapped
@@ -107,7 +107,8 @@ class Placement:
             if not self._records_unasked(transformer, run, caption_tokens):
                 return None
             graphs = self._own
-        addresses = [tensor.data_ptr() for tensor in tensors_of(transformer)]
+        adapters = 0 if transformer.adapted is None else transformer.adapted.version
+        addresses = [adapters, *(tensor.data_ptr() for tensor in tensors_of(transformer))]
         replaced = graphs is not None and len(graphs) > 0 and addresses != self._addresses
         if graphs is None or graphs.step != transformer.predict or replaced:
             graphs = self._new_graphs(transformer)
@@ -241,6 +242,16 @@ class Placement:
             return nullcontext()
         return self.rows.bound(network, *self._room)
 
+    def put_away(self) -> None:
+        """Take the networks off the device, where there is a memory budget, so that they can be changed."""
+        if self.memory is not None:
+            self.memory.close()
+
+    def weights_changed(self) -> None:
+        """Note that weights are not those of their files any more."""
+        self._as_loaded = False
+        self.forget_graphs()
+
     def report(self) -> MemoryReport | None:
         """Report of what was planned and moved in the last run; None without a budget."""
         return None if self.memory is None else self.memory.report()
@@ -253,9 +264,14 @@ class Placement:
                 "call limit_memory() without arguments first, or open it anew"
             )
 
-    def forget_graphs(self) -> None:
-        """Drop recorded graphs and int8 rows, whose memory would otherwise stay until the next run."""
+    def forget_graphs(self, weights: bool = True) -> None:
+        """Drop recorded graphs and int8 rows, whose memory would otherwise stay until the next run.
+
+        Args:
+            weights: Whether weights may have changed; if only adapters did, the rows stay.
+        """
         self._own = None
-        self.rows.drop()
+        if weights:
+            self.rows.drop()
         if self.graphs is not None:
             self.graphs = StepGraphs(self.graphs.step)

@@ -16,6 +16,7 @@ from zimage_core import __version__
 from zimage_core.errors import BadArgument
 from zimage_core.files import png
 from zimage_core.files.atomic import write_atomically
+from zimage_core.run.loras import settings_of_adapters
 from zimage_core.run.request import Encoding, Run
 
 if TYPE_CHECKING:
@@ -184,6 +185,8 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
         "dtype": str(dtype).removeprefix("torch."),
         "compute": networks["transformer"].compute,
     }
+    if loras := settings_of_adapters(networks):
+        common["loras"] = loras
     encoder = networks.get("text_encoder")
     if encoder is not None and encoder.compute != common["compute"]:
         common["text_encoder_compute"] = encoder.compute

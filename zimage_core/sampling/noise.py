@@ -13,6 +13,8 @@ import torch
 from zimage_core.errors import BadArgument
 
 MAX_SEED = 2**64 - 1
+STEP_KEY = 0x9E3779B9
+"""Changes a seed for `StepNoise`, in the lower 32 bits, the only ones that torch's CPU generator uses."""
 
 Noise = Callable[[torch.Tensor], torch.Tensor]
 """latents [B, ...] -> fresh Gaussian noise of their shape, dtype and device."""
@@ -58,18 +60,15 @@ def from_generator(
 class StepNoise:
     """Noise for the steps of a stochastic sampler, drawn on the CPU; each image draws its own.
 
-    It goes on where the starting noise of the image ended, like a generator of diffusers that draws both. It
+    It differs from what the seeds themselves draw, the starting noise and the sample of an encoded image, and
     does not depend on the other images of the batch.
 
     Args:
-        shape: Shape of the starting noise [B, ...].
         seeds: Seed of each image.
     """
 
-    def __init__(self, shape: Sequence[int], seeds: Sequence[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        for generator in self._generators:
-            torch.randn(tuple(shape[1:]), generator=generator)  # the starting noise
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed ^ STEP_KEY) for seed in seeds]
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         """Noise of the shape of the latents [B, ...], in their dtype and on their device."""

@@ -14,7 +14,7 @@ from zimage_core.weights.card import ModelCard
 from zimage_core.weights.infer import Shape
 
 MAX_LORA_RANK = 1024
-NOT_APPLIED = "adapters cannot be applied by this version: no command takes one"
+APPLIED = "to use it: pipe.load_lora(path, weight=1.0), or zimage generate ... --lora FILE[:WEIGHT]"
 
 _FACTOR = (
     r"(.+?)[._](lora_[ABab]|lora_embedding_[AB]|lora_(?:down|up)|lora(?:_linear_layer)?\.(?:down|up))"
@@ -36,7 +36,7 @@ _KINDS = (
 _LEAF = rf"(.+)\.(?:{'|'.join(f'({leaf})' for _, leaf in _KINDS)})(?:\.[\w-]{{1,64}})??(?:\.weight)?"
 _GLORA = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 _DORA = r"(.+)[._](?:dora_scale|lora_magnitude_vector)(?:\.[\w-]{1,64})??(?:\.weight)?"
-_BESIDE = r".+[._](?:alpha|scale|scalar|rank|rescale|bias|reshape_weight|lora_mid\.weight|lora\.mid\.weight)"
+_BESIDE = r"(.+)[._](alpha|scale|scalar|rank|rescale|bias|reshape_weight|lora_mid\.weight|lora\.mid\.weight)"
 """Tensors that adapters have beside those of a kind, and that other files may have as well."""
 
 DIALECTS = {
@@ -95,7 +95,6 @@ def identify_adapter(shapes: Mapping[str, Shape]) -> ModelCard | None:
     names = [*(["a LoRA"] if factors else []), *kinds]
     title = f"{' and '.join(names)} for {whose}" + (f" ({', '.join(details)})" if details else "")
     low_rank = bool(factors or {"a LoKr adapter", "a LoHa adapter"} & kinds.keys())
-    strangers = sorted(set(targets) - set(known) - set(language))
     return ModelCard(
         "lora" if low_rank else "adapter",
         "z-image" if ours else "",
@@ -103,9 +102,31 @@ def identify_adapter(shapes: Mapping[str, Shape]) -> ModelCard | None:
         variant="LoRA" if factors else "LyCORIS" if low_rank else "",
         layout=dialect,
         prefix=prefix,
-        problem=_lora_problem(factors, strangers if known or not language else []),
-        notes=(NOT_APPLIED,),
+        problem=_lora_problem(factors)
+        or ("" if known or language else "none of its layers is one of Z-Image or its text encoder"),
+        notes=(*((APPLIED,) if known or language else ()), *_strangers(targets, known, language)),
     )
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Name of an adapter's tensor -> name of the layer it changes as written, and which tensor it is.
+
+    Args:
+        name: "lora_unet_layers_0_attention_to_q.lora_down.weight", for example.
+
+    Returns:
+        The layer, and one of "down", "up", "dora", "alpha", "scalar", "lora_mid", or the kind's own name of a
+        tensor such as "lokr_w1" or "diff_b"; None for a name that no adapter has.
+    """
+    if match := re.fullmatch(_FACTOR, name):
+        return match[1], "down" if match[2].endswith(_DOWN) else "up"
+    if match := re.fullmatch(_LEAF, name):
+        return match[1], next(leaf for leaf in match.groups()[1:] if leaf is not None)
+    if match := re.fullmatch(_DORA, name):
+        return match[1], "dora"
+    if match := re.fullmatch(_BESIDE, name):
+        return match[1], match[2].removesuffix(".weight").replace(".", "_")
+    return None
 
 
 _Factors = dict[str, dict[str, Shape]]
@@ -157,7 +178,14 @@ def _dialect(target: str) -> tuple[str, str]:
     return prefix or known, DIALECTS.get(known, "bare names")
 
 
-def _lora_problem(factors: _Factors, strangers: list[str]) -> str:
+def _strangers(targets: list[str], known: list[str], language: list[str]) -> tuple[str, ...]:
+    """A remark on layers that neither Z-Image nor its text encoder has."""
+    found = sorted(set(targets) - set(known) - set(language)) if known or language else []
+    listed = ", ".join(printable(name, 60) for name in found[:5])
+    return (f"{len(found)} layers that Z-Image lacks are not used: {listed}",) if found else ()
+
+
+def _lora_problem(factors: _Factors) -> str:
     for target, pair in factors.items():
         shown = printable(target, 100)
         if len(pair) != 2:
@@ -169,7 +197,4 @@ def _lora_problem(factors: _Factors, strangers: list[str]) -> str:
             return f"ranks of {shown!r} mismatch: {pair['down'][0]} and {pair['up'][1]}"
         if not 0 < pair["down"][0] <= MAX_LORA_RANK:
             return f"{shown!r} has rank {pair['down'][0]}, wanted 1 to {MAX_LORA_RANK}"
-    if strangers:
-        listed = ", ".join(printable(name, 60) for name in strangers[:5])
-        return f"{len(strangers)} unknown targets that a Z-Image transformer lacks: {listed}"
     return ""
