@@ -130,7 +130,9 @@ def embedded(compute: str, rank: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print and write all cases."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1088, help="of a block: 1088 is an image of 512 px")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rank", type=int, default=16)
@@ -143,11 +145,17 @@ def main() -> None:
     }  # fmt: skip
     for case in CASES:
         found["full width"][case] = row = full_width(case, args.tokens, args.rank, args.rounds)
-        print(f"full width, {case}: {row['without_s']:.3f} s -> {row['with_s']:.3f} s, {row['cost']:+.1%}", flush=True)
+        print(
+            f"full width, {case}: {row['without_s']:.3f} s -> {row['with_s']:.3f} s, {row['cost']:+.1%}",
+            flush=True,
+        )
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     for compute in ("exact", "int8"):
         found["embedded"][compute] = row = embedded(compute, args.rank, 4 * args.rounds)
-        print(f"embedded, {compute}: {row['without_s']:.4f} s -> {row['with_s']:.4f} s, {row['cost']:+.1%}", flush=True)
+        print(
+            f"embedded, {compute}: {row['without_s']:.4f} s -> {row['with_s']:.4f} s, {row['cost']:+.1%}",
+            flush=True,
+        )
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
