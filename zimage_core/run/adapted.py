@@ -51,8 +51,8 @@ class Adapted:
         docs/lora.md for the kinds and the programs whose names of tensors are known.
 
         Args:
-            path: A file (safetensors or GGUF), a folder that holds one, tensors by name, or "outline", the LoRA
-                of the embedded model.
+            path: A file (safetensors or GGUF), a folder that holds one, tensors by name, or "outline", the
+                LoRA of the embedded model.
             weight: Factor of what it changes; 0 is no change, and negative ones turn it round.
             name: Name for `set_adapters` and `unload_lora`; default: that of the file.
             merge: Merge it into the weights at once, which then are dense; see `fuse_lora`.
