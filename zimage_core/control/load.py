@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zimage_core.assets import embedded_part
 from zimage_core.control.config import ControlConfig, control_config
 from zimage_core.control.model import ControlNet
 from zimage_core.errors import BadArgument, BadWeights, WrongModel, printable
@@ -21,6 +22,7 @@ from zimage_core.weights.components import open_component
 from zimage_core.weights.controlnets import EMBEDDER, LAYERS, REFINER, SHARED, repeats
 from zimage_core.weights.load import DTYPES, assembled
 from zimage_core.weights.opened import Opened
+from zimage_core.weights.source import path_text
 
 if TYPE_CHECKING:
     from zimage_core.config import TransformerConfig
@@ -49,7 +51,8 @@ def load_controlnet(
     """Load a ControlNet of Z-Image.
 
     Args:
-        path: A GGUF or safetensors file, an index of shards, or the folder of one.
+        path: A GGUF or safetensors file, an index of shards, the folder of one, or "edges" for the one of the
+            embedded model.
         dtype: The dtype of the computation: float32, float16 or bfloat16. Packed weights keep their own type.
             A pipeline that uses it casts it to its transformer's.
         device: Device of the model.
@@ -66,7 +69,7 @@ def load_controlnet(
         raise BadArgument(f"dtype is {dtype}, wanted one of {', '.join(str(d) for d in DTYPES)}")
     if compute not in MODES:
         raise BadArgument(f"compute is {printable(compute, 40)}; it must be one of {', '.join(MODES)}")
-    opened = open_component(path, "", mmap)
+    opened = open_component(located(path), "", mmap)
     try:
         opened, config, table = checked(opened)
         for caution in opened.card.cautions:
@@ -78,6 +81,11 @@ def load_controlnet(
     except BaseException:
         opened.file.close()
         raise
+
+
+def located(path: str | PathLike[str]) -> str | PathLike[str]:
+    """The path, or the file of the embedded model's ControlNet for its name."""
+    return embedded_part(path_text(path)) or path
 
 
 def checked(opened: Opened) -> tuple[Opened, ControlConfig, names.Table]:
