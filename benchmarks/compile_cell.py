@@ -27,6 +27,7 @@ from zimage_core.kernels.decode.table import DECODERS
 from zimage_core.kernels.dequantize import dequantize_into
 from zimage_core.kernels.matmul import matmul
 from zimage_core.kernels.planar import Planes, plane_shapes, repack, step_weights
+from zimage_core.quant.dispatch import int8_product
 
 TARGETS = (
     "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100", "gfx1201",
@@ -104,9 +105,9 @@ KERNELS = (
 PRODUCTS = ("matmul", "int8_matmul", "attend")
 ATTENDED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 """Where attention by int8 is compiled. It is used on GeForce alone; see `quant.dispatch.INT8_ATTENTION`."""
-INTEGER_PRODUCT = re.compile(r"IGMMA|IMMA|UTCIMMA|v_mfma_i32\w*|v_wmma_i32\w*")
-"""Tensor-core instructions of int8: wgmma, mma and tcgen05 of NVIDIA, matrix cores of AMD."""
-HOPPER, BLACKWELL = "IGMMA", "UTCIMMA"
+INTEGER_PRODUCT = re.compile(r"IGMMA|IMMA|v_mfma_i32\w*|v_wmma_i32\w*")
+"""Tensor-core instructions of int8: wgmma and mma of NVIDIA, matrix cores of AMD."""
+HOPPER = "IGMMA"
 
 
 def tiles_of(target: str) -> dict[str, tuple[int, tiles.Tile]]:
@@ -175,7 +176,7 @@ def int8_cells(target: str) -> Iterator[Cell]:
             yield Cell("requantize", name, "", WIDEST, target)
         if name in USUAL:
             yield Cell("requantize", name, "", "3840", target)
-    if target in NO_TENSOR_CORES:
+    if int8_product(target) == "torch":
         yield Cell("rescale", "", dtype, "", target)
         return
     tile = ""
@@ -405,10 +406,9 @@ def resources(kernel: Any) -> tuple[Row, list[tuple[str, str]], dict[str, int]]:
 
 
 def integer_products(code: list[tuple[str, str]], target: str) -> int:
-    """Tensor-core instructions of int8, on Hopper and Blackwell only those of whole warp groups."""
+    """Tensor-core instructions of int8, on Hopper only those of whole warp groups."""
     found = [operation for operation, _ in code if INTEGER_PRODUCT.fullmatch(operation)]
-    wanted = {"sm_90": HOPPER, "sm_100": BLACKWELL}.get(target)
-    return sum(wanted in (None, operation) for operation in found)
+    return sum(target != "sm_90" or operation == HOPPER for operation in found)
 
 
 def measure(cell: Cell) -> Row:

@@ -30,11 +30,16 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"config", "files"},
     "weights": {"config", "files", "formats", "models", "nn", "quant", "text"},
     "memory": {"config", "cpu", "files", "formats", "models", "nn", "quant", "weights"},
+    "control": {"config", "editing", "files", "models", "nn", "quant", "weights"},
+    "editing": {"config", "files", "models", "sampling"},
     "run": {
-        "adapters", "assets", "config", "files", "memory", "models", "nn", "quant", "sampling", "text",
-        "weights",
+        "adapters", "assets", "config", "control", "editing", "files", "memory", "models", "nn", "quant",
+        "sampling", "text", "weights",
     },
     "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
+    "image_pipelines": {"pipeline", "run"},
+    "preview": {"config", "models", "run", "weights"},
+    "control_pipelines": {"control", "pipeline", "run"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {"assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},
     "study": {

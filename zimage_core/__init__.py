@@ -11,6 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from zimage_core.control.load import load_controlnet
+    from zimage_core.control.model import ControlNet as ZImageControlNetModel
+    from zimage_core.control_pipelines import ZImageControlNetInpaintPipeline, ZImageControlNetPipeline
     from zimage_core.errors import (
         BadArgument,
         BadFile,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from zimage_core.export.pretrained import save_pretrained
     from zimage_core.export.quantizing import quantize_file
     from zimage_core.formats import FORMATS
+    from zimage_core.image_pipelines import ZImageImg2ImgPipeline, ZImageInpaintPipeline
     from zimage_core.memory.phases import MemoryBudget
     from zimage_core.pipeline import ZImagePipeline
     from zimage_core.quant.dequantize import dequantize
@@ -65,13 +69,19 @@ __all__ = [
     "UnknownFormat",
     "Unsupported",
     "WrongModel",
+    "ZImageControlNetInpaintPipeline",
+    "ZImageControlNetModel",
+    "ZImageControlNetPipeline",
     "ZImageError",
+    "ZImageImg2ImgPipeline",
+    "ZImageInpaintPipeline",
     "ZImagePipeline",
     "convert_file",
     "dequantize",
     "encode",
     "identify",
     "inspect_file",
+    "load_controlnet",
     "load_text_encoder",
     "load_tokenizer",
     "load_transformer",
@@ -88,12 +98,18 @@ _MODULE = {  # public name -> module; all other public names are error classes
     "MemoryBudget": "memory.phases",
     "QuantTensor": "quant.tensor",
     "Tokenizer": "text.tokenizer",
+    "ZImageImg2ImgPipeline": "image_pipelines",
+    "ZImageInpaintPipeline": "image_pipelines",
+    "ZImageControlNetInpaintPipeline": "control_pipelines",
+    "ZImageControlNetModel": "control.model",
+    "ZImageControlNetPipeline": "control_pipelines",
     "ZImagePipeline": "pipeline",
     "convert_file": "export.converting",
     "dequantize": "quant.dequantize",
     "encode": "quantize.encode",
     "identify": "weights.identify",
     "inspect_file": "weights.inspection",
+    "load_controlnet": "control.load",
     "load_text_encoder": "weights.load",
     "load_tokenizer": "run.sources",
     "load_transformer": "weights.load",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -28,9 +29,11 @@ from zimage_core.run.checks import (
     read_device,
 )
 from zimage_core.run.components import check_components, check_kinds, networks, require
-from zimage_core.run.decode import decode
+from zimage_core.run.controlled import Controlled, control_files
+from zimage_core.run.decode import decode, encode_images
 from zimage_core.run.denoise import Denoiser, denoise
 from zimage_core.run.device_faults import explained
+from zimage_core.run.image_calls import ImageCalls
 from zimage_core.run.loading import (
     keep_sample_size,
     known_of,
@@ -40,7 +43,7 @@ from zimage_core.run.nonfinite import checked, guard_attention
 from zimage_core.run.opening import Opening
 from zimage_core.run.placement import Placement
 from zimage_core.run.ported import Ported
-from zimage_core.run.request import Batch, Encoding, Limits, Request, encoding, make_batch, prepare
+from zimage_core.run.request import Batch, Encoding, Limits, Request, Run, encoding, make_batch, prepare
 from zimage_core.run.result import Clock, Timings, ZImageResult, peak_memory, settings_of, to_output
 from zimage_core.run.unlearned import unlearned
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
@@ -53,7 +56,7 @@ from zimage_core.weights.source import WeightFile
 Self = TypeVar("Self", bound="ZImagePipeline")
 
 
-class ZImagePipeline(Adapted, Opening, Ported):
+class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.
@@ -98,6 +101,7 @@ class ZImagePipeline(Adapted, Opening, Ported):
         self.transformer = cast(ZImageTransformer, transformer)
         self.sample_size = keep_sample_size(transformer, sample_size)
         self._placement = Placement()
+        self._controlnets = {}
         self._running: dict[str, object] = {}
         self._interrupt = False
         self._guidance_scale = 0.0
@@ -158,7 +162,8 @@ class ZImagePipeline(Adapted, Opening, Ported):
             height: Height in pixels, a multiple of 16; default: the checkpoint's own size, or 1024 if it
                 states none.
             width: Width in pixels, with the same default.
-            num_inference_steps: Calls of the network; default 8, or 50 for the base checkpoint.
+            num_inference_steps: Steps, each one call of the network (two with the sampler "heun"); default
+                8, or 50 for the base checkpoint.
             sigmas: Noise levels before the shift, falling, in (0, 1]; they replace the number of steps.
             guidance_scale: g in pos + g (pos - neg), so 0 is off; default 0, or 4 for the base checkpoint.
             cfg_normalization: Largest norm of the guided prediction as a multiple of the unguided one; False
@@ -177,7 +182,8 @@ class ZImagePipeline(Adapted, Opening, Ported):
             callback_on_step_end: f(pipe, step, timestep, tensors) -> dict of tensors to replace, or None.
                 An exception in it ends the run and is raised unchanged; setting `pipe._interrupt = True` ends
                 the denoising and decodes the latents so far.
-            callback_on_step_end_tensor_inputs: Any of latents, prompt_embeds, negative_prompt_embeds.
+            callback_on_step_end_tensor_inputs: Any of latents, prompt_embeds, negative_prompt_embeds and
+                denoised, the step's estimate of the clean latents, for previews; it cannot be replaced.
             max_sequence_length: Most prompt tokens, up to 1504.
             seed: Image i is drawn from seed + i (modulo 2^64), with the same noise on every device and in
                 every batch position; between devices and numbers of threads images differ by rounding.
@@ -288,11 +294,13 @@ class ZImagePipeline(Adapted, Opening, Ported):
         clock = Clock()
         check_kinds({**networks(self), "scheduler": self.scheduler})
         run = prepare(self.limits, self.scheduler, request)
-        if run.output_type != "latent":
+        if self._controlnets or request.control_image is not None:
+            run = self._with_controls(run, request)
+        if run.output_type != "latent" or (run.edit is not None and run.edit.encodes):
             require("vae", self.vae)
         for remark in (*run.remarks, *unlearned(self.text_encoder, run.batch.prompts)):
             warnings.warn(remark, UserWarning, stacklevel=4)
-        opened = self._opened()
+        opened = {**self._opened(), **control_files(run)}
         for part in opened.values():
             part.file.check_unchanged()
         identities = {name: part.file.identity() for name, part in opened.items()}
@@ -304,6 +312,15 @@ class ZImagePipeline(Adapted, Opening, Ported):
         limited = self._placement.memory is not None
         place = torch.device("cpu") if limited else self.transformer.device
         captions = self._encode(run.batch, ids, run.debug, place)
+        if run.variety:
+            from zimage_core.sampling.variety import vary
+
+            pairs = zip(captions[0], run.later_seeds, strict=True)
+            captions = [vary(caption, seed, run.variety) for caption, seed in pairs], captions[1]
+        if run.edit is not None and run.edit.encodes:
+            run = self._with_image(run)
+        if run.controls:
+            run = self._with_control_latents(run)
         encoded = clock.lap()
         with self._placement.phase("denoise", self.transformer):
             predict = self._placement.predict(self.transformer, run, longest)
@@ -312,11 +329,7 @@ class ZImagePipeline(Adapted, Opening, Ported):
             del predict, denoiser, captions  # frees what they hold before the decoder needs the memory
         steps = clock.steps()
         if run.output_type != "latent":
-            with self._placement.phase("decode", self.vae):
-                keep = None if self._placement.memory is None else self._placement.memory.keep
-                latents = images.to(self.vae.device)
-                images = to_output(decode(self.vae, latents, run.debug, keep), run.output_type)
-                del latents
+            images = self._pixels(images, run.output_type, run.debug, run.edit)
         timings = Timings(encoded, steps, decode=clock.lap(), total=clock.total())
         return ZImageResult(
             images=images,
@@ -330,6 +343,22 @@ class ZImagePipeline(Adapted, Opening, Ported):
             files=identities,
             opened=opened,
         )
+
+    def _pixels(self, latents: torch.Tensor, output_type: str, debug: bool, edit: Any = None) -> Any:
+        """Latents [B, C, h, w] of a run as images of an output type."""
+        with self._placement.phase("decode", self.vae):
+            keep = None if self._placement.memory is None else self._placement.memory.keep
+            pixels = decode(self.vae, latents.to(self.vae.device), debug, keep)
+            return to_output(pixels, output_type, edit)
+
+    def _with_image(self, run: Run) -> Run:
+        """The run with the latents of the image that it begins from."""
+        config, memory = self.vae.config, self._placement.memory
+        keep = None if memory is None else memory.keep
+        with self._placement.phase("image", self.vae):
+            moments = partial(encode_images, self.vae, debug=run.debug, keep=keep)
+            edit = run.edit.encoded(moments, config.scaling_factor, config.shift_factor)
+        return replace(run, edit=edit)
 
     def _explained(self, error: RuntimeError) -> ZImageError:
         """The error to raise instead of one of torch, or that one again if it is of another kind."""

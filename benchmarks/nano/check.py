@@ -15,7 +15,7 @@ import argparse
 import functools
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -67,18 +67,21 @@ def _halved(mask: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def templates() -> Templates:
-    """Every mask of the procedure: 4,500 single shapes, 216 groups and, where the fonts are, 9 a glyph."""
+def templates(outline: bool = False) -> Templates:
+    """Every mask of the procedure: 4,500 single shapes, 216 groups and, where the fonts are, 9 a glyph.
+
+    With `outline`, the shapes are outlines; a ring's is the ring itself.
+    """
     masks, scenes = [], []
     near, nearer = range(-2, 3), range(-1, 2)
     for shape in SHAPES:
         for size, radii in RADII.items():
             for radius, position, dx, dy in product(radii, POSITIONS, near, near):
                 x, y = POSITIONS[position]
-                masks.append(_halved(shifted(shape_mask(shape, radius), x + dx, y + dy)))
+                masks.append(_halved(shifted(shape_mask(shape, radius, outline), x + dx, y + dy)))
                 scenes.append(Scene("", "", shape, position, size))
         for count, radius, dx, dy in product((2, 3), RADII["small"], nearer, nearer):
-            parts = [shifted(shape_mask(shape, radius), x + dx, y + dy) for x, y in centres(count)]
+            parts = [shifted(shape_mask(shape, radius, outline), x + dx, y + dy) for x, y in centres(count)]
             masks.append(_halved(np.maximum.reduce(parts)))
             scenes.append(Scene("", "", shape, size="small", count=count))
     for glyph, dx, dy in product(GLYPHS if fonts_installed() else "", nearer, nearer):
@@ -93,8 +96,11 @@ def nearest_colour(rgb: np.ndarray) -> np.ndarray:
     return np.square(rgb[..., None, :] - PALETTE).sum(-1).argmin(-1)
 
 
-def read(image: np.ndarray) -> Scene:
-    """What an image [SIZE, SIZE, 3] uint8 shows; empty fields where it shows nothing readable."""
+def ink(image: np.ndarray) -> tuple[str, str, np.ndarray]:
+    """Colour, background and each pixel's share of ink [SIZE, SIZE] of an image [SIZE, SIZE, 3] uint8.
+
+    The colour is "" where nothing stands out from the background.
+    """
     pixels = image.astype(np.float32)
     frame = np.ones((SIZE, SIZE), bool)
     frame[FRAME:-FRAME, FRAME:-FRAME] = False
@@ -104,19 +110,37 @@ def read(image: np.ndarray) -> Scene:
     paper_rgb = np.median(edge[named == paper], axis=0)
     distance = np.linalg.norm(pixels - paper_rgb, axis=-1)
     if distance.max() < FAINT:
-        return Scene("", NAMES[paper], "", "", "", 0)
+        return "", NAMES[paper], np.zeros((SIZE, SIZE), np.float32)
     far = distance > 0.75 * distance.max()
     ink_rgb = np.median(pixels[far], axis=0)
-    ink = int(nearest_colour(ink_rgb))
     axis = ink_rgb - paper_rgb
-    coverage = np.clip((pixels - paper_rgb) @ axis / max(float(axis @ axis), 1.0), 0, 1)
-    known, seen = templates(), _halved(coverage)
+    covered = np.clip((pixels - paper_rgb) @ axis / max(float(axis @ axis), 1.0), 0, 1)
+    return NAMES[int(nearest_colour(ink_rgb))], NAMES[paper], covered
+
+
+def nearest(covered: np.ndarray, known: Templates) -> tuple[Scene | None, float]:
+    """The scene of the nearest mask, None if it is too far, and the squared distance to it."""
+    seen = _halved(covered)
     gap = known.squared - 2 * (known.masks @ seen) + seen @ seen
     best = int(gap.argmin())
-    if gap[best] > TOO_FAR * known.squared[best] or ink == paper:
-        return Scene(NAMES[ink], NAMES[paper], "", "", "", 0)
-    scene = known.scenes[best]
-    return Scene(NAMES[ink], NAMES[paper], scene.shape, scene.position, scene.size, scene.count, scene.glyph)
+    return (None if gap[best] > TOO_FAR * known.squared[best] else known.scenes[best]), float(gap[best])
+
+
+def read(image: np.ndarray, outline: bool = False) -> Scene:
+    """What an image [SIZE, SIZE, 3] uint8 shows; empty fields where it shows nothing readable.
+
+    With `outline`, the shape is compared with outlines too.
+    """
+    colour, background, covered = ink(image)
+    if not colour:
+        return Scene("", background, "", "", "", 0)
+    scene, far = nearest(covered, templates())
+    if outline:
+        other, distance = nearest(covered, templates(outline=True))
+        scene = other if distance < far else scene
+    if scene is None or colour == background:
+        return Scene(colour, background, "", "", "", 0)
+    return replace(scene, colour=colour, background=background)
 
 
 def moot(scene: Scene, attribute: str) -> bool:

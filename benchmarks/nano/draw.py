@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 SIZE = 80
 """Side of every image, in pixels."""
@@ -38,6 +38,10 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 POSITIONS = {"center": (0, 0), "left": (-17, 0), "right": (17, 0), "top": (0, -17), "bottom": (0, 17)}
 RADII = {"small": (10, 11), "medium": (15, 16), "big": (20, 21)}
 """Radii in pixels; a prompt without a size means medium."""
+LINE = 5
+"""Width of an outline in pixels; the VAE blurs thinner ones."""
+FARTHEST = 19
+"""Largest offset in pixels of a shape that stands anywhere."""
 
 HAN = "人大小中山水火木土日月天王田心手口上下文东西龙福"
 GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "0123456789" + HAN
@@ -51,7 +55,7 @@ ZH = {
     "circle": "圆形", "square": "方形", "triangle": "三角形",
     "star": "星形", "cross": "十字形", "ring": "圆环",
     "center": "中间", "left": "左边", "right": "右边", "top": "上方", "bottom": "下方",
-    "small": "小", "big": "大", 2: "两个", 3: "三个",
+    "small": "小", "big": "大", 2: "两个", 3: "三个", "": "",
 }  # fmt: skip
 SHORT = {"三角形": "三角", "圆形": "圆", "星形": "星星", "十字形": "十字", "方形": "方块"}
 """What `loosen` says for a shape."""
@@ -62,7 +66,9 @@ PLACES = {
     "right": ("on the right",),
     "top": ("at the top",),
     "bottom": ("at the bottom",),
+    "": ("",),
 }
+"""What prompts say for a position; "" is one that the prompt leaves open, which no drawing has."""
 
 
 @dataclass(frozen=True)
@@ -102,18 +108,27 @@ def _shape_polygon(shape: str, r: float) -> list[tuple[float, float]]:
 
 
 @functools.cache
-def shape_mask(shape: str, radius: float) -> np.ndarray:
-    """Coverage [2 * SIZE, 2 * SIZE] in [0, 1], the shape's origin in the middle; 8x supersampled."""
+def shape_mask(shape: str, radius: float, outline: bool = False) -> np.ndarray:
+    """Coverage [2 * SIZE, 2 * SIZE] in [0, 1], the shape's origin in the middle; 8x supersampled.
+
+    An outline follows the border, half of LINE on each side; a ring is one already and stays as it is.
+    """
     scale, side = 8, 2 * SIZE
     image = Image.new("L", (side * scale, side * scale))
     pen, mid, r = ImageDraw.Draw(image), side * scale / 2, radius * scale
+    line = LINE * scale if outline and shape != "ring" else 0
     if shape in ("circle", "ring"):
-        pen.ellipse([mid - r, mid - r, mid + r, mid + r], fill=255)
-        if shape == "ring":
-            inner = 0.58 * r
+        outer = r + line / 2
+        inner = 0.58 * r if shape == "ring" else r - line / 2 if line else 0
+        pen.ellipse([mid - outer, mid - outer, mid + outer, mid + outer], fill=255)
+        if inner:
             pen.ellipse([mid - inner, mid - inner, mid + inner, mid + inner], fill=0)
     else:
-        pen.polygon([(mid + x, mid + y) for x, y in _shape_polygon(shape, r)], fill=255)
+        corners = [(mid + x, mid + y) for x, y in _shape_polygon(shape, r)]
+        if line:
+            pen.line([*corners, *corners[:2]], fill=255, width=line, joint="curve")
+        else:
+            pen.polygon(corners, fill=255)
     return np.asarray(image.reduce(scale), dtype=np.float32) / 255
 
 
@@ -153,24 +168,57 @@ def centres(count: int) -> list[tuple[int, int]]:
     return {1: [(0, 0)], 2: [(-17, 0), (17, 0)], 3: [(-26, 0), (0, 0), (26, 0)]}[count]
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The image [SIZE, SIZE, 3] uint8, with jitter of place, radius and colour from `rng`."""
+def coverage(
+    scene: Scene, rng: np.random.Generator, outline: bool = False, anywhere: bool = False
+) -> np.ndarray:
+    """How much of each pixel is ink [SIZE, SIZE] float32, with jitter of place and radius from `rng`.
+
+    Args:
+        scene: What is drawn.
+        rng: Source of the jitter.
+        outline: Shapes as outlines; glyphs stay as they are.
+        anywhere: A single shape stands anywhere in the image, in any size, instead of where the scene says.
+    """
     if scene.glyph:
         dx, dy = rng.integers(-1, 2, 2)
-        mask = shifted(glyph_mask(scene.glyph), int(dx), int(dy))
-    elif scene.count > 1:
+        return shifted(glyph_mask(scene.glyph), int(dx), int(dy))
+    if scene.count > 1:
         jx, jy = rng.integers(-1, 2, 2)
-        small = shape_mask(scene.shape, int(rng.choice(RADII["small"])))
+        small = shape_mask(scene.shape, int(rng.choice(RADII["small"])), outline)
         mask = np.zeros((SIZE, SIZE), np.float32)
         for x, y in centres(scene.count):
             mask = np.maximum(mask, shifted(small, x + int(jx), y + int(jy)))
-    else:
-        jx, jy = rng.integers(-2, 3, 2)
-        x, y = POSITIONS[scene.position]
-        mask = shifted(shape_mask(scene.shape, int(rng.choice(RADII[scene.size]))), x + int(jx), y + int(jy))
+        return mask
+    if anywhere:
+        radius = int(rng.integers(RADII["small"][0], RADII["big"][-1] + 1))
+        room = min(SIZE // 2 - 1 - round(1.1 * radius), FARTHEST)
+        x, y = (int(v) for v in rng.integers(-room, room + 1, 2))
+        return shifted(shape_mask(scene.shape, radius, outline), x, y)
+    jx, jy = rng.integers(-2, 3, 2)
+    x, y = POSITIONS[scene.position]
+    mask = shape_mask(scene.shape, int(rng.choice(RADII[scene.size])), outline)
+    return shifted(mask, x + int(jx), y + int(jy))
+
+
+def paint(scene: Scene, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The image [SIZE, SIZE, 3] uint8 of a coverage in the scene's colours, which `rng` varies a little."""
     ink, paper = (np.array(COLOURS[c]) + rng.uniform(-6, 6, 3) for c in (scene.colour, scene.background))
     image = paper + mask[:, :, None] * (ink - paper)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def draw(scene: Scene, rng: np.random.Generator, outline: bool = False) -> np.ndarray:
+    """The image [SIZE, SIZE, 3] uint8, with jitter of place, radius and colour from `rng`."""
+    return paint(scene, coverage(scene, rng, outline), rng)
+
+
+def edges(mask: np.ndarray) -> np.ndarray:
+    """White lines on black where a coverage begins and ends, two pixels wide; uint8 [SIZE, SIZE, 3]."""
+    grey = Image.fromarray(np.rint(255 * mask).astype(np.uint8))
+    near = [
+        np.asarray(grey.filter(kind(3)), np.int16) for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter)
+    ]
+    return np.repeat((near[0] - near[1])[:, :, None], 3, 2).astype(np.uint8)
 
 
 def random_scene(

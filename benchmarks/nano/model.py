@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -51,8 +52,8 @@ def encoder_config() -> TextEncoderConfig:
     )
 
 
-def short_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """zimage_core.nn.layers written out: at 64 tokens its backward pass is several times faster."""
+def short_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, in_int8: bool = False) -> Tensor:
+    """The library's attention written out, never in int8: at 64 tokens its backward pass is much faster."""
     q, k, v = (t.transpose(-3, -2) for t in (q, k, v))
     if q.shape[-3] != k.shape[-3]:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
@@ -65,7 +66,11 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Te
 def speed_up() -> None:
     """Put plain torch in place of what the library does more carefully than training needs."""
     transformer.attention = text_encoder.attention = short_attention
-    Linear.forward = lambda self, x: nn.functional.linear(x, self.weight, self.bias)
+    Linear.product = lambda self, x: nn.functional.linear(x, self.weight, self.bias)
+
+
+Control = Callable[[Tensor, Tensor, Tensor], Mapping[int, Tensor]]
+"""Joint sequence after the noise refiner, refined caption and time embedding -> hints by main layer."""
 
 
 class Nano(nn.Module):
@@ -105,7 +110,9 @@ class Nano(nn.Module):
             x = layer(x, self.text_angles, x.dtype)
         return x
 
-    def forward(self, x: Tensor, t: Tensor, hidden: Tensor, lengths: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, hidden: Tensor, lengths: Tensor, control: Control | None = None
+    ) -> Tensor:
         """x [B, 16, h, w], t [B], hidden [B, TEXT, 256], lengths [B] -> estimate of clean - noise."""
         dit = self.transformer
         b, _, height, width = x.shape
@@ -121,8 +128,11 @@ class Nano(nn.Module):
         for block in dit.context_refiner:
             text = block(text, self.caption_angles)
         joint = torch.cat((image, text), 1)
-        for block in dit.layers:
+        hints = {} if control is None else control(joint, text, temb)
+        for i, block in enumerate(dit.layers):
             joint = block(joint, self.joint_angles, temb)
+            if i in hints:
+                joint = joint + hints[i]
         tokens = dit.all_final_layer["2-1"](joint[:, :count], temb)
         return sequence.unpatchify(tokens.float(), height, width, 2)
 
@@ -139,19 +149,21 @@ def pad_ids(prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def sample(model: Nano, prompts: list[str], seed: int) -> Tensor:
+def sample(model: Nano, prompts: list[str], seed: int, control: Control | None = None) -> Tensor:
     """Unit-variance latents of the prompts after eight Euler steps."""
     x = torch.randn(len(prompts), 16, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed))
     with mixed_precision():
         ids, lengths = pad_ids(prompts)
         hidden = model.caption(ids)
         for sigma, after in pairwise(SIGMAS):
-            x = x - (after - sigma) * model(x, torch.full((len(x),), 1 - sigma), hidden, lengths)
+            x = x - (after - sigma) * model(x, torch.full((len(x),), 1 - sigma), hidden, lengths, control)
     return x
 
 
 @torch.no_grad()
-def images(model: Nano, vae: NanoVAE, prompts: list[str], seed: int) -> np.ndarray:
+def images(
+    model: Nano, vae: NanoVAE, prompts: list[str], seed: int, control: Control | None = None
+) -> np.ndarray:
     """uint8 [B, SIZE, SIZE, 3]."""
-    y = vae.decode(sample(model, prompts, seed)).float().clamp(-1, 1)
+    y = vae.decode(sample(model, prompts, seed, control)).float().clamp(-1, 1)
     return ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()

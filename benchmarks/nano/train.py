@@ -19,7 +19,9 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ EMPTY = 0.05
 """Share of empty captions, so that guidance works too."""
 GLYPH_SHARE = 0.2
 """Share of images of glyphs; there are 60 glyphs and six shapes."""
+Show = Callable[[Scene, np.random.Generator], tuple[Scene, list[np.ndarray]]]
 
 
 def labels(scene: Scene, prompt: str) -> list[int]:
@@ -49,25 +52,73 @@ def labels(scene: Scene, prompt: str) -> list[int]:
     return out
 
 
-class Pool:
-    """Drawn scenes with their latents; a few are replaced before every step."""
+def plain(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[np.ndarray]]:
+    """The scene that a prompt will describe, and the one image of it."""
+    return scene, [draw(scene, rng)]
 
-    def __init__(self, vae: NanoVAE, size: int, seed: int) -> None:
-        self.vae, self.rng = vae, np.random.default_rng((2, seed))
+
+class Pool:
+    """Drawn scenes with their latents; a few are replaced before every step.
+
+    Args:
+        vae: Encodes the images.
+        size: Number of scenes that are kept.
+        seed: Step to start at.
+        show: A scene -> what its prompt will describe, and images: the wanted one first, then what
+            conditions it.
+        kinds: Number of images that `show` gives.
+    """
+
+    def __init__(self, vae: NanoVAE, size: int, seed: int, show: Show = plain, kinds: int = 1) -> None:
+        self.vae, self.rng, self.show = vae, np.random.default_rng((2, seed)), show
         self.scenes: list[Scene] = [Scene("red", "blue", "circle")] * size
-        self.latents = torch.zeros(size, 16, SIZE // 8, SIZE // 8)
+        self.latents = torch.zeros(size, kinds, 16, SIZE // 8, SIZE // 8)
         self.next = self.filled = 0
 
     @torch.no_grad()
     def renew(self, count: int) -> None:
         scenes = [random_scene(self.rng, held_out=False, glyphs=GLYPH_SHARE) for _ in range(count)]
-        drawn = to_tensor(np.stack([draw(s, self.rng) for s in scenes]))
+        shown = [self.show(s, self.rng) for s in scenes]
+        drawn = to_tensor(np.stack([image for _, images in shown for image in images]))
         with mixed_precision():
-            latents = self.vae.latents(drawn)
-        for scene, latent in zip(scenes, latents, strict=True):
+            latents = self.vae.latents(drawn).unflatten(0, (count, -1))
+        for (scene, _), latent in zip(shown, latents, strict=True):
             self.scenes[self.next], self.latents[self.next] = scene, latent
             self.next = (self.next + 1) % len(self.scenes)
             self.filled = max(self.filled, self.next or len(self.scenes))
+
+
+class Batch(NamedTuple):
+    """One step's scenes, prompts, latents [B, kinds, 16, h, w], noise [B, 16, h, w] and noise levels [B]."""
+
+    scenes: list[Scene]
+    said: list[str]
+    latents: Tensor
+    noise: Tensor
+    sigma: Tensor
+
+    @property
+    def noisy(self) -> Tensor:
+        """What the transformer sees."""
+        s = self.sigma[:, None, None, None]
+        return s * self.noise + (1 - s) * self.latents[:, 0]
+
+    def loss(self, out: Tensor) -> Tensor:
+        """Mean squared error of an estimate of clean - noise."""
+        return (out - (self.latents[:, 0] - self.noise)).square().mean()
+
+
+def pick(pool: Pool, count: int, step: int) -> Batch:
+    """The batch of a step, which depends on the step's number alone."""
+    rng = np.random.default_rng((3, step))
+    generator = torch.Generator().manual_seed(step)
+    rows = rng.integers(0, pool.filled, count)
+    scenes = [pool.scenes[k] for k in rows]
+    said = [loosen(describe(s, rng, chinese=bool(rng.integers(2)), omit=0.04), rng) for s in scenes]
+    said = ["" if rng.random() < EMPTY else p for p in said]
+    latents = pool.latents[torch.from_numpy(rows)]
+    noise = torch.randn(latents[:, 0].shape, generator=generator)
+    return Batch(scenes, said, latents, noise, noise_levels(count, generator))
 
 
 def noise_levels(count: int, generator: torch.Generator) -> Tensor:
@@ -141,29 +192,20 @@ class Trainer:
 
     def step(self, progress: float) -> tuple[float, float]:
         """One update; the flow matching loss and the classifier's."""
-        rng = np.random.default_rng((3, self.done))
-        generator = torch.Generator().manual_seed(self.done)
         self.pool.renew(self.args.fresh)
-        rows = rng.integers(0, self.pool.filled, self.args.batch)
-        batch = [self.pool.scenes[k] for k in rows]
-        said = [loosen(describe(s, rng, chinese=bool(rng.integers(2)), omit=0.04), rng) for s in batch]
-        said = ["" if rng.random() < EMPTY else p for p in said]
-        targets = torch.tensor([labels(s, p) for s, p in zip(batch, said, strict=True)])
-        clean = self.pool.latents[torch.from_numpy(rows)]
-        noise = torch.randn(clean.shape, generator=generator)
-        sigma = noise_levels(self.args.batch, generator)
-        s = sigma[:, None, None, None]
+        batch = pick(self.pool, self.args.batch, self.done)
+        targets = torch.tensor([labels(s, p) for s, p in zip(batch.scenes, batch.said, strict=True)])
         cosine = 0.5 * (1 + math.cos(math.pi * progress))
         for optimiser, lr in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = lr * min(1, (self.done + 1) / 100) * (0.01 + 0.99 * cosine)
             optimiser.zero_grad(set_to_none=True)
         with mixed_precision():
-            ids, lengths = pad_ids(said)
+            ids, lengths = pad_ids(batch.said)
             hidden = self.model.caption(ids)
             guess = self.model.classifier(hidden[torch.arange(len(ids)), lengths - 1]).float()
-            out = self.model(s * noise + (1 - s) * clean, 1 - sigma, hidden, lengths)
-        loss = (out - (clean - noise)).square().mean()
+            out = self.model(batch.noisy, 1 - batch.sigma, hidden, lengths)
+        loss = batch.loss(out)
         parts = guess.split([len(names) for names, _ in CLASSES], dim=1)
         terms = [
             nn.functional.cross_entropy(p, t, reduction="sum") for p, t in zip(parts, targets.T, strict=True)

@@ -40,7 +40,8 @@ def test_geforce_attends_by_kernels_too_but_not_for_a_caption():
     assert found["kept"] == STEPS | SEVEN | ATTENTION
 
 
-def test_turing_multiplies_by_the_library_and_scales_its_sums_once():
-    found = run(75)
+@pytest.mark.parametrize("architecture", [75, 100])
+def test_the_library_multiplies_where_kernels_do_not_and_its_sums_are_scaled_once(architecture):
+    found = run(architecture)
     assert found["packed"] == STEPS | WEIGHTS | {"_rescale_kernel": 7}
     assert found["by_library"] == 7

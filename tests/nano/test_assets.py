@@ -10,6 +10,7 @@ from benchmarks.nano.draw import fonts_installed
 from benchmarks.nano.export import ASSETS
 from benchmarks.nano.vocabulary import encode
 from zimage_core import ZImagePipeline
+from zimage_core.assets import PARTS
 from zimage_core.text.prompt import prompt_ids
 
 
@@ -19,9 +20,13 @@ def pipe() -> ZImagePipeline:
 
 
 def test_the_files_are_within_twelve_megabytes():
-    sizes = {f.name: f.stat().st_size for f in ASSETS.iterdir()}
+    sizes = {f.name: f.stat().st_size for f in ASSETS.iterdir() if f not in PARTS.values()}
     assert {"transformer.gguf", "text_encoder.gguf", "vae.safetensors"} <= set(sizes)
     assert sum(sizes.values()) <= 12_000_000
+
+
+def test_the_lora_and_the_controlnet_are_within_a_megabyte_and_a_half():
+    assert sum(path.stat().st_size for path in PARTS.values()) <= 1_500_000
 
 
 def test_the_shipped_tokeniser_knows_the_words(pipe: ZImagePipeline):

@@ -272,8 +272,8 @@ def test_the_environment_is_read_at_the_first_use_and_the_old_name_still_works(m
     ("architecture", "by", "pays"),
     [
         ("sm_75", "torch", True), ("sm_80", "triton", False), ("sm_86", "triton", True),
-        ("sm_89", "triton", True), ("sm_90", "triton", False), ("sm_103", "triton", False),
-        ("sm_120", "triton", True),
+        ("sm_89", "triton", True), ("sm_90", "triton", False), ("sm_100", "torch", False),
+        ("sm_103", "torch", False), ("sm_110", "torch", False), ("sm_120", "triton", True),
         ("sm_121", "triton", True), ("gfx942", "triton", True), ("gfx1100", "triton", False),
         ("cpu", "torch", False),
     ],

@@ -105,6 +105,14 @@ def test_other_settings_of_one_model(pipe):
     assert math.isfinite(longer.psnr)
 
 
+@pytest.mark.parametrize(("a", "b"), [("heun", "heun"), ("euler", "dpmpp_2m")])
+def test_steps_of_other_samplers_tell_no_velocity(pipe, a, b):
+    options = OPTIONS | {"num_inference_steps": 4}
+    found = compare(pipe, pipe, PROMPTS[:1], (3,), options_b={"sampler": b}, sampler=a, **options)
+    assert (found.steps, found.blocks, found.velocity) == ((), (), None)
+    assert (found.psnr == math.inf) == (a == b)
+
+
 def test_a_is_let_go_before_b_is_loaded():
     made: list[weakref.ref] = []
 

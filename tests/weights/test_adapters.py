@@ -131,13 +131,3 @@ def test_an_adapter_is_shown_with_how_to_use_it(tmp_path, capsys):
     assert "a LoRA for Z-Image" in shown
     assert "--lora FILE[:WEIGHT]" in shown
     assert "1 layers that Z-Image lacks are not used: other.layers.0.attention.xyz" in shown
-
-
-def test_nothing_is_promised_for_a_controlnet(tmp_path, capsys):
-    save_file({"control_all_x_embedder.2-1.weight": torch.ones(64, 64)}, tmp_path / "control.safetensors")
-    for name, title in (("control", "a Z-Image ControlNet"),):
-        assert main(["inspect", str(tmp_path / f"{name}.safetensors")]) == 0
-        shown = capsys.readouterr().out
-        assert title in shown
-        assert "to run" not in shown
-        assert shown.count("cannot be applied by this version") == 1

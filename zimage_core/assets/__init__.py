@@ -15,3 +15,15 @@ DEFAULT = "default"
 def named(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The folder of the embedded model for its name, and any other path as it is."""
     return NANO if os.fspath(path) == DEFAULT and not os.path.lexists(path) else path
+
+PARTS = {"outline": NANO / "outline.safetensors", "edges": NANO / "edges.gguf"}
+"""Name -> file of what was trained for the embedded model: a LoRA and a ControlNet."""
+
+
+def embedded_part(name: str | os.PathLike[str]) -> Path | None:
+    """The file of the embedded model's LoRA or ControlNet of that name; None for any other name.
+
+    A file or folder of this name comes first, as for DEFAULT.
+    """
+    found = PARTS.get(os.fspath(name))
+    return None if found is None or os.path.lexists(name) else found

@@ -26,6 +26,7 @@ from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, printable
 from zimage_core.files.atomic import check_destination, write_atomically
 from zimage_core.files.units import in_seconds
+from zimage_core.sampling.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from zimage_core.study.comparison import Comparison
@@ -66,6 +67,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     other.add_argument("--b-compute", choices=COMPUTE, help="numbers in which B's blocks multiply")
     other.add_argument("--b-steps", type=int, metavar="N", help="steps of B; only images are compared then")
     other.add_argument("--b-guidance", type=float, metavar="X", help="guidance scale of B")
+    other.add_argument("--b-sampler", choices=tuple(SAMPLERS), help="sampler of B")
     other.add_argument("--b-text-encoder", metavar="FILE", help="text encoder of B")
     other.add_argument("--b-vae", metavar="FILE", help="VAE of B")
     output = parser.add_argument_group("output")
@@ -92,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
 
     from zimage_core.study.compare import check_shapes, compare
 
-    of_call = {"num_inference_steps": args.b_steps, "guidance_scale": args.b_guidance}
+    of_call = {"num_inference_steps": args.b_steps, "guidance_scale": args.b_guidance,
+               "sampler": args.b_sampler}  # fmt: skip
     later = {name: value for name, value in of_call.items() if value is not None}
     check_shapes(check_call(a, call, prompts), check_call(b, {**call, **later}, prompts))
     progress = Progress(quiet=args.quiet)
@@ -157,7 +160,7 @@ def _side(args: argparse.Namespace, transformer: str, **own: str | None) -> argp
 
 def _labels(args: argparse.Namespace) -> tuple[str, str]:
     """Labels of A and B: their files, and the options that differ for B."""
-    options = ("b_dtype", "b_compute", "b_steps", "b_guidance", "b_text_encoder", "b_vae")
+    options = ("b_dtype", "b_compute", "b_steps", "b_guidance", "b_sampler", "b_text_encoder", "b_vae")
     changed = [f"{name[2:]}={getattr(args, name)}" for name in options if getattr(args, name) is not None]
     return printable(args.a), printable(" ".join([args.b, *changed]))
 
@@ -185,7 +188,7 @@ def _lines(c: Comparison) -> list[str]:
         lines += ["", "step  noise level  velocity  latents"]
         lines += [f"{s.step + 1:4}  {s.sigma:11.3f}  {s.velocity:8.3%}  {s.latents:7.3%}" for s in c.steps]
     else:
-        lines.append("steps and blocks were not compared: A and B have other noise levels")
+        lines.append("steps and blocks were not compared: A and B have other noise levels, or not euler")
     if c.blocks:
         worst = max(c.blocks, key=lambda block: block.own)
         lines += ["", f"worst block: {worst.block}, {worst.own:.3%} of what it adds in step {worst.step + 1}"]

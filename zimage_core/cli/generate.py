@@ -7,7 +7,9 @@ import json
 import os
 import secrets
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,10 +25,11 @@ from zimage_core.cli.model_options import (
 )
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadArgument, printable
-from zimage_core.files.atomic import check_destination
+from zimage_core.files.atomic import check_destination, write_atomically
 from zimage_core.files.units import in_bytes
 
 if TYPE_CHECKING:
+    from zimage_core.pipeline import ZImagePipeline
     from zimage_core.run.result import ZImageResult
 
 MAX_COUNT = 100_000
@@ -64,6 +67,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     image.add_argument(
         "-n", "--count", type=int, default=1, metavar="N", help="images of each prompt (default: 1)"
     )
+    _add_editing(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o", "--output", metavar="FILE", help="PNG, or a folder with / (default: zimage-SEED.png here)"
@@ -72,9 +76,52 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--no-metadata", action="store_true", help="write no prompt and settings into the PNG"
     )
+    output.add_argument(
+        "--preview",
+        metavar="PNG",
+        help="write a quick look at the image after each step, in place of the last",
+    )
+    output.add_argument(
+        "--taef1", metavar="FILE", help="draw --preview by this decoder, safetensors of TAEF1"
+    )
     output.add_argument("--json", action="store_true", help="print settings, times and memory as JSON")
     output.add_argument("--quiet", action="store_true", help="show no progress")
     parser.set_defaults(run=run)
+
+
+def _add_editing(parser: argparse.ArgumentParser) -> None:
+    editing = parser.add_argument_group("editing", "Begin from an image; docs/editing.md has examples.")
+    editing.add_argument("--image", metavar="FILE", help="image to begin from")
+    editing.add_argument(
+        "--strength", type=float, metavar="X",
+        help="share of the noise levels it goes through, above 0, up to 1 (default: 0.6; 1 with a mask)",
+    )  # fmt: skip
+    editing.add_argument(
+        "--mask", dest="mask_image", metavar="FILE", help="where to paint anew: white; black stays to the bit"
+    )
+    editing.add_argument(
+        "--mask-blur", type=float, metavar="N", help="pixels outside of the mask to blend over"
+    )
+    editing.add_argument(
+        "--outpaint",
+        type=_margins,
+        metavar="L,T,R,B",
+        help="pixels to paint around the image, such as 64,0,64,0",
+    )
+    editing.add_argument(
+        "--hires", type=float, metavar="SCALE",
+        help="make the image, enlarge it by SCALE, paint it anew; --strength says how much (default: 0.6)",
+    )  # fmt: skip
+
+
+def _margins(text: str) -> tuple[int, ...]:
+    """The argument of --outpaint."""
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdigit() and len(part) < 8 for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"got {printable(text, 40)!r}, wanted four numbers such as 64,0,64,0"
+        )
+    return tuple(int(part) for part in parts)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,10 +131,12 @@ def run(args: argparse.Namespace) -> int:
         args.seed = secrets.randbelow(2**32)
     call = call_arguments(args, prompts)
     _check(args, len(prompts))
+    _check_editing(args, call)
     loras = read_loras(args.lora)
     names = _names(args, len(prompts) * args.count)
     for name in names:
         check_destination(name, overwrite=args.force)
+    _check_preview(args, names)
 
     records: list[dict[str, Any]] = []
     try:
@@ -108,18 +157,22 @@ def _make(
 ) -> None:
     """Load the model, draw image after image, write each before the next and add its record."""
     progress = Progress(quiet=args.quiet)
-
-    def on_step(pipe: Any, step: int, _timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
-        progress.step(step + 1, pipe.num_timesteps)
-        return tensors
-
     pipeline = load_pipeline(args, fit=True)
+    show = _previewer(args, pipeline)
+
+    def on_step(pipe: Any, step: int, _timestep: object, tensors: dict[str, Any]) -> None:
+        progress.step(step + 1, pipe.num_timesteps)
+        if show is not None:
+            show(tensors["denoised"])
+
     load_loras(pipeline, loras)
     call["callback_on_step_end"] = on_step
+    draw = pipeline if args.hires is None else partial(pipeline.hires, scale=args.hires)
+    call["callback_on_step_end_tensor_inputs"] = ("denoised",) if show is not None else ()
     for number, path in enumerate(names):
         progress.start(f"image {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
         call["seed"] = (args.seed + number) % 2**64
-        result = cast("ZImageResult", pipeline(prompts[number // args.count], **call))
+        result = cast("ZImageResult", draw(prompts[number // args.count], **call))
         progress.finish()
         result.save(path, force=args.force, metadata=not args.no_metadata)
         if args.profile is not None and result.memory is not None:
@@ -132,6 +185,30 @@ def _make(
             progress.say(_summary(result))
             for line in result.memory.summary() if result.memory is not None else ():
                 progress.say(line)
+
+
+def _previewer(args: argparse.Namespace, pipeline: ZImagePipeline) -> Callable[[Any], None] | None:
+    """The function that writes --preview from latents; None without the option."""
+    if args.preview is None:
+        return None
+    from zimage_core.files.png import encode
+    from zimage_core.preview import Preview
+
+    preview = Preview(pipeline, args.taef1)
+    return lambda latents: write_atomically(args.preview, encode(preview(latents)), overwrite=True)
+
+
+def _check_preview(args: argparse.Namespace, names: list[Path]) -> None:
+    """Refuse a preview that cannot be written, or would take the place of an image."""
+    if args.preview is None:
+        if args.taef1 is not None:
+            raise BadArgument("--taef1 goes with --preview PNG: it draws previews, the VAE draws images")
+        return
+    check_destination(args.preview, overwrite=args.force)
+    if Path(args.preview).suffix.lower() != ".png":
+        raise BadArgument(f"--preview {printable(args.preview)}: wanted a name that ends in .png")
+    if Path(args.preview).resolve() in {name.resolve() for name in names}:
+        raise BadArgument(f"--preview {printable(args.preview)}: this is the name of an image, give another")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -154,6 +231,29 @@ def _check(args: argparse.Namespace, prompts: int) -> None:
             raise BadArgument("--profile shows one run; ask for one image")
         check_destination(args.profile, args.force)
     check_model(args)
+
+
+def _check_editing(args: argparse.Namespace, call: dict[str, Any]) -> None:
+    """Refuse an image that cannot be read, and options that lack another, before anything is loaded."""
+    from zimage_core.run import edits
+    from zimage_core.run.request import Request
+
+    request = Request(**call)
+    if args.hires is not None:
+        from zimage_core.run.checks import real
+        from zimage_core.run.image_calls import MAX_SCALE
+
+        real("--hires", args.hires, 1, MAX_SCALE)
+        for name in ("image", "mask_image", "outpaint"):
+            if name in call:
+                raise BadArgument(f"--hires makes its own image; leave --{name.partition('_')[0]} out")
+        request = Request(**{name: value for name, value in call.items() if name != "strength"})
+    edits.check(request)
+    for name in ("image", "mask_image"):
+        if name in call:
+            from zimage_core.editing.images import open_images
+
+            open_images(call[name], f"--{name.partition('_')[0]}")
 
 
 def _names(args: argparse.Namespace, count: int) -> list[Path]:

@@ -12,6 +12,7 @@ from zimage_core.cli.hardware import device_options, settle_threads
 from zimage_core.cli.messages import say
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, printable
+from zimage_core.sampling.samplers import SAMPLERS, SCHEDULES
 
 if TYPE_CHECKING:
     from zimage_core.pipeline import ZImagePipeline
@@ -104,6 +105,15 @@ def add_image(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "(default: the model's, else 3)",
     )
     image.add_argument(
+        "--sampler",
+        choices=tuple(SAMPLERS),
+        help="method of the steps (default: euler); heun runs twice a step",
+    )
+    image.add_argument("--schedule", choices=SCHEDULES, help="grid of the noise levels (default: linear)")
+    image.add_argument(
+        "--variety", type=float, metavar="X", help="let images of one prompt differ more; 0.1 is usual"
+    )
+    image.add_argument(
         "--negative", dest="negative_prompt", metavar="TEXT", help="what not to draw; only with guidance"
     )
     image.add_argument(
@@ -169,6 +179,7 @@ def call_arguments(args: argparse.Namespace, prompts: Sequence[str]) -> dict[str
         checks.whole("num_inference_steps", call["num_inference_steps"], 1, MAX_STEPS)
     if "max_sequence_length" in call:
         checks.whole("max_sequence_length", call["max_sequence_length"], 1, MAX_LENGTH)
+    checks.real("variety", call.get("variety", 0.0), 0, checks.MAX_VARIETY)
     for prompt in (*prompts, call.get("negative_prompt", "")):
         checks.prompts("prompt", prompt)
     return call

@@ -76,6 +76,7 @@ class Job:
         compute: In which numbers the blocks multiply: "exact", "bfloat16" or "int8".
         threads: Threads of a CPU.
         encoder_compute: The same of the text encoder; None for `compute`.
+        image: Whether the run begins from an image, which the VAE encodes before the first step.
 
     Raises:
         BadArgument: A size or number is out of range.
@@ -85,13 +86,14 @@ class Job:
         self, sizes: Sizes, width: int, height: int, images: int = 1, caption_tokens: int = 128,
         rates: Rates | None = None, guidance: bool = False, steps: int = 8, kernels: bool = True,
         workspace: int | None = None, compute: str = "exact", threads: int = int8_plan.THREADS,
-        encoder_compute: str | None = None,
+        encoder_compute: str | None = None, image: bool = False,
     ) -> None:  # fmt: skip
         self.sizes, self.rates, self.dtype = sizes, rates or known("sm_86"), sizes.dtype
         self.width, self.height, self.images, self.caption = width, height, images, caption_tokens
         self.guidance, self.steps, self.kernels = guidance, steps, kernels
         self.compute, self.int8, self.threads = compute, compute == "int8", threads
         self.encoder_compute = encoder_compute or compute
+        self.image = image
         self.captions = 2 if guidance else 1
         self.net, self.encoder, self.vae = sizes.transformer, sizes.text_encoder, sizes.vae
         net, encoder, vae = self.net.config, self.encoder.config, self.vae.config
@@ -300,7 +302,7 @@ class Job:
         def floor(width: int, height: int) -> int:
             rest = (
                 self.rates, self.guidance, self.steps, self.kernels, self.workspace, self.compute,
-                self.threads, self.encoder_compute,
+                self.threads, self.encoder_compute, self.image,
             )  # fmt: skip
             return Job(self.sizes, width, height, self.images, self.caption, *rest).floor()
 

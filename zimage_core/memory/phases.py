@@ -151,8 +151,9 @@ class PhaseManager:
         self._segments = Segments(self.device)
 
     def begin(
-        self, *, width: int, height: int, images: int, caption_tokens: int, guidance: bool, steps: int
-    ) -> Plan:
+        self, *, width: int, height: int, images: int, caption_tokens: int, guidance: bool, steps: int,
+        image: bool = False,
+    ) -> Plan:  # fmt: skip
         """Plan a run and follow that plan from now on.
 
         Args:
@@ -162,6 +163,7 @@ class PhaseManager:
             caption_tokens: Tokens of the longest caption.
             guidance: Whether there is a negative side.
             steps: Steps of the run.
+            image: Whether it begins from an image, which the VAE encodes.
 
         Raises:
             OverBudget: The budget does not hold the least that this image needs.
@@ -172,7 +174,7 @@ class PhaseManager:
         job = Job(
             self._with_adapters(width, height, caption_tokens), width, height, images, caption_tokens,
             rates, guidance, steps, kernels, workspace,
-            self._compute("transformer"), torch.get_num_threads(), self._compute("text_encoder"),
+            self._compute("transformer"), torch.get_num_threads(), self._compute("text_encoder"), image,
         )  # fmt: skip
         ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
         plan = plan_on_cpu(job, ram) if self.device.type == "cpu" else plan_job(job, self._vram(job), ram)
@@ -209,7 +211,14 @@ class PhaseManager:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Inside, the network of "encode", "denoise" or "decode" is ready to run."""
+        """Inside, the network of "encode", "denoise" or "decode" is ready to run.
+
+        In "image" it is the VAE's encoder, in the memory that is planned for decoding, which takes more.
+        """
+        if name == "image":
+            with self._image_phase():
+                yield
+            return
         plan = self._plan
         if plan is None:
             plan = self.begin(**OUTSIDE_A_RUN)
@@ -228,6 +237,21 @@ class PhaseManager:
                     self._evict(component.name)
                 elif component.name in self._loaded:
                     self._holder(component.name).seal()
+
+    @contextmanager
+    def _image_phase(self) -> Iterator[None]:
+        plan = self._plan or self.begin(**OUTSIDE_A_RUN, image=True)
+        encoder = None
+        with self._segments.limit(plan.vram, sum(self._held.values())):
+            try:
+                ring = Ring(device_for(self.device), plan.ring)
+                encoder = load(self._vae.encoder.modules(), ring, maps_of(self._opened["vae"].file))
+                self._reserve(plan.phase("decode"))
+                yield
+            finally:
+                release_scratch(self.device)
+                if encoder is not None:
+                    encoder.restore()
 
     def report(self) -> MemoryReport | None:
         """What the run that ended did; None before the first."""

@@ -120,14 +120,16 @@ def _all_resident(job: Job, vram: int | None, floor: int) -> Plan | None:
     host = [0 if vram is None else part.host for part in parts]
     staying = [part.nbytes - apart for part, apart in zip(parts, host, strict=True)]
     weights = sum(staying)
-    most = weights + max(job.around(name, live[name]) for name in PHASES)
+    # an image is encoded in the decoder's memory, with the VAE's encoder beside all that stays
+    extra = {"encode": 0, "denoise": 0, "decode": host[2] if job.image else 0}
+    most = weights + max(job.around(name, live[name]) + extra[name] for name in PHASES)
     if vram is not None and most > vram:
         return None
     planes = job.planes()
     if vram is not None and most + planes > vram:
         planes = 0
     phases = tuple(
-        job.phase(name, own, 0, live[name], weights - own, planes)
+        job.phase(name, own, 0, live[name], weights - own + extra[name], planes)
         for name, own in zip(PHASES, staying, strict=True)
     )
     components = tuple(

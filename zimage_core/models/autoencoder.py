@@ -15,7 +15,7 @@ from zimage_core.config import AutoencoderConfig
 from zimage_core.errors import BadArgument, BadShape, printable
 from zimage_core.models.ported import Network
 from zimage_core.models.vae_blocks import Decoder, Encoder
-from zimage_core.models.vae_tiles import TILE, decode_tiled
+from zimage_core.models.vae_tiles import TILE, decode_tiled, encode_tiled
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -26,8 +26,8 @@ class Autoencoder(Network):
     """Flux-style variational autoencoder.
 
     Latents here are the VAE's own; the transformer sees (z - shift_factor) * scaling_factor, which the
-    pipeline computes. If `tile` is set, `decode` uses tiles with sides of that many latents, which takes less
-    memory; the image is the same up to rounding, see `vae_tiles`.
+    pipeline computes. If `tile` is set, `decode` and `encode` use tiles with sides of that many latents,
+    which takes less memory; the result is the same up to rounding, see `vae_tiles`.
     """
 
     loader = "load_vae"
@@ -75,8 +75,15 @@ class Autoencoder(Network):
     def disable_slicing(self) -> None:
         """For code written for diffusers: does nothing."""
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(
+        self, x: Tensor, tile: int | None = None, keep: torch.device | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x [B, 3, H, W] in [-1, 1] -> mean and log-variance [B, latent_channels, H / 8, W / 8].
+
+        Args:
+            x: Images.
+            tile: Side of a tile in latents, instead of the attribute `tile`.
+            keep: Device of the maps of the whole image, if there are tiles; see `vae_tiles.encode_tiled`.
 
         Raises:
             BadShape: H or W is not a multiple of the spatial factor.
@@ -88,7 +95,9 @@ class Autoencoder(Network):
                 f"with H and W multiples of {factor}"
             )
         x = x.to(self.dtype).contiguous(memory_format=_layout(x))
-        mean, logvar = self.encoder(x).chunk(2, dim=1)
+        tile = tile or self.tile
+        out: Tensor = self.encoder(x) if tile is None else encode_tiled(self.encoder, x, tile, keep)
+        mean, logvar = out.chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None, return_dict: bool = True) -> Any:

@@ -249,6 +249,7 @@ class ZImageTransformer(Network):
         t: Tensor,
         cap_feats: Sequence[Tensor],
         return_dict: bool = True,
+        after: After | None = None,
         **others: Any,
     ) -> Estimates | tuple[Estimates]:
         """Run each image alone, in order.
@@ -261,6 +262,7 @@ class ZImageTransformer(Network):
             t: Times in [0, 1], float32 [len(x)].
             cap_feats: Hidden states of the text encoder, each [L, cap_feat_dim], without padding.
             return_dict: False returns (list,), as in diffusers.
+            after: As for `predict`; one function for all images.
             others: Further arguments of diffusers; only None, empty values and this model's patch sizes are
                 taken.
 
@@ -283,7 +285,7 @@ class ZImageTransformer(Network):
         for latent, time, caption in zip(x, t.flatten().tolist(), cap_feats, strict=True):
             self._check_latent(latent)
             prepared = self.prepare([caption], [time], (latent.shape[-2], latent.shape[-1]))
-            out.append(self.step(latent[:, 0].to(self.dtype), prepared, 0).unsqueeze(1))
+            out.append(self.step(latent[:, 0].to(self.dtype), prepared, 0, after=after).unsqueeze(1))
         return out if return_dict else (out,)
 
     def prepare(self, captions: Sequence[Tensor], times: Sequence[float], size: tuple[int, int]) -> Prepared:
@@ -318,7 +320,13 @@ class ZImageTransformer(Network):
         return Prepared(tuple(captions), tuple(times), texts, ropes, blocks, final)
 
     def step(
-        self, latent: Tensor, prepared: Prepared, i: int, caption: int = 0, predict: Predict | None = None
+        self,
+        latent: Tensor,
+        prepared: Prepared,
+        i: int,
+        caption: int = 0,
+        predict: Predict | None = None,
+        after: After | None = None,
     ) -> Tensor:
         """Estimate (clean - noise) of one image in step i.
 
@@ -328,13 +336,16 @@ class ZImageTransformer(Network):
             i: Index of the prepared time.
             caption: Index of the prepared caption.
             predict: Function to call instead of `predict`, such as one that replays a graph.
+            after: As for `predict`; with it, `predict` itself is called, since no graph repeats it.
 
         Returns:
             [in_channels, h, w].
         """
-        predict = self.predict if predict is None else predict
         cos, sin = prepared.rotations[caption]
-        return predict(latent, prepared.texts[caption], cos, sin, prepared.blocks[i], prepared.final[i])
+        values = (latent, prepared.texts[caption], cos, sin, prepared.blocks[i], prepared.final[i])
+        if after is not None:
+            return self.predict(*values, after)
+        return (self.predict if predict is None else predict)(*values)  # empty graphs are falsy
 
     def predict(
         self,

@@ -153,6 +153,10 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for block in self.down_blocks:
             h = block(h)
+        return self.end(h)
+
+    def end(self, h: Tensor) -> Tensor:
+        """The last map [B, C, h, w] -> [B, 2 * latent_channels, h, w]."""
         out: Tensor = self.conv_out(nn.functional.silu(self.conv_norm_out(self.mid_block(h))))
         return out
 

@@ -1,4 +1,4 @@
-"""Runs the VAE's decoder in tiles: up to rounding the image of the whole decoder, in less memory.
+"""Runs the VAE's decoder or encoder in tiles: up to rounding what the whole one gives, in less memory.
 
 Tiles that are decoded separately differ in tone, because each GroupNorm then uses the mean and variance of
 its tile instead of the image's, and blending only hides that. Here all tiles pass through the decoder layer
@@ -20,7 +20,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from zimage_core.models.vae_blocks import Decoder, ResnetBlock, UpBlock, Upsample
+from zimage_core.models.vae_blocks import (
+    Decoder,
+    DownBlock,
+    Downsample,
+    Encoder,
+    ResnetBlock,
+    UpBlock,
+    Upsample,
+)
 
 TILE = 32
 """Default side of a tile in latents: 256 pixels. Larger tiles are hardly faster."""
@@ -123,6 +131,67 @@ def _decode_one(decoder: Decoder, z: Tensor, tiles: list[Tile], keep: torch.devi
         rows, columns = t.new
         out[..., rows, columns] = _inner(decoder.conv_out(_framed(x.read(t, 1), t, scale, shift)), t)
     return out
+
+
+@torch.no_grad()
+def encode_tiled(encoder: Encoder, x: Tensor, tile: int, keep: torch.device | None = None) -> Tensor:
+    """Compute `encoder(x)` up to rounding, one image and one tile at a time.
+
+    Args:
+        encoder: The encoder; its modules are called, so hooks on them see every tile.
+        x: Images.
+        tile: Side of a tile in latents, at least 1.
+        keep: Device of the maps of the whole image; default: that of x.
+
+    Shape:
+        x [B, 3, 8 h, 8 w] -> [B, 2 * latent_channels, h, w].
+    """
+    factor = 2 ** (len(encoder.down_blocks) - 1)
+    tiles = layout(x.shape[2] // factor, x.shape[3] // factor, tile)
+    if len(tiles) == 1:
+        found = [encoder(x[i : i + 1]) for i in range(len(x))]
+    else:
+        large = [t.times(factor) for t in tiles]
+        found = [_encode_one(encoder, x[i : i + 1], large, keep or x.device) for i in range(len(x))]
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def _encode_one(encoder: Encoder, image: Tensor, tiles: list[Tile], keep: torch.device) -> Tensor:
+    x, given = _Map(image, image.device), encoder.conv_in
+    first = torch.empty(
+        (1, given.out_channels, *x.size), dtype=image.dtype, device=keep, memory_format=torch.channels_last
+    )
+    for t in tiles:
+        rows, columns = t.new
+        part = x.read(t, 1)
+        frame, inside = _frame(part, t, t.bottom - t.top + 2, t.right - t.left + 2)
+        inside.copy_(part)
+        first[..., rows, columns] = _inner(given(frame), t)
+    x = _Map(first, image.device)
+    del first
+    for block in cast(list[DownBlock], encoder.down_blocks):
+        for resnet in block.resnets:
+            x = _residual(cast(ResnetBlock, resnet), x, tiles)
+        for down in block.downsamplers:
+            tiles = [t.halved() for t in tiles]
+            x = _halved_map(cast(Downsample, down), x, tiles)
+    return encoder.end(x.data.to(image.device))
+
+
+def _halved_map(down: Downsample, x: _Map, tiles: list[Tile]) -> _Map:
+    """`down(x)`, whose tiles are given."""
+    size = tuple(side // 2 for side in x.size)
+    data = torch.empty(
+        (1, down.conv.out_channels, *size),
+        dtype=x.data.dtype, device=x.data.device, memory_format=torch.channels_last,
+    )  # fmt: skip
+    for t in tiles:
+        rows, columns = t.new
+        # one more row and column of the neighbours than the module pads, where there are neighbours
+        part = x.data[..., 2 * rows.start : 2 * rows.stop + 2, 2 * columns.start : 2 * columns.stop + 2]
+        out = down(part.to(x.device))
+        data[..., rows, columns] = out[..., : rows.stop - rows.start, : columns.stop - columns.start]
+    return _Map(data, x.device)
 
 
 class _Map:

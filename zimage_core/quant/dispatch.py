@@ -77,9 +77,9 @@ class Architecture:
 
 # Assumed, not measured: rates are a usual fraction of the peak in data sheets; efficiencies are estimated
 # from the kernel's instructions and the time that its tensor-core work leaves for them (docs/kernels.md).
-# int8: the peak without sparsity, times 0.62 for Hopper's asynchronous products without TMA, 0.5 for
-# Blackwell's and for AMD, 0.65 for A100, 0.75 elsewhere: there a product takes five times as long as what is
-# issued around it.
+# int8: the peak without sparsity, times 0.62 for Hopper's asynchronous products without TMA, 0.5 for AMD and
+# for sm_100, whose product by torch nobody has measured, 0.65 for A100, 0.75 elsewhere: there a product takes
+# five times as long as what is issued around it.
 ARCHITECTURES = {
     "sm_50": Architecture(8e12, 0.3e12, 0),  # no tensor cores, no Triton: float16 at the rate of float32
     "sm_70": Architecture(80e12, 0.75e12, 0),  # no tensor cores for int8
@@ -98,6 +98,9 @@ ARCHITECTURES = {
     "gfx1201": Architecture(120e12, 0.58e12, 0.6, 195e12),
 }
 
+
+INT8_BY_TORCH = ("sm_100", "sm_103")
+"""Where torch multiplies int8 though Triton could: before 3.8 it emits mma of single warps, not tcgen05."""
 
 INT8_SPREAD = 0.2
 """How far the rate of int8 products may be from what is assumed."""
@@ -204,17 +207,18 @@ def int8_gain(architecture: str) -> float:
 
 
 def int8_product(architecture: str) -> str:
-    """What multiplies int8 on a GPU: "triton", or "torch" where Triton emits no tensor-core code.
+    """What multiplies int8 on a GPU: "triton", or "torch" where Triton uses no tensor cores or old ones.
 
     Raises:
         Unsupported: The GPU has no fast int8 product.
     """
     if architecture == "cpu":
         return "torch"
-    arch = ARCHITECTURES[family(architecture)]
+    name = family(architecture)
+    arch = ARCHITECTURES[name]
     if not arch.int8_ops:
         raise Unsupported(f'{architecture} multiplies no int8; use compute="exact"')
-    return "triton" if arch.efficiency else "torch"
+    return "triton" if arch.efficiency and name not in INT8_BY_TORCH else "torch"
 
 
 def int8_attention(architecture: str, tokens: int, head_dim: int, dtype: str) -> bool:

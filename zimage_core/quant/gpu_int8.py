@@ -1,4 +1,4 @@
-"""Products of int8 rows on a GPU, by Triton kernels or by torch where those have no tensor cores; attention.
+"""Products of int8 rows on a GPU, by Triton kernels or by torch (`dispatch.int8_product`); attention.
 
 A weight that is packed, or dense, is quantised into the scratch of `quant.gpu` before each product: a program
 decodes a row, rotates it and finds its scale without writing it in between. Where no kernel runs, plain torch

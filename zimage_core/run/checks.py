@@ -21,9 +21,10 @@ MAX_BATCH_PIXELS = 256 * 1024 * 1024
 """Most pixels of one call: 256 images of 1024 x 1024, which take 3.2 GB in float32."""
 MAX_IMAGES = 1024
 MAX_GUIDANCE = 30.0
+MAX_VARIETY = 100.0
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "denoised")
 
 Embeds = Sequence[torch.Tensor]
 StepCallback = Callable[[Any, int, torch.Tensor, dict[str, Any]], "dict[str, Any] | None"]
@@ -147,6 +148,11 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise BadArgument(f"{name}: got {shown(value)}, wanted one of {', '.join(allowed)}")
     return value
+
+
+def named(name: str, value: Any, default: str, allowed: Sequence[str]) -> str:
+    """Return one of the allowed values; None stands for the default."""
+    return default if value is None else choice(name, value, allowed)
 
 
 def callback(function: Any, names: Any) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from zimage_core.nn.layers import has_hooks
 from zimage_core.run import checks
 from zimage_core.run.nonfinite import explain, watch
 from zimage_core.run.request import Run
-from zimage_core.sampling.euler import network_time, sample
+from zimage_core.sampling import samplers
+from zimage_core.sampling.euler import network_time
 from zimage_core.sampling.guidance import guide, scale_at
+from zimage_core.sampling.noise import StepNoise
 
 
 class Denoiser:
-    """The function that `euler.sample` calls: all images of a run, with the positive and the negative side.
+    """The function that a sampler calls: all images of a run, with the positive and the negative side.
 
     What the steps have in common is computed in the first step, and again after captions were replaced.
 
@@ -43,8 +46,14 @@ class Denoiser:
         self.captions = {"prompt_embeds": list(positive), "negative_prompt_embeds": list(negative)}
         self.scale = run.guidance_scale
         self.last: tuple[Tensor, Tensor, int] | None = None
+        self.estimate: Tensor | None = None
         self._run, self._predict = run, predict
         self._prepared: Prepared | None = None
+        self._controls = None
+        if run.controls:
+            from zimage_core.control.apply import Controls
+
+            self._controls = Controls(transformer, run.controls)
 
     def replace(self, name: str, captions: list[Tensor]) -> None:
         """Use other caption features from now on; `name` is "prompt_embeds" or "negative_prompt_embeds"."""
@@ -54,10 +63,16 @@ class Denoiser:
     def __call__(self, latents: Tensor, time: Tensor, step: int) -> Tensor:
         """latents [B, C, h, w] float32, time [] float32 -> estimate of clean - noise [B, C, h, w] float32."""
         self.last = (latents, time, step)
-        if self._run.debug:
-            with watch(self.transformer, "transformer"):
-                return self._estimate(latents, time, step)
-        return self._estimate(latents, time, step)
+        with watch(self.transformer, "transformer") if self._run.debug else nullcontext():
+            self.estimate = self._estimate(latents, time, step)
+        return self.estimate
+
+    def denoised(self) -> Tensor:
+        """The clean latents [B, C, h, w] float32 that follow from the latest call."""
+        if self.last is None or self.estimate is None:
+            raise BadArgument("denoised: the network has not been called yet")
+        latents, _, step = self.last
+        return latents + self._run.sigmas[step] * self.estimate
 
     def _estimate(self, latents: Tensor, time: Tensor, step: int) -> Tensor:
         run = self._run
@@ -70,14 +85,17 @@ class Denoiser:
         members = latents.to(self.transformer.dtype)
         whole = has_hooks(self.transformer)  # they see the network's own call, which prepares each step anew
 
-        def one(member: Tensor, caption: int) -> Tensor:
+        def one(member: Tensor, image: int, caption: int) -> Tensor:
+            controls = self._controls
+            after = None if controls is None else controls.after(prepared, step, image, caption)
             if not whole:
-                return self.transformer.step(member, prepared, step, caption, self._predict)
-            out: Tensor = self.transformer([member[:, None]], time, [prepared.captions[caption]])[0]
+                return self.transformer.step(member, prepared, step, caption, self._predict, after)
+            captions = [prepared.captions[caption]]
+            out: Tensor = self.transformer([member[:, None]], time, captions, after=after)[0]
             return out[:, 0]
 
         def side(first: int) -> list[Tensor]:
-            return [one(member, first + i).float() for i, member in enumerate(members)]
+            return [one(member, i, first + i).float() for i, member in enumerate(members)]
 
         out, scale = side(0), scale_at(float(time), self.scale, run.cfg_truncation)
         if scale > 0:
@@ -120,14 +138,21 @@ def denoise(
         nonlocal done
         done = step + 1
         after_step()
+        if run.edit is not None:
+            latents = run.edit.after_step(latents, run.sigmas[step + 1])
         if run.callback is not None:
             latents = call_back(pipe, run, denoiser, step, timestep, latents)
             after_callback()
         return latents
 
     try:
-        start = run.latents.to(denoiser.transformer.device)
-        return sample(denoiser, start, run.sigmas, step_end, lambda: bool(pipe._interrupt))
+        start = run.latents if run.edit is None else run.edit.start(run.latents, run.sigmas[0])
+        start = start.to(denoiser.transformer.device)
+        stochastic = samplers.SAMPLERS[run.sampler].stochastic
+        more = {"noise": StepNoise(run.later_seeds)} if stochastic else {}
+        sample = samplers.find(run.sampler)
+        out: Tensor = sample(denoiser, start, run.sigmas, step_end, lambda: bool(pipe._interrupt), **more)
+        return out
     except NonFinite as error:
         if denoiser.last is None:
             raise
@@ -151,6 +176,8 @@ def call_back(
     if run.callback is None:
         return latents
     tensors = {"latents": latents, **denoiser.captions}
+    if "denoised" in run.callback_tensors:
+        tensors["denoised"] = denoiser.denoised()
     out = run.callback(pipe, step, timestep, {name: tensors[name] for name in run.callback_tensors})
     denoiser.scale = checks.real("guidance_scale", pipe.guidance_scale, 0, checks.MAX_GUIDANCE)
     if denoiser.scale > 0 and not denoiser.captions["negative_prompt_embeds"]:

@@ -34,7 +34,9 @@ tensors, scratch, workspaces of libraries."""
 OURS = ("zimage_core", "torch")
 """Packages whose modules do in every step what they did when it was recorded."""
 
-_USES: dict[str, Use] = {"encode": "text encoder", "denoise": "transformer", "decode": "VAE"}
+_USES: dict[str, Use] = {
+    "encode": "text encoder", "image": "VAE", "denoise": "transformer", "decode": "VAE",
+}  # fmt: skip
 
 Networks = Mapping[str, Any]
 """The pipeline's current transformer, text_encoder and vae by name."""
@@ -199,7 +201,7 @@ class Placement:
             self.memory.check_networks(networks)
             self.memory.begin(
                 width=run.width, height=run.height, images=images, caption_tokens=caption_tokens,
-                guidance=guided, steps=run.steps,
+                guidance=guided, steps=run.steps, image=run.edit is not None and run.edit.encodes,
             )  # fmt: skip
         elif networks["transformer"].compute == "int8":
             transformer, vae = networks["transformer"], networks.get("vae")
@@ -213,7 +215,7 @@ class Placement:
 
     @contextmanager
     def phase(self, name: str, network: Any) -> Iterator[None]:
-        """Context in which the network of "encode", "denoise" or "decode" is on the device.
+        """Context in which the network of "encode", "image", "denoise" or "decode" is on the device.
 
         torch's settings are those that the network needs there; see `nn.attention.settings`.
         """

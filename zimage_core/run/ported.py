@@ -17,6 +17,7 @@ from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.ported import refuse
 from zimage_core.run.checks import CALLBACK_TENSORS
 from zimage_core.run.components import check_kind, require
+from zimage_core.run.placement import Placement
 
 Self = TypeVar("Self", bound="Ported")
 
@@ -33,6 +34,8 @@ class Ported:
     _interrupt: bool
     _guidance_scale: float
     _num_timesteps: int
+    _placement: Placement
+    _running: dict[str, object]
 
     def __getattr__(self, name: str) -> Any:
         refuse(self, name)
@@ -41,13 +44,18 @@ class Ported:
     def from_pipe(cls: type[Self], pipeline: Any, **changes: Any) -> Self:
         """A second pipeline that shares the components of a first one; `changes` are other components.
 
+        A memory budget holds for both, if nothing is changed; they then serve one run at a time together.
+
         Raises:
             BadArgument: The pipeline is none of this library.
         """
         if not isinstance(pipeline, Ported):
             kind = type(pipeline).__name__
             raise BadArgument(f"from_pipe: got {kind}, wanted a ZImagePipeline of zimage_core")
-        return cls(**{**pipeline.components, **changes})
+        made = cls(**{**pipeline.components, **changes})
+        if not changes and pipeline._placement.memory is not None:
+            made._placement, made._running = pipeline._placement, pipeline._running
+        return made
 
     @classmethod
     def from_single_file(

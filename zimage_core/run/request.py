@@ -10,9 +10,9 @@ import torch
 
 from zimage_core.config import AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, Unsupported
-from zimage_core.run import checks
+from zimage_core.run import checks, edits
 from zimage_core.run.checks import MAX_IMAGES, StepCallback, real, whole
-from zimage_core.sampling import noise
+from zimage_core.sampling import noise, samplers
 from zimage_core.sampling.schedule import BASE_SHIFT, MAX_STEPS, FlowMatchEulerScheduler
 from zimage_core.text.prompt import DEFAULT_LENGTH, MAX_LENGTH
 
@@ -183,6 +183,7 @@ class Run:
         sampler: Name of the method that follows the velocity.
         schedule: Name of the noise levels' grid.
         variety: How far each image's caption features are moved.
+        later_seeds: The seed of each image for what is drawn after its starting noise; empty if nothing is.
         edit: What is made of a given image; None for text to image.
         controls: Control images with what follows them.
     """
@@ -207,6 +208,7 @@ class Run:
     sampler: str = "euler"
     schedule: str = "linear"
     variety: float = 0.0
+    later_seeds: tuple[int, ...] = ()
     edit: Any = None
     controls: tuple[Any, ...] = ()
 
@@ -234,24 +236,27 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
     usual = limits.defaults(request.shift)
     scale = checks.guidance(request.guidance_scale, request.cfg, usual.guidance)
     multiple = limits.factor * limits.patch
+    given, size = edits.given(request, limits), (request.height, request.width)
+    if given is not None:
+        size = given.size(*size, (multiple * limits.rows, multiple * limits.cols, checks.MAX_PIXELS))
     height, width = (
         checks.side(name, limits.sample_size if value is None else value, multiple, multiple * most)
-        for name, value, most in (
-            ("height", request.height, limits.rows),
-            ("width", request.width, limits.cols),
-        )
+        for name, value, most in zip(("height", "width"), size, (limits.rows, limits.cols), strict=True)
     )
     checks.area(height, width, 1)
     steps = usual.steps if request.num_inference_steps is None else request.num_inference_steps
     steps = whole("num_inference_steps", steps, 1, MAX_STEPS)
-    if request.sigmas is None:
-        sigmas = scheduler.levels(steps)
-    else:
-        sigmas = scheduler.shifted(checks.levels(request.sigmas))
+    sampler = checks.named("sampler", request.sampler, "euler", tuple(samplers.SAMPLERS))
+    schedule = checks.named("schedule", request.schedule, "linear", samplers.SCHEDULES)
+    sigmas = _levels(scheduler, schedule, steps, request)
     batch = make_batch(request, scale > 0, limits.caption_width)
     checks.area(height, width, batch.images)
     shape = (batch.images, limits.channels, height // limits.factor, width // limits.factor)
-    seeds, latents = _start(shape, request)
+    seeds, latents, edit = _start(shape, request, given, len(sigmas) - 1)
+    if edit is not None:
+        sigmas = sigmas[edit.first :]
+    variety = real("variety", request.variety, 0, checks.MAX_VARIETY)
+    later = _later_seeds(seeds, request) if variety or samplers.SAMPLERS[sampler].stochastic else ()
     truncation, function = request.cfg_truncation, request.callback_on_step_end
     return Run(
         batch=batch,
@@ -270,7 +275,12 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
         callback_tensors=checks.callback(function, request.callback_on_step_end_tensor_inputs),
         encoding=encoding(request),
         debug=bool(request.debug),
-        remarks=_remarks(usual.distilled, scale, request),
+        sampler=sampler,
+        schedule=schedule,
+        variety=variety,
+        later_seeds=later,
+        remarks=(*_remarks(usual.distilled, scale, request), *(() if edit is None else edit.remarks())),
+        edit=edit,
     )
 
 
@@ -343,19 +353,49 @@ def _repeated(members: list[Member] | None, times: int) -> list[Member] | None:
     return None if members is None else [member for member in members for _ in range(times)]
 
 
-def _start(shape: tuple[int, int, int, int], request: Request) -> tuple[tuple[int | None, ...], torch.Tensor]:
-    """Seeds and noise, from the seed, the generator or the latents of the request."""
+def _start(
+    shape: tuple[int, int, int, int], request: Request, given: Any, steps: int
+) -> tuple[tuple[int | None, ...], torch.Tensor, Any]:
+    """Seeds and noise, from the seed, generator or latents of the request; and what edits its image."""
     seed, generator = checks.seed(request.seed, request.generator), request.generator
-    none = (None,) * shape[0]
+    latents, own = None, generator is None
     if request.latents is not None:
         if seed is not None:
             raise BadArgument("seed and latents both choose the noise: give one")
-        return none, checks.latents(request.latents, shape)
-    if generator is not None:
-        return none, noise.from_generator(shape, generator)
-    first = noise.fresh_seed() if seed is None else seed
-    seeds = tuple((first + i) % (noise.MAX_SEED + 1) for i in range(shape[0]))
-    return seeds, noise.from_seeds(shape, seeds)
+        latents = checks.latents(request.latents, shape)
+    seeds: tuple[int | None, ...] = (None,) * shape[0]
+    if generator is None:
+        if latents is not None and given is None:
+            return seeds, latents, None
+        first = noise.fresh_seed() if seed is None else seed
+        drawn = tuple((first + i) % (noise.MAX_SEED + 1) for i in range(shape[0]))
+        generator = [torch.Generator().manual_seed(each) for each in drawn]
+        seeds = drawn if latents is None else seeds
+    if given is None:
+        return seeds, noise.from_generator(shape, generator) if latents is None else latents, None
+    edit = edits.make_edit(request, given, shape, generator, own, latents, steps)
+    return seeds, edit.noise if latents is None else latents, edit
+
+
+def _levels(
+    scheduler: FlowMatchEulerScheduler, schedule: str, steps: int, request: Request
+) -> tuple[float, ...]:
+    """The noise levels of a schedule, or the caller's own."""
+    if request.sigmas is not None:
+        if request.schedule is not None:
+            raise BadArgument("sigmas and schedule both choose the noise levels: give one")
+        return scheduler.shifted(checks.levels(request.sigmas))
+    if schedule == "linear":
+        return scheduler.levels(steps)
+    from zimage_core.sampling.schedules import levels
+
+    return levels(schedule, scheduler, steps)
+
+
+def _later_seeds(seeds: tuple[int | None, ...], request: Request) -> tuple[int, ...]:
+    """Seeds of what is drawn after the starting noise: the images' own, where they have some."""
+    known = tuple(seed for seed in seeds if seed is not None)
+    return known or noise.drawn_seeds(len(seeds), request.generator)
 
 
 def _remarks(distilled: bool, scale: float, request: Request) -> tuple[str, ...]:
@@ -371,4 +411,6 @@ def _remarks(distilled: bool, scale: float, request: Request) -> tuple[str, ...]
         )
     if scale == 0 and request.negative_prompt:
         remarks.append("negative_prompt has no effect at guidance_scale=0")
+    if request.shift is not None and request.schedule in samplers.UNSHIFTED:
+        remarks.append(f"shift has no effect on schedule={request.schedule!r}, which states noise levels")
     return tuple(remarks)

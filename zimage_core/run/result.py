@@ -177,7 +177,7 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
         "program": "zimage_core",
         "version": f"zimage_core {__version__}",
         "steps": run.steps,
-        "sampler": "euler",
+        "sampler": run.sampler,
         "shift": run.shift,
         "guidance_scale": run.guidance_scale,
         "width": run.width,
@@ -194,6 +194,12 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
         common |= {"cfg_normalization": run.cfg_normalization, "cfg_truncation": run.cfg_truncation}
     if run.own_sigmas and run.steps <= MOST_SIGMAS:
         common["sigmas"] = [round(s, 6) for s in run.sigmas]
+    if run.schedule != "linear":
+        common["schedule"] = run.schedule
+    if run.variety:
+        common["variety"] = run.variety
+    if run.controls:
+        common["controls"] = [dict(each.settings) for each in run.controls]
     usual = Encoding()._asdict()
     common |= {name: value for name, value in run.encoding._asdict().items() if value != usual[name]}
     out, batch = [], run.batch
@@ -202,16 +208,22 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
         texts = {"prompt": batch.prompts[i]} if batch.prompts and not batch.prompt_embeds else {}
         if batch.negative_prompts and batch.negative_prompts[i]:
             texts["negative_prompt"] = batch.negative_prompts[i]
-        out.append({**texts, "seed": seed, **common})
+        edited = {} if run.edit is None else run.edit.settings(i)
+        out.append({**texts, "seed": seed, **common, **edited})
     return tuple(out)
 
 
-def to_output(pixels: torch.Tensor, output_type: str) -> list[Image] | np.ndarray[Any, Any] | torch.Tensor:
+def to_output(
+    pixels: torch.Tensor, output_type: str, edit: Any = None
+) -> list[Image] | np.ndarray[Any, Any] | torch.Tensor:
     """Decoder output [B, 3, H, W] about [-1, 1] -> `output_type`: arrays in [0, 1], or 8-bit images.
 
-    8-bit values are rounded to nearest, as in diffusers' image processor.
+    8-bit values are rounded to nearest, as in diffusers' image processor. `edit` pastes what stays of a given
+    image.
     """
     pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+    if edit is not None:
+        pixels = edit.finished(pixels)
     if output_type == "pt":
         return pixels
     arrays: np.ndarray[Any, Any] = pixels.permute(0, 2, 3, 1).contiguous().numpy()

@@ -1,4 +1,4 @@
-"""Euler's method from noise to image, for any callable that estimates clean - noise."""
+"""Euler's method from noise to image, for any callable that estimates clean - noise; every sampler's loop."""
 
 from __future__ import annotations
 
@@ -39,17 +39,30 @@ def velocity(denoise: Denoiser, latents: torch.Tensor, sigma: float, step: int) 
     return -denoise(latents, network_time(sigma), step)
 
 
-def sample(
+Advance = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(step, latents at its noise level, velocity there) -> latents at the next noise level."""
+
+
+def finite(v: torch.Tensor, step: int, steps: int) -> torch.Tensor:
+    """The velocity itself; NonFinite names the step if it holds NaN or infinity (one reduction)."""
+    if not bool(torch.isfinite(v).all()):
+        raise NonFinite(f"step {step + 1} of {steps}: the network's prediction holds NaN or infinity")
+    return v
+
+
+def follow(
     denoise: Denoiser,
+    advance: Advance,
     latents: torch.Tensor,
     sigmas: Sequence[float],
     on_step_end: StepEnd | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
-    """Follow the velocity from the first noise level to the last.
+    """The loop of every sampler: evaluate the velocity, advance by one noise level, report.
 
     Args:
         denoise: Function that estimates clean - noise, as `Denoiser` describes.
+        advance: The sampler's rule of one step.
         latents: Starting point at noise level sigmas[0]; not modified.
         sigmas: Falling noise levels, one more than there are steps.
         on_step_end: Called after each step; may replace the latents.
@@ -60,16 +73,29 @@ def sample(
         network, because adding small steps in half precision would lose too many digits.
 
     Raises:
-        NonFinite: A velocity holds NaN or infinity (one reduction per step); the message names the step.
+        NonFinite: A velocity holds NaN or infinity; the message names the step.
     """
     steps = len(sigmas) - 1
     for step in range(steps):
-        v = velocity(denoise, latents, sigmas[step], step)
-        if not bool(torch.isfinite(v).all()):
-            raise NonFinite(f"step {step + 1} of {steps}: the network's prediction holds NaN or infinity")
-        latents = latents + (sigmas[step + 1] - sigmas[step]) * v
+        v = finite(velocity(denoise, latents, sigmas[step], step), step, steps)
+        latents = advance(step, latents, v)
         if on_step_end is not None:
             latents = on_step_end(step, timestep(sigmas[step]), latents)
         if stop is not None and stop():
             break
     return latents
+
+
+def sample(
+    denoise: Denoiser,
+    latents: torch.Tensor,
+    sigmas: Sequence[float],
+    on_step_end: StepEnd | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> torch.Tensor:
+    """Follow the velocity from the first noise level to the last; arguments and errors are `follow`'s."""
+
+    def advance(step: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return x + (sigmas[step + 1] - sigmas[step]) * v
+
+    return follow(denoise, advance, latents, sigmas, on_step_end, stop)

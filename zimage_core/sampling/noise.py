@@ -6,13 +6,18 @@ instruction sets sum in another order: 0.005 to 0.01 % of its 8-bit values then 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from zimage_core.errors import BadArgument
 
 MAX_SEED = 2**64 - 1
+STEP_KEY = 0x9E3779B9
+"""Changes a seed for `StepNoise`, in the lower 32 bits, the only ones that torch's CPU generator uses."""
+
+Noise = Callable[[torch.Tensor], torch.Tensor]
+"""latents [B, ...] -> fresh Gaussian noise of their shape, dtype and device."""
 
 
 def fresh_seed() -> int:
@@ -50,3 +55,33 @@ def from_generator(
         raise BadArgument(f"generator: got {len(chosen)} for {shape[0]} images; give one, or one an image")
     one = (1, *shape[1:])
     return torch.cat([torch.randn(one, generator=g, device=g.device).cpu() for g in chosen])
+
+
+class StepNoise:
+    """Noise for the steps of a stochastic sampler, drawn on the CPU; each image draws its own.
+
+    It differs from what the seeds themselves draw, the starting noise and the sample of an encoded image, and
+    does not depend on the other images of the batch.
+
+    Args:
+        seeds: Seed of each image.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed ^ STEP_KEY) for seed in seeds]
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        """Noise of the shape of the latents [B, ...], in their dtype and on their device."""
+        shape = tuple(latents.shape[1:])
+        return torch.stack([torch.randn(shape, generator=g) for g in self._generators]).to(latents)
+
+
+def drawn_seeds(
+    count: int, generator: torch.Generator | Sequence[torch.Generator] | None = None
+) -> tuple[int, ...]:
+    """Seeds of images whose starting noise has none: from its generators, else from torch's global one."""
+    if generator is None:
+        return tuple(fresh_seed() for _ in range(count))
+    each: list[torch.Generator] = list(generator) if isinstance(generator, (list, tuple)) else [generator]  # type: ignore[list-item]
+    each = each * count if len(each) == 1 else each
+    return tuple(int(torch.randint(0, 2**32, (), generator=g, device=g.device)) for g in each)

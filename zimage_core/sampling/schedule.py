@@ -78,7 +78,7 @@ class FlowMatchEulerScheduler(Stepping):
             # repr() refuses a huge integer
             found = repr(steps) if type(steps) is not int or abs(steps) < 10**40 else "a huge integer"
             raise BadArgument(f"num_inference_steps: got {found}, an integer from 1 to {MAX_STEPS} is needed")
-        return self._bend(torch.linspace(1.0, 1 / steps, steps))
+        return self.bent(torch.linspace(1.0, 1 / steps, steps))
 
     def shifted(self, levels: Sequence[float]) -> tuple[float, ...]:
         """Noise levels of the caller's own grid: shifted as in diffusers, with a final 0 appended.
@@ -97,9 +97,10 @@ class FlowMatchEulerScheduler(Stepping):
                 "sigmas: values must fall and lie in (0, 1], without the final 0, which is appended "
                 "(they are given before the shift, as in diffusers)"
             )
-        return self._bend(torch.tensor(grid, dtype=torch.float32))
+        return self.bent(torch.tensor(grid, dtype=torch.float32))
 
-    def _bend(self, u: torch.Tensor) -> tuple[float, ...]:
+    def bent(self, u: torch.Tensor) -> tuple[float, ...]:
+        """Noise levels of a grid u [N] in (0, 1], with a final 0 appended."""
         sigma = self.shift * u / (1 + (self.shift - 1) * u)
         return (*(float(s) for s in sigma), 0.0)
 

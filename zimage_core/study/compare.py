@@ -32,6 +32,8 @@ Model = ZImagePipeline | Callable[[], ZImagePipeline]
 """A pipeline, or a function that makes one on demand; a pipeline made so is released after use."""
 OnRun = Callable[[int], None]
 """(number of runs of the pipeline done) -> None."""
+EULER = "euler"
+"""The sampler whose steps tell velocities: the others use several calls for a step."""
 RUNS = 3
 """Runs of pipelines for each image: A, B, B teacher-forced."""
 _TAKEN = ("prompt", "seed", "generator", "latents", "output_type", "return_dict", "num_images_per_prompt",
@@ -105,7 +107,8 @@ class Reference:
             or pipe.limits.defaults(options.get("shift")).steps
         )
         self._first = _checked(pipe, options)
-        self._config, self._probed = pipe.transformer.config, probes(int(steps), block_steps)
+        self._config = pipe.transformer.config
+        self._probed = probes(int(steps), block_steps) if self._first.sampler == EULER else ()
         self._traces: list[_Traced] = []
         for i, (prompt, seed) in enumerate(self.jobs):
             with BlockWatch(pipe.transformer, self._probed if i == 0 else (), self._spool, compare=False):
@@ -134,8 +137,10 @@ class Reference:
         _check(options)
         began = time.perf_counter()
         pipe = _made(model)
-        check_shapes(self._first, _checked(pipe, {**self.options, **options}))
-        second = _Second(pipe, self._config, self._traces, self._probed, self._spool)
+        other_run = _checked(pipe, {**self.options, **options})
+        check_shapes(self._first, other_run)
+        stepwise = self._first.sampler == other_run.sampler == EULER
+        second = _Second(pipe, self._config, self._traces, self._probed, self._spool, stepwise)
         for i, (prompt, seed) in enumerate(self.jobs):
             second.draw(i, prompt, seed, {**self.options, **options})
             if on_run is not None:
@@ -246,6 +251,7 @@ class _Second:
         references: The runs of A.
         probed: Steps in which blocks are compared.
         spool: Storage of A's streams.
+        stepwise: Whether steps and blocks are compared, where both have the same noise levels.
     """
 
     def __init__(
@@ -255,7 +261,9 @@ class _Second:
         references: Sequence[_Traced],
         probed: Sequence[int],
         spool: Spool,
+        stepwise: bool,
     ) -> None:
+        self._stepwise = stepwise
         self.traces: list[_Traced] = []
         self.blocks: list[BlockError] = []
         self._pipe, self._references, self._spool = pipe, references, spool
@@ -267,7 +275,7 @@ class _Second:
         reference = self._references[index]
         trace = _trace(self._pipe, prompt, seed, options)
         self.traces.append(trace)
-        if trace.sigmas == reference.sigmas:
+        if self._stepwise and trace.sigmas == reference.sigmas:
             steps = self._probed if index == 0 else ()
             with BlockWatch(self._pipe.transformer, steps, self._spool, compare=True) as watch:
                 forced = _trace(self._pipe, prompt, seed, options, "latent", reference.latents)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from zimage_core.models import transformer as s3_dit
 from zimage_core.models.transformer import Predict, Prepared, ZImageTransformer
 
 Before = Callable[[Tensor, Prepared, int, int], object]
@@ -24,16 +25,21 @@ class StepHook:
     def __init__(
         self, transformer: ZImageTransformer, before: Before | None = None, after: After | None = None
     ) -> None:
-        step = transformer.step
+        step, begin, end = transformer.step, before, after
 
         def watched(
-            latent: Tensor, prepared: Prepared, i: int, caption: int = 0, predict: Predict | None = None
+            latent: Tensor,
+            prepared: Prepared,
+            i: int,
+            caption: int = 0,
+            predict: Predict | None = None,
+            after: s3_dit.After | None = None,
         ) -> Tensor:
-            if before is not None:
-                before(latent, prepared, i, caption)
-            out = step(latent, prepared, i, caption, predict)
-            if after is not None:
-                after(latent, prepared, i, caption, out)
+            if begin is not None:
+                begin(latent, prepared, i, caption)
+            out = step(latent, prepared, i, caption, predict, after)
+            if end is not None:
+                end(latent, prepared, i, caption, out)
             return out
 
         self._transformer = transformer

@@ -1,7 +1,7 @@
-"""Recognise adapters (LoRA and its kin, differences of fine-tunes) and ControlNets by their tensor names.
+"""Recognise adapters (LoRA and its kin, differences of fine-tunes) by their tensor names.
 
 Sources: the key patterns of diffusers/PEFT, ai-toolkit, kohya/musubi, OneTrainer, LyCORIS, ComfyUI and
-llama.cpp; VideoX-Fun's ControlNets.
+llama.cpp.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Iterable, Mapping
 
 from zimage_core.errors import printable
 from zimage_core.weights.card import ModelCard
-from zimage_core.weights.infer import Shape, count_layers
+from zimage_core.weights.infer import Shape
 
 MAX_LORA_RANK = 1024
-NOT_APPLIED = "ControlNets cannot be applied by this version: no command takes one"
 APPLIED = "to use it: pipe.load_lora(path, weight=1.0), or zimage generate ... --lora FILE[:WEIGHT]"
 
 _FACTOR = (
@@ -201,25 +200,3 @@ def _lora_problem(factors: _Factors) -> str:
         if not 0 < pair["down"][0] <= MAX_LORA_RANK:
             return f"{shown!r} has rank {pair['down'][0]}, wanted 1 to {MAX_LORA_RANK}"
     return ""
-
-
-def identify_controlnet(shapes: Mapping[str, Shape]) -> ModelCard | None:
-    """Card of a Z-Image ControlNet (Fun-Controlnet-Union and relatives); None for any other file.
-
-    Args:
-        shapes: Tensor name -> shape.
-    """
-    embedder = next((n for n in shapes if n.endswith("control_all_x_embedder.2-1.weight")), None)
-    if embedder is None:
-        return None
-    prefix = embedder.removesuffix("control_all_x_embedder.2-1.weight")
-    inside = [name[len(prefix) :] for name in shapes if name.startswith(prefix)]
-    layers = count_layers(inside, "control_layers")
-    width = shapes[embedder][1] // 4 if len(shapes[embedder]) == 2 else 0
-    refined = any(name.startswith("control_noise_refiner.0.before_proj.") for name in inside)
-    # A 2.0 file may hold zero-filled refiner projections; the header alone cannot tell it from 2.1.
-    variant = "1.0" if width == 16 else ("2.1" if refined else "2.0") + (" lite" if layers < 6 else "")
-    title = f"a Z-Image ControlNet ({variant}, {layers} control layers, {width} control channels)"
-    return ModelCard(
-        "controlnet", "z-image", title, variant=variant, layout="split", prefix=prefix, notes=(NOT_APPLIED,)
-    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.errors import BadWeights, printable
-from zimage_core.weights import adapters, documents, infer, names, storage
+from zimage_core.weights import adapters, controlnets, documents, infer, names, storage
 from zimage_core.weights.card import ModelCard, check_compatible, require, text_encoder_name
 from zimage_core.weights.lookalikes import recognise
 from zimage_core.weights.packings import style_of
@@ -111,7 +111,8 @@ def identify(file: WeightFile, wanted: str = "", stated: Mapping[str, Any] | Non
     """Find out what the file is; never raises for a file that could be opened.
 
     Args:
-        file: An open GGUF or safetensors file. Of its data only ComfyUI's short comfy_quant texts are read.
+        file: An open GGUF or safetensors file. Of its data only ComfyUI's short comfy_quant texts are read,
+            and of a ControlNet the projections that tell its variant.
         wanted: Component to look for first in a file that holds several.
         stated: Parsed config.json from beside the file; it must agree with the tensors.
     """
@@ -136,7 +137,7 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
     if own is not None and (own.sound or any(card.sound for card in real.values() if card is not own)):
         found = _with_companions(own, cards)
     else:
-        found = _adapter_or_lookalike(shapes, metadata) or (
+        found = _adapter_or_lookalike(file, shapes, metadata) or (
             _with_companions(cards.get(wanted) or next(iter(cards.values())), cards)
             if cards
             else _part_or_unknown(shapes, metadata)
@@ -186,9 +187,9 @@ def name_packing(card: ModelCard, file: WeightFile, method: str, where: str) -> 
     return replace(card, title=title, problem=problem, missing=(), unexpected=(), misshapen=())
 
 
-def _adapter_or_lookalike(shapes: Shapes, metadata: Mapping[str, Any]) -> ModelCard | None:
+def _adapter_or_lookalike(file: WeightFile, shapes: Shapes, metadata: Mapping[str, Any]) -> ModelCard | None:
     """A LoRA, a ControlNet, or a model that Z-Image does not use; None for anything else."""
-    if adapter := adapters.identify_adapter(shapes) or adapters.identify_controlnet(shapes):
+    if adapter := adapters.identify_adapter(shapes) or controlnets.identify_controlnet(file):
         return adapter
     if imatrix := documents.identify_imatrix(shapes, metadata):
         return imatrix

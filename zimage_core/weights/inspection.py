@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PARTS = (*COMPONENTS, "tokenizer")
 """What is needed to make an image; a GGUF text encoder contains its tokenizer."""
-NOT_USED = ("unknown", "controlnet")
+NOT_USED = ("unknown",)
 """Kinds of files that no command takes."""
 NOTHING_FOUND = "no NaN, no infinity, nothing beyond float16, no long runs of zeros"
 _HEAD = 1 << 16

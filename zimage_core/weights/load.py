@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from typing import Any, TypeVar, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zimage_core.errors import BadArgument, BadWeights, printable
+from zimage_core.models import ported
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
@@ -33,6 +35,7 @@ from zimage_core.weights.source import WeightFile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Network = TypeVar("Network", ZImageTransformer, TextEncoder, Autoencoder)
+AnyNetwork = TypeVar("AnyNetwork", bound=ported.Network)
 
 _TABLES: dict[type[nn.Module], Callable[..., names.Table]] = {
     ZImageTransformer: names.transformer_table,
@@ -154,11 +157,35 @@ def load_network(
     for caution in card.cautions:
         warnings.warn(f"{printable(file.path)}: {caution}", UserWarning, stacklevel=2)
     table = _TABLES[kind](card.config, card.layout)
-    with torch.device("meta"), _Uninitialised():
-        model = kind(card.config)  # type: ignore[arg-type]  # `require` has checked the kind
-    model.to(dtype)  # the dtype of a layer decides which weights stay packed
     # text to image does not use the vision branch of an Omni checkpoint
-    fill(model, file, tuple(e for e in table if not e.module.startswith("siglip_")), card.prefix, dtype)
+    table = tuple(e for e in table if not e.module.startswith("siglip_"))
+    config: Any = card.config  # `require` has checked the kind
+    return assembled(partial(kind, config), opened, table, dtype, device)
+
+
+def assembled(
+    make: Callable[[], AnyNetwork],
+    opened: Opened,
+    table: names.Table,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> AnyNetwork:
+    """A network, made on the meta device, with the tensors of an open file, which it keeps.
+
+    Args:
+        make: Makes the network.
+        opened: The open file with its card.
+        table: Where the network's tensors are in it.
+        dtype: The dtype of the computation.
+        device: Device of the network.
+
+    Raises:
+        BadWeights: A dense tensor holds NaN or infinity, or does not fit float16.
+    """
+    with torch.device("meta"), _Uninitialised():
+        model = make()
+    model.to(dtype)  # the dtype of a layer decides which weights stay packed
+    fill(model, opened.file, table, opened.card.prefix, dtype)
     model.requires_grad_(False).eval()
     model.opened = opened
     return model.to(device)
