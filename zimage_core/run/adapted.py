@@ -14,6 +14,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zimage_core.assets import embedded_part
 from zimage_core.errors import BadArgument, Busy, Unsupported, printable
 from zimage_core.run.checks import real
 from zimage_core.run.components import networks, require
@@ -50,7 +51,8 @@ class Adapted:
         docs/lora.md for the kinds and the programs whose names of tensors are known.
 
         Args:
-            path: A file (safetensors or GGUF), a folder that holds one, or tensors by name.
+            path: A file (safetensors or GGUF), a folder that holds one, tensors by name, or "outline", the
+                LoRA of the embedded model.
             weight: Factor of what it changes; 0 is no change, and negative ones turn it round.
             name: Name for `set_adapters` and `unload_lora`; default: that of the file.
             merge: Merge it into the weights at once, which then are dense; see `fuse_lora`.
@@ -332,6 +334,8 @@ class Adapted:
             raise BadArgument(
                 f"name: got {printable(repr(name), 80)}, wanted one that is not taken ({_listed(taken)})"
             )
+        if isinstance(given, str) and file_name is None:
+            given = embedded_part(given) or given
         self._refuse_fused("load_lora", [name] if swap else [])
         targets = self._targets()
         self._begin_change()
