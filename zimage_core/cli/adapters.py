@@ -25,7 +25,8 @@ def add_lora(group: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="FILE[:WEIGHT]",
-        help="LoRA or another adapter, with its weight (default: 1); may be repeated",
+        help="LoRA or another adapter, with its weight (default: 1); may be repeated; outline is that of "
+        "the embedded model",
     )
 
 
@@ -65,6 +66,8 @@ def _read(text: str) -> tuple[str, float]:
 
 
 def _is_there(name: str) -> bool:
+    if embedded_part(name) is not None:
+        return True
     try:
         return Path(name).exists() or embedded_part(name) is not None
     except (OSError, ValueError):

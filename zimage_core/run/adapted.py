@@ -336,6 +336,8 @@ class Adapted:
             raise BadArgument(
                 f"name: got {printable(repr(name), 80)}, wanted one that is not taken ({_listed(taken)})"
             )
+        if isinstance(given, str) and file_name is None:
+            given = embedded_part(given) or given
         self._refuse_fused("load_lora", [name] if swap else [])
         targets = self._targets()
         self._begin_change()
