@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage_core.adapters.change import Branch, Change
+from zimage_core.errors import BadWeights
 from zimage_core.nn.linear import Linear
 from zimage_core.quant.tensor import QuantTensor
 
@@ -211,9 +212,10 @@ class Applied:
                 if place in state.adapters[n].changes
             ]
             dtype: torch.dtype = self.network.dtype  # type: ignore[assignment]
-            merged[place] = nn.Parameter(
-                merged_weight(layer, Branch(layer, own)).to(dtype), requires_grad=False
-            )
+            whole = merged_weight(layer, Branch(layer, own)).to(dtype)
+            if not bool(torch.isfinite(whole).all()):
+                raise BadWeights(f"fuse_lora: {place} would hold numbers that are not finite in {dtype}")
+            merged[place] = nn.Parameter(whole, requires_grad=False)
         after = replace(state, fused=state.fused | wanted.keys(), weights={**state.weights, **wanted})
         commit = self.use(after)
 

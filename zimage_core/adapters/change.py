@@ -25,7 +25,7 @@ from zimage_core.quant.int8 import Int8Rows
 Product = Callable[[Any], Tensor]
 """The layer's own product with its bias, of a Tensor or an `Int8Rows`."""
 
-ROWS = 512
+ROWS = 128
 """Rows of int8 activations that are made floats at a time on a CPU: they stay in the cache."""
 
 

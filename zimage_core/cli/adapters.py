@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zimage_core.assets import embedded_part
 from zimage_core.errors import BadArgument, printable
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _read(text: str) -> tuple[str, float]:
 
 def _is_there(name: str) -> bool:
     try:
-        return Path(name).exists()
+        return Path(name).exists() or embedded_part(name) is not None
     except (OSError, ValueError):
         return False
 

@@ -14,6 +14,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zimage_core.assets import embedded_part
 from zimage_core.errors import BadArgument, Busy, Unsupported, printable
 from zimage_core.run.checks import real
 from zimage_core.run.components import networks, require
@@ -50,7 +51,8 @@ class Adapted:
         docs/lora.md for the kinds and the programs whose names of tensors are known.
 
         Args:
-            path: A file (safetensors or GGUF), a folder that holds one, or tensors by name.
+            path: A file (safetensors or GGUF), a folder that holds one, tensors by name, or "outline", the
+                LoRA of the embedded model.
             weight: Factor of what it changes; 0 is no change, and negative ones turn it round.
             name: Name for `set_adapters` and `unload_lora`; default: that of the file.
             merge: Merge it into the weights at once, which then are dense; see `fuse_lora`.
@@ -140,8 +142,9 @@ class Adapted:
             state = applied.state
             for name, adapter in state.adapters.items():
                 facts, own = adapter.facts, found.get(name)
+                fused = name in state.fused or (own is not None and own.fused)
                 found[name] = LoadedLora(
-                    name, state.weights.get(name), name in state.fused, facts.title, facts.kinds, facts.ranks,
+                    name, state.weights.get(name), fused, facts.title, facts.kinds, facts.ranks,
                     facts.layers, facts.tensors, facts.unmatched,
                     adapter.nbytes + (0 if own is None else own.nbytes), facts.file,
                 )  # fmt: skip
@@ -324,6 +327,8 @@ class Adapted:
             raise BadArgument(
                 f"load_lora: got {printable(repr(given), 60)}, wanted a path or a dict of tensors"
             )
+        if not isinstance(given, Mapping):
+            given = embedded_part(given) or given
         taken = [each.name for each in self.loras]
         if name is None:
             name = self._free_name("lora" if isinstance(given, Mapping) else Path(fspath(given)).stem, taken)

@@ -118,6 +118,8 @@ def split_name(name: str) -> tuple[str, str] | None:
         The layer, and one of "down", "up", "dora", "alpha", "scalar", "lora_mid", or the kind's own name of a
         tensor such as "lokr_w1" or "diff_b"; None for a name that no adapter has.
     """
+    if name.endswith((".lora_A.bias", ".lora_B.bias")):
+        return name[: -len(".lora_B.bias")], "bias"
     if match := re.fullmatch(_FACTOR, name):
         return match[1], "down" if match[2].endswith(_DOWN) else "up"
     if match := re.fullmatch(_LEAF, name):
