@@ -296,6 +296,36 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def columns(rows: list[Row]) -> dict[str, list[Any]]:
+    """Rows as lists by key: truth values as 0 and 1, null where a row lacks the key."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: [int(v) if isinstance(v := row.get(key), bool) else v for row in rows] for key in keys}
+
+
+def rows_of(table: dict[str, list[Any]]) -> list[Row]:
+    """`columns` undone."""
+    return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+
+
+def kept(path: Path) -> dict[str, dict[str, list[Row]]]:
+    """The exams of a report that was written before."""
+    if not path.exists():
+        return {}
+    exams = json.loads(path.read_text("utf-8"))["exams"]
+    return {name: {case: rows_of(t) for case, t in cases.items()} for name, cases in exams.items()}
+
+
+def write(report: dict[str, Any], stem: Path) -> None:
+    """Write the raw results and the tables."""
+    lines = []
+    for name, cases in report["exams"].items():
+        inner = (f"  {json.dumps(case)}: {json.dumps(columns(rows))}" for case, rows in cases.items())
+        lines.append(f" {json.dumps(name)}: {{\n" + ",\n".join(inner) + "\n }")
+    text = f'{{"count": {report["count"]}, "exams": {{\n' + ",\n".join(lines) + "\n}}\n"
+    stem.with_suffix(".json").write_text(text, encoding="utf-8")
+    stem.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200)
@@ -304,19 +334,15 @@ def main() -> None:
     parser.add_argument("--sheets", type=Path, help="folder for a sheet of each exam's first images")
     args = parser.parse_args()
     pipe = ZImagePipeline.from_default()
-    path = args.to.with_suffix(".json") if args.to else None
-    report: dict[str, Any] = {"count": args.count, "exams": {}}
-    if path is not None and path.exists():  # exams that are not run again keep their rows
-        report["exams"] = json.loads(path.read_text("utf-8"))["exams"]
+    exams = kept(args.to.with_suffix(".json")) if args.to else {}  # what is not run again keeps its rows
+    report: dict[str, Any] = {"count": args.count, "exams": exams}
     for name in args.only:
-        report["exams"][name], shown = EXAMS[name][1](pipe, args.count)
+        exams[name], shown = EXAMS[name][1](pipe, args.count)
         if args.sheets:
             sheet(shown, columns=min(12, args.count)).save(args.sheets / f"nano_{name}.png")
     print(markdown(report))
     if args.to:
-        text = json.dumps(report, ensure_ascii=False)
-        args.to.with_suffix(".json").write_text(text.replace("}, {", "},\n {") + "\n", encoding="utf-8")
-        args.to.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+        write(report, args.to)
 
 
 if __name__ == "__main__":
