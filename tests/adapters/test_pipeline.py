@@ -251,6 +251,21 @@ def test_packed_weights_are_dequantised_only_where_that_is_asked_for(pipe):
     assert torch.equal(images(pipe), before)
 
 
+def test_no_adapter_is_changed_while_another_pipeline_runs_with_it(pipe):
+    pipe.load_lora(made(pipe)[0])
+    other, stranger = ZImagePipeline.from_pipe(pipe), tiny.pipeline()
+
+    def callback(*_):
+        with pytest.raises(Busy, match="while a pipeline with the same networks runs"):
+            other.unload_lora()
+        stranger.load_lora(made(stranger)[0])
+
+    pipe("a", callback_on_step_end=callback, **RUN)
+    assert len(stranger.loras) == 2
+    other.unload_lora()
+    assert pipe.loras == ()
+
+
 def test_no_adapter_is_changed_while_the_pipeline_runs(pipe):
     pipe.load_lora(made(pipe)[0])
     found = []

@@ -13,6 +13,7 @@ from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from zimage_core.assets import embedded_part
 from zimage_core.errors import BadArgument, Busy, Unsupported, printable
@@ -30,6 +31,8 @@ SHOWN = 5
 """Most names of tensors in the warning for those that match nothing."""
 _TARGETS = ("transformer", "text_encoder")
 _FILE = str | PathLike[str]
+_RAN: WeakValueDictionary[int, Adapted] = WeakValueDictionary()
+"""Pipelines that made a run."""
 
 
 class Adapted:
@@ -311,6 +314,10 @@ class Adapted:
 
     # --- steps that these methods share ---
 
+    def _note_run(self) -> None:
+        """Let pipelines that share networks know of this one's runs."""
+        _RAN[id(self)] = self
+
     def _targets(self) -> dict[str, Any]:
         """The networks that adapters may change, without the wrapper of torch.compile."""
         found = networks(self)
@@ -420,8 +427,11 @@ class Adapted:
         self._end_change()
 
     def _begin_change(self) -> None:
-        if self._running:
-            raise Busy("adapters cannot be changed while the pipeline runs; wait until the run has ended")
+        own = {id(network) for network in self._targets().values()}
+        for pipe in (self, *(each for ref in _RAN.valuerefs() if (each := ref()) is not None)):
+            if pipe._running and own & {id(network) for network in pipe._targets().values()}:
+                whose = "the pipeline" if pipe is self else "a pipeline with the same networks"
+                raise Busy(f"adapters cannot be changed while {whose} runs; wait until the run has ended")
         self._placement.put_away()
 
     def _end_change(self, weights: bool = False) -> None:
