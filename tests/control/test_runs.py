@@ -271,3 +271,11 @@ def test_a_net_that_is_loaded_again_is_renamed():
     pipe = pipeline("2.1")
     pipe.load_controlnet(pipe.controlnets["edges"], "other", hints="diffusers")
     assert list(pipe.controlnets) == ["other"]
+
+
+def test_files_of_one_name_are_two_nets(tmp_path):
+    pipe = tiny.pipeline()
+    for folder in "abb":
+        (tmp_path / folder).mkdir(exist_ok=True)
+        pipe.load_controlnet(controls.write(tmp_path / folder / "net.safetensors", net()))
+    assert list(pipe.controlnets) == ["net", "net-2"]
