@@ -137,6 +137,10 @@ def test_names_are_made_free_or_refused(pipe):
         pipe.load_lora(tensors, name="lora")
     with pytest.raises(BadArgument, match="there is no adapter 'x'; loaded are lora, lora-2, lora-3"):
         pipe.unload_lora("x")
+    with pytest.raises(BadArgument, match="there is no adapter None; loaded are"):
+        pipe.set_adapters(None)
+    with pytest.raises(BadArgument, match="a name occurs twice in lora, lora"):
+        pipe.set_adapters(["lora", "lora"], [1, 2])
 
 
 def test_pipelines_that_share_a_transformer_share_its_adapters(pipe, plain):

@@ -116,8 +116,7 @@ class Adapted:
             Unsupported: Weights for single blocks, as diffusers has them; or an adapter is merged.
             Busy: A run has not ended.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._known("set_adapters", names)
+        names = self._known("set_adapters", adapter_names)
         given: list[Any] = (
             list(adapter_weights) if isinstance(adapter_weights, (list, tuple)) else [adapter_weights]
         )
@@ -211,8 +210,8 @@ class Adapted:
         Raises:
             BadArgument: There is none of a name; then all stay.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._refuse_fused("delete_adapters", self._known("delete_adapters", names))
+        names = self._known("delete_adapters", adapter_names)
+        self._refuse_fused("delete_adapters", names)
         for name in names:
             self._change(lambda state, name=name: state.without(name))  # type: ignore[misc]
 
@@ -263,8 +262,7 @@ class Adapted:
         if wrong := [name for name in components if name not in _TARGETS]:
             raise BadArgument(f"fuse_lora: {printable(wrong[0], 40)!r} is none of {', '.join(_TARGETS)}")
         active = self.get_active_adapters()
-        names = active if adapter_names is None else list(adapter_names)
-        self._known("fuse_lora", names)
+        names = self._known("fuse_lora", active if adapter_names is None else adapter_names)
         self._refuse_fused("fuse_lora", names)
         if idle := [name for name in names if name not in active]:
             raise BadArgument(
@@ -402,13 +400,17 @@ class Adapted:
                 stacklevel=4,
             )
 
-    def _known(self, what: str, names: Sequence[str]) -> Sequence[str]:
+    def _known(self, what: str, given: str | Sequence[str]) -> list[str]:
+        """Names of loaded adapters, given as one or several."""
+        names: list[Any] = list(given) if isinstance(given, (list, tuple, set)) else [given]
         taken = [each.name for each in self.loras]
         for name in names:
             if name not in taken:
                 raise BadArgument(
                     f"{what}: there is no adapter {printable(repr(name), 80)}; loaded are {_listed(taken)}"
                 )
+        if len(set(names)) < len(names):
+            raise BadArgument(f"{what}: a name occurs twice in {_listed(names)}")
         return names
 
     def _refuse_fused(self, what: str, names: Sequence[str] | None = None) -> None:
