@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from tests.helpers import adapters, tiny
 from zimage_core import ZImagePipeline
+from zimage_core.adapters.reading import read_adapter
 from zimage_core.errors import BadArgument, Busy, Unsupported
 from zimage_core.quant.tensor import QuantTensor
 
@@ -268,6 +269,18 @@ def test_no_adapter_is_changed_while_another_pipeline_runs_with_it(pipe):
     assert len(stranger.loras) == 2
     other.unload_lora()
     assert pipe.loras == ()
+
+
+def test_no_adapter_is_changed_if_a_run_began_while_it_was_read(pipe, monkeypatch):
+    def read(*args):
+        pipe._running["run"] = object()
+        return read_adapter(*args)
+
+    monkeypatch.setattr("zimage_core.adapters.reading.read_adapter", read)
+    with pytest.raises(Busy, match="while the pipeline runs"):
+        pipe.load_lora(made(pipe)[0])
+    assert pipe.loras == ()
+    assert all(m.branch is None for m in pipe.transformer.modules() if hasattr(m, "branch"))
 
 
 def test_no_adapter_is_changed_while_the_pipeline_runs(pipe):

@@ -288,8 +288,7 @@ class Adapted:
             applied.fuse([name for name in names if name in applied.state.adapters], scale)
             for applied in chosen.values()
         ]
-        for commit in ready:
-            commit()
+        self._commit(ready)
         self._end_change(weights=True)
 
     def unfuse_lora(self, components: Sequence[str] = _TARGETS, **_: Any) -> None:
@@ -372,8 +371,8 @@ class Adapted:
                 weights[name] = weight
             after = replace(state, adapters=adapters, weights=weights, enabled=enabled)
             ready.append((network, applied, applied.use(after)))
-        for network, applied, commit in ready:
-            commit()
+        self._commit([commit for *_, commit in ready])
+        for network, applied, _ in ready:
             network.adapted = applied
         self._end_change()
         self._warn_of(found.facts.unmatched, name)
@@ -424,9 +423,13 @@ class Adapted:
     def _change(self, changed: Callable[[State], State]) -> None:
         """Bring the adapters of all networks into another state, or none."""
         self._begin_change()
-        for commit in [applied.use(changed(applied.state)) for applied in self._applied().values()]:
-            commit()
+        self._commit([applied.use(changed(applied.state)) for applied in self._applied().values()])
         self._end_change()
+
+    def _commit(self, ready: Sequence[Callable[[], None]]) -> None:
+        self._begin_change()  # again, since another thread's run may have begun while files were read
+        for commit in ready:
+            commit()
 
     def _begin_change(self) -> None:
         own = {id(network) for network in self._targets().values()}
