@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "text": {"config", "files"},
     "weights": {"config", "files", "formats", "models", "nn", "quant", "text"},
     "memory": {"config", "cpu", "files", "formats", "models", "nn", "quant", "weights"},
-    "control": {"config", "editing", "files", "models", "nn", "quant", "weights"},
+    "control": {"assets", "config", "editing", "files", "models", "nn", "quant", "weights"},
     "editing": {"config", "files", "models", "sampling"},
     "run": {
         "adapters", "assets", "config", "control", "editing", "files", "memory", "models", "nn", "quant",

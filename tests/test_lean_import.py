@@ -49,6 +49,8 @@ def test_a_plain_run_loads_no_room_beside_the_main_job():
     )
     rooms = {name.split(".")[1] for name in loaded if name.count(".")}
     assert "run" in rooms
+    samplers = {"heun", "res_multistep", "dpmpp_2m", "ancestral", "schedules", "variety"}
+    assert not loaded & {f"zimage_core.sampling.{name}" for name in samplers}
     assert not rooms & {"adapters", "control", "editing", "preview", "study", "export"}
 
 

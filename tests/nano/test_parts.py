@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
-from benchmarks.nano.check import templates
+from benchmarks.nano.check import ink, read, templates
 from benchmarks.nano.draw import SHAPES, SIZE, Scene, coverage, draw, edges, shape_mask
+from zimage_core import ZImagePipeline
 from zimage_core.assets import PARTS, embedded_part
 
 
@@ -72,3 +74,35 @@ def test_drawing_by_parts_draws_what_it_drew_before():
     """The checkpoints were trained on these drawings: their random numbers must come in the same order."""
     scene = Scene("red", "blue", "circle", "left", "small")
     assert int(draw(scene, np.random.default_rng(3)).astype(np.int64).sum()) == 2_132_872
+
+
+@pytest.fixture(scope="module")
+def pipe() -> ZImagePipeline:
+    return ZImagePipeline.from_default()
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a big red circle on a white background", "a big blue square on a yellow background"]
+)
+def test_a_shape_is_an_outline_with_the_lora_and_filled_without_weight(pipe: ZImagePipeline, prompt: str):
+    pipe.load_lora(PARTS["outline"], name="outline")
+    middle = {}
+    for weight in (1.0, 0.0):
+        pipe.set_adapters(["outline"], [weight])
+        colour, background, covered = ink(np.asarray(pipe(prompt, seed=1).images[0]))
+        assert colour in prompt
+        assert background in prompt
+        middle[weight] = covered[SIZE // 2 - 3 : SIZE // 2 + 3, SIZE // 2 - 3 : SIZE // 2 + 3].mean()
+    pipe.unload_lora()
+    assert middle[1.0] < 0.2
+    assert middle[0.0] > 0.8
+
+
+def test_edges_move_a_shape_that_the_prompt_leaves_open(pipe: ZImagePipeline):
+    scene = Scene("red", "blue", "circle", "left", "small")
+    mask = coverage(scene, np.random.default_rng(0))
+    pipe.load_controlnet(PARTS["edges"])
+    made = pipe("a red circle on a blue background", seed=1, control_image=Image.fromarray(edges(mask)))
+    pipe.unload_controlnet()
+    seen = read(np.asarray(made.images[0]))
+    assert (seen.colour, seen.background, seen.position, seen.size) == ("red", "blue", "left", "small")

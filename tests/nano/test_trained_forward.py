@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from benchmarks.nano import model
 from benchmarks.nano.draw import Scene, coverage, edges
 from benchmarks.nano.restore import dense
 from benchmarks.nano.train_control import Edges
+from benchmarks.nano.train_lora import LoRA
 from benchmarks.nano.train_vae import to_tensor
 from benchmarks.nano.tune import base
 from zimage_core import ZImagePipeline, load_controlnet
@@ -51,5 +53,22 @@ def test_a_run_with_control_is_the_trained_one(nano):
     pipe.load_controlnet(PARTS["edges"])
     plain = latents(pipe, control_image=Image.fromarray(edges(mask)), controlnet_conditioning_scale=0.0)
     got = latents(pipe, control_image=Image.fromarray(edges(mask)), controlnet_conditioning_scale=0.8)
+    assert (got - want).abs().max() <= ROUNDING
+    assert (got - plain).abs().max() > 0.5
+
+
+def test_a_run_with_a_lora_is_the_trained_one(nano):
+    network, _ = nano
+    lora, found = LoRA(network), load_file(PARTS["outline"])
+    for name, tensor in lora.tensors().items():
+        assert tensor.shape == found[name].shape
+    for name, branch in lora.branches.items():
+        for half in ("lora_A", "lora_B"):
+            getattr(branch, half).weight.data.copy_(found[f"transformer.{name}.{half}.weight"].float())
+    want = model.sample(network, [PROMPT], SEED)
+    pipe = ZImagePipeline.from_default()
+    plain = latents(pipe)
+    pipe.load_lora(PARTS["outline"])
+    got = latents(pipe)
     assert (got - want).abs().max() <= ROUNDING
     assert (got - plain).abs().max() > 0.5

@@ -9,6 +9,7 @@ import torch
 
 from tests.helpers import tiny
 from zimage_core.errors import BadArgument
+from zimage_core.files.png import text_chunks
 from zimage_core.sampling.samplers import SAMPLERS, SCHEDULES
 from zimage_core.sampling.variety import vary
 
@@ -38,6 +39,14 @@ def test_settings_state_what_an_image_was_made_with(pipe):
     made = pipe("a", seed=1, sampler="heun", schedule="beta", variety=0.1, **SHORT)
     assert made.settings[0] | {"sampler": "heun", "schedule": "beta", "variety": 0.1} == made.settings[0]
     assert made.settings[0]["steps"] == 3
+    assert "Sampler: Heun, Schedule type: Beta" in text_chunks(made.metadata())["parameters"]
+
+
+def test_every_name_has_one_in_the_text_that_other_programs_read():
+    for name in SAMPLERS:
+        assert "Sampler: " in text_chunks({"sampler": name})["parameters"], name
+    for name in SCHEDULES:
+        assert "Schedule type: " in text_chunks({"schedule": name})["parameters"], name
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

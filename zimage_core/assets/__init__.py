@@ -16,6 +16,7 @@ def named(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The folder of the embedded model for its name, and any other path as it is."""
     return NANO if os.fspath(path) == DEFAULT and not os.path.lexists(path) else path
 
+
 PARTS = {"outline": NANO / "outline.safetensors", "edges": NANO / "edges.gguf"}
 """Name -> file of what was trained for the embedded model: a LoRA and a ControlNet."""
 

@@ -66,10 +66,8 @@ def _read(text: str) -> tuple[str, float]:
 
 
 def _is_there(name: str) -> bool:
-    if embedded_part(name) is not None:
-        return True
     try:
-        return Path(name).exists()
+        return Path(name).exists() or embedded_part(name) is not None
     except (OSError, ValueError):
         return False
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from zimage_core.cli.adapters import add_lora, load_loras, read_loras
+from zimage_core.cli.control import add_control, load_controlnets, read_controlnets
 from zimage_core.cli.model_options import (
     add_image,
     add_model,
@@ -68,6 +69,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         "-n", "--count", type=int, default=1, metavar="N", help="images of each prompt (default: 1)"
     )
     _add_editing(parser)
+    add_control(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o", "--output", metavar="FILE", help="PNG, or a folder with / (default: zimage-SEED.png here)"
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     call = call_arguments(args, prompts)
     _check(args, len(prompts))
     _check_editing(args, call)
-    loras = read_loras(args.lora)
+    loras, nets = read_loras(args.lora), read_controlnets(args, call)
     names = _names(args, len(prompts) * args.count)
     for name in names:
         check_destination(name, overwrite=args.force)
@@ -140,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
 
     records: list[dict[str, Any]] = []
     try:
-        _make(args, prompts, call, names, records, loras)
+        _make(args, prompts, call, names, records, loras, nets)
     finally:  # what was written before a failure is reported too
         if args.json:
             sys.stdout.write(json.dumps(records, indent=2) + "\n")
@@ -154,6 +156,7 @@ def _make(
     names: list[Path],
     records: list[dict[str, Any]],
     loras: list[tuple[str, float]],
+    nets: list[str | Path],
 ) -> None:
     """Load the model, draw image after image, write each before the next and add its record."""
     progress = Progress(quiet=args.quiet)
@@ -166,6 +169,7 @@ def _make(
             show(tensors["denoised"])
 
     load_loras(pipeline, loras)
+    load_controlnets(pipeline, nets)
     call["callback_on_step_end"] = on_step
     draw = pipeline if args.hires is None else partial(pipeline.hires, scale=args.hires)
     call["callback_on_step_end_tensor_inputs"] = ("denoised",) if show is not None else ()

@@ -51,14 +51,15 @@ class Control:
         return self.scale != 0 and self.steps[0] <= step < self.steps[1]
 
 
-def place_beside(net: ControlNet, transformer: ZImageTransformer) -> None:
-    """Give a ControlNet the device, dtype and arithmetic of the base model."""
-    if net.device != transformer.device:
-        net.to(transformer.device)
+def place_beside(net: ControlNet, transformer: ZImageTransformer, device: torch.device | None = None) -> None:
+    """Give a ControlNet the dtype and arithmetic of the base model, and its device or another one."""
+    where = device or transformer.device
+    if net.device != where:
+        net.to(where)
     if net.dtype != transformer.dtype:
         net.to(transformer.dtype)
     if net.compute != transformer.compute:
-        set_compute(net, transformer.compute, transformer.device)
+        set_compute(net, transformer.compute, where)
 
 
 class Controls:

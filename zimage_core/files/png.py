@@ -194,6 +194,14 @@ def _cut(text: Any, limit: int) -> Any:
     return text[: limit - 1] + "…"
 
 
+_A1111_SAMPLERS = {
+    "euler": "Euler", "heun": "Heun", "res_multistep": "Res Multistep", "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE", "euler_ancestral": "Euler a", "lcm": "LCM",
+}  # fmt: skip
+_A1111_SCHEDULES = {"linear": "Simple", "simple": "Simple", "beta": "Beta", "bong_tangent": "Bong Tangent"}
+"""Names of samplers and schedules in A1111 and Forge; their "Simple" is nearest to the official grid."""
+
+
 def _a1111(settings: Mapping[str, Any]) -> str:
     """The text in A1111's form: prompt, negative prompt, then one line of `Name: value` pairs."""
     lines = [str(settings.get("prompt") or "")]
@@ -203,8 +211,8 @@ def _a1111(settings: Mapping[str, Any]) -> str:
     guidance = settings.get("guidance_scale")
     pairs = {
         "Steps": settings.get("steps"),
-        "Sampler": "Euler",
-        "Schedule type": "Simple",
+        "Sampler": _A1111_SAMPLERS.get(settings.get("sampler", "euler")),
+        "Schedule type": _A1111_SCHEDULES.get(settings.get("schedule", "linear")),
         # in A1111 a scale of 1 means no guidance
         "CFG scale": None if guidance is None else f"{guidance + 1:g}",
         "Shift": None if settings.get("shift") is None else f"{settings['shift']:g}",

@@ -180,6 +180,14 @@ def _in_tiles(
     yield end
 
 
+def given_bytes(config: AutoencoderConfig, height: int, width: int) -> int:
+    """Bytes of an image that is encoded, height and width in latents: as given, and in the encoder's layout.
+
+    The encoder itself takes no more than the decoder (tests/editing/test_encode.py).
+    """
+    return 2 * config.in_channels * height * width * config.spatial_factor**2 * FLOAT32
+
+
 def images_bytes(config: AutoencoderConfig, height: int, width: int, images: int) -> int:
     """Bytes of finished images while the last of them is decoded, height and width in latents."""
     factor = config.spatial_factor

@@ -171,7 +171,7 @@ def stream_model(
     moved = load(staying, passage, maps, apart, min(slots, len(moving)) * size)
     try:
         load_rows(rows, passage, moved)
-        wrap = isinstance(model, ZImageTransformer)  # a text encoder runs once or twice
+        wrap = not isinstance(model, TextEncoder)  # which runs once or twice
         places = torch.split(moved.spare, size) if moving else ()
         stream = Stream(moving, passage, places, wrap, visit if visiting else None, moved)
     except BaseException:

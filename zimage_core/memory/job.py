@@ -15,6 +15,7 @@ from zimage_core.memory.activations import (
     decode_bytes,
     denoise_bytes,
     encode_bytes,
+    given_bytes,
     image_tokens,
     images_bytes,
     padded,
@@ -184,9 +185,10 @@ class Job:
         return Phase(name, weights, others, slots, live, self.scratch[name], planes, *apart)
 
     def decode_live(self, way: Way) -> int:
-        """Activations of decoding, finished images among them."""
+        """Activations of decoding, finished images among them; of encoding as well, which takes no more."""
         config, rows, cols = self.vae_config, self.rows, self.cols
         during = decode_bytes(config, rows, cols, *way) + images_bytes(config, rows, cols, self.images)
+        during += given_bytes(config, rows, cols) if self.image else 0
         return max(during, collected_bytes(config, rows, cols, self.images))
 
     def ways(self) -> list[Way]:

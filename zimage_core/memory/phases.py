@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -25,6 +26,7 @@ from zimage_core.memory.attach import (
     stream_model,
     unstream,
 )
+from zimage_core.memory.beside import Beside
 from zimage_core.memory.device import Ring, device_for
 from zimage_core.memory.edits import Moved
 from zimage_core.memory.int8_rows import int8_scratch
@@ -146,13 +148,14 @@ class PhaseManager:
         self._modules: dict[str, list[int]] = {}  # network -> its modules when it was loaded
         self._decoder = Moved()
         self._traffic: dict[str, Traffic] = {}
+        self._beside, self._taken, self._stream_beside = Beside(), 0, False
         self._tile = self._own_tile = vae.tile  # the caller's, and what was set last
         self._rates: Rates | None = None
         self._segments = Segments(self.device)
 
     def begin(
         self, *, width: int, height: int, images: int, caption_tokens: int, guidance: bool, steps: int,
-        image: bool = False,
+        image: bool = False, beside: Beside = Beside(),  # noqa: B008  it is frozen
     ) -> Plan:  # fmt: skip
         """Plan a run and follow that plan from now on.
 
@@ -164,6 +167,7 @@ class PhaseManager:
             guidance: Whether there is a negative side.
             steps: Steps of the run.
             image: Whether it begins from an image, which the VAE encodes.
+            beside: Networks that run beside the transformer.
 
         Raises:
             OverBudget: The budget does not hold the least that this image needs.
@@ -177,8 +181,16 @@ class PhaseManager:
             self._compute("transformer"), torch.get_num_threads(), self._compute("text_encoder"), image,
         )  # fmt: skip
         ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
-        plan = plan_on_cpu(job, ram) if self.device.type == "cpu" else plan_job(job, self._vram(job), ram)
-        self._plan, self._job = plan, job
+        if self.device.type == "cpu":
+            room = sys.maxsize if ram is None else ram  # a CPU's budget always has one
+            found = beside.planned(job, lambda taken: plan_on_cpu(job, max(0, room - taken)))
+        else:
+            room = self._vram(job)
+            if self.budget.vram == "least":
+                room += beside.least(job)
+            found = beside.planned(job, lambda taken: plan_job(job, max(0, room - taken), ram))
+        plan, self._taken, self._stream_beside = found
+        self._plan, self._job, self._beside = plan, job, beside
         parts = {"text_encoder": job.encoder, "transformer": job.net}
         planned = plan.phase("encode").planes > 0  # all that products ask for, or none
         self._planes = {name: job.planes(part) if planned else 0 for name, part in parts.items()}
@@ -225,12 +237,19 @@ class PhaseManager:
         component, needs = plan.component(NETWORKS[name]), plan.phase(name)
         after = NEXT.get(name, "")
         wanted = after in self._opened and after not in self._loaded
-        with self._segments.limit(plan.vram, sum(self._held.values())):
+        beside: AbstractContextManager[None] = nullcontext()
+        room, live = plan.vram, 0
+        if name == "denoise" and self._beside.networks and self._job is not None:
+            live = self._beside.live(self._job)
+            room = None if room is None else room + self._taken
+            beside = self._beside.on(self.device, plan.ring, self._stream_beside, self._traffic)
+        with self._segments.limit(room, sum(self._held.values())):
             try:
                 self._load(component, plan)
-                self._reserve(needs)
-                with page_cache.reading_ahead(self._opened[after].file if wanted else None):
-                    yield
+                with beside:
+                    self._reserve(needs, live)
+                    with page_cache.reading_ahead(self._opened[after].file if wanted else None):
+                        yield
             finally:
                 release_scratch(self.device)
                 if not component.kept:
@@ -290,10 +309,15 @@ class PhaseManager:
         stream = getattr(self._networks[name], "stream", None)
         return stream if isinstance(stream, Stream) else self._decoder
 
-    def _reserve(self, needs: Phase) -> None:
-        """Take the segment of a phase's temporary tensors, and in it the scratch of its products."""
+    def _reserve(self, needs: Phase, beside: int = 0) -> None:
+        """Take the segment of a phase's temporary tensors, and in it the scratch of its products.
+
+        Args:
+            needs: The phase.
+            beside: Bytes of further temporary tensors.
+        """
         try:
-            self._segments.reserve(needs.scratch + needs.activations + needs.gaps)
+            self._segments.reserve(needs.scratch + needs.activations + needs.gaps + beside)
         except torch.OutOfMemoryError:
             if needs.name != "decode":  # which goes on in smaller tiles by itself
                 raise

@@ -11,6 +11,7 @@ from zimage_core.config import AutoencoderConfig
 from zimage_core.errors import BadShape, Unsupported
 from zimage_core.preview import latent_rgb
 from zimage_core.preview.taef1 import CHANNELS, load
+from zimage_core.run.components import require
 from zimage_core.run.result import to_output
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Preview:
     """
 
     def __init__(self, pipe: Any, taef1: str | PathLike[str] | None = None) -> None:
+        require("transformer", pipe.transformer)
         config = None if pipe.vae is None else pipe.vae.config
         flux = latent_rgb.is_flux(config)
         self._factor = (config or AutoencoderConfig()).spatial_factor

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from zimage_core.errors import BadArgument, printable
 from zimage_core.run.checks import choice, read_path
 from zimage_core.run.components import require
@@ -147,9 +149,8 @@ class Controlled:
                 each.encoded(moments, config.scaling_factor, config.shift_factor, *size)
                 for each in run.controls
             )
-        if self._placement.memory is None:
-            for each in controls:
-                place_beside(each.net, self.transformer)
+        for each in controls:
+            place_beside(each.net, self.transformer, None if memory is None else torch.device("cpu"))
         return replace(run, controls=controls)
 
 

@@ -174,9 +174,10 @@ def _enlarged_size(limits: Limits, request: Request, scale: float) -> tuple[int,
     for name, most in (("height", limits.rows), ("width", limits.cols)):
         value = getattr(request, name)
         value = limits.sample_size if value is None else value
-        side = checks.side(name, value, unit, unit * most)
-        sides.append(max(round(side * scale / unit), 1) * limits.patch)
-    return sides[0], sides[1]
+        large = max(round(checks.side(name, value, unit, unit * most) * scale / unit), 1) * unit
+        sides.append(checks.side(f"{name} of the enlarged image", large, unit, unit * most))
+    checks.area(sides[0], sides[1], 1)
+    return sides[0] // limits.factor, sides[1] // limits.factor
 
 
 def _joined(small: ZImageResult, large: ZImageResult, scale: float) -> ZImageResult:
