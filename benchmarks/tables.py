@@ -375,10 +375,17 @@ def _quantizing() -> dict[str, str]:
     }
 
 
+def _sampling() -> dict[str, str]:
+    from benchmarks import samplers
+
+    return samplers.tables(read("samplers.json"))
+
+
 PAGES: dict[Path, Callable[[], dict[str, str]]] = {
     ROOT / "docs/kernels.md": _kernels,
     ROOT / "docs/quality.md": _quality,
     ROOT / "docs/quantizing.md": _quantizing,
+    ROOT / "docs/sampling.md": _sampling,
     ROOT / "benchmarks/README.md": lambda: {
         "standing": standing.table(standing.load()),
         "cpu": cpu_products(read("cpu_products.json")),

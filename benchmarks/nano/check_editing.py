@@ -43,6 +43,8 @@ from zimage_core.assets import PARTS
 Row = dict[str, Any]
 WEIGHTS = (0.0, 0.5, 1.0)
 STRENGTHS = (0.3, 0.5, 0.7, 1.0)
+MARGINS = (4, 8)
+"""Pixels by which a mask is larger than the largest object of its size; a latent spans 8."""
 SHIFT, GROWTH = 2.5, 0.15
 """An object agrees with a control image if its centre is at most SHIFT pixels off, its extent GROWTH."""
 HALF = 0.5
@@ -140,10 +142,11 @@ def agreement(scene: Scene, mask: np.ndarray, image: np.ndarray) -> Row:
     (y, x, side), (v, u, other) = extent(want), extent(got)
     row: Row = {
         "colours": (colour, background) == (scene.colour, scene.background),
-        "place": bool(np.hypot(y - v, x - u) <= SHIFT),
-        "size": bool(abs(other / side - 1) <= GROWTH),
+        "off": round(min(float(np.hypot(y - v, x - u)), float(SIZE)), 2),
+        "growth": round(other / side - 1, 3),
         "iou": round(float((want & got).sum() / max((want | got).sum(), 1)), 3),
     }
+    row["place"], row["size"] = row["off"] <= SHIFT, abs(row["growth"]) <= GROWTH
     row["place and size"] = row["place"] and row["size"]
     row["everything"] = row["place and size"] and row["colours"]
     return row
@@ -212,33 +215,36 @@ def img2img_exam(pipe: ZImagePipeline, count: int) -> tuple[dict[str, list[Row]]
 
 def inpaint_exam(pipe: ZImagePipeline, count: int) -> tuple[dict[str, list[Row]], list[np.ndarray]]:
     """A box around the object is repainted; the prompt asks for another colour and shape in its place."""
-    rng = np.random.default_rng(17)
+    rows: dict[str, list[Row]] = {}
+    shown: list[np.ndarray] = []
     scenes = singles(count, 2029)
-    made, rows, shown = [], [], []
-    for k, scene in enumerate(scenes):
-        drawing = draw(scene, rng)
-        shape = str(rng.choice([s for s in SHAPES if s != scene.shape]))
-        want = replace(scene, colour=another(scene, rng), shape=shape)
-        x, y = (SIZE // 2 + offset for offset in POSITIONS[scene.position])
-        half = RADII[scene.size][-1] + 4
-        mask = Image.new("L", (SIZE, SIZE))
-        ImageDraw.Draw(mask).rectangle([x - half, y - half, x + half - 1, y + half - 1], fill=255)
-        prompt = describe(want, np.random.default_rng((8, k)), chinese=bool(k % 2))
-        image = array(
-            pipe(prompt, seed=SEED + k, image=Image.fromarray(drawing), mask_image=mask, strength=1.0)
-        )
-        keep = np.asarray(mask) == 0
-        row: Row = right(want, read(image))
-        row["outside untouched"] = bool((image[keep] == drawing[keep]).all())
-        row["inside as asked"] = all(row[a] for a in ("colour", "shape", "position", "size"))
-        row["both"] = row["outside untouched"] and row["inside as asked"]
-        rows.append(row)
-        made.append((drawing, np.repeat(np.asarray(mask)[:, :, None], 3, 2), image))
-    for images in zip(*made[:12], strict=True):
-        shown += images
-    return {"strength 1": rows}, shown
+    for margin in MARGINS:
+        rng, made, found = np.random.default_rng(17), [], []
+        for k, scene in enumerate(scenes):
+            drawing = draw(scene, rng)
+            shape = str(rng.choice([s for s in SHAPES if s != scene.shape]))
+            want = replace(scene, colour=another(scene, rng), shape=shape)
+            x, y = (SIZE // 2 + offset for offset in POSITIONS[scene.position])
+            half = RADII[scene.size][-1] + margin
+            mask = Image.new("L", (SIZE, SIZE))
+            ImageDraw.Draw(mask).rectangle([x - half, y - half, x + half - 1, y + half - 1], fill=255)
+            prompt = describe(want, np.random.default_rng((8, k)), chinese=bool(k % 2))
+            given = {"image": Image.fromarray(drawing), "mask_image": mask, "strength": 1.0}
+            image = array(pipe(prompt, seed=SEED + k, **given))
+            keep = np.asarray(mask) == 0
+            row: Row = right(want, read(image))
+            row["outside untouched"] = bool((image[keep] == drawing[keep]).all())
+            row["inside as asked"] = all(row[a] for a in ("colour", "shape", "position", "size"))
+            row["both"] = row["outside untouched"] and row["inside as asked"]
+            found.append(row)
+            made.append((drawing, np.repeat(np.asarray(mask)[:, :, None], 3, 2), image))
+        rows[f"{margin} pixels around"] = found
+        shown += [image for images in zip(*made[:12], strict=True) for image in images]
+    return rows, shown
 
 
+MEASURED = ("iou", "off")
+"""Keys whose median is shown: intersection over union, and pixels between the centres."""
 EXAMS: dict[
     str, tuple[str, Callable[..., tuple[dict[str, list[Row]], list[np.ndarray]]], tuple[str, ...]]
 ] = {
@@ -250,12 +256,12 @@ EXAMS: dict[
     "control": (
         "ControlNet `edges`, prompts without place and size",
         control_exam,
-        ("place", "size", "place and size", "colours", "everything", "iou"),
+        ("place", "size", "place and size", "colours", "everything", "iou", "off"),
     ),
     "img2img": (
         "img2img, the drawing's prompt with another colour",
         img2img_exam,
-        ("new colour", "shape, place and size kept", "both", "iou"),
+        ("new colour", "shape", "place", "size", "shape, place and size kept", "both", "iou", "off"),
     ),
     "inpaint": (
         "inpainting, another shape and colour inside the mask",
@@ -283,11 +289,41 @@ def markdown(report: dict[str, Any]) -> str:
         ]
         for case, found in rows.items():
             cells = [
-                f"{np.median([row[key] for row in found]):.2f}" if key == "iou" else share(found, key)
+                f"{np.median([row[key] for row in found]):.2f}" if key in MEASURED else share(found, key)
                 for key in keys
             ]
             lines.append("| " + " | ".join((case, *cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def columns(rows: list[Row]) -> dict[str, list[Any]]:
+    """Rows as lists by key: truth values as 0 and 1, null where a row lacks the key."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: [int(v) if isinstance(v := row.get(key), bool) else v for row in rows] for key in keys}
+
+
+def rows_of(table: dict[str, list[Any]]) -> list[Row]:
+    """`columns` undone."""
+    return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+
+
+def kept(path: Path) -> dict[str, dict[str, list[Row]]]:
+    """The exams of a report that was written before."""
+    if not path.exists():
+        return {}
+    exams = json.loads(path.read_text("utf-8"))["exams"]
+    return {name: {case: rows_of(t) for case, t in cases.items()} for name, cases in exams.items()}
+
+
+def write(report: dict[str, Any], stem: Path) -> None:
+    """Write the raw results and the tables."""
+    lines = []
+    for name, cases in report["exams"].items():
+        inner = (f"  {json.dumps(case)}: {json.dumps(columns(rows))}" for case, rows in cases.items())
+        lines.append(f" {json.dumps(name)}: {{\n" + ",\n".join(inner) + "\n }")
+    text = f'{{"count": {report["count"]}, "exams": {{\n' + ",\n".join(lines) + "\n}}\n"
+    stem.with_suffix(".json").write_text(text, encoding="utf-8")
+    stem.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
 
 
 def main() -> None:
@@ -298,19 +334,15 @@ def main() -> None:
     parser.add_argument("--sheets", type=Path, help="folder for a sheet of each exam's first images")
     args = parser.parse_args()
     pipe = ZImagePipeline.from_default()
-    path = args.to.with_suffix(".json") if args.to else None
-    report: dict[str, Any] = {"count": args.count, "exams": {}}
-    if path is not None and path.exists():  # exams that are not run again keep their rows
-        report["exams"] = json.loads(path.read_text("utf-8"))["exams"]
+    exams = kept(args.to.with_suffix(".json")) if args.to else {}  # what is not run again keeps its rows
+    report: dict[str, Any] = {"count": args.count, "exams": exams}
     for name in args.only:
-        report["exams"][name], shown = EXAMS[name][1](pipe, args.count)
+        exams[name], shown = EXAMS[name][1](pipe, args.count)
         if args.sheets:
             sheet(shown, columns=min(12, args.count)).save(args.sheets / f"nano_{name}.png")
     print(markdown(report))
     if args.to:
-        text = json.dumps(report, ensure_ascii=False)
-        args.to.with_suffix(".json").write_text(text.replace("}, {", "},\n {") + "\n", encoding="utf-8")
-        args.to.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+        write(report, args.to)
 
 
 if __name__ == "__main__":

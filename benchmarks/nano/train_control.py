@@ -109,7 +109,7 @@ def export(part: Edges, path: Path) -> None:
 
 
 def main() -> None:
-    args = arguments(steps=1800, lr=1e-3)
+    args = arguments(steps=1300, lr=1e-3)
     nano, vae = base()
     part = Edges(nano)
     tuner = Tuner(args, NAME, part, (nano, vae), edged, kinds=2, condition=part.condition)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import controls, tiny
 from tests.helpers.model_files import Stored, write_gguf
-from zimage_core import inspect_file, load_controlnet, load_transformer
+from zimage_core import ZImageControlNetModel, inspect_file, load_controlnet, load_transformer
 from zimage_core.control.load import control_table
 from zimage_core.errors import BadArgument, BadWeights, WrongModel
 from zimage_core.formats import FORMATS
@@ -70,6 +70,17 @@ def test_a_file_may_state_its_places(tmp_path):
     path = controls.write(tmp_path / "far.safetensors", net, metadata={"places": "0,2,6"})
     with pytest.raises(BadWeights, match=r"steers 3 layers .*the transformer has 6"):
         load_controlnet(path).config.places_in(6)
+
+
+def test_a_folder_of_diffusers_states_its_places(tmp_path):
+    net = controls.controlnet("2.1 lite")
+    controls.write(tmp_path / "diffusion_pytorch_model.safetensors", net)
+    stated = {"_class_name": "ZImageControlNetModel", "control_layers_places": [0, 2, 5]}
+    tiny.write_json(tmp_path / "config.json", stated)
+    for path in (tmp_path, tmp_path / "diffusion_pytorch_model.safetensors"):
+        assert ZImageControlNetModel.from_pretrained(path).config.places_in(6) == (0, 2, 5)
+    tiny.write_json(tmp_path / "config.json", {"control_layers_places": [0, 2, 5]})
+    assert load_controlnet(tmp_path).config.places_in(6) == (0, 2, 4)
 
 
 @pytest.mark.parametrize("zero", ["before_proj", "after_proj"])

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.helpers import controls, tiny
 from zimage_core import ZImageControlNetInpaintPipeline, ZImageControlNetPipeline, ZImagePipeline
 from zimage_core.control.inputs import ControlImage, steps_between
-from zimage_core.errors import BadArgument, BadFile, BadWeights, Unsupported, WrongModel
+from zimage_core.errors import BadArgument, BadFile, BadWeights, NonFinite, Unsupported, WrongModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:guidance_scale:UserWarning", "ignore:the ControlNet")
 STEPS = 4
@@ -151,6 +151,27 @@ def test_inpaint_channels_hold_the_kept_mask_and_the_masked_image():
     config = pipe.vae.config
     wanted = (pipe.vae.moments(pixels[None])[0][0] - config.shift_factor) * config.scaling_factor
     assert torch.allclose(cells[17:], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_number_that_is_not_finite_is_found_in_the_net(debug):
+    pipe = pipeline("2.1")
+    pipe.controlnets["edges"].control_layers[1].after_proj.weight[3, 4] = float("nan")
+    place = r"ControlNet edges: first in control_layers.1.after_proj .*1.after_proj.weight holds NaN"
+    with pytest.raises(NonFinite, match=place):
+        run(pipe, control_image=picture(), debug=debug)
+
+
+def test_control_goes_with_image_to_image_and_inpainting():
+    pipe = pipeline("2.1")
+    mask = Image.new("L", (48, 32), 0)
+    mask.paste(255, (0, 0, 24, 32))
+    options = {"image": picture(5), "mask_image": mask, "strength": 0.7, "output_type": "np"}
+    plain, found = run(pipe, **options), run(pipe, control_image=picture(), **options)
+    kept = np.array(picture(5))[:, 24:].astype(np.float32) / 255
+    assert np.array_equal(found.images[0][:, 24:], kept)
+    assert not np.array_equal(found.images[0][:, :24], plain.images[0][:, :24])
+    assert {"image_sha256", "init_sha256", "mask_sha256"} < found.settings[0]["controls"][0].keys()
 
 
 BAD = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from zimage_core.config import TransformerConfig
@@ -143,8 +144,8 @@ def _stated_places(value: Any, count: int) -> tuple[int, ...] | None:
         return None
     try:
         text = str(value) if isinstance(value, int) else value  # "0" is read as a number
-        parts = text.strip("[]() ").split(",") if isinstance(text, str) else list(text)
-        places = tuple(int(part) for part in parts[: count + 1])
+        parts = text.strip("[]() ").split(",") if isinstance(text, str) else text
+        places = tuple(int(part) for part in islice(parts, count + 1))  # an array of a GGUF may be long
     except (TypeError, ValueError):
         places = ()
     if len(places) != count or list(places) != sorted(set(places)) or places[0] < 0:

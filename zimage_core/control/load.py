@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zimage_core.assets import embedded_part
 from zimage_core.control.config import ControlConfig, control_config
 from zimage_core.control.model import ControlNet
-from zimage_core.errors import BadArgument, BadWeights, WrongModel, printable
+from zimage_core.errors import BadArgument, BadFile, BadWeights, WrongModel, printable
+from zimage_core.files.untrusted import read_json
 from zimage_core.nn.compute import set_compute
 from zimage_core.quant.arithmetic import MODES
 from zimage_core.weights import infer, names, storage
@@ -105,9 +107,8 @@ def checked(opened: Opened) -> tuple[Opened, ControlConfig, names.Table]:
         n[len(card.prefix) :]: info.shape for n, info in file.tensors.items() if n.startswith(card.prefix)
     }
     try:
-        config = control_config(
-            shapes, infer.values(file.metadata), lambda name: repeats(file, card.prefix + name)
-        )
+        metadata = {**_stated(file.path), **infer.values(file.metadata)}
+        config = control_config(shapes, metadata, lambda name: repeats(file, card.prefix + name))
     except BadWeights as error:
         raise BadWeights(f"{printable(file.path)}: this is {card.title}: {error}; {ADVICE}") from None
     table = control_table(config, card.layout)
@@ -117,6 +118,18 @@ def checked(opened: Opened) -> tuple[Opened, ControlConfig, names.Table]:
             f"{printable(file.path)}: this is {card.title} with tensors that do not fit: {faults}; {ADVICE}"
         )
     return replace(opened, card=card), config, table
+
+
+def _stated(path: str) -> dict[str, Any]:
+    """The places in a config.json of diffusers' ZImageControlNetModel beside the file, if there is one."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    try:
+        found = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    except BadFile:
+        found = {}  # it may belong to another model
+    places = found.get("control_layers_places")
+    ours = found.get("_class_name") == "ZImageControlNetModel" and places is not None
+    return {"places": places} if ours else {}
 
 
 def control_table(config: ControlConfig, layout: str) -> names.Table:

@@ -72,10 +72,29 @@ def save_pretrained(
         "overwrite": overwrite,
     }
     what = getattr(what, "_orig_mod", what)  # compiled
+    _refuse_adapters(what)
     if isinstance(what, nn.Module) or not hasattr(what, "components"):
         save_network(what, folder, **options)
     else:
         _save_pipeline(what, Path(folder), options)
+
+
+def _refuse_adapters(what: Any) -> None:
+    """Refuse networks whose adapters are beside their weights, so that a saved one would lack them.
+
+    Raises:
+        Unsupported: The message names an adapter.
+    """
+    parts = [what] if isinstance(what, nn.Module) else list(getattr(what, "components", {}).values())
+    for part in parts:
+        adapted = getattr(part, "adapted", None)
+        state = None if adapted is None else adapted.state
+        beside = [] if state is None else sorted(state.weights.keys() - state.fused)
+        if beside and state is not None and state.enabled:
+            raise Unsupported(
+                f"save_pretrained: {printable(beside[0], 80)!r} is an adapter beside the weights and would "
+                "be lost; call fuse_lora(dequantize=True) first, or unload_lora()"
+            )
 
 
 def _save_pipeline(pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zimage_core.errors import BadArgument, NonFinite
 from zimage_core.models.transformer import Predict, Prepared, ZImageTransformer
@@ -63,7 +63,7 @@ class Denoiser:
     def __call__(self, latents: Tensor, time: Tensor, step: int) -> Tensor:
         """latents [B, C, h, w] float32, time [] float32 -> estimate of clean - noise [B, C, h, w] float32."""
         self.last = (latents, time, step)
-        with watch(self.transformer, "transformer") if self._run.debug else nullcontext():
+        with self._watching((self.transformer, "transformer")) if self._run.debug else nullcontext():
             self.estimate = self._estimate(latents, time, step)
         return self.estimate
 
@@ -107,7 +107,16 @@ class Denoiser:
         """Repeat the latest call without prepared values or graphs, to find where NaN or infinity appears."""
         if self.last is not None:
             self._prepared = self._predict = None
-            self._estimate(*self.last)
+            with self._watching():
+                self._estimate(*self.last)
+
+    def _watching(self, *networks: tuple[nn.Module, str]) -> ExitStack:
+        """Context in which these networks and the run's ControlNets are watched for NaN and infinity."""
+        nets = {each.net: f"ControlNet {each.net.name}" for each in self._run.controls}
+        stack = ExitStack()
+        for network, name in (*networks, *nets.items()):
+            stack.enter_context(watch(network, name))
+        return stack
 
 
 def denoise(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from zimage_core.assets import NANO
-from zimage_core.assets import embedded_part as embedded_part  # the name that callers know
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, printable
 from zimage_core.run.checks import read_path
