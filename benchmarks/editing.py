@@ -87,7 +87,7 @@ def canvas(fill: str, pixels: torch.Tensor, margins: Any) -> torch.Tensor:
 
 
 def seams() -> dict[str, float]:
-    """Mean step of 8-bit values over the seam of outpainting, by what the canvas holds; and in whole images."""
+    """Mean step of 8-bit values over the seam of outpainting, by its canvas, and in whole images."""
     pipe = ZImagePipeline.from_default()
     prompts = [
         f"a {size} {colour} {shape} on a {ground} background"
