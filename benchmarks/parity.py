@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from benchmarks.report import RESULTS, ROOT, fill_tables, machine, markdown, write
-from tests.helpers import parity, pipeline_parity
+from tests.helpers import editing_parity, parity, pipeline_parity
 
 
 def measure() -> list[parity.Difference]:
@@ -23,7 +23,7 @@ def measure() -> list[parity.Difference]:
         found += [parity.text_encoder_difference(arch, length) for length in (1, 8, 37, 130)]
     for height, width in ((64, 64), (64, 48), (8, 8)):
         found += parity.autoencoder_differences(height, width)
-    return [*found, *pipeline_parity.pipeline_differences()]
+    return [*found, *pipeline_parity.pipeline_differences(), *editing_parity.editing_differences()]
 
 
 def table(found: list[parity.Difference]) -> str:

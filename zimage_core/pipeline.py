@@ -159,8 +159,8 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
 
         Args:
             prompt: One prompt or several.
-            height: Height in pixels, a multiple of 16; default: the checkpoint's own size, or 1024 if it
-                states none.
+            height: Height in pixels, a multiple of 16; default: that of `image`, else the checkpoint's own
+                size, or 1024 if it states none.
             width: Width in pixels, with the same default.
             num_inference_steps: Steps, each one call of the network (two with the sampler "heun"); default
                 8, or 50 for the base checkpoint.

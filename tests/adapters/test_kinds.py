@@ -21,8 +21,8 @@ from zimage_core.quant.tensor import QuantTensor
 from zimage_core.reference.encode import random_blocks
 from zimage_core.weights.adapters import split_name
 
-ROUNDING = 2e-6
-"""Difference over the largest result: float32 sums of some hundred products."""
+ROUNDING = 1e-5
+"""Difference over the largest result: float32 sums of some hundred products, parts of which cancel."""
 
 
 def layer_of(n, k, fmt, bias=False, seed=0):
@@ -71,13 +71,13 @@ def test_branches_add_up_to_the_weight_that_they_stand_for(data):
         st.lists(st.sampled_from([-0.5, 0.3, 1.0, 2.0]), min_size=len(kinds), max_size=len(kinds))
     )
     made = [change(kind, layer, seed=10 * i) for i, kind in enumerate(kinds)]
-    branch = Branch(layer, [(own, weight) for (own, _), weight in zip(made, weights, strict=True)])
+    changes = [(own, weight) for (own, _), weight in zip(made, weights, strict=True)]
     base = adapters.dense(layer)
     merged = base + sum(w * delta(base) for (_, delta), w in zip(made, weights, strict=True))
     x = adapters.random(2, 3, k, seed=99, scale=1.0)
     want = x.double() @ merged.T + (0 if layer.bias is None else layer.bias.double())
-    assert close(branch(layer.product, x), want)
-    assert close(merged_weight(layer, branch), merged)
+    assert close(Branch(layer, changes)(layer.product, x), want)
+    assert close(merged_weight(layer, changes), merged)
 
 
 @pytest.mark.parametrize("kind", adapters.KINDS)

@@ -44,6 +44,19 @@ def test_generate_takes_several_with_their_weights(folder, tmp_path, capsys):
     assert str(tmp_path).encode() not in target.read_bytes()
 
 
+def test_the_embedded_model_has_a_lora_by_name(tmp_path):
+    pipe, target = ZImagePipeline.from_default(), tmp_path / "a.png"
+    run = {"num_inference_steps": 2, "width": 32, "height": 32, "seed": 5}
+    before = np.asarray(pipe("a red circle", **run).images[0])
+    assert pipe.load_lora("outline", 0.5) == "outline"
+    result = pipe("a red circle", **run)
+    assert not np.array_equal(np.asarray(result.images[0]), before)
+    words = ["generate", "a red circle", "--steps", "2", "-W", "32", "-H", "32", "--seed", "5", "--quiet"]
+    words += ["--compute", "exact", "--device", "cpu", "--lora", "outline:0.5"]
+    assert main([*words, "-o", str(target)]) == 0
+    assert np.array_equal(np.asarray(Image.open(target)), np.asarray(result.images[0]))
+
+
 def test_a_wrong_weight_or_file_is_told_before_the_model_is_loaded(tmp_path, capsys):
     lora_file(tmp_path / "a.safetensors")
     for text, message in (

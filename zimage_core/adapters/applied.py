@@ -6,7 +6,7 @@ its adapters. A pipeline's `from_pipe` therefore makes images with them too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -212,7 +212,7 @@ class Applied:
                 if place in state.adapters[n].changes
             ]
             dtype: torch.dtype = self.network.dtype  # type: ignore[assignment]
-            whole = merged_weight(layer, Branch(layer, own)).to(dtype)
+            whole = merged_weight(layer, own).to(dtype)
             if not bool(torch.isfinite(whole).all()):
                 raise BadWeights(f"fuse_lora: {place} would hold numbers that are not finite in {dtype}")
             merged[place] = nn.Parameter(whole, requires_grad=False)
@@ -247,16 +247,15 @@ class Applied:
         self.use(State())()
 
 
-def merged_weight(layer: Linear, branch: Branch) -> Tensor:
-    """The weight [N, K] float32 of a layer and its branch together.
+def merged_weight(layer: Linear, changes: Sequence[tuple[Change, float]]) -> Tensor:
+    """The weight [N, K] float32 of a layer with changes and their weights.
 
     The branch is applied to columns of the identity, so merged and unmerged results agree by construction.
     """
-    weight = layer.weight
+    weight, branch = layer.weight, Branch(layer, changes, biased=False)
     dense = weight.dequantize(torch.float32) if isinstance(weight, QuantTensor) else weight.detach().float()
     columns = dense.shape[1]
     out = torch.empty_like(dense, memory_format=torch.contiguous_format)
-    bias = None if layer.bias is None else layer.bias.detach().float()
     for start in range(0, columns, COLUMNS):
         stop = min(start + COLUMNS, columns)
         x = torch.zeros(stop - start, columns, device=dense.device)
@@ -264,10 +263,8 @@ def merged_weight(layer: Linear, branch: Branch) -> Tensor:
 
         def product(given: Any, x: Tensor = x, start: int = start, stop: int = stop) -> Tensor:
             own: Tensor = dense[:, start:stop].t().clone() if given is x else given @ dense.t()
-            own = own.contiguous()
-            return own if bias is None else own + bias
+            return own.contiguous()  # the branch adds to it in place
 
         with torch.no_grad():
-            y = branch(product, x)
-        out[:, start:stop] = (y if bias is None else y - bias).t()
+            out[:, start:stop] = branch(product, x).t()
     return out

@@ -103,10 +103,11 @@ class Branch:
     Args:
         layer: The layer, whose bias is not part of what adapters change.
         changes: Change of each active adapter, with the adapter's weight.
+        biased: Whether the products that it is given hold the layer's bias.
     """
 
-    def __init__(self, layer: Linear, changes: Sequence[tuple[Change, float]]) -> None:
-        self.layer, self.changes = layer, tuple(changes)
+    def __init__(self, layer: Linear, changes: Sequence[tuple[Change, float]], biased: bool = True) -> None:
+        self.layer, self.changes, self._biased = layer, tuple(changes), biased and layer.bias is not None
         self._parts: _Parts | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -197,7 +198,7 @@ class Branch:
 
     def _leaving(self, y: Tensor, parts: _Parts) -> Tensor:
         """What gains and turns of the outputs add to W x + bias."""
-        bias = self.layer.bias
+        bias = self.layer.bias if self._biased else None
         base = y if bias is None else y - bias.to(y.dtype)
         more = torch.zeros_like(base) if parts.gain is None else (base * parts.gain).to(y.dtype)
         for turn in parts.turns_out:

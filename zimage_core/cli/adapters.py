@@ -25,7 +25,8 @@ def add_lora(group: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="FILE[:WEIGHT]",
-        help="LoRA or another adapter, with its weight (default: 1); may be repeated",
+        help="LoRA or another adapter, with its weight (default: 1); may be repeated; outline is that of "
+        "the embedded model",
     )
 
 

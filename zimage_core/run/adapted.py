@@ -341,6 +341,7 @@ class Adapted:
         self._begin_change()
         found = read_adapter(given, name, targets, file_name)
         ready = []
+        enabled = all(own.state.enabled for own in self._applied().values())
         for component, network in targets.items():
             applied = network.adapted
             part = found.parts.get(component)
@@ -352,7 +353,8 @@ class Adapted:
             weights = {} if alone else dict(state.weights)
             if part is not None:
                 weights[name] = weight
-            ready.append((network, applied, applied.use(replace(state, adapters=adapters, weights=weights))))
+            after = replace(state, adapters=adapters, weights=weights, enabled=enabled)
+            ready.append((network, applied, applied.use(after)))
         for network, applied, commit in ready:
             commit()
             network.adapted = applied

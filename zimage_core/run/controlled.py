@@ -110,7 +110,7 @@ class Controlled:
         return dict(self._controlnets)
 
     def _with_controls(self, run: Run, request: Request) -> Run:
-        """The run with the control images of its call, opened and checked."""
+        """The run with its control images, opened and checked; their nets are like the transformer."""
         if request.control_image is None:
             names = ", ".join(self._controlnets)
             remark = (
@@ -118,8 +118,10 @@ class Controlled:
                 "unload_controlnet()"
             )
             return replace(run, remarks=(*run.remarks, remark))
+        from zimage_core.control.apply import place_beside
         from zimage_core.control.inputs import check_fits, read_controls, remarks_on
 
+        where = None if self._placement.memory is None else torch.device("cpu")
         controls = read_controls(
             request.control_image,
             self._controlnets,
@@ -133,13 +135,13 @@ class Controlled:
         require("vae", self.vae)
         for each in controls:
             check_fits(each.net, self.transformer.config)
+        for each in controls:  # before memory is planned
+            place_beside(each.net, self.transformer, where)
         remarks = (*run.remarks, *remarks_on(controls, run.height, run.width))
         return replace(run, controls=controls, remarks=remarks)
 
     def _with_control_latents(self, run: Run) -> Run:
-        """The run with its control images encoded by the VAE, and their nets beside the transformer."""
-        from zimage_core.control.apply import place_beside
-
+        """The run with its control images encoded by the VAE."""
         config, memory = self.vae.config, self._placement.memory
         keep = None if memory is None else memory.keep
         with self._placement.phase("image", self.vae):
@@ -149,8 +151,6 @@ class Controlled:
                 each.encoded(moments, config.scaling_factor, config.shift_factor, *size)
                 for each in run.controls
             )
-        for each in controls:
-            place_beside(each.net, self.transformer, None if memory is None else torch.device("cpu"))
         return replace(run, controls=controls)
 
 
