@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from tests.helpers import adapters, tiny
 from tests.helpers.gguf_writer import GGUFWriter
 from zimage_core.adapters.dialects import Target, match, targets_of
+from zimage_core.adapters.kinds import dense_of
 from zimage_core.adapters.reading import read_adapter
 from zimage_core.config import TextEncoderConfig, TransformerConfig
 from zimage_core.weights import names
@@ -194,6 +195,25 @@ def test_metadata_of_diffusers_and_a_folder_of_peft_give_the_scale(tmp_path, net
     for path in (tmp_path / "one.safetensors", folder):
         own = read_adapter(path, "x", networks).parts["transformer"].changes[name]
         assert torch.equal(own.up, 2 * b)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr half", "lokr full"])
+def test_alpha_of_other_kinds_of_peft_counts(kind, networks, tmp_path):
+    layer = networks["transformer"].layers[0].attention.to_q
+    leaves = adapters.kind(kind, layer.out_features, layer.in_features)[0]
+    leaves.pop("alpha")
+    save_file(
+        adapters.file_of({"base_model.model.layers.0.attention.to_q": leaves}), tmp_path / "a.safetensors"
+    )
+    config = {"peft_type": "LOHA" if kind == "loha" else "LOKR", "r": 2, "alpha": 6}
+
+    def delta():
+        found = read_adapter(tmp_path, "x", networks).parts["transformer"].changes
+        return dense_of(found["layers.0.attention.to_q"])
+
+    without = delta()
+    tiny.write_json(tmp_path / "adapter_config.json", config)
+    assert torch.allclose(delta(), 3 * without)
 
 
 def test_norms_pad_tokens_and_biases_are_changed_by_their_differences(networks):

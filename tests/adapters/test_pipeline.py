@@ -193,7 +193,40 @@ def test_merged_adapters_stay_in_the_weights_when_all_are_unloaded(pipe):
     merged_in = images(pipe)
     pipe.unload_lora()
     assert pipe.loras == ()
-    assert torch.equal(images(pipe), merged_in)
+    result = pipe("a", **RUN)
+    assert torch.equal(result.images, merged_in)
+    assert result.settings[0]["loras"] == [{"name": "lora", "weight": 1.0}]
+
+
+def test_only_adapters_that_have_an_effect_are_merged(pipe, plain):
+    pipe.load_lora(made(pipe)[0], name="a")
+    pipe.disable_lora()
+    with pytest.raises(Unsupported, match=r"no effect since disable_lora\(\); call enable_lora\(\) first"):
+        pipe.fuse_lora()
+    pipe.enable_lora()
+    pipe.set_adapters([])
+    with pytest.raises(BadArgument, match=r"'a' is not active; call set_adapters\(\) with it first"):
+        pipe.fuse_lora(adapter_names=["a"])
+    assert pipe.fused_loras == set()
+    assert torch.equal(images(pipe), plain)
+
+
+def test_what_is_loaded_while_adapters_are_disabled_waits_in_both_networks(pipe, plain):
+    pipe.load_lora(made(pipe)[0], name="a")
+    pipe.disable_lora()
+    q = pipe.text_encoder.layers[0].self_attn.q_proj
+    pair = adapters.split_lora(q.out_features, q.in_features)[0]
+    both = made(pipe, seed=50)[0] | adapters.file_of({"lora_te_layers_0_self_attn_q_proj": pair})
+    pipe.load_lora(both, name="b")
+    assert torch.equal(images(pipe), plain)
+
+
+def test_weights_come_back_in_the_dtype_that_the_network_has_then(pipe):
+    pipe.load_lora(made(pipe)[0])
+    pipe.fuse_lora()
+    pipe.to(torch.bfloat16)
+    pipe.unfuse_lora()
+    assert {p.dtype for p in pipe.transformer.parameters()} == {torch.bfloat16}
 
 
 def test_packed_weights_are_dequantised_only_where_that_is_asked_for(pipe):

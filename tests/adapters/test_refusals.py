@@ -50,6 +50,9 @@ CASES = {
     "Wan": (lora("diffusion_model.blocks.0.cross_attn.k"), WrongModel, "which changes Wan"),
     "nothing of ours": (lora("some.thing"), WrongModel, "none of its layers is one of this pipeline's"),
     "no adapter": ({"layers.0.attention.to_q.weight": R(32, 32)}, WrongModel, "a LoRA was wanted, tensors of no adapter"),
+    "LoKr of a huge product": (
+        of({"lokr_w1_a": R(300000, 1), "lokr_w1_b": R(1, 300000), "lokr_w2": R(1, 1)}), BadWeights, "300000 x 300000"),
+    "a ControlNet's": (lora("control_layers.0.attention.to_q"), WrongModel, "none of its layers is one of this"),
     "IA3": (of({"ia3_l": R(32)}), Unsupported, "an IA3 adapter"),
     "VeRA": (of({"vera_lambda_b": R(32)}), Unsupported, "a VeRA adapter"),
     "BOFT": (of({"oft_blocks": R(2, 4, 8, 8)}), Unsupported, "a BOFT adapter"),

@@ -103,6 +103,8 @@ class Applied:
         self.state = State()
         self.version = 1
         """Counts changes, for what must not repeat an older state, such as a recorded graph."""
+        self.merged: list[tuple[Facts, float]] = []
+        """Adapters that are in the weights for good, with their weights."""
         self._branches: dict[str, Branch] = {}
         self._originals: dict[str, nn.Parameter] = {}  # parameters that are changed now, as they were before
         self._unfused: dict[str, nn.Parameter | QuantTensor] = {}  # weights before they were merged
@@ -234,8 +236,10 @@ class Applied:
         commit = self.use(replace(self.state, fused=frozenset(), weights=weights))
         for place, weight in self._unfused.items():
             layer = self._layer(place)
-            back = weight.to(layer.device)
-            layer.set_weight(back if isinstance(back, QuantTensor) else nn.Parameter(back.detach(), False))
+            if isinstance(weight, QuantTensor):
+                layer.set_weight(weight.to(layer.device))
+            else:  # the network may have been moved or cast since
+                layer.set_weight(nn.Parameter(weight.detach().to(layer.device, layer.dtype), False))
         self._unfused, self._weights_before = {}, {}
         commit()
 
@@ -243,6 +247,7 @@ class Applied:
         """Unload all adapters; those that are merged stay in the weights for good."""
         only = {name: weight for name, weight in self.state.weights.items() if name in self.state.fused}
         self.use(replace(self.state, weights=only))()
+        self.merged += [(self.state.adapters[name].facts, weight) for name, weight in only.items()]
         self._originals, self._unfused, self._weights_before = {}, {}, {}
         self.use(State())()
 

@@ -141,8 +141,8 @@ def _found(name: str, known: Mapping[str, object]) -> str | None:
         prefix += head + separator
         if not separator:
             return None
-    # the layers of CLIP and of vision models, whose names end as Qwen3's do
-    other = prefix.endswith("encoder_") and not prefix.endswith("text_encoder_")
+    # the layers of CLIP and of vision models end as Qwen3's do, and those of ControlNets as the S3-DiT's
+    other = prefix.endswith(("encoder_", "control_")) and not prefix.endswith("text_encoder_")
     return None if other else name
 
 

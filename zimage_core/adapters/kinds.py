@@ -60,11 +60,13 @@ class Scaling:
     Args:
         alpha: Layer's name in the file -> alpha; None for the rank.
         root: Whether the scale is alpha / sqrt(rank) (rsLoRA).
+        whole: Scale of a LoKr of two whole matrices: alpha / rank in PEFT, and 1 elsewhere.
         neumann: Whether OFT's Cayley transform is the series that PEFT takes by default.
     """
 
     alpha: Callable[[str], float | None] = lambda _: None
     root: bool = False
+    whole: float = 1.0
     neumann: bool = True
 
 
@@ -216,12 +218,12 @@ def _lokr(one: _Layer) -> Change:
             up, down = one.pair(f"{side}_a", f"{side}_b")
             ranks.append(down.shape[0])
             sides.append((up, down))
-    # two whole matrices have no rank, and LyCORIS trains them with scale 1, whatever alpha says
-    scale = one.scale(ranks[-1]) if ranks else one.number("scalar", 1.0)
+    # two whole matrices have no rank, and LyCORIS trains them with scale 1, whatever their alpha says
+    scale = one.scale(ranks[-1]) if ranks else one.scaling.whole * one.number("scalar", 1.0)
     (up1, down1), (up2, w2) = sides
+    outer, inner = (len(down if up is None else up) for up, down in sides)
+    one.fits(outer * inner, down1.shape[1] * w2.shape[1])  # before a product that a small file can make huge
     w1 = (down1 if up1 is None else up1.float() @ down1.float()).float() * scale
-    inner = w2.shape[0] if up2 is None else up2.shape[0]
-    one.fits(w1.shape[0] * inner, w1.shape[1] * w2.shape[1])
     if up2 is not None and len(w2) * (len(up2) + w2.shape[1]) >= len(up2) * w2.shape[1]:
         w2, up2 = up2.float() @ w2.float(), None
     if one.target.rows is None:

@@ -186,6 +186,10 @@ def scaling_of(config: Mapping[str, Any], where: str, metadata: Mapping[str, Any
         key.removeprefix("transformer.").removeprefix("text_encoder."): own for key, own in config.items()
     }
     whole = _number(bare.get("lora_alpha", metadata.get("adapter.lora.alpha")), where)
+    full = 1.0
+    if bare.get("peft_type") in ("LOHA", "LOKR"):  # PEFT's name of the alpha of these
+        whole, rank = _number(bare.get("alpha"), where), _number(bare.get("r"), where)
+        full = whole / rank if whole is not None and rank else 1.0
     patterns = bare.get("alpha_pattern")
     pattern = {} if not isinstance(patterns, dict) else {k: _number(v, where) for k, v in patterns.items()}
 
@@ -196,7 +200,7 @@ def scaling_of(config: Mapping[str, Any], where: str, metadata: Mapping[str, Any
         return whole
 
     return kinds.Scaling(
-        alpha, bool(bare.get("use_rslora")), bare.get("use_cayley_neumann", True) is not False
+        alpha, bool(bare.get("use_rslora")), full, bare.get("use_cayley_neumann", True) is not False
     )
 
 

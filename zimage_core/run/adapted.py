@@ -251,16 +251,26 @@ class Adapted:
             dequantize: Whether packed weights may become dense.
 
         Raises:
-            BadArgument: There is no such adapter or network.
+            BadArgument: There is no such adapter or network, or the adapter is not active.
             BadWeights: A merged weight is not finite in this dtype.
-            Unsupported: Weights are packed and `dequantize` is off, or there is a memory budget.
+            Unsupported: Weights are packed and `dequantize` is off, there is a memory budget, or adapters are
+                disabled.
             Busy: A run has not ended.
         """
         if wrong := [name for name in components if name not in _TARGETS]:
             raise BadArgument(f"fuse_lora: {printable(wrong[0], 40)!r} is none of {', '.join(_TARGETS)}")
-        names = self.get_active_adapters() if adapter_names is None else list(adapter_names)
+        active = self.get_active_adapters()
+        names = active if adapter_names is None else list(adapter_names)
         self._known("fuse_lora", names)
         self._refuse_fused("fuse_lora", names)
+        if idle := [name for name in names if name not in active]:
+            raise BadArgument(
+                f"fuse_lora: {printable(idle[0], 80)!r} is not active; call set_adapters() with it first"
+            )
+        if not all(applied.state.enabled for applied in self._applied().values()):
+            raise Unsupported(
+                "fuse_lora: adapters have no effect since disable_lora(); call enable_lora() first"
+            )
         scale = real("lora_scale", lora_scale, -MAX_WEIGHT, MAX_WEIGHT)
         self._placement.refuse_budget("fuse_lora")
         chosen = {name: own for name, own in self._applied().items() if name in components}
@@ -338,6 +348,7 @@ class Adapted:
             )
         self._refuse_fused("load_lora", [name] if swap else [])
         targets = self._targets()
+        enabled = all(applied.state.enabled for applied in self._applied().values())
         self._begin_change()
         found = read_adapter(given, name, targets, file_name)
         ready = []

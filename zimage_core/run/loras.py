@@ -41,19 +41,22 @@ class LoadedLora:
 
 
 def settings_of_adapters(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Names, weights and hashes of the adapters that have an effect, for an image's settings.
+    """Names, weights and hashes of adapters that have an effect, merged ones too, for an image's settings.
 
     Args:
         parts: The networks of a pipeline by name.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[str, float], dict[str, Any]] = {}
     for network in parts.values():
         applied = getattr(network, "adapted", None)
-        if applied is None or not applied.state.enabled:
+        if applied is None:
             continue
-        for name, weight in applied.state.weights.items():
+        state, used = applied.state, list(applied.merged)
+        if state.enabled:
+            used += [(state.adapters[name].facts, weight) for name, weight in state.weights.items()]
+        for facts, weight in used:
             if weight:
-                file = applied.state.adapters[name].facts.file
-                hashes = {key: file[key] for key in ("sha256", "fingerprint") if key in file}
-                found[name] = {"name": printable(name), "weight": weight, **hashes}
+                hashes = {key: facts.file[key] for key in ("sha256", "fingerprint") if key in facts.file}
+                shown = {"name": printable(facts.name), "weight": weight, **hashes}
+                found[facts.name, weight] = shown
     return list(found.values())
