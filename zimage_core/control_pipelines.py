@@ -133,9 +133,10 @@ class ZImageControlNetInpaintPipeline(ZImageControlNetPipeline):
 
     def load_controlnet(self, controlnet: Any, *args: Any, **options: Any) -> ControlNet:
         """`ZImagePipeline.load_controlnet`; WrongModel for a ControlNet without channels for a mask."""
+        before = dict(self._controlnets)
         net = super().load_controlnet(controlnet, *args, **options)
         if not net.config.masked:
-            self.unload_controlnet(net.name)
+            self._controlnets = before
             fault = f"this ControlNet ({net.config.variant}) has no channels for a mask"
             raise WrongModel(net.name, fault, ADVICE)
         return net

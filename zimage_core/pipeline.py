@@ -294,6 +294,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
     def _generate(self, request: Request) -> ZImageResult:
         """Run the steps of a call: check, encode, denoise, decode, report."""
         clock = Clock()
+        self._note_run()
         check_kinds({**networks(self), "scheduler": self.scheduler})
         run = prepare(self.limits, self.scheduler, request)
         if self._controlnets or request.control_image is not None:

@@ -186,7 +186,7 @@ def test_metadata_of_diffusers_and_a_folder_of_peft_give_the_scale(tmp_path, net
     name = "layers.0.attention.to_q"
     a, b = factors(networks["transformer"].get_submodule(name))
     tensors = {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
-    config = {"transformer.r": 3, "transformer.lora_alpha": 6}
+    config = {"transformer.r": 3, "transformer.lora_alpha": 6, "text_encoder.lora_alpha": 60}
     save_file(tensors, tmp_path / "one.safetensors", metadata={"lora_adapter_metadata": json.dumps(config)})
     folder = tmp_path / "peft"
     folder.mkdir()

@@ -137,6 +137,10 @@ def test_names_are_made_free_or_refused(pipe):
         pipe.load_lora(tensors, name="lora")
     with pytest.raises(BadArgument, match="there is no adapter 'x'; loaded are lora, lora-2, lora-3"):
         pipe.unload_lora("x")
+    with pytest.raises(BadArgument, match="there is no adapter None; loaded are"):
+        pipe.set_adapters(None)
+    with pytest.raises(BadArgument, match="a name occurs twice in lora, lora"):
+        pipe.set_adapters(["lora", "lora"], [1, 2])
 
 
 def test_pipelines_that_share_a_transformer_share_its_adapters(pipe, plain):
@@ -249,6 +253,21 @@ def test_packed_weights_are_dequantised_only_where_that_is_asked_for(pipe):
     assert isinstance(layer.weight, QuantTensor)
     pipe.unload_lora()
     assert torch.equal(images(pipe), before)
+
+
+def test_no_adapter_is_changed_while_another_pipeline_runs_with_it(pipe):
+    pipe.load_lora(made(pipe)[0])
+    other, stranger = ZImagePipeline.from_pipe(pipe), tiny.pipeline()
+
+    def callback(*_):
+        with pytest.raises(Busy, match="while a pipeline with the same networks runs"):
+            other.unload_lora()
+        stranger.load_lora(made(stranger)[0])
+
+    pipe("a", callback_on_step_end=callback, **RUN)
+    assert len(stranger.loras) == 2
+    other.unload_lora()
+    assert pipe.loras == ()
 
 
 def test_no_adapter_is_changed_while_the_pipeline_runs(pipe):

@@ -53,6 +53,12 @@ def test_a_control_image_steers_the_image_and_stands_in_it(files, capsys):
     assert generate(files, *model, *control, *control, *net, *net, "--control-scale", 0.5) == 0
     capsys.readouterr()
     assert [each["controlnet"] for each in said(files, capsys)["controls"]] == ["net", "net-2"]
+    (files / "other").mkdir()
+    controls.write(files / "other" / "net.safetensors", controls.controlnet("1.0", controls.TINY))
+    namesake = ("--controlnet", files / "other" / "net.safetensors")
+    assert generate(files, *model, *control, *control, *net, *namesake) == 0
+    capsys.readouterr()
+    assert [each["controlnet"] for each in said(files, capsys)["controls"]] == ["net", "net-2"]
 
 
 def test_the_embedded_model_has_a_controlnet_of_its_own(files, capsys):

@@ -188,12 +188,18 @@ BAD = {
     "batch": (
         None, {"control_image": torch.zeros(3, 3, 32, 48)}, BadArgument, "got 3 for a run of 1 images"
     ),
+    "numbers that do not go together": (
+        lambda p: p.load_controlnet(net("2.1"), "edges"),
+        {"prompt": ["a"] * 6,
+         "control_image": ControlImage(None, torch.zeros(2, 3, 32, 48), torch.ones(3, 1, 32, 48))},
+        BadArgument, "got 2 and 3 for a run of 6 images",
+    ),
     "too few": (lambda p: p.load_controlnet(net(), "b"), {}, BadArgument, r"1 for 2 ControlNets"),
     "mask": (
         None, {"control_image": ControlImage(None, picture(), picture())}, BadArgument,
         r"'edges' \(1.0\) has no channels for a mask",
     ),
-    "no VAE": (lambda p: setattr(p, "vae", None), {}, Unsupported, "this pipeline has no VAE"),
+    "no VAE": (lambda p: setattr(p, "vae", None), {}, Unsupported, "no VAE, which encodes it"),
 }  # fmt: skip
 
 
@@ -256,3 +262,20 @@ def test_the_names_of_diffusers_share_components_and_nets():
         run(second, control_image=picture())
     with pytest.raises(WrongModel, match=r"\(1.0\) has no channels for a mask"):
         ZImageControlNetInpaintPipeline.from_pipe(base, controlnet=net("1.0"))
+    with pytest.raises(WrongModel, match=r"\(1.0\) has no channels for a mask"):
+        second.load_controlnet(net("1.0"), pipe.controlnet.name)
+    assert second.controlnet is pipe.controlnet
+
+
+def test_a_net_that_is_loaded_again_is_renamed():
+    pipe = pipeline("2.1")
+    pipe.load_controlnet(pipe.controlnets["edges"], "other", hints="diffusers")
+    assert list(pipe.controlnets) == ["other"]
+
+
+def test_files_of_one_name_are_two_nets(tmp_path):
+    pipe = tiny.pipeline()
+    for folder in "abb":
+        (tmp_path / folder).mkdir(exist_ok=True)
+        pipe.load_controlnet(controls.write(tmp_path / folder / "net.safetensors", net()))
+    assert list(pipe.controlnets) == ["net", "net-2"]

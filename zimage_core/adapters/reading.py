@@ -39,6 +39,8 @@ PEFT_KEY = "lora_adapter_metadata"
 """Key of a safetensors file under which diffusers writes PEFT's configuration as JSON."""
 PEFT_CONFIG = "adapter_config.json"
 """File beside an adapter in PEFT's own folders."""
+TEXT_ENCODER = "text_encoder."
+"""Prefix of the text encoder's layers, and of its part of that configuration."""
 MOST_JSON = 1 << 20
 FLOATS = ("F32", "F16", "BF16")
 """Types of tensors that are kept as they are stored; any other becomes float32."""
@@ -182,26 +184,35 @@ def _peft_config(file: WeightFile) -> dict[str, Any]:
 
 def scaling_of(config: Mapping[str, Any], where: str, metadata: Mapping[str, Any]) -> kinds.Scaling:
     """Scales that a configuration of PEFT states; keys may begin with "transformer." or "text_encoder."."""
-    bare = {
-        key.removeprefix("transformer.").removeprefix("text_encoder."): own for key, own in config.items()
+    encoder = {
+        key.removeprefix(TEXT_ENCODER): own for key, own in config.items() if key.startswith(TEXT_ENCODER)
     }
-    whole = _number(bare.get("lora_alpha", metadata.get("adapter.lora.alpha")), where)
+    bare = {key.removeprefix("transformer."): own for key, own in config.items()}
+    given = metadata.get("adapter.lora.alpha")
+    (whole, pattern), of_encoder = _alphas(bare, where, given), _alphas({**bare, **encoder}, where, given)
     full = 1.0
     if bare.get("peft_type") in ("LOHA", "LOKR"):  # PEFT's name of the alpha of these
         whole, rank = _number(bare.get("alpha"), where), _number(bare.get("r"), where)
+        of_encoder = whole, pattern
         full = whole / rank if whole is not None and rank else 1.0
-    patterns = bare.get("alpha_pattern")
-    pattern = {} if not isinstance(patterns, dict) else {k: _number(v, where) for k, v in patterns.items()}
 
     def alpha(layer: str) -> float | None:
-        for key, value in pattern.items():
-            if layer == key or layer.endswith(f".{key}"):
-                return value
-        return whole
+        usual, own = of_encoder if layer.startswith(TEXT_ENCODER) else (whole, pattern)
+        return next((v for key, v in own.items() if layer == key or layer.endswith(f".{key}")), usual)
 
     return kinds.Scaling(
         alpha, bool(bare.get("use_rslora")), full, bare.get("use_cayley_neumann", True) is not False
     )
+
+
+def _alphas(
+    config: Mapping[str, Any], where: str, given: object
+) -> tuple[float | None, dict[str, float | None]]:
+    """The alpha of all layers, and those of layers that are named."""
+    patterns = config.get("alpha_pattern")
+    named = patterns if isinstance(patterns, dict) else {}
+    whole = _number(config.get("lora_alpha", given), where)
+    return whole, {key: _number(value, where) for key, value in named.items()}
 
 
 def _number(value: object, where: str) -> float | None:

@@ -90,7 +90,7 @@ def read_controlnets(args: argparse.Namespace, call: dict[str, Any]) -> list[str
 
 
 def load_controlnets(pipeline: ZImagePipeline, nets: Sequence[str | Path]) -> None:
-    """Load ControlNets into a pipeline, in this order; a second one of a file gets a number."""
-    for i, net in enumerate(nets):
-        stem = Path(net).stem
-        pipeline.load_controlnet(net, stem if nets.index(net) == i else f"{stem}-{i + 1}")
+    """Load ControlNets into a pipeline, in this order; a second one of a name gets a number."""
+    stems = [Path(net).stem for net in nets]
+    for i, (net, stem) in enumerate(zip(nets, stems, strict=True)):
+        pipeline.load_controlnet(net, stem if stems.index(stem) == i else f"{stem}-{i + 1}")

@@ -164,11 +164,12 @@ def read_controls(
         if inpainted is not None and given.init is None and net.config.masked:
             given = ControlImage(given.image, *inpainted)
         image, init, mask = _opened(given, net, where)
-        for count in (len(each) for each in (image, init, mask) if each is not None):
-            if images_of_run % count:
+        numbers = [len(each) for each in (image, init, mask) if each is not None]
+        for number in numbers:
+            if images_of_run % number or max(numbers) % number:
                 raise BadArgument(
-                    f"{where}: got {count} for a run of {images_of_run} images, wanted one, or a number that "
-                    "divides it"
+                    f"{where}: got {' and '.join(map(str, numbers))} for a run of {images_of_run} images, "
+                    "wanted one, or a number that divides it and the others"
                 )
         found.append(Wanted(net, image, init, mask, scale, start, end, steps_between(start, end, steps)))
     return tuple(found)

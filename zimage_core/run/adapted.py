@@ -13,6 +13,7 @@ from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from zimage_core.assets import embedded_part
 from zimage_core.errors import BadArgument, Busy, Unsupported, printable
@@ -30,6 +31,8 @@ SHOWN = 5
 """Most names of tensors in the warning for those that match nothing."""
 _TARGETS = ("transformer", "text_encoder")
 _FILE = str | PathLike[str]
+_RAN: WeakValueDictionary[int, Adapted] = WeakValueDictionary()
+"""Pipelines that made a run."""
 
 
 class Adapted:
@@ -113,8 +116,7 @@ class Adapted:
             Unsupported: Weights for single blocks, as diffusers has them; or an adapter is merged.
             Busy: A run has not ended.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._known("set_adapters", names)
+        names = self._known("set_adapters", adapter_names)
         given: list[Any] = (
             list(adapter_weights) if isinstance(adapter_weights, (list, tuple)) else [adapter_weights]
         )
@@ -208,8 +210,8 @@ class Adapted:
         Raises:
             BadArgument: There is none of a name; then all stay.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._refuse_fused("delete_adapters", self._known("delete_adapters", names))
+        names = self._known("delete_adapters", adapter_names)
+        self._refuse_fused("delete_adapters", names)
         for name in names:
             self._change(lambda state, name=name: state.without(name))  # type: ignore[misc]
 
@@ -260,8 +262,7 @@ class Adapted:
         if wrong := [name for name in components if name not in _TARGETS]:
             raise BadArgument(f"fuse_lora: {printable(wrong[0], 40)!r} is none of {', '.join(_TARGETS)}")
         active = self.get_active_adapters()
-        names = active if adapter_names is None else list(adapter_names)
-        self._known("fuse_lora", names)
+        names = self._known("fuse_lora", active if adapter_names is None else adapter_names)
         self._refuse_fused("fuse_lora", names)
         if idle := [name for name in names if name not in active]:
             raise BadArgument(
@@ -310,6 +311,10 @@ class Adapted:
         return len(self.fused_loras)
 
     # --- steps that these methods share ---
+
+    def _note_run(self) -> None:
+        """Let pipelines that share networks know of this one's runs."""
+        _RAN[id(self)] = self
 
     def _targets(self) -> dict[str, Any]:
         """The networks that adapters may change, without the wrapper of torch.compile."""
@@ -394,13 +399,17 @@ class Adapted:
                 stacklevel=4,
             )
 
-    def _known(self, what: str, names: Sequence[str]) -> Sequence[str]:
+    def _known(self, what: str, given: str | Sequence[str]) -> list[str]:
+        """Names of loaded adapters, given as one or several."""
+        names: list[Any] = list(given) if isinstance(given, (list, tuple, set)) else [given]
         taken = [each.name for each in self.loras]
         for name in names:
             if name not in taken:
                 raise BadArgument(
                     f"{what}: there is no adapter {printable(repr(name), 80)}; loaded are {_listed(taken)}"
                 )
+        if len(set(names)) < len(names):
+            raise BadArgument(f"{what}: a name occurs twice in {_listed(names)}")
         return names
 
     def _refuse_fused(self, what: str, names: Sequence[str] | None = None) -> None:
@@ -419,8 +428,11 @@ class Adapted:
         self._end_change()
 
     def _begin_change(self) -> None:
-        if self._running:
-            raise Busy("adapters cannot be changed while the pipeline runs; wait until the run has ended")
+        own = {id(network) for network in self._targets().values()}
+        for pipe in (self, *(each for ref in _RAN.valuerefs() if (each := ref()) is not None)):
+            if pipe._running and own & {id(network) for network in pipe._targets().values()}:
+                whose = "the pipeline" if pipe is self else "a pipeline with the same networks"
+                raise Busy(f"adapters cannot be changed while {whose} runs; wait until the run has ended")
         self._placement.put_away()
 
     def _end_change(self, weights: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zimage_core.errors import BadArgument, printable
+from zimage_core.errors import BadArgument, Unsupported, printable
 from zimage_core.run.checks import choice, read_path
 from zimage_core.run.components import require
 from zimage_core.run.decode import encode_images
@@ -50,7 +50,8 @@ class Controlled:
         Args:
             controlnet: A GGUF or safetensors file, or a ControlNet that `zimage_core.load_controlnet` made.
             name: Name for `unload_controlnet`, for a dict as `control_image`, and for the settings of images;
-                default: that of the file. One of the same name is replaced.
+                default: that of the file, with a number if another file has it. One of the same name is
+                replaced, and one that is loaded again is renamed.
             hints: Where hints of 2.x for the noise refiner go: "trainer", or "diffusers" for its place.
             mmap: Use the weights in place; the file must then not change.
 
@@ -84,13 +85,25 @@ class Controlled:
             if net is not controlnet and opened is not None:
                 opened.file.close()
             raise
-        found = opened_file(net)
-        stem = "controlnet" if found is None else Path(found.name).stem
-        if not name:
-            name = net.name or printable(stem, 100)
+        name = name or net.name or self._name_for(net)
         net.name, net.hints = name, hints
+        # a net has one name and one place for its hints
+        self._controlnets = {key: own for key, own in self._controlnets.items() if own is not net}
         self._controlnets[name] = net
         return net
+
+    def _name_for(self, net: ControlNet) -> str:
+        """The stem of its file, with a number if a net of another file has that name."""
+        found = opened_file(net)
+        stem = "controlnet" if found is None else printable(Path(found.name).stem, 100)
+        number, name = 1, stem
+        while (own := self._controlnets.get(name)) is not None:
+            other = opened_file(own)
+            if other is not None and found is not None and other.file.path == found.file.path:
+                break
+            number += 1
+            name = f"{stem}-{number}"
+        return name
 
     def unload_controlnet(self, name: str | None = None) -> None:
         """Remove a ControlNet, or all of them.
@@ -132,7 +145,8 @@ class Controlled:
             run.batch.images,
             None if run.edit is None or run.edit.mask is None else (run.edit.canvas, run.edit.mask.pixels),
         )
-        require("vae", self.vae)
+        if self.vae is None:
+            raise Unsupported("control_image: this pipeline has no VAE, which encodes it; vae= is needed")
         for each in controls:
             check_fits(each.net, self.transformer.config)
         for each in controls:  # before memory is planned
