@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from statistics import median
+from functools import partial
+from statistics import mean, median
 from time import thread_time
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from benchmarks.report import arguments, write
 from tests.helpers.parity import autoencoder_pair
 from zimage_core import ZImagePipeline
 from zimage_core.config import AutoencoderConfig
+from zimage_core.editing import edit
 from zimage_core.editing.images import read_image
 from zimage_core.models.autoencoder import Autoencoder
 
@@ -72,6 +76,45 @@ def embedded(repeats: int) -> dict[str, Any]:
     }
 
 
+def canvas(fill: str, pixels: torch.Tensor, margins: Any) -> torch.Tensor:
+    """Another canvas than `grown`: noise or grey around the pixels."""
+    large = functional.pad(pixels, margins.order, value=0.5)
+    if fill == "noise":
+        drawn = torch.rand(large.shape, generator=torch.Generator().manual_seed(0))
+        inside = functional.pad(torch.ones_like(pixels), margins.order)
+        large = torch.where(inside > 0, large, drawn)
+    return large
+
+
+def seams() -> dict[str, float]:
+    """Mean step of 8-bit values over the seam of outpainting, by its canvas, and in whole images."""
+    pipe = ZImagePipeline.from_default()
+    prompts = [
+        f"a {size} {colour} {shape} on a {ground} background"
+        for size in ("small", "big")
+        for colour, shape, ground in (
+            ("red", "circle", "white"), ("blue", "star", "yellow"), ("green", "square", "black"),
+            ("yellow", "cross", "blue"), ("white", "ring", "red"),
+        )
+    ]  # fmt: skip
+
+    def step(image: Any) -> float:
+        pixels = np.asarray(image).astype(float)
+        return float(np.abs(pixels[:, 32] - pixels[:, 31]).mean())
+
+    whole = [pipe(prompt, seed=i).images[0] for i, prompt in enumerate(prompts)]
+    found = {"whole image": mean(step(image) for image in whole)}
+    for fill in ("edge", "noise", "grey"):
+        other = edit.grown if fill == "edge" else partial(canvas, fill)
+        with mock.patch.object(edit, "grown", other):
+            grown = [
+                pipe.outpaint(prompt, image.crop((32, 0, 80, 80)), (32, 0, 0, 0), seed=100 + i).images[0]
+                for i, (prompt, image) in enumerate(zip(prompts, whole, strict=True))
+            ]
+        found[fill] = mean(step(image) for image in grown)
+    return found
+
+
 @torch.no_grad()
 def main() -> None:
     """The embedded model, and the VAE of full size with random weights."""
@@ -86,6 +129,7 @@ def main() -> None:
         "repeats": args.repeats,
         "embedded_80": embedded(args.repeats),
         "full_size_vae": coder(full, args.px, 3),
+        "step_over_the_seam_of_outpainting": seams(),
     }
     print(json.dumps(figures, indent=1))
     write(args.out, figures)

@@ -62,6 +62,8 @@ PLANS = {
     "activations",
     "allocator",
     "int8_plan",
+    "job",
+    "nets",
     "plan",
     "planner",
     "rates",

@@ -14,6 +14,8 @@ import torch
 from zimage_core.config import COMPONENTS, AutoencoderConfig
 from zimage_core.errors import BadArgument, Busy, Unsupported, ZImageError
 from zimage_core.files.units import parse_bytes
+from zimage_core.memory.beside import adapted, weighed
+from zimage_core.memory.nets import Beside
 from zimage_core.memory.plan import Plan
 from zimage_core.memory.planner import make_plan
 from zimage_core.memory.rates import Rates
@@ -626,6 +628,8 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
     ) -> Plan:
         """Plan a run on a GPU without running it: the contents of memory and the expected time of each phase.
 
+        Loaded adapters count, and loaded ControlNets with one control image each.
+
         Args:
             width: Width in pixels; default: the checkpoint's, also for height, guidance and steps.
             height: Height in pixels.
@@ -645,10 +649,13 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
         opened, limits = self._opened(), self.limits
         if missing := [name for name in COMPONENTS if name not in opened]:
             raise Unsupported(f"plan: {' and '.join(missing)} came from no file; load it from one")
+        width = limits.sample_size if width is None else width
+        height = limits.sample_size if height is None else height
+        sizes = sizes_of(opened, str(self.dtype).removeprefix("torch."))
         return make_plan(
-            sizes_of(opened, str(self.dtype).removeprefix("torch.")),
-            limits.sample_size if width is None else width,
-            limits.sample_size if height is None else height,
+            adapted(sizes, networks(self), width, height, caption_tokens),
+            width,
+            height,
             images,
             caption_tokens,
             vram=None if vram is None else parse_bytes("vram", vram),
@@ -658,4 +665,5 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
             steps=limits.steps if steps is None else steps,
             compute=self.transformer.compute,
             encoder_compute=self.text_encoder.compute,
+            nets=Beside(tuple(map(weighed, self.controlnets.values())), len(self.controlnets)),
         )

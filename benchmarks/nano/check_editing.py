@@ -47,6 +47,8 @@ MARGINS = (4, 8)
 """Pixels by which a mask is larger than the largest object of its size; a latent spans 8."""
 SHIFT, GROWTH = 2.5, 0.15
 """An object agrees with a control image if its centre is at most SHIFT pixels off, its extent GROWTH."""
+SAME = 0.7
+"""Its edges agree if the intersection of both masks is at least this share of their union."""
 HALF = 0.5
 """Share of ink above which a pixel is ink."""
 
@@ -146,6 +148,7 @@ def agreement(scene: Scene, mask: np.ndarray, image: np.ndarray) -> Row:
         "growth": round(other / side - 1, 3),
         "iou": round(float((want & got).sum() / max((want | got).sum(), 1)), 3),
     }
+    row["edges"] = row["iou"] >= SAME
     row["place"], row["size"] = row["off"] <= SHIFT, abs(row["growth"]) <= GROWTH
     row["place and size"] = row["place"] and row["size"]
     row["everything"] = row["place and size"] and row["colours"]
@@ -256,7 +259,7 @@ EXAMS: dict[
     "control": (
         "ControlNet `edges`, prompts without place and size",
         control_exam,
-        ("place", "size", "place and size", "colours", "everything", "iou", "off"),
+        ("place", "size", "place and size", "colours", "everything", "edges", "iou", "off"),
     ),
     "img2img": (
         "img2img, the drawing's prompt with another colour",

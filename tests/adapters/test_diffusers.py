@@ -246,6 +246,19 @@ def test_fusing_what_is_not_finite_is_refused(pipe):
     assert before.isfinite().all()
 
 
+def test_what_is_loaded_while_loras_are_disabled_has_no_effect_yet(pipe, plain):
+    tensors = lora(pipe, encoder=True)
+    pipe.load_lora({k: v for k, v in tensors.items() if k.startswith("transformer")}, name="one")
+    pipe.disable_lora()
+    pipe.load_lora({k: v for k, v in tensors.items() if k.startswith("text")}, name="two")
+    assert torch.equal(images(pipe), plain)
+    pipe.enable_lora()
+    together = images(pipe)
+    pipe.unload_lora()
+    pipe.load_lora(tensors)
+    assert torch.equal(images(pipe), together)
+
+
 def test_loading_deleting_and_loading_again_gives_the_same_image(pipe):
     pipe.load_lora_weights(lora(pipe), "one")
     first = images(pipe)

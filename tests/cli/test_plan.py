@@ -46,6 +46,22 @@ def test_without_a_budget_each_common_card_has_a_line(zimage):
     assert "no limit peak" in out
 
 
+def test_controlnets_and_loras_are_counted_by_their_headers(zimage):
+    plans = [
+        json.loads(zimage("plan", "--json", "--vram", "1GiB", *more).out)
+        for more in ((), ("--controlnet", "edges"), ("--controlnet", "edges", "--lora", "outline"))
+    ]
+    peaks = [max(phase["peak"] for phase in plan["phases"] if phase["name"] == "denoise") for plan in plans]
+    assert peaks[0] + 1_000_000 < peaks[1] < peaks[2]
+    assert "ControlNets take 1.06 MB" in plans[1]["reasons"][-1]
+    assert plans[1]["vram"] == 1 << 30
+    refused = zimage("plan", "--controlnet", "outline")
+    assert refused.status != 0
+    assert "this is a LoRA for Z-Image" in refused.err
+    short = zimage("plan", "--controlnet", "edges", "--vram", "40MB").err
+    assert "MB of the budget are for the ControlNets" in short
+
+
 def test_ram_alone_points_to_the_cpu(zimage):
     hint = "--architecture cpu plans a run on a CPU"
     assert hint in zimage("plan", "--ram", "4GiB").out

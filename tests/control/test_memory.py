@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,11 @@ from zimage_core import ZImagePipeline
 from zimage_core.control.config import ControlConfig
 from zimage_core.control.model import ControlNet
 from zimage_core.errors import OverBudget
-from zimage_core.memory.beside import Beside
+from zimage_core.memory.beside import weighed
+from zimage_core.memory.nets import Beside, net_of
 from zimage_core.memory.planner import beside
 from zimage_core.models.block_source import RESIDENT
+from zimage_core.weights.components import open_component
 from zimage_core.weights.controlnets import OWN, SHARED
 
 MIB = 1 << 20
@@ -47,7 +51,7 @@ def test_a_net_is_kept_or_streamed_and_the_image_is_the_same(tmp_path, refiner):
     assert torch.equal(kept.images, wanted.images)
     assert kept.memory.traffic["controlnet net"].bytes_moved == 0
 
-    job, nets = wide._placement.memory._job, Beside(tuple(wide.controlnets.values()), 2)
+    job, nets = wide._placement.memory._job, Beside(tuple(map(weighed, wide.controlnets.values())), 2)
     spare = nets.weights(streamed=False) - nets.weights(streamed=True)
     assert spare > 2 * MIB
     least = beside(job.sizes) + job.floor() + nets.least(job)
@@ -67,3 +71,23 @@ def test_a_net_is_kept_or_streamed_and_the_image_is_the_same(tmp_path, refiner):
         draw(short, control_image=images)
     short.unload_controlnet()
     assert draw(short, control_image=None).memory is not None
+
+
+@pytest.mark.parametrize("refiner", [OWN, SHARED])
+def test_headers_tell_what_a_loaded_net_weighs(tmp_path, refiner):
+    path, pipe = write(tmp_path, refiner), ZImagePipeline.from_default()
+    opened = open_component(path)
+    told, loaded = net_of(opened, "float32"), weighed(pipe.load_controlnet(path))
+    opened.file.close()
+    assert told.always + sum(told.blocks) == pytest.approx(loaded.always + sum(loaded.blocks), rel=1e-3)
+    assert sorted(told.blocks) == sorted(loaded.blocks)
+
+
+def test_a_plan_counts_what_is_loaded():
+    pipe = ZImagePipeline.from_default()
+    peaks = [pipe.plan().phase("denoise").peak]
+    for load in (partial(pipe.load_controlnet, "edges"), partial(pipe.load_lora, "outline")):
+        load()
+        peaks.append(pipe.plan().phase("denoise").peak)
+    assert peaks[0] + (1 << 20) < peaks[1] < peaks[2]
+    assert any("ControlNets take" in reason for reason in pipe.plan().reasons)

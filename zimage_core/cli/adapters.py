@@ -66,8 +66,6 @@ def _read(text: str) -> tuple[str, float]:
 
 
 def _is_there(name: str) -> bool:
-    if embedded_part(name) is not None:
-        return True
     try:
         return Path(name).exists() or embedded_part(name) is not None
     except (OSError, ValueError):

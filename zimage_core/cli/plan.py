@@ -8,18 +8,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zimage_core.assets import DEFAULT
+from zimage_core.assets import DEFAULT, embedded_part
 from zimage_core.cli.model_options import add_compute
 from zimage_core.config import COMPONENTS
-from zimage_core.errors import BadArgument, OverBudget
+from zimage_core.errors import BadArgument, OverBudget, WrongModel
 from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
 from zimage_core.memory.int8_plan import automatic
 from zimage_core.memory.job import Job
+from zimage_core.memory.nets import Beside, net_of, with_adapters
 from zimage_core.memory.plan import Plan
-from zimage_core.memory.planner import beside, plan_job, plan_on_cpu
+from zimage_core.memory.planner import beside, plan_beside
 from zimage_core.memory.rates import known
 from zimage_core.memory.sizes import read_sizes
-from zimage_core.weights.components import open_parts
+from zimage_core.weights.components import open_component, open_parts
 from zimage_core.weights.opened import Opened
 
 CARDS = (4, 6, 8, 12, 16, 24)
@@ -49,6 +50,10 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}", metavar="FILE", help="taken instead of the folder's"
         )
+    parser.add_argument(
+        "--controlnet", action="append", default=[], metavar="FILE", help="ControlNet with an image to follow"
+    )
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE", help="LoRA; both repeatable")
     parser.add_argument("--vram", metavar="BYTES", help="GPU memory for the run: 6GiB, 6GB, 6g or bytes")
     parser.add_argument("--ram", metavar="BYTES", help="host memory, in the same form; default: enough")
     for letter, side in (("-W", "width"), ("-H", "height")):
@@ -98,11 +103,21 @@ def run(args: argparse.Namespace) -> int:
     compute, of_encoder = (automatic(net, rates) if auto else args.compute for net in networks)
     run = (args.count, args.caption, rates, args.guidance, args.steps)
     job = Job(sizes, width, height, *run, compute=compute, encoder_compute=of_encoder)
+    nets, loras = _extras(args)
+    try:
+        job = Job(
+            with_adapters(job, [each.file for each in loras]), width, height, *run,
+            compute=compute, encoder_compute=of_encoder, image=bool(nets),
+        )  # fmt: skip
+        beside_it = Beside(tuple(net_of(each, sizes.dtype) for each in nets), len(nets))
+    finally:
+        for each in (*nets, *loras):
+            each.file.close()
 
     def plan(limit: int | None) -> Plan:
-        return plan_on_cpu(job, limit) if cpu else plan_job(job, limit, ram)
+        return plan_beside(job, beside_it, limit, ram, cpu)
 
-    around = beside(sizes) if cpu else 0
+    around = beside(job.sizes) if cpu else 0
     limit = ram if cpu else vram
     if limit is not None:
         found = plan(limit)
@@ -125,6 +140,25 @@ def run(args: argparse.Namespace) -> int:
         if ram is not None and not cpu:
             sys.stdout.write("\nfor a GPU beside this host memory; --architecture cpu plans a run on a CPU\n")
     return 0
+
+
+def _extras(args: argparse.Namespace) -> tuple[list[Opened], list[Opened]]:
+    """The open ControlNets and adapters of the options, or none if one of them is neither."""
+    found: list[list[Opened]] = []
+    kinds = {"controlnet": ("controlnet",), "lora": ("lora", "adapter")}
+    for name, wanted in kinds.items():
+        found.append([])
+        for path in getattr(args, name):
+            opened = open_component(embedded_part(path) or path)
+            found[-1].append(opened)
+            if opened.card.kind not in wanted:
+                for each in (*found[0], *found[-1]):
+                    each.file.close()
+                title = opened.card.title
+                raise WrongModel(
+                    opened.file.path, f"this is {title}, where --{name} wants another kind of file"
+                )
+    return found[0], found[-1]
 
 
 def _write(found: dict[str, Any] | list[str]) -> None:

@@ -16,8 +16,7 @@ from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.files.atomic import write_atomically
 from zimage_core.files.units import parse_bytes
-from zimage_core.memory import page_cache, traffic
-from zimage_core.memory.activations import image_tokens, padded
+from zimage_core.memory import beside, page_cache, traffic
 from zimage_core.memory.attach import (
     forbid_planes,
     load,
@@ -26,16 +25,16 @@ from zimage_core.memory.attach import (
     stream_model,
     unstream,
 )
-from zimage_core.memory.beside import Beside
 from zimage_core.memory.device import Ring, device_for
 from zimage_core.memory.edits import Moved
 from zimage_core.memory.int8_rows import int8_scratch
 from zimage_core.memory.job import Job
+from zimage_core.memory.nets import Beside
 from zimage_core.memory.plan import Component, Phase, Plan
 from zimage_core.memory.planner import plan_job, plan_on_cpu
 from zimage_core.memory.rates import Rates, known, measure
 from zimage_core.memory.segments import Segments
-from zimage_core.memory.sizes import Sizes, sizes_of
+from zimage_core.memory.sizes import sizes_of
 from zimage_core.memory.stream import Stream
 from zimage_core.memory.traffic import Traffic
 from zimage_core.models.autoencoder import Autoencoder
@@ -148,14 +147,16 @@ class PhaseManager:
         self._modules: dict[str, list[int]] = {}  # network -> its modules when it was loaded
         self._decoder = Moved()
         self._traffic: dict[str, Traffic] = {}
-        self._beside, self._taken, self._stream_beside = Beside(), 0, False
+        self._beside: Beside = Beside()
+        self._controlnets: tuple[nn.Module, ...] = ()
+        self._taken, self._stream_beside = 0, False
         self._tile = self._own_tile = vae.tile  # the caller's, and what was set last
         self._rates: Rates | None = None
         self._segments = Segments(self.device)
 
     def begin(
         self, *, width: int, height: int, images: int, caption_tokens: int, guidance: bool, steps: int,
-        image: bool = False, beside: Beside = Beside(),  # noqa: B008  it is frozen
+        image: bool = False, controlnets: tuple[nn.Module, ...] = (), control_images: int = 0,
     ) -> Plan:  # fmt: skip
         """Plan a run and follow that plan from now on.
 
@@ -167,7 +168,8 @@ class PhaseManager:
             guidance: Whether there is a negative side.
             steps: Steps of the run.
             image: Whether it begins from an image, which the VAE encodes.
-            beside: Networks that run beside the transformer.
+            controlnets: Networks that run beside the transformer, on the host.
+            control_images: Images that they follow.
 
         Raises:
             OverBudget: The budget does not hold the least that this image needs.
@@ -176,21 +178,22 @@ class PhaseManager:
         kernels = self.device.type == "cpu" or kernels_for(self.device)
         workspace = self._segments.take_workspace(self._dtype("transformer"))
         job = Job(
-            self._with_adapters(width, height, caption_tokens), width, height, images, caption_tokens,
-            rates, guidance, steps, kernels, workspace,
+            beside.adapted(self._sizes, self._networks, width, height, caption_tokens),
+            width, height, images, caption_tokens, rates, guidance, steps, kernels, workspace,
             self._compute("transformer"), torch.get_num_threads(), self._compute("text_encoder"), image,
         )  # fmt: skip
         ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
+        nets = Beside(tuple(map(beside.weighed, controlnets)), control_images)
         if self.device.type == "cpu":
             room = sys.maxsize if ram is None else ram  # a CPU's budget always has one
-            found = beside.planned(job, lambda taken: plan_on_cpu(job, max(0, room - taken)))
+            found = nets.planned(job, lambda taken: plan_on_cpu(job, max(0, room - taken)))
         else:
             room = self._vram(job)
             if self.budget.vram == "least":
-                room += beside.least(job)
-            found = beside.planned(job, lambda taken: plan_job(job, max(0, room - taken), ram))
+                room += nets.least(job)
+            found = nets.planned(job, lambda taken: plan_job(job, max(0, room - taken), ram))
         plan, self._taken, self._stream_beside = found
-        self._plan, self._job, self._beside = plan, job, beside
+        self._plan, self._job, self._beside, self._controlnets = plan, job, nets, controlnets
         parts = {"text_encoder": job.encoder, "transformer": job.net}
         planned = plan.phase("encode").planes > 0  # all that products ask for, or none
         self._planes = {name: job.planes(part) if planned else 0 for name, part in parts.items()}
@@ -205,21 +208,6 @@ class PhaseManager:
         for stream in self._streams().values():
             stream.traffic(clear=True)
         return plan
-
-    def _with_adapters(self, width: int, height: int, caption: int) -> Sizes:
-        """The sizes with what adapters take: factors on the device, and what was read on the host."""
-        sizes, held = self._sizes, 0
-        net: Any = self._networks["transformer"]
-        factor = self._vae.config.spatial_factor
-        rows = padded(image_tokens(net.config, height // factor, width // factor)) + padded(caption)
-        for name in ("text_encoder", "transformer"):
-            adapted = getattr(self._networks[name], "adapted", None)
-            if adapted is not None:
-                held += adapted.host_bytes()
-                part = getattr(sizes, name)
-                more = replace(part, always=part.always + adapted.device_bytes(rows))
-                sizes = replace(sizes, **{name: more})
-        return replace(sizes, transformer=replace(sizes.transformer, host=held)) if held else sizes
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -237,16 +225,16 @@ class PhaseManager:
         component, needs = plan.component(NETWORKS[name]), plan.phase(name)
         after = NEXT.get(name, "")
         wanted = after in self._opened and after not in self._loaded
-        beside: AbstractContextManager[None] = nullcontext()
+        others: AbstractContextManager[None] = nullcontext()
         room, live = plan.vram, 0
-        if name == "denoise" and self._beside.networks and self._job is not None:
+        if name == "denoise" and self._controlnets and self._job is not None:
             live = self._beside.live(self._job)
             room = None if room is None else room + self._taken
-            beside = self._beside.on(self.device, plan.ring, self._stream_beside, self._traffic)
+            others = beside.on(self._controlnets, self.device, plan.ring, self._stream_beside, self._traffic)
         with self._segments.limit(room, sum(self._held.values())):
             try:
                 self._load(component, plan)
-                with beside:
+                with others:
                     self._reserve(needs, live)
                     with page_cache.reading_ahead(self._opened[after].file if wanted else None):
                         yield

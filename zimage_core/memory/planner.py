@@ -13,6 +13,7 @@ from zimage_core.memory import int8_plan, residency
 from zimage_core.memory.activations import collected_bytes, decode_bytes
 from zimage_core.memory.allocator import MIDDLE_SEGMENT, segment
 from zimage_core.memory.job import AT_ONCE, Job, Way
+from zimage_core.memory.nets import NO_NETS, Beside
 from zimage_core.memory.plan import PHASES, Component, Phase, Plan, Times, reasons
 from zimage_core.memory.rates import Rates
 from zimage_core.memory.residency import Residency
@@ -40,8 +41,9 @@ def make_plan(
     steps: int = 8,
     compute: str = "exact",
     encoder_compute: str | None = None,
+    nets: Beside = NO_NETS,
 ) -> Plan:
-    """Plan a run; `Job` and `plan_job` describe the arguments.
+    """Plan a run on a GPU; `Job` and `plan_beside` describe the arguments.
 
     Raises:
         BadArgument: A size or number is out of range.
@@ -50,9 +52,9 @@ def make_plan(
     """
     job = Job(
         sizes, width, height, images, caption_tokens, rates, guidance, steps,
-        compute=compute, encoder_compute=encoder_compute,
+        compute=compute, encoder_compute=encoder_compute, image=bool(nets.nets),
     )  # fmt: skip
-    return plan_job(job, vram, ram)
+    return plan_beside(job, nets, vram, ram, cpu=False)
 
 
 def plan_job(job: Job, vram: int | None = None, ram: int | None = None) -> Plan:
@@ -77,6 +79,31 @@ def plan_job(job: Job, vram: int | None = None, ram: int | None = None) -> Plan:
     tile_px = (plan.tile or 0) * job.vae_config.spatial_factor
     found = reasons(plan, moving, job.net.always, job.decode_live(AT_ONCE), tile_px)
     return replace(plan, reasons=found)
+
+
+def plan_beside(job: Job, nets: Beside, limit: int | None, ram: int | None, cpu: bool) -> Plan:
+    """Plan a run with ControlNets.
+
+    Args:
+        job: The run.
+        nets: The ControlNets; none of them for a run without control.
+        limit: Bytes of the device, which on a CPU is the host; None for no limit.
+        ram: Bytes of host memory beside a GPU; None for enough.
+        cpu: Whether it is a run on a CPU.
+
+    Raises:
+        OverBudget: The limit does not hold the least; the message says what would fit.
+    """
+
+    def rest(taken: int) -> Plan:
+        left = None if limit is None else max(0, limit - taken)
+        return plan_on_cpu(job, left) if cpu else plan_job(job, left, ram)
+
+    plan, taken, streamed = nets.planned(job, rest)
+    if not taken:
+        return plan
+    vram = None if plan.vram is None else plan.vram + taken
+    return nets.shown(job, replace(plan, vram=vram), streamed)
 
 
 def beside(sizes: Sizes) -> int:

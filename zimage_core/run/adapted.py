@@ -350,14 +350,13 @@ class Adapted:
             raise BadArgument(
                 f"name: got {printable(repr(name), 80)}, wanted one that is not taken ({_listed(taken)})"
             )
-        if isinstance(given, str) and file_name is None:
-            given = embedded_part(given) or given
         self._refuse_fused("load_lora", [name] if swap else [])
         targets = self._targets()
         enabled = all(applied.state.enabled for applied in self._applied().values())
         self._begin_change()
         found = read_adapter(given, name, targets, file_name)
         ready = []
+        enabled = all(own.state.enabled for own in self._applied().values())
         for component, network in targets.items():
             applied = network.adapted
             part = found.parts.get(component)

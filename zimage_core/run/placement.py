@@ -12,7 +12,6 @@ from zimage_core.config import NATIVE_SIZE, AutoencoderConfig
 from zimage_core.errors import Unsupported
 from zimage_core.memory import page_cache
 from zimage_core.memory.activations import ITEMSIZE, decode_bytes, denoise_bytes
-from zimage_core.memory.beside import Beside
 from zimage_core.memory.int8_rows import KeptRows, free_for_rows
 from zimage_core.memory.phases import MemoryBudget, MemoryReport, PhaseManager
 from zimage_core.models.transformer import Predict, ZImageTransformer
@@ -204,7 +203,8 @@ class Placement:
                 width=run.width, height=run.height, images=images, caption_tokens=caption_tokens,
                 guidance=guided, steps=run.steps,
                 image=bool(run.controls) or (run.edit is not None and run.edit.encodes),
-                beside=Beside(tuple({each.net: None for each in run.controls}), len(run.controls)),
+                controlnets=tuple({each.net: None for each in run.controls}),
+                control_images=len(run.controls),
             )  # fmt: skip
         elif networks["transformer"].compute == "int8":
             transformer, vae = networks["transformer"], networks.get("vae")

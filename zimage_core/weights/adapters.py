@@ -155,6 +155,12 @@ def _taken_apart(shapes: Mapping[str, Shape]) -> tuple[_Factors, dict[str, list[
     return factors, kinds, others
 
 
+def is_down(name: str) -> bool:
+    """Whether a tensor is the first low-rank factor of a layer, the one that multiplies x."""
+    match = re.fullmatch(_FACTOR, name)
+    return match is not None and match[2].endswith(_DOWN)
+
+
 def _is_glora(stem: str, names: Iterable[str]) -> bool:
     return all(f"{stem}.{leaf}" in names for leaf in _GLORA)
 
