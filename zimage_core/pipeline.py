@@ -47,6 +47,7 @@ from zimage_core.run.placement import Placement
 from zimage_core.run.ported import Ported
 from zimage_core.run.request import Batch, Encoding, Limits, Request, Run, encoding, make_batch, prepare
 from zimage_core.run.result import Clock, Timings, ZImageResult, peak_memory, settings_of, to_output
+from zimage_core.run.sharing import note_run
 from zimage_core.run.unlearned import unlearned
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.prompt import prompt_ids
@@ -294,7 +295,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
     def _generate(self, request: Request) -> ZImageResult:
         """Run the steps of a call: check, encode, denoise, decode, report."""
         clock = Clock()
-        self._note_run()
+        note_run(self)
         check_kinds({**networks(self), "scheduler": self.scheduler})
         run = prepare(self.limits, self.scheduler, request)
         if self._controlnets or request.control_image is not None:

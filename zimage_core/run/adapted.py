@@ -13,14 +13,14 @@ from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 from zimage_core.assets import embedded_part
-from zimage_core.errors import BadArgument, Busy, Unsupported, printable
+from zimage_core.errors import BadArgument, Unsupported, printable
 from zimage_core.run.checks import real
 from zimage_core.run.components import networks, require
 from zimage_core.run.loras import LoadedLora
 from zimage_core.run.placement import Placement
+from zimage_core.run.sharing import refuse_while_running
 
 if TYPE_CHECKING:
     from zimage_core.adapters.applied import Applied, State
@@ -31,8 +31,6 @@ SHOWN = 5
 """Most names of tensors in the warning for those that match nothing."""
 _TARGETS = ("transformer", "text_encoder")
 _FILE = str | PathLike[str]
-_RAN: WeakValueDictionary[int, Adapted] = WeakValueDictionary()
-"""Pipelines that made a run."""
 
 
 class Adapted:
@@ -311,10 +309,6 @@ class Adapted:
 
     # --- steps that these methods share ---
 
-    def _note_run(self) -> None:
-        """Let pipelines that share networks know of this one's runs."""
-        _RAN[id(self)] = self
-
     def _targets(self) -> dict[str, Any]:
         """The networks that adapters may change, without the wrapper of torch.compile."""
         found = networks(self)
@@ -352,7 +346,6 @@ class Adapted:
             )
         self._refuse_fused("load_lora", [name] if swap else [])
         targets = self._targets()
-        enabled = all(applied.state.enabled for applied in self._applied().values())
         self._begin_change()
         found = read_adapter(given, name, targets, file_name)
         ready = []
@@ -431,11 +424,7 @@ class Adapted:
             commit()
 
     def _begin_change(self) -> None:
-        own = {id(network) for network in self._targets().values()}
-        for pipe in (self, *(each for ref in _RAN.valuerefs() if (each := ref()) is not None)):
-            if pipe._running and own & {id(network) for network in pipe._targets().values()}:
-                whose = "the pipeline" if pipe is self else "a pipeline with the same networks"
-                raise Busy(f"adapters cannot be changed while {whose} runs; wait until the run has ended")
+        refuse_while_running(self, self._targets().values())
         self._placement.put_away()
 
     def _end_change(self, weights: bool = False) -> None:
