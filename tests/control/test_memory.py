@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 
 import numpy as np
@@ -52,6 +53,9 @@ def test_a_net_is_kept_or_streamed_and_the_image_is_the_same(tmp_path, refiner):
     assert kept.memory.traffic["controlnet net"].bytes_moved == 0
 
     job, nets = wide._placement.memory._job, Beside(tuple(map(weighed, wide.controlnets.values())), 2)
+    several = copy(job)
+    several.images = 3
+    assert nets.live(several) > nets.live(job), "each image may have control latents of its own"
     spare = nets.weights(streamed=False) - nets.weights(streamed=True)
     assert spare > 2 * MIB
     least = beside(job.sizes) + job.floor() + nets.least(job)

@@ -58,7 +58,8 @@ class Beside:
             return 0
         config, item = job.net_config, ITEMSIZE[job.dtype]
         image, text = padded(image_tokens(config, job.rows, job.cols)), padded(job.caption)
-        maps = self.images * (MAPS * (image + text) + image) * config.dim * item
+        # the embedded latents stay for all steps, and each image of the run may have its own
+        maps = self.images * (MAPS * (image + text) + job.images * image) * config.dim * item
         modulations = sum(len(net.blocks) for net in self.nets) * job.steps * 4 * config.dim * FLOAT32
         scratch = (matrix.scratch(job.dtype, job.kernels) for net in self.nets for matrix in net.matrices)
         return maps + modulations + max(scratch, default=0)
