@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -115,6 +116,11 @@ def test_what_is_loaded_is_told(pipe, tmp_path):
         {**tensors, "lora_unet_layers_7_attention_to_q.alpha": torch.tensor(1.0)},
         tmp_path / "style.safetensors",
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="'style'"):
+            pipe.load_lora(tmp_path / "style.safetensors")
+    assert pipe.loras == ()
     with pytest.warns(UserWarning, match=r"'style': 1 of its tensors match no layer.*layers_7"):
         assert pipe.load_lora(tmp_path / "style.safetensors", 0.25) == "style"
     (own,) = pipe.loras

@@ -363,11 +363,11 @@ class Adapted:
                 weights[name] = weight
             after = replace(state, adapters=adapters, weights=weights, enabled=enabled)
             ready.append((network, applied, applied.use(after)))
+        self._warn_of(found.facts.unmatched, name)  # which raises where warnings are errors
         self._commit([commit for *_, commit in ready])
         for network, applied, _ in ready:
             network.adapted = applied
         self._end_change()
-        self._warn_of(found.facts.unmatched, name)
         return str(name)
 
     @staticmethod
