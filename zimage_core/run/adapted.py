@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.assets import embedded_part
 from zimage_core.errors import BadArgument, Unsupported, printable
-from zimage_core.run.checks import real
+from zimage_core.run.checks import free_name, real
 from zimage_core.run.components import networks, require
 from zimage_core.run.loras import LoadedLora
 from zimage_core.run.placement import Placement
@@ -339,7 +339,8 @@ class Adapted:
             given = embedded_part(given) or given
         taken = [each.name for each in self.loras]
         if name is None:
-            name = self._free_name("lora" if isinstance(given, Mapping) else Path(fspath(given)).stem, taken)
+            stem = "lora" if isinstance(given, Mapping) else Path(fspath(given)).stem
+            name = free_name(stem or "lora", taken)
         elif not isinstance(name, str) or not name or (name in taken and not swap):
             raise BadArgument(
                 f"name: got {printable(repr(name), 80)}, wanted one that is not taken ({_listed(taken)})"
@@ -369,15 +370,6 @@ class Adapted:
             network.adapted = applied
         self._end_change()
         return str(name)
-
-    @staticmethod
-    def _free_name(stem: str, taken: Sequence[str]) -> str:
-        """The stem, or the first of stem-2, stem-3 ... that is not taken."""
-        number, name = 1, stem or "lora"
-        while name in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        return name
 
     @staticmethod
     def _warn_of(unmatched: Sequence[str], name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -310,3 +310,12 @@ def read_dtype(
     seen = device.type == "cuda" and torch.cuda.is_available()
     emulated = seen and torch.cuda.get_device_capability(device)[0] < 8
     return torch.float16 if emulated else torch.bfloat16
+
+
+def free_name(stem: str, taken: Collection[str]) -> str:
+    """The stem, or the first of stem-2, stem-3 ... that is not taken."""
+    number, name = 1, stem
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    return name

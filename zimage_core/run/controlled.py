@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zimage_core.errors import BadArgument, Unsupported, printable
-from zimage_core.run.checks import choice, read_path
+from zimage_core.run.checks import choice, free_name, read_path
 from zimage_core.run.components import require
 from zimage_core.run.decode import encode_images
 from zimage_core.run.request import Request, Run
@@ -93,17 +93,13 @@ class Controlled:
         return net
 
     def _name_for(self, net: ControlNet) -> str:
-        """The stem of its file, with a number if a net of another file has that name."""
+        """The name that its file has already, or the stem of the file, with a number if that is taken."""
         found = opened_file(net)
-        stem = "controlnet" if found is None else printable(Path(found.name).stem, 100)
-        number, name = 1, stem
-        while (own := self._controlnets.get(name)) is not None:
-            other = opened_file(own)
-            if other is not None and found is not None and other.file.path == found.file.path:
-                break
-            number += 1
-            name = f"{stem}-{number}"
-        return name
+        if found is None:
+            return free_name("controlnet", self._controlnets)
+        files = {name: opened_file(own) for name, own in self._controlnets.items()}
+        same = (name for name, own in files.items() if own is not None and own.file.path == found.file.path)
+        return next(same, None) or free_name(printable(Path(found.name).stem, 100), files)
 
     def unload_controlnet(self, name: str | None = None) -> None:
         """Remove a ControlNet, or all of them.
