@@ -14,6 +14,7 @@ from zimage_core.adapters.dialects import Target, match, targets_of
 from zimage_core.adapters.kinds import dense_of
 from zimage_core.adapters.reading import read_adapter
 from zimage_core.config import TextEncoderConfig, TransformerConfig
+from zimage_core.errors import Unsupported
 from zimage_core.weights import names
 
 CONFIGS = {
@@ -192,7 +193,10 @@ def test_metadata_of_diffusers_and_a_folder_of_peft_give_the_scale(tmp_path, net
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     tiny.write_json(folder / "adapter_config.json", {"r": 3, "lora_alpha": 6})
-    for path in (tmp_path / "one.safetensors", folder):
+    save_file(tensors, folder / "other.safetensors")
+    other = read_adapter(folder / "other.safetensors", "x", networks).parts["transformer"].changes[name]
+    assert torch.equal(other.up, b), "the configuration is that of adapter_model"
+    for path in (tmp_path / "one.safetensors", folder / "adapter_model.safetensors"):
         own = read_adapter(path, "x", networks).parts["transformer"].changes[name]
         assert torch.equal(own.up, 2 * b)
 
@@ -214,6 +218,19 @@ def test_alpha_of_other_kinds_of_peft_counts(kind, networks, tmp_path):
     without = delta()
     tiny.write_json(tmp_path / "adapter_config.json", config)
     assert torch.allclose(delta(), 3 * without)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"init_lora_weights": "pissa_niter_4"}, "weights that pissa_niter_4 changed; convert it by PEFT"),
+     ({"num_cayley_neumann_terms": 7}, "series of 7 terms, wanted 5")],
+)  # fmt: skip
+def test_configurations_that_ask_for_more_than_is_applied_are_refused(config, message, networks, tmp_path):
+    pair = adapters.split_lora(32, 32)[0]
+    save_file(adapters.file_of({"layers.0.attention.to_q": pair}), tmp_path / "a.safetensors")
+    tiny.write_json(tmp_path / "adapter_config.json", config)
+    with pytest.raises(Unsupported, match=f"a.safetensors: .*{message}"):
+        read_adapter(tmp_path, "x", networks)
 
 
 def test_norms_pad_tokens_and_biases_are_changed_by_their_differences(networks):

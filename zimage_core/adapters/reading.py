@@ -39,8 +39,12 @@ PEFT_KEY = "lora_adapter_metadata"
 """Key of a safetensors file under which diffusers writes PEFT's configuration as JSON."""
 PEFT_CONFIG = "adapter_config.json"
 """File beside an adapter in PEFT's own folders."""
+PEFT_STEM = "adapter_model"
+"""Stem of the adapter there."""
 TEXT_ENCODER = "text_encoder."
 """Prefix of the text encoder's layers, and of its part of that configuration."""
+CHANGED_BASES = ("pissa", "olora", "corda")
+"""Starts of PEFT's LoRAs that take a part out of the base's weights, which the file is no change of then."""
 MOST_JSON = 1 << 20
 FLOATS = ("F32", "F16", "BF16")
 """Types of tensors that are kept as they are stored; any other becomes float32."""
@@ -158,11 +162,15 @@ def _file_in(given: str | PathLike[str], file_name: str | None) -> Path:
         return path / file_name
     if not path.is_dir():
         return path
-    found = sorted(each for each in path.iterdir() if each.suffix in (".safetensors", ".sft", ".gguf"))
+    found = _weights_in(path)
     if len(found) != 1:
         what = f"{len(found)} files that may be one" if found else "no LoRA: no .safetensors and no .gguf"
         raise BadFile(path, f"a folder with {what}", "name the file, or give weight_name=")
     return found[0]
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.iterdir() if each.suffix in (".safetensors", ".sft", ".gguf"))
 
 
 def _peft_config(file: WeightFile) -> dict[str, Any]:
@@ -178,8 +186,11 @@ def _peft_config(file: WeightFile) -> dict[str, Any]:
         except (ValueError, RecursionError):
             raise BadFile(file.path, f"its {PEFT_KEY} is not valid JSON", "save the LoRA again") from None
         return config if isinstance(config, dict) else {}
-    beside = Path(file.path).with_name(PEFT_CONFIG)
-    return read_json(beside) if beside.is_file() else {}
+    path = Path(file.path)
+    beside = path.with_name(PEFT_CONFIG)
+    if not beside.is_file() or (path.stem != PEFT_STEM and len(_weights_in(path.parent)) > 1):
+        return {}  # there is none, or it is another file's
+    return read_json(beside)
 
 
 def scaling_of(config: Mapping[str, Any], where: str, metadata: Mapping[str, Any]) -> kinds.Scaling:
@@ -189,6 +200,18 @@ def scaling_of(config: Mapping[str, Any], where: str, metadata: Mapping[str, Any
     }
     bare = {key.removeprefix("transformer."): own for key, own in config.items()}
     given = metadata.get("adapter.lora.alpha")
+    begin, terms = (
+        str(bare.get("init_lora_weights")),
+        bare.get("num_cayley_neumann_terms", kinds.NEUMANN_TERMS),
+    )
+    if begin.lower().startswith(CHANGED_BASES):
+        raise Unsupported(
+            f"it was trained beside weights that {printable(begin, 40)} changed; convert it by PEFT"
+        )
+    if terms != kinds.NEUMANN_TERMS and bare.get("use_cayley_neumann", True):
+        raise Unsupported(
+            f"its turns are series of {printable(terms, 40)} terms, wanted {kinds.NEUMANN_TERMS}"
+        )
     (whole, pattern), of_encoder = _alphas(bare, where, given), _alphas({**bare, **encoder}, where, given)
     full = 1.0
     if bare.get("peft_type") in ("LOHA", "LOKR"):  # PEFT's name of the alpha of these
