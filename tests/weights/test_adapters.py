@@ -89,6 +89,7 @@ LANGUAGE = "a LoRA for a text encoder or language model"
         ("base_model.model.model.layers.0.self_attn.v_proj", LANGUAGE),
         ("lora_te_text_model_encoder_layers_0_self_attn_q_proj", "a LoRA for another model"),
         ("double_blocks.0.img_attn.qkv", "a LoRA for another model"),
+        ("control_layers.0.attention.to_q", "a LoRA for another model"),
     ],
 )
 def test_loras_of_other_networks_are_told(module, title):

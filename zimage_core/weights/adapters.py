@@ -51,7 +51,7 @@ DIALECTS = {
 """Prefix of every key -> the program that writes it. Any other prefix will do as well."""
 
 _TARGET = (
-    r"(?:(?<=_)|^)(?:"
+    r"(?:(?<=_)|^)(?<!control_)(?:"
     r"(?:layers|noise_refiner|context_refiner|siglip_refiner)_\d{1,3}_"
     r"(?:attention_(?:processor_)?(?:to_[qkv]|to_out_0|to_out|qkv|out|norm_[qk]|[qk]_norm)|attention_norm[12]|ffn_norm[12]"
     r"|feed_forward_w[123]|adaLN_modulation_[01])"
