@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.helpers import tiny
 from zimage_core import BadArgument, BadFile, BadShape, ZImagePipeline
+from zimage_core.editing.edit import Given, make_edit
 from zimage_core.files.png import read_metadata
 from zimage_core.sampling.samplers import SAMPLERS
 
@@ -137,6 +138,15 @@ def test_an_image_that_is_stretched_is_warned_of(pipe):
     ]
     assert not resizes(pipe, picture(size=(96, 128)), width=64, height=48, strength=0.5)
     assert "16 x 80 pixels" in resizes(pipe, [picture(), picture(size=(80, 16))], num_images_per_prompt=2)[0]
+
+
+def test_a_photograph_that_is_drawn_in_full_is_warned_of():
+    """A run of that size takes hours."""
+    for height, warned in ((2048, False), (2064, True)):
+        given = Given.open(np.zeros((height, 2048, 3), np.uint8), None, None, 16, 8, 16)
+        shape, generator = (1, 16, height // 8, 256), torch.Generator()
+        said = make_edit(given, shape, generator, True, None, 0.5, 8, 0.0).remarks()
+        assert ["makes a run of 2048 x 2064" in each for each in said] == [True] * warned
 
 
 def test_an_image_grows_and_stays_inside(pipe):

@@ -25,6 +25,8 @@ from zimage_core.sampling import noise
 STRENGTH, MASKED_STRENGTH = 0.6, 1.0
 """Defaults of the strength: without and with a mask or margins, as in diffusers."""
 
+LARGE = 2048 * 2048
+"""Pixels of the largest images that Z-Image is meant for; a photograph is often larger."""
 DISTORTED = 1.02
 """A change of width over height by more than this factor is warned of."""
 
@@ -235,6 +237,12 @@ class Edit:
             (mask_h, mask_w), (h, w) = given.mask.size, given.image.size
             found.append(f"mask_image is {mask_w} x {mask_h} pixels and was resized to fit image, {w} x {h}")
         found += self._resized()
+        if self.canvas is not None and self.canvas.shape[2] * self.canvas.shape[3] > LARGE:
+            high, wide = self.canvas.shape[2:]
+            found.append(
+                f"image makes a run of {wide} x {high} pixels; Z-Image is meant for 2048 x 2048 at most, and "
+                "the time grows with the square of the pixels; make it smaller, or give height= and width="
+            )
         if self.mask is not None and not bool(self.mask.pixels.any()):
             found.append("mask_image is black everywhere, so that the image stays as it is")
         if self.mask is not None and bool(self.mask.pixels.all()):
