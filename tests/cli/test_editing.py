@@ -93,3 +93,24 @@ def test_a_mistake_is_one_line_and_nothing_is_loaded(tmp_path, image, options, s
     assert not out.exists()
     assert len(lines) == 1
     assert said in lines[0]
+
+
+@pytest.mark.parametrize("option", ["--image", "--mask", "--control"])
+def test_a_preview_never_replaces_what_the_run_reads(tmp_path, image, mask, option):
+    files = {"--image": image, "--mask": mask, "--control": image}
+    if option == "--control":
+        words = ["--control", str(image)]
+    else:
+        words = ["--image", str(image), "--mask", str(mask)]
+    before = files[option].read_bytes()
+    done, out = generate(tmp_path, *words, "--preview", str(files[option]), "--force")
+    assert done == 2
+    assert files[option].read_bytes() == before
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("margins", ["\u00b2,0,0,0", "1,2,3", "1,2,3,x", "64"])
+def test_margins_that_are_no_numbers_are_one_sentence(tmp_path, image, margins, capsys):
+    with pytest.raises(SystemExit):
+        generate(tmp_path, "--image", str(image), "--outpaint", margins)
+    assert "wanted four numbers such as 64,0,64,0" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from tests.helpers import tiny
 from zimage_core import BadArgument, BadFile, BadShape, ZImagePipeline
+from zimage_core.editing.edit import Given, make_edit
 from zimage_core.files.png import read_metadata
 from zimage_core.sampling.samplers import SAMPLERS
 
@@ -109,6 +111,42 @@ def test_a_black_mask_gives_the_image_back_and_a_white_one_all_new(pipe):
         white = pipe("a", image=image, mask_image=np.ones((H, W), bool), **FEW).images[0]
     alone = pipe("a", height=H, width=W, num_inference_steps=3, generator=torch.Generator().manual_seed(1))
     assert np.asarray(white).shape == np.asarray(alone.images[0]).shape
+
+
+def resizes(pipe, image, **options):
+    """What a run warns of that concerns the size of its image."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe("a", image=image, num_inference_steps=1, seed=1, output_type="latent", **options)
+    return [str(each.message) for each in caught if "resized" in str(each.message)]
+
+
+def test_an_image_that_cannot_stay_to_the_bit_is_warned_of(pipe):
+    said = resizes(pipe, picture(size=(50, 70)), mask_image=stroke((50, 70)))
+    assert said == [
+        "image is 70 x 50 pixels and was resized to 64 x 48, so that its pixels do not stay to the bit; "
+        "give an image of 64 x 48"
+    ]
+    assert not resizes(pipe, picture(), mask_image=stroke())
+    assert not resizes(pipe, picture(size=(37, 50)), outpaint=(20, 0, 0, 9))
+
+
+def test_an_image_that_is_stretched_is_warned_of(pipe):
+    said = resizes(pipe, picture(), width=32, strength=0.5)
+    assert said == [
+        "image is 64 x 48 pixels and was resized to 32 x 48, which stretches it; crop it to that shape"
+    ]
+    assert not resizes(pipe, picture(size=(96, 128)), width=64, height=48, strength=0.5)
+    assert "16 x 80 pixels" in resizes(pipe, [picture(), picture(size=(80, 16))], num_images_per_prompt=2)[0]
+
+
+def test_a_photograph_that_is_drawn_in_full_is_warned_of():
+    """A run of that size takes hours."""
+    for height, warned in ((2048, False), (2064, True)):
+        given = Given.open(np.zeros((height, 2048, 3), np.uint8), None, None, 16, 8, 16)
+        shape, generator = (1, 16, height // 8, 256), torch.Generator()
+        said = make_edit(given, shape, generator, True, None, 0.5, 8, 0.0).remarks()
+        assert ["makes a run of 2048 x 2064" in each for each in said] == [True] * warned
 
 
 def test_an_image_grows_and_stays_inside(pipe):

@@ -203,6 +203,12 @@ def test_a_bomb_takes_no_memory(tmp_path, monkeypatch):
         read_image(tmp_path / "a.png", "image")
 
 
+def test_a_bomb_beyond_pillows_own_limit_is_named_and_not_called_damaged(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(60000, 60000))
+    with pytest.raises(BadFile, match="claims more than 67 million pixels; make it smaller first"):
+        read_image(tmp_path / "a.png", "image")
+
+
 @pytest.mark.parametrize("place", ["nothing.png", ".", "/dev/zero"])
 def test_what_is_no_file_is_refused(place, tmp_path):
     with pytest.raises(BadFile, match="not a file"):

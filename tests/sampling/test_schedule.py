@@ -58,7 +58,17 @@ def test_step_counts_outside_the_range_are_named(steps):
 
 @pytest.mark.parametrize(
     "grid",
-    [[], [0.5, 0.5], [0.5, 1.0], [1.0, 0.0], [1.5], [math.nan], [1 / n for n in range(1, 1002)]],
+    [
+        [],
+        [0.5, 0.5],
+        [0.5, 1.0],
+        [1.0, 0.0],
+        [1.5],
+        [math.nan],
+        [1 / n for n in range(1, 1002)],
+        [1.0, 1 - 1e-9],
+        [1.0, 1e-46],
+    ],
 )
 def test_grids_that_do_not_fall_within_the_range_are_refused(grid):
     with pytest.raises(BadArgument, match="sigmas"):

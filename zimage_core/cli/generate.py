@@ -119,7 +119,7 @@ def _add_editing(parser: argparse.ArgumentParser) -> None:
 def _margins(text: str) -> tuple[int, ...]:
     """The argument of --outpaint."""
     parts = text.split(",")
-    if len(parts) != 4 or not all(part.strip().isdigit() and len(part) < 8 for part in parts):
+    if len(parts) != 4 or not all(part.strip().isdecimal() and len(part) < 8 for part in parts):
         raise argparse.ArgumentTypeError(
             f"got {printable(text, 40)!r}, wanted four numbers such as 64,0,64,0"
         )
@@ -213,6 +213,10 @@ def _check_preview(args: argparse.Namespace, names: list[Path]) -> None:
         raise BadArgument(f"--preview {printable(args.preview)}: wanted a name that ends in .png")
     if Path(args.preview).resolve() in {name.resolve() for name in names}:
         raise BadArgument(f"--preview {printable(args.preview)}: this is the name of an image, give another")
+    # --force allows to replace an image, but not the one that is being edited, by a rough look at another
+    read = (args.image, args.mask_image, *(args.control_image or ()))
+    if Path(args.preview).resolve() in {Path(name).resolve() for name in read if name is not None}:
+        raise BadArgument(f"--preview {printable(args.preview)}: the run reads this file, give another name")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

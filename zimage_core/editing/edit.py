@@ -25,6 +25,11 @@ from zimage_core.sampling import noise
 STRENGTH, MASKED_STRENGTH = 0.6, 1.0
 """Defaults of the strength: without and with a mask or margins, as in diffusers."""
 
+LARGE = 2048 * 2048
+"""Pixels of the largest images that Z-Image is meant for; a photograph is often larger."""
+DISTORTED = 1.02
+"""A change of width over height by more than this factor is warned of."""
+
 Moments = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Images [B, 3, H, W] in [-1, 1] -> mean and log-variance of their latents [B, C, h, w] on the CPU."""
 
@@ -231,11 +236,34 @@ class Edit:
         if given.image is not None and given.mask is not None and given.mask.size != given.image.size:
             (mask_h, mask_w), (h, w) = given.mask.size, given.image.size
             found.append(f"mask_image is {mask_w} x {mask_h} pixels and was resized to fit image, {w} x {h}")
+        found += self._resized()
+        if self.canvas is not None and self.canvas.shape[2] * self.canvas.shape[3] > LARGE:
+            high, wide = self.canvas.shape[2:]
+            found.append(
+                f"image makes a run of {wide} x {high} pixels; Z-Image is meant for 2048 x 2048 at most, and "
+                "the time grows with the square of the pixels; make it smaller, or give height= and width="
+            )
         if self.mask is not None and not bool(self.mask.pixels.any()):
             found.append("mask_image is black everywhere, so that the image stays as it is")
         if self.mask is not None and bool(self.mask.pixels.all()):
             found.append("mask_image is white everywhere, so that nothing of the image is kept")
         return found
+
+    def _resized(self) -> list[str]:
+        """A warning about the first image whose resize loses pixels that should stay, or its shape."""
+        image, canvas = self.given.image, self.canvas
+        if image is None or canvas is None:
+            return []
+        high, wide = image.size if self.given.outpaint is not None else canvas.shape[2:]
+        for h, w in image.sizes:
+            stretch = (h * wide) / (w * high)
+            size = f"{wide} x {high}"
+            what = f"image is {w} x {h} pixels and was resized to {size}"
+            if self.mask is not None and (h, w) != (high, wide):
+                return [f"{what}, so that its pixels do not stay to the bit; give an image of {size}"]
+            if self.mask is None and max(stretch, 1 / stretch) > DISTORTED:
+                return [f"{what}, which stretches it; crop it to that shape"]
+        return []
 
     def _noised(self, clean: Tensor, sigma: float) -> Tensor:
         """(1 - sigma) clean + sigma noise, in float32 as diffusers' scheduler computes it."""

@@ -66,6 +66,11 @@ class Pictures:
         """Height and width of the first image."""
         return _size(self.members[0])
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each image."""
+        return [_size(member) for member in self.members]
+
     def at(self, height: int, width: int) -> Tensor:
         """All images in one size: float32 [B, 3, height, width] in [0, 1], or [B, 1, ...] for masks."""
         return torch.stack([self._one(member, height, width) for member in self.members])
@@ -204,6 +209,9 @@ def _decoded(
             return _flat(image, 0 if gray else 255)
     except ZImageError:
         raise
+    except Image.DecompressionBombError:  # Pillow's own limit, checked before the size is known here
+        most = f"{MAX_PIXELS / 1e6:.0f} million"
+        raise fault(f"claims more than {most} pixels; make it smaller first") from None
     except UnidentifiedImageError:
         raise fault(f"is no image of a kind that is read ({', '.join(KINDS)})") from None
     except MemoryError:

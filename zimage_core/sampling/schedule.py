@@ -87,7 +87,7 @@ class FlowMatchEulerScheduler(Stepping):
             levels: Falling values in (0, 1], before the shift, without the final 0.
 
         Raises:
-            BadArgument: The grid is empty, too long, not falling, or outside (0, 1].
+            BadArgument: The grid is empty, too long, not falling in float32, or outside (0, 1].
         """
         grid = [float(u) for u in levels]
         if not 1 <= len(grid) <= MAX_STEPS:
@@ -100,9 +100,19 @@ class FlowMatchEulerScheduler(Stepping):
         return self.bent(torch.tensor(grid, dtype=torch.float32))
 
     def bent(self, u: torch.Tensor) -> tuple[float, ...]:
-        """Noise levels of a grid u [N] in (0, 1], with a final 0 appended."""
+        """Noise levels of a falling grid u [N] in (0, 1], with a final 0 appended.
+
+        Raises:
+            BadArgument: Two of them are equal in float32: samplers divide by the length of a step.
+        """
         sigma = self.shift * u / (1 + (self.shift - 1) * u)
-        return (*(float(s) for s in sigma), 0.0)
+        found = (*(float(s) for s in sigma), 0.0)
+        if any(now <= then for now, then in pairwise(found)):
+            raise BadArgument(
+                "sigmas: two noise levels are equal in float32; wanted values farther apart, fewer steps or "
+                "a smaller shift"
+            )
+        return found
 
 
 FlowMatchEulerDiscreteScheduler = FlowMatchEulerScheduler
