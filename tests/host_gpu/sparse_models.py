@@ -7,10 +7,15 @@ Each mix gets a folder with Z-Image's transformer (6.15 G weights), Qwen3-4B wit
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from pathlib import Path
 
 from benchmarks.make_full_size import Options, make
+from zimage_core.control.config import ControlConfig
+from zimage_core.control.load import control_table
+from zimage_core.weights.controlnets import SHARED
 
 MIXES = ("Q4_K_M", "Q3_K_S", "Q8_0")
 
@@ -20,6 +25,31 @@ def write_models(folder: Path, mix: str = "Q4_K_M", layers: int = 30) -> Path:
     made = folder / (mix if layers == 30 else f"{mix}-{layers}")
     make(made, layers, options=Options(mix, sparse=True))
     return made
+
+
+def write_controlnet(folder: Path) -> Path:
+    """Write a ControlNet of the layout of Union 2.0, 2.95 G weights in bfloat16, as a header and a hole."""
+    layers = 15
+    config = ControlConfig(
+        dim=3840,
+        n_heads=30,
+        hidden_dim=10240,
+        channels=33,
+        n_layers=layers,
+        n_refiner_layers=0,
+        refiner=SHARED,
+    )
+    header, end = {}, 0
+    for entry in control_table(config, "split"):
+        size = 2 * math.prod(entry.shape)
+        header[entry.checkpoint] = {"dtype": "BF16", "shape": entry.shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    path = folder / "union.safetensors"
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 
 from tests.host_gpu import driven
+from tests.host_gpu.sparse_models import write_controlnet
 
 pytestmark = pytest.mark.fake_cuda
 
@@ -72,5 +73,26 @@ def test_a_long_caption_does_not_keep_the_memory_of_its_phase(models):
 @pytest.mark.parametrize("setting", ["backend:cudaMallocAsync", "expandable_segments:True"])
 def test_other_allocators_of_torch_keep_a_budget(setting):
     found = driven.run("budget", PYTORCH_CUDA_ALLOC_CONF=setting)
+    assert [r["error"] for r in found["runs"]] == [None, None]
+    assert given(found) <= found["vram"]
+
+
+@pytest.fixture(scope="module")
+def controlnet(tmp_path_factory):
+    return write_controlnet(tmp_path_factory.mktemp("controlnet"))
+
+
+@pytest.mark.parametrize("vram", ["8GiB", "6GiB", "least"])
+def test_a_budget_holds_with_a_controlnet_and_an_image_to_begin_from(models, controlnet, vram):
+    """5.9 GB beside the transformer: whole, block by block, and block by block in the least."""
+    arguments = ("--vram", vram, "--spare", EXACT, "--pixels", 1024, "--runs", 1, "--controlnet", controlnet)
+    found = driven.run("budget", "--files", models("Q4_K_M"), *arguments)
+    assert [r["error"] for r in found["runs"]] == [None]
+    assert given(found) <= found["vram"]
+    assert (found["retries"], found["ooms"]) == (0, 0)
+
+
+def test_a_budget_holds_with_a_lora_and_a_controlnet():
+    found = driven.run("budget", "--controlnet", "edges", "--lora", "outline")
     assert [r["error"] for r in found["runs"]] == [None, None]
     assert given(found) <= found["vram"]

@@ -62,7 +62,9 @@ class Beside:
         maps = self.images * (MAPS * (image + text) + job.images * image) * config.dim * item
         modulations = sum(len(net.blocks) for net in self.nets) * job.steps * 4 * config.dim * FLOAT32
         scratch = (matrix.scratch(job.dtype, job.kernels) for net in self.nets for matrix in net.matrices)
-        return maps + modulations + max(scratch, default=0)
+        # tensors that stay between those of a block split the memory for its largest; a CPU has no gaps
+        largest = (image + text) * config.hidden_dim * item if job.gaps("denoise", maps) else 0
+        return maps + modulations + largest + max(scratch, default=0)
 
     def weights(self, streamed: bool) -> int:
         """Bytes of the networks on the device, whole or with their blocks in turn."""

@@ -1,6 +1,7 @@
 """Is a memory budget kept? Planned, allocated, reserved and given by the driver, phase by phase.
 
-    budget.py [--vram 6GiB] [--spare BYTES] [--files FOLDER] [--pixels 1024] [--compute int8]
+    budget.py [--vram 6GiB] [--spare BYTES] [--files FOLDER] [--pixels 1024] [--compute int8] [--controlnet F]
+              [--lora F]
 
 The card has the budget's memory and that of the driver's context, and nothing more; with --spare that much
 more. Copies move nothing, so that device memory needs none of the host's.
@@ -19,6 +20,7 @@ import os
 
 import project
 import torch
+from PIL import Image
 
 from zimage_core.errors import ZImageError
 from zimage_core.files.units import parse_bytes
@@ -61,19 +63,21 @@ def budget_of(pipe, vram, pixels):
     return pipe.plan(pixels, pixels, 1, tokens, guidance=False, steps=STEPS).floor
 
 
-def run(pipe, pixels, rows, words):
+def run(pipe, pixels, rows, words, **more):
     """One run -> its phases with what was planned for them; an error in place of the plan."""
     rows.clear()
     found = {"error": None, "planned": None, "peak": None}
     try:
         prompt = " ".join(["red"] * words) or project.PROMPT
-        plan = project.picture(pipe, pixels, STEPS, prompt=prompt, max_sequence_length=1504).memory.plan
+        plan = project.picture(
+            pipe, pixels, STEPS, prompt=prompt, max_sequence_length=1504, **more
+        ).memory.plan
     except (torch.OutOfMemoryError, ZImageError) as error:
         found["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     else:
         found["planned"] = plan.vram
         for row in rows:
-            row["planned"] = plan.phase(row["phase"]).peak
+            row["planned"] = plan.phase("decode" if row["phase"] == "image" else row["phase"]).peak
         found["peak"] = plan.peak
     return {**found, "phases": [dict(row) for row in rows]}
 
@@ -96,10 +100,19 @@ def main():
     parser.add_argument("--words", type=int, default=0, help="of another caption; default: a short one")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--compute", default="exact", help="in which numbers blocks multiply; default: exact")
+    parser.add_argument("--controlnet", help="a ControlNet that follows an image, from which the run begins")
+    parser.add_argument("--lora", help="a LoRA of the transformer")
     args = parser.parse_args()
     project.patch_out()
     rows = record_phases()
     pipe = project.open_pipeline(args.files, device="cpu", dtype="bfloat16", compute=args.compute)
+    more = {}
+    if args.lora:
+        pipe.load_lora(args.lora)
+    if args.controlnet:
+        pipe.load_controlnet(args.controlnet)
+        picture = Image.new("RGB", (64, 64))
+        more = {"control_image": picture, "image": picture}
     project.read_nothing()
     pixels = args.pixels or pipe.sample_size
     vram = budget_of(pipe, args.vram, pixels)
@@ -108,7 +121,7 @@ def main():
     pipe.limit_memory(vram=args.vram, device="cuda")
     runs = []
     for number in range(1, args.runs + 1):
-        runs.append(run(pipe, pixels, rows, args.words))
+        runs.append(run(pipe, pixels, rows, args.words, **more))
         show(number, runs[-1])
         if runs[-1]["error"]:
             break
