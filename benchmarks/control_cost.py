@@ -26,7 +26,7 @@ from zimage_core.control.config import ControlConfig
 from zimage_core.control.load import control_table
 from zimage_core.control.model import ControlNet
 from zimage_core.cpu import capability
-from zimage_core.memory.beside import MAPS
+from zimage_core.memory.nets import MAPS
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.weights.controlnets import OWN, PLAIN, SHARED
 from zimage_core.weights.names import checkpoint_shapes
