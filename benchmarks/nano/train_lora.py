@@ -82,7 +82,7 @@ def export(lora: LoRA, path: Path) -> None:
 
 
 def main() -> None:
-    args = arguments(steps=1420, lr=3e-3)
+    args = arguments(steps=4400, lr=3e-3)
     nano, vae = base()
     lora = LoRA(nano)
     tuner = Tuner(args, NAME, lora, (nano, vae), outlined, kinds=1)
