@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from zimage_core.errors import BadArgument
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.run.checks import StepCallback
+from zimage_core.run.image_calls import needed
 from zimage_core.run.request import Request
 from zimage_core.run.result import ZImageResult
 
@@ -51,7 +51,7 @@ class ZImageImg2ImgPipeline(ZImagePipeline):
 
         `more` are those that diffusers has not, such as `seed`.
         """
-        _needed("image", image)
+        needed(image=image)
         request = Request(
             prompt=prompt,
             image=image,
@@ -118,8 +118,7 @@ class ZImageInpaintPipeline(ZImagePipeline):
         `masked_image_latents` have no effect, as in diffusers: the network does not see them. `more` are
         arguments that diffusers has not, such as `seed` and `mask_blur`.
         """
-        _needed("image", image)
-        _needed("mask_image", mask_image)
+        needed(image=image, mask_image=mask_image)
         request = Request(
             prompt=prompt,
             image=image,
@@ -146,8 +145,3 @@ class ZImageInpaintPipeline(ZImagePipeline):
             **more,
         )
         return self._run(request, return_dict)
-
-
-def _needed(name: str, value: Any) -> None:
-    if value is None:
-        raise BadArgument(f"{name}: it is missing; this pipeline begins from an image")

@@ -213,7 +213,7 @@ def _decoded(
         most = f"{MAX_PIXELS / 1e6:.0f} million"
         raise fault(f"claims more than {most} pixels; make it smaller first") from None
     except UnidentifiedImageError:
-        raise fault(f"is no image of a kind that is read ({', '.join(KINDS)})") from None
+        raise fault(f"is no image of a kind that is read; give a file of {', '.join(KINDS)}") from None
     except MemoryError:
         raise fault("is an image that does not fit in memory") from None
     except Exception as error:  # noqa: BLE001  damaged files make decoders raise nearly anything

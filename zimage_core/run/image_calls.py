@@ -55,7 +55,7 @@ class ImageCalls:
             return_dict: False returns (images,).
             call: Other arguments of a call.
         """
-        _needed(image=image)
+        needed(image=image)
         return self._run(Request(prompt=prompt, image=image, strength=strength, **call), return_dict)
 
     def inpaint(
@@ -78,7 +78,7 @@ class ImageCalls:
             return_dict: False returns (images,).
             call: Other arguments of a call, such as `mask_blur`.
         """
-        _needed(image=image, mask_image=mask_image)
+        needed(image=image, mask_image=mask_image)
         request = Request(prompt=prompt, image=image, mask_image=mask_image, strength=strength, **call)
         return self._run(request, return_dict)
 
@@ -103,7 +103,7 @@ class ImageCalls:
             return_dict: False returns (images,).
             call: Other arguments of a call, such as `mask_blur`.
         """
-        _needed(image=image, margins=margins)
+        needed(image=image, margins=margins)
         request = Request(prompt=prompt, image=image, outpaint=margins, strength=strength, **call)
         return self._run(request, return_dict)
 
@@ -162,7 +162,8 @@ class ImageCalls:
         return result if return_dict else (result.images,)
 
 
-def _needed(**given: Any) -> None:
+def needed(**given: Any) -> None:
+    """Refuse a call that lacks one of these arguments."""
     for name, value in given.items():
         if value is None:
             raise BadArgument(f"{name}: it is missing; give it, or call the pipeline for text to image")
