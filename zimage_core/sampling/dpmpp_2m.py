@@ -30,6 +30,18 @@ def step_ratio(sigmas: Sequence[float], step: int) -> float:
     return (log_snr(sigmas[step + 1]) - here) / (here - log_snr(sigmas[step - 1]))
 
 
+def extrapolation(sigmas: Sequence[float]) -> Callable[[int, Tensor], Tensor]:
+    """(step, clean latents as estimated) -> those at its middle in lambda, by the step before."""
+    before: Tensor | None = None
+
+    def at(step: int, clean: Tensor) -> Tensor:
+        nonlocal before
+        last, before = before, clean
+        return clean if last is None else clean + 0.5 * step_ratio(sigmas, step) * (clean - last)
+
+    return at
+
+
 def sample(
     denoise: Denoiser,
     latents: Tensor,
@@ -38,15 +50,10 @@ def sample(
     stop: Callable[[], bool] | None = None,
 ) -> Tensor:
     """N steps with N calls of the network. Arguments and errors are those of `euler.follow`."""
-    before: Tensor | None = None
+    extrapolated = extrapolation(sigmas)
 
     def advance(step: int, x: Tensor, v: Tensor) -> Tensor:
-        nonlocal before
-        clean = x - sigmas[step] * v
-        estimate, ratio = clean, step_ratio(sigmas, step)
-        if before is not None:
-            estimate = clean + 0.5 * ratio * (clean - before)
-        before = clean
+        estimate = extrapolated(step, x - sigmas[step] * v)
         kept = sigmas[step + 1] / sigmas[step]
         # alpha (1 - exp(-h)) is 1 - kept on this path
         return kept * x + (1 - kept) * estimate

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from zimage_core.sampling.dpmpp_2m import step_ratio
+from zimage_core.sampling.dpmpp_2m import extrapolation
 from zimage_core.sampling.euler import Denoiser, StepEnd, follow
 from zimage_core.sampling.noise import Noise
 
@@ -35,16 +35,11 @@ def sample(
         stop: Called after each step.
         noise: Source of the noise.
     """
-    before: Tensor | None = None
+    extrapolated = extrapolation(sigmas)
 
     def advance(step: int, x: Tensor, v: Tensor) -> Tensor:
-        nonlocal before
         now, then = sigmas[step], sigmas[step + 1]
-        clean = x - now * v
-        estimate, ratio = clean, step_ratio(sigmas, step)
-        if before is not None:
-            estimate = clean + 0.5 * ratio * (clean - before)
-        before = clean
+        estimate = extrapolated(step, x - now * v)
         shrink = then * (1 - now) / (now * (1 - then))  # exp(-h)
         x = shrink * then / now * x + (1 - then) * (1 - shrink**2) * estimate
         return x if then == 0 else x + then * math.sqrt(1 - shrink**2) * noise(x)
