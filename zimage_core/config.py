@@ -16,7 +16,9 @@ from zimage_core.fields import Fields
 NATIVE_SIZE = 1024
 """Pixels a side of an image, where a transformer's file does not state another size."""
 COMPONENTS = ("transformer", "text_encoder", "vae")
-"""The three networks of a pipeline, by the names of their folders in diffusers' layout."""
+"""The three networks of every pipeline, by the names of their folders in diffusers' layout."""
+OPTIONAL_COMPONENTS = ("siglip",)
+"""Networks that a pipeline may have beside them: the vision tower of Omni."""
 
 TEXT_ARCHITECTURES = ("qwen3", "qwen2", "llama")
 """Architectures of text encoders, as `general.architecture` of a GGUF and `model_type` of a config.json."""
