@@ -17,6 +17,9 @@ NATIVE_SIZE = 1024
 COMPONENTS = ("transformer", "text_encoder", "vae")
 """The three networks of a pipeline, by the names of their folders in diffusers' layout."""
 
+ONCE = ("context_refiner", "siglip_refiner")
+"""Module lists of a transformer that run once for a caption, before the steps."""
+
 TEXT_ARCHITECTURES = ("qwen3", "qwen2", "llama")
 """Architectures of text encoders, as `general.architecture` of a GGUF and `model_type` of a config.json."""
 

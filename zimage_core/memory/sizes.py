@@ -11,6 +11,7 @@ from os import PathLike
 from zimage_core.config import (
     COMPONENTS,
     NATIVE_SIZE,
+    ONCE,
     AutoencoderConfig,
     TextEncoderConfig,
     TransformerConfig,
@@ -130,7 +131,8 @@ class Part:
             norms, scales of int8 weights; of the VAE its decoder in float32.
         host: Bytes that may stay in host memory: the table of tokens, the VAE's encoder.
         matrices: Linear weights in none of the blocks, with the name of their module.
-        once: Bytes of each block that runs once for each caption: those of the context refiner.
+        once: Bytes of each block that runs once for each caption: those of the context refiner and of
+            Omni's siglip_refiner.
     """
 
     name: str
@@ -225,8 +227,6 @@ def _part(name: str, part: Opened, dtype: str) -> Part:
     once: dict[str, int] = {}
     always, host, beside = 0, 0, []
     for entry in table:
-        if entry.module.startswith("siglip_"):
-            continue  # the vision branch of an Omni checkpoint is not loaded
         matrix = _matrix(part.file, card.prefix, entry)
         nbytes = math.prod(entry.shape) * ITEMSIZE[dtype] if matrix is None else matrix.nbytes
         always += 0 if matrix is None else matrix.scales
@@ -239,7 +239,7 @@ def _part(name: str, part: Opened, dtype: str) -> Part:
             # few rows of a table are read, wherever it lies; images need a VAE's decoder alone
             host += nbytes
             continue
-        if block.startswith("context_refiner."):
+        if block.partition(".")[0] in ONCE:
             once[block] = once.get(block, 0) + nbytes
         else:
             always += nbytes

@@ -68,7 +68,7 @@ def load_transformer(
     mmap: bool = True,
     compute: str = "exact",
 ) -> ZImageTransformer:
-    """Load an S3-DiT.
+    """Load an S3-DiT; an Omni checkpoint as a `models.omni.OmniTransformer`, which takes images as well.
 
     Args:
         path: A GGUF or safetensors file, an index of shards, a component's folder, or a diffusers folder.
@@ -157,9 +157,11 @@ def load_network(
     for caution in card.cautions:
         warnings.warn(f"{printable(file.path)}: {caution}", UserWarning, stacklevel=2)
     table = _TABLES[kind](card.config, card.layout)
-    # text to image does not use the vision branch of an Omni checkpoint
-    table = tuple(e for e in table if not e.module.startswith("siglip_"))
     config: Any = card.config  # `require` has checked the kind
+    if card.variant == "omni":
+        from zimage_core.models.omni import OmniTransformer
+
+        kind = cast("type[Network]", OmniTransformer)
     return assembled(partial(kind, config), opened, table, dtype, device)
 
 
