@@ -34,12 +34,14 @@ ALLOWED: dict[str, set[str]] = {
     "memory": {"config", "cpu", "files", "formats", "models", "nn", "quant", "weights"},
     "control": {"assets", "config", "editing", "files", "models", "nn", "quant", "weights"},
     "editing": {"config", "files", "models", "sampling"},
+    "omni": {"editing", "models", "nn", "text"},
     "run": {
-        "adapters", "assets", "config", "control", "editing", "files", "memory", "models", "nn", "quant",
-        "sampling", "text", "weights",
+        "adapters", "assets", "config", "control", "editing", "files", "memory", "models", "nn", "omni",
+        "quant", "sampling", "text", "vision", "weights",
     },
     "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
     "image_pipelines": {"pipeline", "run"},
+    "omni_pipelines": {"pipeline", "run"},
     "preview": {"config", "models", "run", "weights"},
     "control_pipelines": {"control", "pipeline", "run"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
@@ -69,8 +71,10 @@ PLANS = {
     "plan",
     "planner",
     "rates",
+    "references",
     "residency",
     "sizes",
+    "tower",
 }
 """The files of memory/ that only plan, for `zimage plan`; the others move weights."""
 NEVER = {

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from zimage_core.formats import FORMATS
     from zimage_core.image_pipelines import ZImageImg2ImgPipeline, ZImageInpaintPipeline
     from zimage_core.memory.phases import MemoryBudget
+    from zimage_core.omni_pipelines import ZImageOmniPipeline
     from zimage_core.pipeline import ZImagePipeline
     from zimage_core.quant.dequantize import dequantize
     from zimage_core.quant.tensor import QuantTensor
@@ -75,6 +76,7 @@ __all__ = [
     "ZImageError",
     "ZImageImg2ImgPipeline",
     "ZImageInpaintPipeline",
+    "ZImageOmniPipeline",
     "ZImagePipeline",
     "convert_file",
     "dequantize",
@@ -104,6 +106,7 @@ _MODULE = {  # public name -> module; all other public names are error classes
     "ZImageControlNetInpaintPipeline": "control_pipelines",
     "ZImageControlNetModel": "control.model",
     "ZImageControlNetPipeline": "control_pipelines",
+    "ZImageOmniPipeline": "omni_pipelines",
     "ZImagePipeline": "pipeline",
     "convert_file": "export.converting",
     "dequantize": "quant.dequantize",

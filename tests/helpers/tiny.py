@@ -26,7 +26,10 @@ from zimage_core.text.tokenizer import Tokenizer
 SIZE = 32
 """Pixels a side in most tests: 4 image tokens."""
 
-SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+SPECIALS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"),
+    *("<|vision_start|>", "<|vision_end|>"),
+)
 TRANSFORMER: dict[str, Any] = {
     "_class_name": "ZImageTransformer2DModel", "all_patch_size": [2], "all_f_patch_size": [1],
     "in_channels": 16, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,

@@ -123,7 +123,7 @@ def plan_on_cpu(job: Job, ram: int | None = None) -> Plan:
     """
     if ram is None:
         return plan_job(job)
-    around, size = beside(job.sizes), f"{job.width} x {job.height} px"
+    around, size = beside(job.sizes), job.shown
     if ram < around + job.floor():
         less = ', or take compute="exact", which needs less' if job.int8 else ""
         raise OverBudget(
