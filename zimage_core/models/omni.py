@@ -65,7 +65,7 @@ class OmniPrepared(NamedTuple):
     """Values that the steps of a run share, computed by `OmniTransformer.prepare_omni`.
 
     Args:
-        samples: Of each sample.
+        samples: Values of each sample.
         times: Network times of the steps.
         size: Height and width of the target's latents.
         blocks: Modulations of the blocks for noisy tokens [steps, blocks, 4 * dim] float32.

@@ -37,9 +37,9 @@ class Positions(NamedTuple):
     """Positions (t, h, w), int64 [tokens, 3], pads included.
 
     Args:
-        captions: Of each piece.
-        images: Of each image.
-        features: Of each image's vision features; empty where the stream has none.
+        captions: Those of each piece.
+        images: Those of each image.
+        features: Those of each image's vision features; empty where the stream has none.
     """
 
     captions: tuple[Tensor, ...]
