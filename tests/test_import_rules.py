@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "codebooks": set(),
     "fields": set(),
     "config": {"fields"},
+    "scheduler_config": {"fields"},
     "files": {"config"},
     "assets": set(),
     "reference": {"formats", "codebooks"},
@@ -26,9 +27,10 @@ ALLOWED: dict[str, set[str]] = {
     "nn": {"cpu", "formats", "quant", "kernels"},
     "adapters": {"config", "cpu", "files", "nn", "quant", "weights"},
     "models": {"config", "nn"},
-    "sampling": {"config", "files"},
+    "sampling": {"config", "files", "scheduler_config"},
     "text": {"config", "files"},
-    "weights": {"config", "files", "formats", "models", "nn", "quant", "text"},
+    "weights": {"config", "files", "formats", "models", "nn", "quant", "scheduler_config", "text"},
+    "vision": {"config", "fields", "files", "models", "weights"},
     "memory": {"config", "cpu", "files", "formats", "models", "nn", "quant", "weights"},
     "control": {"assets", "config", "editing", "files", "models", "nn", "quant", "weights"},
     "editing": {"config", "files", "models", "sampling"},
@@ -53,7 +55,7 @@ REACH_KERNELS = {
     "zimage_core.nn.elementwise",
 }  # fmt: skip
 EVERYTHING = {"cli", "__main__", "zimage_core"}  # may import every package; zimage_core is __init__.py
-DATA_ONLY = {"errors", "formats", "codebooks", "fields", "config", "files", "cli"}
+DATA_ONLY = {"errors", "formats", "codebooks", "fields", "config", "scheduler_config", "files", "cli"}
 """Packages that import only the standard library at the top; other packages inside functions."""
 WITH_TENSORS = {"load", "scan"}
 """The files of weights/ that compute; the others only read headers, for `zimage inspect`."""

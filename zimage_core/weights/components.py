@@ -13,10 +13,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from zimage_core.config import COMPONENTS, EULER
+from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, WrongModel, ZImageError, printable
 from zimage_core.files.hub import quant_tag
 from zimage_core.files.untrusted import read_json
+from zimage_core.scheduler_config import EULER
 from zimage_core.weights import download
 from zimage_core.weights.card import WANTED, ModelCard, check_compatible, require
 from zimage_core.weights.folder import (
@@ -345,7 +346,7 @@ def _agreed(
     """Identify a file together with its config.json, if that is binding or agrees with the tensors."""
     if not component:
         card = identify(file) if card is None else card
-        component, stated = card.kind, stated if card.config is not None else None
+        component, stated = card.kind, stated if card.kind in WANTED else None
     if stated is None:
         return Opened(file, card if card is not None else identify(file, component))
     agreed = identify(file, component, stated)

@@ -15,8 +15,9 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_core.config import COMPONENTS, scheduler_shift
+from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadFile, ZImageError, printable
+from zimage_core.scheduler_config import scheduler_shift
 from zimage_core.weights import documents, download
 from zimage_core.weights.components import (
     check_pipeline_class,
