@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from tests.quant.test_few_rows import rows_of, weight_of
+from zimage_core.cpu import int4
 from zimage_core.formats import FORMATS
 from zimage_core.nn.decoding import ReadyWeights, ready_for_decoding
 from zimage_core.nn.linear import Embedding, Linear
 from zimage_core.quant import few_rows
-from zimage_core.quant.few_rows import MOST, form_of
+from zimage_core.quant.few_rows import MOST, form_of, prepare
 
 WIDTH = 256
 
@@ -31,6 +32,16 @@ def network() -> nn.Module:
     found.large.assign(weight_of(FORMATS["Q4_K"], 1, 2, 192))
     nn.init.normal_(found.large.bias)
     found.six.assign(weight_of(FORMATS["Q6_K"], 1, 3, 64))
+    return found.requires_grad_(False)
+
+
+def block(v_format: str = "Q4_K") -> nn.Module:
+    """Layers that read the same x, of which v may have another format."""
+    found = nn.Module()
+    for i, (name, rows) in enumerate({"q_proj": 128, "k_proj": 48, "v_proj": 80}.items()):
+        layer = Linear(WIDTH, rows)
+        layer.assign(weight_of(FORMATS[v_format if name == "v_proj" else "Q4_K"], 1, i, rows))
+        found.add_module(name, layer)
     return found.requires_grad_(False)
 
 
@@ -104,3 +115,43 @@ def test_gradients_take_the_usual_way() -> None:
     net = network()
     with ready_for_decoding(net), pytest.raises(Exception, match="packed weights give no gradients"):
         net.large(rows_of(1, WIDTH).requires_grad_())
+
+
+NAMES = ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.mark.parametrize("v_format", ["Q4_K", "Q6_K"])
+@torch.no_grad()
+def test_layers_that_read_the_same_x_are_multiplied_at_once(
+    v_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, calls = block(v_format), []
+    alone = [prepare(net.get_submodule(name).weight, "bfloat16") for name in NAMES]
+    multiply = int4.multiply
+    monkeypatch.setattr(int4, "multiply", lambda *args: calls.append(args) or multiply(*args))
+    with ready_for_decoding(net, "bfloat16") as ready:
+        assert ready.skipped == 0
+        for seed in range(3):
+            x = rows_of(1, WIDTH, seed)
+            got = [net.get_submodule(name)(x) for name in NAMES]
+            assert len(calls) == (1 if v_format == "Q4_K" else 2)
+            for own, few in zip(got, alone, strict=True):
+                assert torch.equal(own, few(x))
+            calls.clear()
+
+
+@torch.no_grad()
+def test_layers_called_in_another_order_or_with_another_x_get_their_own_products() -> None:
+    net = block()
+    alone = {name: prepare(net.get_submodule(name).weight, "bfloat16") for name in NAMES}
+    with ready_for_decoding(net, "bfloat16"):
+        for names in (("v_proj", "q_proj", "k_proj", "k_proj"), ("k_proj", "v_proj"), ("q_proj", "q_proj")):
+            x = rows_of(2, WIDTH, len(names))
+            for name in names:
+                assert torch.equal(net.get_submodule(name)(x), alone[name](x))
+            other = rows_of(1, WIDTH, 77)
+            assert torch.equal(net.k_proj(other), alone["k_proj"](other))
+        net.q_proj(x)
+        x.mul_(2)
+        net.q_proj(x)
+        assert torch.equal(net.v_proj(x), alone["v_proj"](x))

@@ -182,8 +182,8 @@ def _one_row_product(kind: str, rows: int, depth: int) -> tuple[Callable[[Tensor
         )
     scales = torch.ones(depth // 32, rows, 2, dtype=torch.bfloat16)
     codes = torch.full((rows, depth), 9, dtype=torch.int32)
-    product = torch.ops.aten._weight_int4pack_mm_for_cpu
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    product = torch._weight_int4pack_mm_for_cpu
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
     return (lambda x, turned: product(x, turned.t(), 32, scales)), packed  # 1 * (9 - 8) + 1
 
 

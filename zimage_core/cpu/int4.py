@@ -1,6 +1,6 @@
 """Packed weights as planes of four bits, which torch multiplies by a few rows in bfloat16.
 
-`torch.ops.aten._weight_int4pack_mm_for_cpu` reads nibbles with a bfloat16 scale and zero for each group of
+`torch._weight_int4pack_mm_for_cpu` reads nibbles with a bfloat16 scale and zero for each group of
 K: w = (nibble - 8) * scale + zero, sums in float32, result in bfloat16. Codes of more than four bits are two
 digits, q = 16 h + l, whose groups follow each other; x is then read twice, the second time 16-fold. A format
 with groups of 16, which torch does not have, puts both digits of a group into one group of 32.
@@ -130,7 +130,7 @@ def pack(packed: Tensor, fmt: BlockFormat, layout: Layout, rest: bool = False, s
             codes, factors = _codes(packed[first:last], fmt, layout)
             wide = torch.full((count, depth), 8, dtype=torch.int32)
             wide[: last - first, : codes.shape[1]] = codes
-            nibbles[first : first + count] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(wide, 1)
+            nibbles[first : first + count] = torch._convert_weight_to_int4pack_for_cpu(wide, 1)
             near = factors.bfloat16()
             scales[: near.shape[0], first:last] = near
             if left is not None:
@@ -192,15 +192,12 @@ class Spread:
     def __call__(self, x: Tensor) -> Tensor:
         """x [M, K], any float type -> bfloat16 [M, K * parts]."""
         if self._factors is None:
-            return x.to(torch.bfloat16)
+            return x.bfloat16()
         # bfloat16 times 16 is exact, so that both readings are of the same x
-        spread = x.to(torch.bfloat16).view(len(x), -1, 1, self._group) * self._factors
+        spread = x.bfloat16().view(len(x), -1, 1, self._group) * self._factors
         return spread.view(len(x), -1)
 
 
 def multiply(x: Tensor, planes: Planes, scales: Tensor) -> Tensor:
     """x W^T for spread x in bfloat16 [M, K * parts], with these scales; bfloat16 [M, N filled up]."""
-    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x, planes.nibbles, planes.layout.packed_group, scales
-    )
-    return out
+    return torch._weight_int4pack_mm_for_cpu(x, planes.nibbles, planes.layout.packed_group, scales)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from zimage_core.nn.linear import Linear
-from zimage_core.quant.few_rows import FewRows, form_of, mode_here, prepare
+from zimage_core.quant.few_rows import Shared, form_of, mode_here, prepare, stack, stacks_with
 from zimage_core.quant.tensor import QuantTensor
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of a block that read the same x one after the other; they are multiplied at once if they can be."""
+
+Product = Callable[[Tensor], Tensor]
+Group = dict[QuantTensor, list[Linear]]
+"""Weights that are multiplied at once, with the layers that have them."""
 
 
 class ReadyWeights:
@@ -31,31 +38,29 @@ class ReadyWeights:
     def __init__(self, network: nn.Module, mode: str, budget: int) -> None:
         started = time.perf_counter()
         self.mode = mode_here(mode)
-        self._made: list[tuple[Linear, QuantTensor, FewRows]] = []
-        self.skipped = 0
+        groups = _groups(network)
+        self.skipped = sum(len(group) for group in groups)
         """Number of packed weights that stay as they are."""
-        layers: dict[int, list[Linear]] = {}
-        for layer in network.modules():
-            if isinstance(layer, Linear) and isinstance(layer.weight, QuantTensor):
-                layers.setdefault(id(layer.weight), []).append(layer)
-        wanted = []
-        for same in layers.values():
-            form, size = form_of(same[0].weight, self.mode), same[0].in_features * same[0].out_features
-            if form is not None:
-                wanted.append((form.nbytes / size, -size, form.nbytes, same))
-        self.skipped = len(layers)
-        for _, _, nbytes, same in sorted(wanted, key=lambda each: each[:2]):
-            weight = same[0].weight
-            if nbytes > budget or not isinstance(weight, QuantTensor):
+        self.nbytes = 0
+        """Bytes of the forms."""
+        self._made: list[tuple[Linear, QuantTensor, Product]] = []
+        costs = [(group, [form_of(weight, self.mode) for weight in group]) for group in groups]
+        wanted = [(sum(form.nbytes for form in forms if form), group) for group, forms in costs if all(forms)]
+        for nbytes, group in sorted(wanted, key=lambda each: (each[0] / _size(each[1]), -_size(each[1]))):
+            if nbytes > budget - self.nbytes:
                 continue
-            few = prepare(weight, self.mode)
+            weights = list(group)
+            whole = weights[0] if len(group) == 1 else stack(weights)
+            few = prepare(whole, self.mode)
             if few is None:
                 continue
-            budget -= nbytes
-            self.skipped -= 1
-            self._made += [(layer, weight, few) for layer in same]
-        self.nbytes = sum(few.nbytes for few in {id(few): few for _, _, few in self._made}.values())
-        """Bytes of the forms."""
+            self.nbytes += few.nbytes
+            self.skipped -= len(group)
+            parts: list[Product] = [few]
+            if len(group) > 1:
+                parts = Shared(few, [weight.shape[0] for weight in weights]).parts()
+            for weight, part in zip(weights, parts, strict=True):
+                self._made += [(layer, weight, part) for layer in group[weight]]
         self.seconds = time.perf_counter() - started
         """Seconds that making them took."""
 
@@ -90,3 +95,30 @@ def ready_for_decoding(
     """
     with ReadyWeights(network, mode, budget).bound() as ready:
         yield ready
+
+
+def _groups(network: nn.Module) -> list[Group]:
+    """All packed weights of a network's layers, those that are multiplied at once together."""
+    layers: Group = {}
+    for module in network.modules():
+        if isinstance(module, Linear) and isinstance(module.weight, QuantTensor):
+            layers.setdefault(module.weight, []).append(module)
+    groups = []
+    for module in network.modules():
+        for names in TOGETHER:
+            found = [weight for name in names if (weight := _own(module, name, layers)) is not None]
+            alike = [weight for weight in found if stacks_with(weight, found[0])]
+            if len(alike) > 1:
+                groups.append({weight: layers.pop(weight) for weight in alike})
+    return groups + [{weight: same} for weight, same in layers.items()]
+
+
+def _own(module: nn.Module, name: str, layers: Group) -> QuantTensor | None:
+    """The weight of a layer inside a module, if no other layer has it."""
+    layer = getattr(module, name, None)
+    weight = layer.weight if isinstance(layer, Linear) else None
+    return weight if isinstance(weight, QuantTensor) and len(layers.get(weight, ())) == 1 else None
+
+
+def _size(group: Group) -> int:
+    return sum(weight.shape[0] * weight.shape[1] for weight in group)

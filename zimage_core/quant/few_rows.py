@@ -16,8 +16,9 @@ the kernels that decode in their tiles (`dispatch.choose`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,13 +62,49 @@ class FewRows:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        flat = x.reshape(-1, self.shape[1])
+        flat = x if x.ndim == 2 else x.reshape(-1, self.shape[1])
         if self.rotation:
             flat = rotate(flat.float(), self.rotation)
         out = self.product(flat)
         if self.scale is not None:
             out = out.float().mul_(self.scale)
-        return out.to(x.dtype).view(*x.shape[:-1], self.shape[0])
+        if out.dtype != x.dtype:
+            out = out.to(x.dtype)
+        return out if x.ndim == 2 else out.view(*x.shape[:-1], self.shape[0])
+
+
+class Shared:
+    """One product for several layers that read the same x, such as q, k and v.
+
+    The first layer computes the results of all, which the others take if they are called with the same
+    tensor. Each result is taken once, so that no tensor that was written to meanwhile gets an old one.
+
+    Args:
+        few: The weights below each other in one form.
+        sizes: N of each layer.
+    """
+
+    def __init__(self, few: FewRows, sizes: Sequence[int]) -> None:
+        self._few, self._sizes = few, list(sizes)
+        self._kept: tuple[Tensor, list[Tensor | None]] | None = None
+
+    def parts(self) -> list[Callable[[Tensor], Tensor]]:
+        """The product of each layer."""
+        return [partial(self._part, i) for i in range(len(self._sizes))]
+
+    def _part(self, i: int, x: Tensor) -> Tensor:
+        kept = self._kept
+        if i and kept is not None and kept[0] is x:
+            found = kept[1][i]
+            kept[1][i] = None
+            if i == len(self._sizes) - 1:
+                self._kept = None
+            if found is not None:
+                return found
+        results = torch.split(self._few(x), self._sizes, -1)
+        if i == 0:
+            self._kept = x, list(results)
+        return results[i]
 
 
 @dataclass(frozen=True)
@@ -206,7 +243,8 @@ class _Nibbles:
         self.spread = int4.Spread(layout)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return int4.multiply(self.spread(x), self.planes, self.planes.scales)[:, : self.rows]
+        out = int4.multiply(self.spread(x), self.planes, self.planes.scales)
+        return out if out.shape[1] == self.rows else out[:, : self.rows]
 
 
 class _ExactNibbles:
@@ -240,3 +278,20 @@ class _ExactNibbles:
             second = int4.multiply(parts, planes, scales)
         third = int4.multiply(parts[:1], planes, planes.rest if planes.rest is not None else scales)
         return torch.cat([first, second, third]).sum(0, dtype=torch.float32)[: self.rows]
+
+
+def stacks_with(weight: QuantTensor, other: QuantTensor) -> bool:
+    """Whether two weights can be put below each other: one format, width and device, and nothing beside."""
+    alike = weight.format is other.format and weight.shape[1:] == other.shape[1:]
+    return (
+        alike
+        and weight.device == other.device
+        and not any(each.scale is not None or each.rotation for each in (weight, other))
+    )
+
+
+def stack(weights: Sequence[QuantTensor]) -> QuantTensor:
+    """Weights below each other, copied; each `stacks_with` the first."""
+    rows = sum(each.shape[0] for each in weights)
+    packed = torch.cat([each.packed for each in weights])
+    return weights[0].like(packed, shape=(rows, *weights[0].shape[1:]))
