@@ -14,7 +14,7 @@ import torch
 from zimage_core.config import COMPONENTS, AutoencoderConfig
 from zimage_core.errors import BadArgument, Busy, Unsupported, ZImageError
 from zimage_core.files.units import parse_bytes
-from zimage_core.memory.beside import adapted, weighed
+from zimage_core.memory.beside import adapted, tower_of, weighed
 from zimage_core.memory.nets import Beside
 from zimage_core.memory.plan import Plan
 from zimage_core.memory.planner import make_plan
@@ -324,7 +324,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Porte
         for remark in (*run.remarks, *unlearned(self.text_encoder, run.batch.prompts)):
             warnings.warn(remark, UserWarning, stacklevel=4)
         opened = {**self._opened(), **control_files(run)}
-        if run.references is None:
+        if run.references is None or not run.references.different():
             opened.pop("siglip", None)
         for part in opened.values():
             part.file.check_unchanged()
@@ -645,6 +645,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Porte
         rates: Rates | None = None,
         guidance: bool | None = None,
         steps: int | None = None,
+        references: int = 0,
     ) -> Plan:
         """Plan a run on a GPU without running it: the contents of memory and the expected time of each phase.
 
@@ -660,6 +661,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Porte
             rates: Speeds of the machine, from `memory.rates.measure` or `known`; default: those of sm_86.
             guidance: Whether there is a negative side.
             steps: Number of steps.
+            references: Number of reference images, each as large as the image that is made.
 
         Raises:
             BadArgument: A number is out of range.
@@ -672,8 +674,11 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Porte
         width = limits.sample_size if width is None else width
         height = limits.sample_size if height is None else height
         sizes = sizes_of(opened, str(self.dtype).removeprefix("torch."))
+        guided = limits.guidance > 0 if guidance is None else guidance
+        shown = self._usual_references(references, width, height, caption_tokens, images * (1 + guided))
+        seen = (width, height, caption_tokens) if shown is None else shown.seen(sizes, width, height)
         return make_plan(
-            adapted(sizes, networks(self), width, height, caption_tokens),
+            adapted(sizes, networks(self), *seen),
             width,
             height,
             images,
@@ -681,9 +686,11 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Porte
             vram=None if vram is None else parse_bytes("vram", vram),
             ram=None if ram is None else parse_bytes("ram", ram),
             rates=rates,
-            guidance=limits.guidance > 0 if guidance is None else guidance,
+            guidance=guided,
             steps=limits.steps if steps is None else steps,
             compute=self.transformer.compute,
             encoder_compute=self.text_encoder.compute,
             nets=Beside(tuple(map(weighed, self.controlnets.values())), len(self.controlnets)),
+            references=shown,
+            tower=None if shown is None or self.siglip is None else tower_of(self.siglip, shown),
         )

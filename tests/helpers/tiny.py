@@ -76,9 +76,9 @@ def vocabulary() -> list[str]:
     return [*byte_alphabet(), *SPECIALS]
 
 
-def tokenizer() -> Tokenizer:
-    tokens = vocabulary()
-    types = [1] * 256 + [3] * len(SPECIALS)
+def tokenizer(without: tuple[str, ...] = ()) -> Tokenizer:
+    tokens = [token for token in vocabulary() if token not in without]
+    types = [1] * 256 + [3] * (len(tokens) - 256)
     return Tokenizer.from_metadata({
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": [],

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from zimage_core.config import VisionConfig
-from zimage_core.errors import OverBudget
+from zimage_core.errors import BadWeights, OverBudget, printable
 from zimage_core.files.units import in_bytes
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
 from zimage_core.memory.job import Job
 from zimage_core.memory.plan import Component, Phase, Plan
 from zimage_core.memory.residency import SLOTS
+from zimage_core.memory.sizes import matrices, part_of
+from zimage_core.weights.opened import Opened
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,19 @@ class Tower:
     tokens: int
     dtype: str
     scratch: int
+
+    @classmethod
+    def of_file(cls, opened: Opened, dtype: str, tokens: int) -> Tower:
+        """The tower in a file, from its header.
+
+        Raises:
+            BadWeights: Its sizes are not known.
+        """
+        part = part_of("siglip", opened, dtype)
+        if not isinstance(part.config, VisionConfig):
+            raise BadWeights(f"{printable(opened.file.path)}: this is no vision tower")
+        scratch = max((matrix.scratch(dtype) for _, matrix in matrices(part)), default=0)
+        return cls(part.config, part.always, tuple(part.block_bytes), tokens, dtype, scratch)
 
     @property
     def live(self) -> int:

@@ -24,9 +24,8 @@ from zimage_core.models.omni import Reference
 
 AREA = 1024 * 1024
 """Pixels above which a reference is made smaller."""
-MAX_REFERENCES = 1024
-SMALL, LONG = 64, 8.0
-"""Least side in pixels and greatest ratio of the sides that diffusers accepts; beyond them is a warning."""
+LONG = 8.0
+"""Greatest ratio of the sides that diffusers accepts; a longer image is warned of."""
 
 Moments = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Images [B, 3, H, W] in [-1, 1] -> mean and log-variance of their latents [B, C, h, w] on the CPU."""
@@ -82,7 +81,7 @@ class References:
     """The reference images of a run.
 
     Args:
-        pictures: Of each image of the run, in order; images of a prompt share the objects.
+        pictures: The references of each image of the run, in order; images of a prompt share the objects.
         positions: Name of the positions, as `OmniTransformer` knows them.
         clean: Picture (by its id) -> what the stream holds of it, known once it is encoded.
     """
@@ -129,17 +128,16 @@ class References:
         found = []
         for each in self.different():
             width, height = each.given
-            ratio = max(width / height, height / width)
-            if min(width, height) < SMALL or ratio > LONG:
+            if max(width, height) > LONG * min(width, height):
                 found.append(
-                    f"reference_images: one of {width} x {height} pixels is smaller than {SMALL} pixels or "
-                    f"longer than {LONG:g} to 1, which diffusers refuses; expect little of it"
+                    f"reference_images: one of {width} x {height} pixels is longer than {LONG:g} to 1, which "
+                    "diffusers refuses; expect little of it, or crop it"
                 )
         return found[:1]
 
 
 def open_references(
-    value: Any, prompts: int, area: int | None, multiple: int, most: tuple[int, int]
+    value: Any, prompts: int, area: int | None, multiple: int, most: tuple[int, int], count: int = 256
 ) -> list[tuple[Picture, ...]]:
     """Read, check and resize the reference images of a call.
 
@@ -150,6 +148,7 @@ def open_references(
         area: Pixels that a larger image is brought to; None for a million.
         multiple: Pixels per token along a side.
         most: Most pixels of a height and of a width.
+        count: Most images of a prompt.
 
     Returns:
         The pictures of each prompt; those that prompts share are the same objects.
@@ -161,24 +160,28 @@ def open_references(
     listed = list(value) if isinstance(value, (list, tuple)) else [value]
     nested = [isinstance(each, (list, tuple)) for each in listed]
     if not any(nested):
-        return [_opened(listed, "reference_images", area, multiple, most)] * prompts
+        return [_opened(listed, "reference_images", area, multiple, most, count)] * prompts
     if not all(nested) or len(listed) != prompts:
         raise BadArgument(
             f"reference_images: got {sum(nested)} lists and {len(listed) - sum(nested)} images for {prompts} "
             "prompts, wanted one list of images for all, or a list for each prompt"
         )
-    return [_opened(each, f"reference_images[{i}]", area, multiple, most) for i, each in enumerate(listed)]
+    return [
+        _opened(each, f"reference_images[{i}]", area, multiple, most, count) for i, each in enumerate(listed)
+    ]
 
 
 def _opened(
-    listed: Sequence[Any], name: str, area: int | None, multiple: int, most: tuple[int, int]
+    listed: Sequence[Any], name: str, area: int | None, multiple: int, most: tuple[int, int], count: int
 ) -> tuple[Picture, ...]:
     found: list[Picture] = []
+    if len(listed) > count:
+        raise BadArgument(f"{name}: got {len(listed)} images, wanted at most {count}; give fewer")
     for i, each in enumerate(listed):
         where = f"{name}[{i}]"
         opened = open_images(each, where)
-        if len(found) + len(opened) > MAX_REFERENCES:
-            raise BadArgument(f"{name}: got more than {MAX_REFERENCES} images; give fewer")
+        if len(found) + len(opened) > count:
+            raise BadArgument(f"{name}: got more than {count} images, wanted at most so many; give fewer")
         file = Path(os.fspath(each)).name if isinstance(each, (str, os.PathLike)) else ""
         for member in opened.members:
             image = _rgb(member)

@@ -125,8 +125,11 @@ def embeds(name: str, value: Any, width: int) -> list[torch.Tensor]:
 def pieces(name: str, value: Any, width: int) -> list[list[torch.Tensor]]:
     """Return the caller's features of Omni prompts as new lists: for each prompt one [L, width] a piece."""
     members = list(value) if isinstance(value, (list, tuple)) else []
-    if not 1 <= len(members) <= MAX_IMAGES:
-        raise BadArgument(f"{name}: wanted a list of 1 to {MAX_IMAGES} lists of tensors [L, {width}]")
+    if not 1 <= len(members) <= MAX_IMAGES or any(isinstance(each, torch.Tensor) for each in members):
+        raise BadArgument(
+            f"{name}: wanted a list of 1 to {MAX_IMAGES} lists of tensors [L, {width}], one for each piece "
+            "of a prompt"
+        )
     return [embeds(f"{name}[{i}]", member, width) for i, member in enumerate(members)]
 
 

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zimage_core.errors import Unsupported
+from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.memory.references import References as Planned
+from zimage_core.run.checks import whole
 from zimage_core.run.components import require
 from zimage_core.run.decode import encode_images
 from zimage_core.run.nonfinite import checked
+from zimage_core.run.references import LACKS, MOST
 from zimage_core.run.request import Request, Run
 
 if TYPE_CHECKING:
@@ -56,6 +58,18 @@ class Referenced:
                 "reference_images: this pipeline has no vision tower to see them; give siglip=, a SigLIP2 "
                 "vision model as in the folder siglip/ of an Omni checkpoint"
             )
+
+    def _usual_references(
+        self, count: int, width: int, height: int, caption_tokens: int, samples: int
+    ) -> Planned | None:
+        """So many references as a plan expects them; None for none."""
+        whole("references", count, 0, MOST)
+        if not count:
+            return None
+        if self.transformer.config.siglip_feat_dim is None:
+            raise BadArgument(f"references: the transformer takes text alone, {LACKS}; leave them out")
+        factor = self.vae.config.spatial_factor
+        return Planned.usual(count, height // factor, width // factor, caption_tokens, samples)
 
     def _planned_references(self, run: Run, ids: Mapping[str, torch.Tensor]) -> Planned | None:
         """The references of a run as its memory is planned; `ids` are those of all its texts."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 POSITIONS = ("trained", "diffusers")
 """Position ids of the pieces of a prompt: in step with their features, or as diffusers numbers them."""
+MOST = 256
+"""Most reference images of a prompt; each takes four positions of the 1,536 that the transformer knows."""
 LACKS = "it has no siglip_embedder, siglip_refiner and siglip_pad_token"
 
 
@@ -59,7 +61,7 @@ def given(request: Any, limits: Any, batch: Batch) -> References | None:
         height, width = (checks.side(name, value, multiple, limit) for name, value, limit in sides)
         area = height * width
     times = checks.whole("num_images_per_prompt", request.num_images_per_prompt, 1, checks.MAX_IMAGES)
-    opened = open_references(request.reference_images, batch.images // times, area, multiple, most)
+    opened = open_references(request.reference_images, batch.images // times, area, multiple, most, MOST)
     return References(tuple(each for each in opened for _ in range(times)), positions, {})
 
 
