@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from zimage_core.text.tokenizer import Tokenizer
     from zimage_core.weights.identify import identify
     from zimage_core.weights.inspection import inspect_file
+    from zimage_core.weights.language import load_language_model
     from zimage_core.weights.load import load_text_encoder, load_transformer, load_vae
     from zimage_core.weights.opened import open_weights
 
@@ -82,6 +83,7 @@ __all__ = [
     "identify",
     "inspect_file",
     "load_controlnet",
+    "load_language_model",
     "load_text_encoder",
     "load_tokenizer",
     "load_transformer",
@@ -110,6 +112,7 @@ _MODULE = {  # public name -> module; all other public names are error classes
     "identify": "weights.identify",
     "inspect_file": "weights.inspection",
     "load_controlnet": "control.load",
+    "load_language_model": "weights.language",
     "load_text_encoder": "weights.load",
     "load_tokenizer": "run.sources",
     "load_transformer": "weights.load",
