@@ -20,6 +20,9 @@ COMPONENTS = ("transformer", "text_encoder", "vae")
 OPTIONAL_COMPONENTS = ("siglip",)
 """Networks that a pipeline may have beside them: the vision tower of Omni."""
 
+ONCE = ("context_refiner", "siglip_refiner")
+"""Module lists of a transformer that run once for a caption, before the steps."""
+
 TEXT_ARCHITECTURES = ("qwen3", "qwen2", "llama")
 """Architectures of text encoders, as `general.architecture` of a GGUF and `model_type` of a config.json."""
 

@@ -1,7 +1,7 @@
 """Writes what a pipeline has in memory: networks with their present weights, scheduler and tokenizer.
 
 Files are those of a diffusers folder. What a network's file knows and the network does not use (the last
-layer of a text encoder, the vision branch of an Omni checkpoint, its provenance) is copied from that file.
+layer of a text encoder, its provenance) is copied from that file.
 """
 
 from __future__ import annotations
@@ -137,14 +137,14 @@ class _Memory:
         modules = dict(network.named_modules())
         self._weights: dict[str, Tensor | QuantTensor] = {}
         self.targets: list[Target] = []
-        never = ["siglip_"]  # parts that are not built, which come from the file
+        never: tuple[str, ...] = ()  # parts that are not built, which come from the file
         if isinstance(config := network.config, TextEncoderConfig):
-            never.append(f"layers.{config.num_layers - 1}.")
+            never = (f"layers.{config.num_layers - 1}.",)
         own: set[str] = set()
         rows = {e.checkpoint: e for e in table_of(component, network.config, _LAYOUTS[component])}
         for name, entry in rows.items():
             owner, _, leaf = entry.module.rpartition(".")
-            if entry.module.startswith(tuple(never)):
+            if entry.module.startswith(never):
                 continue
             own.add(entry.module)
             if owner not in modules or not hasattr(modules[owner], leaf):

@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from zimage_core.config import ONCE
 from zimage_core.errors import BadArgument
 from zimage_core.memory.device import Device, Ring, device_for
 from zimage_core.memory.edits import Moved, written
@@ -125,7 +126,8 @@ def stream_model(
         slots: Blocks on the device at a time, as for `Stream`.
         ring: Bytes of host memory between file and device, rounded down to a power of two; the CPU as a
             device needs none.
-        refiner_stays: False brings a transformer's context refiner for each caption and takes it away again.
+        refiner_stays: False brings a transformer's context refiner (and Omni's siglip_refiner) for each
+            caption and takes it away again.
         int8_rows: Indices of the resident blocks whose int8 rows stay there, and not the weights themselves.
         page_cache: Bytes that the system's page cache may hold of the streamed blocks; None for all.
         through: What copies to the device, where another than the usual one is wanted.
@@ -151,7 +153,9 @@ def stream_model(
         moving[place].cached = False
     visiting: set[nn.Module] = set()
     if isinstance(model, ZImageTransformer) and not refiner_stays:
-        visiting = set(model.context_refiner.modules())
+        visiting = {
+            m for stack in ONCE if hasattr(model, stack) for m in model.get_submodule(stack).modules()
+        }
     turn = threading.RLock()
 
     @contextmanager

@@ -19,7 +19,14 @@ from zimage_core.errors import BadArgument, printable
 MODES = ("exact", "bfloat16", "int8", "auto")
 """Values of `compute=`."""
 
-BLOCKS = ("layers", "noise_refiner", "context_refiner", "control_layers", "control_noise_refiner")
+BLOCKS = (
+    "layers",
+    "noise_refiner",
+    "context_refiner",
+    "siglip_refiner",
+    "control_layers",
+    "control_noise_refiner",
+)
 """Module lists whose layers take part, of all networks."""
 
 PLAIN = ("to_q", "to_k", "to_v", "w1", "w3")

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from zimage_core.config import COMPONENTS
+from zimage_core.config import COMPONENTS, TransformerConfig
 from zimage_core.errors import BadArgument, Unsupported, WrongModel, printable
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
@@ -23,6 +23,8 @@ KINDS: dict[str, tuple[type, str]] = {
     "scheduler": (FlowMatchEulerScheduler, "zimage_core.FlowMatchEulerScheduler(shift=...)"),
 }
 """Component -> its class, and how to get one."""
+SIGLIP = "siglip"
+"""The vision tower of an Omni pipeline, a component beside the three that every pipeline has."""
 
 _WITHOUT = {
     "transformer": "to make images",
@@ -61,6 +63,11 @@ def check_kind(name: str, value: object) -> None:
         wanted, get = "a zimage_core tokenizer", "zimage_core.load_tokenizer(path)"
         right = hasattr(value, "encode") and isinstance(getattr(value, "vocab_size", None), int)
         right = right and not _package(value).startswith(("transformers", "tokenizers"))
+    elif name == SIGLIP:
+        from zimage_core.models.vision_tower import VisionTower
+
+        wanted, get = "a zimage_core VisionTower", "zimage_core.load_siglip(path)"
+        right = isinstance(getattr(value, "_orig_mod", value), VisionTower)
     else:
         kind, get = KINDS[name]
         wanted, right = f"a zimage_core {kind.__name__}", isinstance(getattr(value, "_orig_mod", value), kind)
@@ -93,7 +100,8 @@ def require(name: str, value: object) -> None:
 
 def networks(pipe: Any) -> dict[str, Any]:
     """The networks of a pipeline by name, without those that it does not have."""
-    return {name: network for name in COMPONENTS if (network := getattr(pipe, name)) is not None}
+    names = (*COMPONENTS, SIGLIP)
+    return {name: network for name in names if (network := getattr(pipe, name)) is not None}
 
 
 def check_components(pipe: Any, paths: Mapping[str, str]) -> None:
@@ -107,6 +115,8 @@ def check_components(pipe: Any, paths: Mapping[str, str]) -> None:
         WrongModel: The message names the component and what is wanted.
     """
     encoder, vae = pipe.text_encoder, pipe.vae
+    if pipe.transformer is not None and pipe.siglip is not None:
+        check_vision(pipe.siglip, pipe.transformer.config, paths.get(SIGLIP, "vision tower"))
     if pipe.transformer is not None:
         check_compatible(
             pipe.transformer.config,
@@ -116,6 +126,21 @@ def check_components(pipe: Any, paths: Mapping[str, str]) -> None:
         )
     if encoder is not None and pipe.tokenizer is not None:
         check_tokenizer(pipe.tokenizer, encoder, paths.get("text_encoder", "text encoder"))
+
+
+def check_vision(tower: Any, transformer: TransformerConfig, path: str) -> None:
+    """Refuse a vision tower that the transformer was not trained with.
+
+    Raises:
+        WrongModel: The message names the tower by `path`.
+    """
+    width, wanted = tower.config.hidden_size, transformer.siglip_feat_dim
+    if wanted is None:
+        fault = "this is a vision tower, and the transformer takes text alone"
+        raise WrongModel(path, fault, "give siglip=None, or get an Omni checkpoint as the transformer")
+    if width != wanted:
+        fault = f"this vision tower has width {width}, the transformer needs width {wanted}"
+        raise WrongModel(path, fault, "get the one in the folder siglip/ of the transformer's repository")
 
 
 def check_tokenizer(tokenizer: Tokenizer, encoder: TextEncoder, path: str) -> None:

@@ -308,7 +308,7 @@ def _transformer(
     )
     variant = "omni" if config.siglip_feat_dim else "turbo" if "turbo" in label[:1000].lower() else ""
     if config.siglip_feat_dim:
-        card = replace(card, notes=("an Omni checkpoint: its vision branch is not used, text to image only",))
+        card = replace(card, notes=("an Omni checkpoint: takes reference images, too",))
     title = f"a Z-Image transformer (width {config.dim}, {config.n_layers} layers)"
     card = replace(card, title=title, variant=variant, config=config, cautions=tuple(cautions))
     return _compare(

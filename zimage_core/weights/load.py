@@ -37,6 +37,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Network = TypeVar("Network", ZImageTransformer, TextEncoder, Autoencoder, VisionTower)
 AnyNetwork = TypeVar("AnyNetwork", bound=ported.Network)
+Module = TypeVar("Module", bound=nn.Module)
 
 _TABLES: dict[type[nn.Module], Callable[..., names.Table]] = {
     ZImageTransformer: names.transformer_table,
@@ -70,7 +71,7 @@ def load_transformer(
     mmap: bool = True,
     compute: str = "exact",
 ) -> ZImageTransformer:
-    """Load an S3-DiT.
+    """Load an S3-DiT; an Omni checkpoint as a `models.omni.OmniTransformer`, which takes images as well.
 
     Args:
         path: A GGUF or safetensors file, an index of shards, a component's folder, or a diffusers folder.
@@ -174,9 +175,11 @@ def load_network(
     for caution in card.cautions:
         warnings.warn(f"{printable(file.path)}: {caution}", UserWarning, stacklevel=2)
     table = _TABLES[kind](card.config, card.layout)
-    # text to image does not use the vision branch of an Omni checkpoint
-    table = tuple(e for e in table if not e.module.startswith("siglip_"))
     config: Any = card.config  # `require` has checked the kind
+    if card.variant == "omni":
+        from zimage_core.models.omni import OmniTransformer
+
+        kind = cast("type[Network]", OmniTransformer)
     return assembled(partial(kind, config), opened, table, dtype, device)
 
 
@@ -199,13 +202,18 @@ def assembled(
     Raises:
         BadWeights: A dense tensor holds NaN or infinity, or does not fit float16.
     """
+    model = unfilled(make, dtype)
+    fill(model, opened.file, table, opened.card.prefix, dtype)
+    model.opened = opened
+    return model.to(device)
+
+
+def unfilled(make: Callable[[], Module], dtype: torch.dtype) -> Module:
+    """A module on the meta device, whose layers have the dtype of the computation, for `fill`."""
     with torch.device("meta"), _Uninitialised():
         model = make()
     model.to(dtype)  # the dtype of a layer decides which weights stay packed
-    fill(model, opened.file, table, opened.card.prefix, dtype)
-    model.requires_grad_(False).eval()
-    model.opened = opened
-    return model.to(device)
+    return model.requires_grad_(False).eval()
 
 
 def fill(model: nn.Module, file: WeightFile, table: names.Table, prefix: str, dtype: torch.dtype) -> None:
