@@ -2,7 +2,7 @@
 
     python -m benchmarks.parity
 
-Compares every network, the vision tower and the whole pipeline, on tiny random weights, with diffusers and transformers: in
+Compares every network and the whole pipeline, on tiny random weights, with diffusers and transformers: in
 float64 and in float32.
 """
 
