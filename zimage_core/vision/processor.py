@@ -75,6 +75,21 @@ class Processor:
             read.refuse("image_std", "numbers above 0")
         return cls(read.whole("patch_size", cls.patch_size), most, mean, std)
 
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads, and transformers too."""
+        return {
+            "image_processor_type": "Siglip2ImageProcessor",
+            "do_resize": True,
+            "resample": 2,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "max_num_patches": self.max_num_patches,
+            "patch_size": self.patch_size,
+        }
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches along each side of an image: at least one, and at most `max_num_patches` in all.
 
