@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimage_core.errors import BadArgument, printable
-from zimage_core.language.sampling import Chooser, Sampling
+from zimage_core.errors import BadArgument
+from zimage_core.language.sampling import Chooser, Sampling, shown
 from zimage_core.models.language_model import LanguageModel
 from zimage_core.text.tokenizer import Tokenizer
 
@@ -131,8 +131,7 @@ def check_limit(name: str, value: Any, low: int = 1) -> int:
         BadArgument: It is no whole number in its range.
     """
     if type(value) is not int or not low <= value <= MOST_NEW_TOKENS:
-        shown = printable(value, 40) if not isinstance(value, int) or abs(value) < 1 << 99 else "more"
-        raise BadArgument(f"{name}: got {shown}, wanted an integer from {low} to {MOST_NEW_TOKENS}")
+        raise BadArgument(f"{name}: got {shown(value)}, wanted an integer from {low} to {MOST_NEW_TOKENS}")
     return value
 
 
