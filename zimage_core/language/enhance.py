@@ -218,9 +218,11 @@ class _Piece:
         self.text += new
         return new
 
-    def end(self) -> None:
-        """Complete the text, without white space around it."""
-        self.text = (self.text + self._stream.end()).strip()
+    def end(self) -> str:
+        """Complete the text, without white space around it; what was not given before."""
+        new = self._stream.end()
+        self.text = (self.text + new).strip()
+        return new
 
 
 class _Draft:
@@ -260,10 +262,8 @@ class _Draft:
                 f"the new prompt was cut after {self.count} tokens; give more than max_new_tokens="
                 f"{self._wish.max_new_tokens}"
             )
-        for piece in (self.thought, self.answer):
-            piece.end()
-        if self._on_text is not None:
-            self._on_text("\n", False)
+        self._show(self.thought.end(), True)
+        self._show(self.answer.end() + "\n", False)
 
     def _think(self) -> None:
         """Write the thought, if the model begins with one, and close it where it does not end."""
@@ -292,6 +292,8 @@ class _Draft:
 
     def _take(self, piece: _Piece, token: int) -> None:
         self._writer.add([token])
-        new = piece.add(token)
-        if new and self._on_text is not None:
-            self._on_text(new, piece is self.thought)
+        self._show(piece.add(token), piece is self.thought)
+
+    def _show(self, text: str, is_thought: bool) -> None:
+        if text and self._on_text is not None:
+            self._on_text(text, is_thought)

@@ -29,7 +29,7 @@ from zimage_core.weights.opened import Opened
 def writing(
     memory: PhaseManager, model: LanguageModel, opened: Opened, prompt: int, tokens: int
 ) -> Iterator[None]:
-    """Inside, the language model may write; afterwards all of it is where it was.
+    """Inside, the language model may write; afterwards it must not be used any more.
 
     Args:
         memory: The budget of the pipeline whose text encoder it shares.
@@ -51,17 +51,14 @@ def writing(
             f"enhance: {in_bytes(extra)} are for the language model's end and its memory of {tokens} tokens, "
             f"beside its text encoder; {error}"
         ) from None
-    try:
-        with memory.phase("encode"):
-            model.tie()
-            ring = Ring(device_for(memory.device), plan.ring)
-            moved = load(model.ending.modules(), ring, maps_of(opened.file))
-            try:
-                yield
-            finally:
-                moved.restore()
-    finally:
+    with memory.phase("encode"):
         model.tie()  # to the table where it lies now
+        ring = Ring(device_for(memory.device), plan.ring)
+        moved = load(model.ending.modules(), ring, maps_of(opened.file))
+        try:
+            yield
+        finally:
+            moved.restore()
 
 
 def beside_encoder(opened: Opened, tokens: int, dtype: str, on_cpu: bool) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,6 @@ class Enhancing:
 
     _placement: Placement
     _running: dict[str, object]
-    _language: LanguageModel | None = None
 
     def enhance_prompt(
         self,
@@ -116,22 +116,17 @@ class Enhancing:
         raise fault
 
     def _language_model(self) -> LanguageModel:
-        """The language model around the present text encoder."""
+        """The language model around the present text encoder; its own part is loaded for each prompt."""
         from zimage_core.weights.language import load_language_model
 
         pipe: Any = self
         encoder = getattr(pipe.text_encoder, "_orig_mod", pipe.text_encoder)
-        if self._language is None or self._language.encoder is not encoder:
-            opened = opened_file(encoder)
-            try:
-                self._language = load_language_model(encoder)
-            except WrongModel:
-                from pathlib import Path
-
-                if opened is not None and Path(opened.file.path).resolve().parent == NANO.resolve():
-                    raise Unsupported(EMBEDDED) from None
-                raise
-        return self._language
+        try:
+            return load_language_model(encoder)
+        except WrongModel as error:
+            if Path(error.path).resolve().parent == NANO.resolve():
+                raise Unsupported(EMBEDDED) from None
+            raise
 
     @contextmanager
     def _writing(self, model: LanguageModel, wish: Wish) -> Iterator[None]:
