@@ -2,7 +2,7 @@
 
 An image keeps its aspect and gets as many patches as fit into `max_num_patches`; small images are enlarged.
 The resize is Pillow's, as in transformers without torchvision. With torchvision, transformers resizes by
-torch's kernel for bytes, which rounds some values to the byte beside it; docs/numerics.md has the share.
+torch's kernel for bytes, which gives some bytes otherwise; docs/numerics.md has the share.
 """
 
 from __future__ import annotations
@@ -74,6 +74,21 @@ class Processor:
         if min(std) <= 0:
             read.refuse("image_std", "numbers above 0")
         return cls(read.whole("patch_size", cls.patch_size), most, mean, std)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads, and transformers too."""
+        return {
+            "image_processor_type": "Siglip2ImageProcessor",
+            "do_resize": True,
+            "resample": 2,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "max_num_patches": self.max_num_patches,
+            "patch_size": self.patch_size,
+        }
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches along each side of an image: at least one, and at most `max_num_patches` in all.
