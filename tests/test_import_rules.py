@@ -35,9 +35,10 @@ ALLOWED: dict[str, set[str]] = {
     "control": {"assets", "config", "editing", "files", "models", "nn", "quant", "weights"},
     "editing": {"config", "files", "models", "sampling"},
     "omni": {"editing", "models", "nn", "text"},
+    "language": {"config", "models", "text"},
     "run": {
-        "adapters", "assets", "config", "control", "editing", "files", "memory", "models", "nn", "omni",
-        "quant", "sampling", "text", "vision", "weights",
+        "adapters", "assets", "config", "control", "editing", "files", "language", "memory", "models", "nn",
+        "omni", "quant", "sampling", "text", "vision", "weights",
     },
     "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
     "image_pipelines": {"pipeline", "run"},
@@ -59,7 +60,7 @@ REACH_KERNELS = {
 EVERYTHING = {"cli", "__main__", "zimage_core"}  # may import every package; zimage_core is __init__.py
 DATA_ONLY = {"errors", "formats", "codebooks", "fields", "config", "scheduler_config", "files", "cli"}
 """Packages that import only the standard library at the top; other packages inside functions."""
-WITH_TENSORS = {"load", "scan"}
+WITH_TENSORS = {"language", "load", "scan"}
 """The files of weights/ that compute; the others only read headers, for `zimage inspect`."""
 PLANS = {
     "__init__",

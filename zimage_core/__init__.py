@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from zimage_core.text.tokenizer import Tokenizer
     from zimage_core.weights.identify import identify
     from zimage_core.weights.inspection import inspect_file
+    from zimage_core.weights.language import load_language_model
     from zimage_core.weights.load import load_siglip, load_text_encoder, load_transformer, load_vae
     from zimage_core.weights.opened import open_weights
 
@@ -84,6 +85,7 @@ __all__ = [
     "identify",
     "inspect_file",
     "load_controlnet",
+    "load_language_model",
     "load_siglip",
     "load_text_encoder",
     "load_tokenizer",
@@ -114,6 +116,7 @@ _MODULE = {  # public name -> module; all other public names are error classes
     "identify": "weights.identify",
     "inspect_file": "weights.inspection",
     "load_controlnet": "control.load",
+    "load_language_model": "weights.language",
     "load_siglip": "weights.load",
     "load_text_encoder": "weights.load",
     "load_tokenizer": "run.sources",

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from zimage_core.config import COMPONENTS
+from zimage_core.config import COMPONENTS, OPTIONAL_COMPONENTS
 from zimage_core.errors import BadFile, Unsupported, printable
 from zimage_core.export.configs import CLASSES
 from zimage_core.export.folders import SHARD_BYTES
@@ -27,6 +27,7 @@ _FROM = {
     "tokenizer": ("transformers", "Qwen2Tokenizer"),
     "transformer": ("diffusers", "ZImageTransformer2DModel"),
     "vae": ("diffusers", "AutoencoderKL"),
+    "siglip": ("transformers", "Siglip2VisionModel"),
 }
 """Component -> package and class in model_index.json; a text encoder's class depends on its kind."""
 
@@ -109,7 +110,7 @@ def _save_pipeline(pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
         index[name] = [None, None] if component is None else list(_class_of(name, component))
         if component is None:
             continue
-        if name in COMPONENTS:
+        if name in (*COMPONENTS, *OPTIONAL_COMPONENTS):
             save_network(component, folder / name, facts=facts, **options)
         elif name == "scheduler":
             save_scheduler(component, folder / name, overwrite=join)
