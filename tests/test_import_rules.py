@@ -46,7 +46,9 @@ ALLOWED: dict[str, set[str]] = {
     "preview": {"config", "models", "run", "weights"},
     "control_pipelines": {"control", "pipeline", "run"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
-    "export": {"assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},
+    "export": {
+        "assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "vision", "weights",
+    },
     "study": {
         "export", "files", "formats", "models", "nn", "pipeline", "quant", "quantize", "run", "sampling",
         "weights",

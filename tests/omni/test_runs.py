@@ -173,3 +173,18 @@ def test_a_folder_opens_as_it_was_saved(tmp_path, pipe):
     without = loaded(prompt="a", height=32, width=32, num_inference_steps=1, guidance_scale=0.0)
     assert "siglip" not in without.files
     assert ZImageOmniPipeline.from_pretrained(folder, siglip=None).siglip is None
+
+
+def test_a_saved_pipeline_opens_again_and_its_processor_in_transformers(tmp_path):
+    pipe = ZImageOmniPipeline.from_pretrained(omni.folder(tmp_path / "omni"))
+    pipe.save_pretrained(tmp_path / "saved")
+    again = ZImageOmniPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(draw(again, image=[A, B]), draw(pipe, image=[A, B]))
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert index["_class_name"] == "ZImageOmniPipeline"
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "saved" / "siglip_processor")
+    found = theirs(images=[picture(101, 75)], return_tensors="pt")
+    patches, grid = again.siglip.processor.patches(np.asarray(picture(101, 75)))
+    assert grid == tuple(found.spatial_shapes[0].tolist())
+    assert torch.equal(found.pixel_values[0][: len(patches)], patches)

@@ -112,6 +112,8 @@ def _save_pipeline(pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
             continue
         if name in (*COMPONENTS, *OPTIONAL_COMPONENTS):
             save_network(component, folder / name, facts=facts, **options)
+            if name == "siglip":
+                index |= _save_processor(component, folder, join)
         elif name == "scheduler":
             save_scheduler(component, folder / name, overwrite=join)
         else:
@@ -120,6 +122,16 @@ def _save_pipeline(pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
             metadata = usual if part is None else ChainMap(dict(part.file.metadata), usual)
             save_tokenizer(component, folder / name, metadata=metadata, overwrite=join)
     write_atomically(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode(), overwrite=join)
+
+
+def _save_processor(tower: Any, folder: Path, overwrite: bool) -> dict[str, Any]:
+    """Write the image processor of a vision tower; what model_index.json says of it and of the pipeline."""
+    from zimage_core.vision.processor import CONFIG, FOLDER, processor_of
+
+    content = (json.dumps(processor_of(tower).to_json(), indent=2) + "\n").encode()
+    (folder / FOLDER).mkdir(exist_ok=True)
+    write_atomically(folder / FOLDER / CONFIG, content, overwrite=overwrite)
+    return {"_class_name": "ZImageOmniPipeline", FOLDER: ["transformers", "Siglip2ImageProcessor"]}
 
 
 def _class_of(name: str, component: Any) -> tuple[str, str]:

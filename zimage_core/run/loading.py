@@ -99,7 +99,8 @@ def load_components(
         if SIGLIP in opened:
             from zimage_core.vision.processor import processor_of
 
-            found[SIGLIP].processor = processor_of(found[SIGLIP])  # a copy of it has no file
+            tower: Any = found[SIGLIP]
+            tower.processor = processor_of(tower)  # a copy of it has no file
         encoder = found["text_encoder"]
         if encoder is not None or tokenizer is not None:
             own = None if encoder is None else opened_file(encoder)

@@ -75,6 +75,22 @@ class Processor:
             read.refuse("image_std", "numbers above 0")
         return cls(read.whole("patch_size", cls.patch_size), most, mean, std)
 
+    def to_json(self) -> dict[str, Any]:
+        """The fields of a preprocessor_config.json that transformers reads."""
+        return {
+            "image_processor_type": "Siglip2ImageProcessor",
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "do_convert_rgb": True,
+            "resample": 2,
+            "rescale_factor": 1 / 255,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "patch_size": self.patch_size,
+            "max_num_patches": self.max_num_patches,
+        }
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches along each side of an image: at least one, and at most `max_num_patches` in all.
 
