@@ -7,12 +7,15 @@ import json
 import pytest
 import torch
 
+from tests.helpers import omni, omni_pipeline
 from tests.helpers.model_files import write_gguf
 from tests.helpers.vision import mmproj_content, mmproj_keys, our_tower, safetensors_file, their_tower
 from zimage_core.errors import Unsupported
 from zimage_core.export.converting import convert_file
 from zimage_core.export.pretrained import save_pretrained
 from zimage_core.export.quantizing import quantize_file
+from zimage_core.pipeline import ZImagePipeline
+from zimage_core.vision.processor import Processor, processor_of
 from zimage_core.weights.load import load_siglip
 
 GRID = (4, 6)
@@ -73,3 +76,17 @@ def test_a_convolution_is_not_written_under_other_names(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", content, mmproj_keys())
     with pytest.raises(Unsupported, match="its patch embedding is a convolution"):
         convert_file(path, tmp_path / "out")
+
+
+def test_an_omni_pipeline_is_saved_with_its_tower_and_processor(tmp_path):
+    pipe = ZImagePipeline.from_pretrained(omni_pipeline.write_folder(tmp_path / "source"))
+    save_pretrained(pipe, tmp_path / "saved")
+    again = ZImagePipeline.from_pretrained(tmp_path / "saved")
+    assert processor_of(again.siglip) == processor_of(pipe.siglip) == Processor(16, omni_pipeline.PATCHES)
+    assert torch.equal(
+        omni.draw(again, reference_images=[omni.picture()]),
+        omni.draw(pipe, reference_images=[omni.picture()]),
+    )
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert index["_class_name"] == "ZImageOmniPipeline"
+    assert index["siglip_processor"] == ["transformers", "Siglip2ImageProcessor"]

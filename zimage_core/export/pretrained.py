@@ -19,6 +19,9 @@ from zimage_core.export.saving import save_network, save_scheduler, save_tokeniz
 from zimage_core.files.atomic import write_atomically
 from zimage_core.files.units import parse_bytes
 from zimage_core.text.prompt import CHAT_TEMPLATE
+from zimage_core.vision.processor import CONFIG as PROCESSOR_CONFIG
+from zimage_core.vision.processor import FOLDER as PROCESSOR
+from zimage_core.vision.processor import processor_of
 from zimage_core.weights.load import opened_file
 
 INDEX = "model_index.json"
@@ -105,6 +108,11 @@ def _save_pipeline(pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
         raise BadFile(folder, "exists already", "choose another folder or allow overwriting (overwrite=True)")
     folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, Any] = {"_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0"}
+    if (tower := getattr(pipe, "siglip", None)) is not None:
+        index |= {"_class_name": "ZImageOmniPipeline", PROCESSOR: ["transformers", "Siglip2ImageProcessor"]}
+        (folder / PROCESSOR).mkdir(exist_ok=True)
+        settings = json.dumps(processor_of(tower).to_json(), indent=2) + "\n"
+        write_atomically(folder / PROCESSOR / PROCESSOR_CONFIG, settings.encode(), overwrite=join)
     facts = {"sample_size": pipe.sample_size, "shift": float(pipe.scheduler.shift)}
     for name, component in sorted(pipe.components.items()):
         index[name] = [None, None] if component is None else list(_class_of(name, component))
@@ -112,8 +120,6 @@ def _save_pipeline(pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
             continue
         if name in (*COMPONENTS, *OPTIONAL_COMPONENTS):
             save_network(component, folder / name, facts=facts, **options)
-            if name == "siglip":
-                index |= _save_processor(component, folder, join)
         elif name == "scheduler":
             save_scheduler(component, folder / name, overwrite=join)
         else:
@@ -122,16 +128,6 @@ def _save_pipeline(pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
             metadata = usual if part is None else ChainMap(dict(part.file.metadata), usual)
             save_tokenizer(component, folder / name, metadata=metadata, overwrite=join)
     write_atomically(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode(), overwrite=join)
-
-
-def _save_processor(tower: Any, folder: Path, overwrite: bool) -> dict[str, Any]:
-    """Write the image processor of a vision tower; what model_index.json says of it and of the pipeline."""
-    from zimage_core.vision.processor import CONFIG, FOLDER, processor_of
-
-    content = (json.dumps(processor_of(tower).to_json(), indent=2) + "\n").encode()
-    (folder / FOLDER).mkdir(exist_ok=True)
-    write_atomically(folder / FOLDER / CONFIG, content, overwrite=overwrite)
-    return {"_class_name": "ZImageOmniPipeline", FOLDER: ["transformers", "Siglip2ImageProcessor"]}
 
 
 def _class_of(name: str, component: Any) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from zimage_core.config import COMPONENTS, OPTIONAL_COMPONENTS, TransformerConfig
+from zimage_core.config import COMPONENTS, OPTIONAL_COMPONENTS
 from zimage_core.errors import BadArgument, Unsupported, WrongModel, printable
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
@@ -115,32 +115,16 @@ def check_components(pipe: Any, paths: Mapping[str, str]) -> None:
         WrongModel: The message names the component and what is wanted.
     """
     encoder, vae = pipe.text_encoder, pipe.vae
-    if pipe.transformer is not None and pipe.siglip is not None:
-        check_vision(pipe.siglip, pipe.transformer.config, paths.get(SIGLIP, "vision tower"))
     if pipe.transformer is not None:
         check_compatible(
             pipe.transformer.config,
             None if encoder is None else encoder.config,
             None if vae is None else vae.config,
             paths,
+            None if pipe.siglip is None else pipe.siglip.config,
         )
     if encoder is not None and pipe.tokenizer is not None:
         check_tokenizer(pipe.tokenizer, encoder, paths.get("text_encoder", "text encoder"))
-
-
-def check_vision(tower: Any, transformer: TransformerConfig, path: str) -> None:
-    """Refuse a vision tower that the transformer was not trained with.
-
-    Raises:
-        WrongModel: The message names the tower by `path`.
-    """
-    width, wanted = tower.config.hidden_size, transformer.siglip_feat_dim
-    if wanted is None:
-        fault = "this is a vision tower, and the transformer takes text alone"
-        raise WrongModel(path, fault, "give siglip=None, or get an Omni checkpoint as the transformer")
-    if width != wanted:
-        fault = f"this vision tower has width {width}, the transformer needs width {wanted}"
-        raise WrongModel(path, fault, "get the one in the folder siglip/ of the transformer's repository")
 
 
 def check_tokenizer(tokenizer: Tokenizer, encoder: TextEncoder, path: str) -> None:

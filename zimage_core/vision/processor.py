@@ -76,19 +76,18 @@ class Processor:
         return cls(read.whole("patch_size", cls.patch_size), most, mean, std)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of a preprocessor_config.json that transformers reads."""
+        """What `from_json` reads, and transformers too."""
         return {
             "image_processor_type": "Siglip2ImageProcessor",
             "do_resize": True,
-            "do_rescale": True,
-            "do_normalize": True,
-            "do_convert_rgb": True,
             "resample": 2,
+            "do_rescale": True,
             "rescale_factor": 1 / 255,
+            "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
-            "patch_size": self.patch_size,
             "max_num_patches": self.max_num_patches,
+            "patch_size": self.patch_size,
         }
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
