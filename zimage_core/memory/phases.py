@@ -157,6 +157,7 @@ class PhaseManager:
     def begin(
         self, *, width: int, height: int, images: int, caption_tokens: int, guidance: bool, steps: int,
         image: bool = False, controlnets: tuple[nn.Module, ...] = (), control_images: int = 0,
+        beside_encoder: int = 0,
     ) -> Plan:  # fmt: skip
         """Plan a run and follow that plan from now on.
 
@@ -170,6 +171,7 @@ class PhaseManager:
             image: Whether it begins from an image, which the VAE encodes.
             controlnets: Networks that run beside the transformer, on the host.
             control_images: Images that they follow.
+            beside_encoder: Bytes on the device beside the text encoder, as a language model takes them.
 
         Raises:
             OverBudget: The budget does not hold the least that this image needs.
@@ -177,8 +179,11 @@ class PhaseManager:
         rates = self._rates = self._rates or self._machine()
         kernels = self.device.type == "cpu" or kernels_for(self.device)
         workspace = self._segments.take_workspace(self._dtype("transformer"))
+        sizes = beside.adapted(self._sizes, self._networks, width, height, caption_tokens)
+        encoder = sizes.text_encoder
+        sizes = replace(sizes, text_encoder=replace(encoder, always=encoder.always + beside_encoder))
         job = Job(
-            beside.adapted(self._sizes, self._networks, width, height, caption_tokens),
+            sizes,
             width, height, images, caption_tokens, rates, guidance, steps, kernels, workspace,
             self._compute("transformer"), torch.get_num_threads(), self._compute("text_encoder"), image,
         )  # fmt: skip
