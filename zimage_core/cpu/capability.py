@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from zimage_core.cpu import packed_int8
 
 SIZE = (288, 1024, 1024)
 """Rows, depth and columns of the products that are measured: 17 ms in float32 with 70 GFLOP/s, once warm."""
@@ -26,6 +28,10 @@ TOO_SLOW = 12.0
 """GFLOP/s of a tiny product below which no larger one is tried; AVX2 has 30 and more in float32."""
 INT8_GAIN, BFLOAT16_GAIN = 1.5, 1.2
 """Rate over float32's from which on int8 or bfloat16 pays: preparing the operands has a price as well."""
+ONE_ROW_GAIN = 0.25
+"""Rate over float32's from which on fewer bits pay for one row."""
+ONE_ROW = (512, 1024)
+"""Rows and columns of the matrix that is multiplied with one row: 2 MiB in float32."""
 
 _CPUINFO = Path("/proc/cpuinfo")
 _NAMES = (
@@ -42,6 +48,7 @@ _NAMES = (
 """Short names, with the flags in /proc/cpuinfo of which one suffices."""
 _lock = threading.Lock()
 _rates: Rates | None = None
+_one_row: OneRow | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,16 @@ class Rates:
     float32: float
     bfloat16: float
     int8: float
+
+
+@dataclass(frozen=True)
+class OneRow:
+    """Billions of weights a second that one thread multiplies with one row; zero where torch cannot."""
+
+    float32: float
+    int4: float
+    int8: float
+    packed_int8: float
 
 
 @cache
@@ -84,6 +101,38 @@ def bfloat16_pays() -> bool:
     return has_bfloat16() and rates().bfloat16 >= BFLOAT16_GAIN * rates().float32
 
 
+def int4_pays() -> bool:
+    """Whether nibbles times one row were measured at a quarter of the rate of dense float32, or more.
+
+    Both lie in the cache there. In memory nibbles are a sixth of the bytes. With AVX2 they have 0.6 of the
+    rate, with AVX512 more than all of it; without either, torch's product of nibbles is a plain loop.
+    """
+    found = rates_of_one_row()
+    return found.int4 >= ONE_ROW_GAIN * found.float32
+
+
+def int8_one_row_pays() -> bool:
+    """Whether int8 rows times one row of bfloat16 were measured at that rate."""
+    found = rates_of_one_row()
+    return found.int8 >= ONE_ROW_GAIN * found.float32
+
+
+def packed_int8_pays() -> bool:
+    """Whether FBGEMM's product of int8 rows was measured at that rate, and does not saturate."""
+    found = rates_of_one_row()
+    return found.packed_int8 >= ONE_ROW_GAIN * found.float32
+
+
+def rates_of_one_row() -> OneRow:
+    """Rates of one thread for one row, measured at the first call: some 10 ms of CPU time."""
+    global _one_row
+    with _lock:
+        if _one_row is None:
+            with ThreadPoolExecutor(1, thread_name_prefix="zimage-measure") as alone:
+                _one_row = alone.submit(_measured_one_row).result()
+        return _one_row
+
+
 def rates() -> Rates:
     """Rates of one thread for 288 x 1024 x 1024, measured at the first call: some 50 ms of CPU time.
 
@@ -106,6 +155,49 @@ def _measured() -> Rates:
             return Rates(*(_rate(multiply, dtype) for multiply, dtype in _PRODUCTS))
     finally:
         torch.set_num_threads(threads)
+
+
+def _measured_one_row() -> OneRow:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            return OneRow(*(_rate_of_one_row(each.name) for each in fields(OneRow)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rate_of_one_row(kind: str) -> float:
+    """The best of three products; the one before does not count."""
+    rows, depth = ONE_ROW
+    x = torch.ones(1, depth, dtype=torch.bfloat16 if kind in ("int4", "int8") else torch.float32)
+    try:
+        multiply, weight = _one_row_product(kind, rows, depth)
+        if not ((multiply(x, weight.t()) - 2 * depth).abs() < 0.01 * depth).all():
+            return 0.0
+    except (AttributeError, RuntimeError):  # torch has no such product on this platform
+        return 0.0
+    return 1e-9 * rows * depth / max(min(_seconds(multiply, x, weight) for _ in range(3)), 1e-7)
+
+
+def _one_row_product(kind: str, rows: int, depth: int) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
+    """A product (x, W^T) -> x W^T, and W full of twos."""
+    if kind == "float32":
+        return torch.mm, torch.full((rows, depth), 2.0)
+    if kind == "int8":
+        ones = torch.ones(rows, dtype=torch.bfloat16)
+        return (lambda x, turned: torch._weight_int8pack_mm(x, turned.t(), ones)), torch.full(
+            (rows, depth), 2, dtype=torch.int8
+        )
+    if kind == "packed_int8":  # the largest integers, whose sums saturate on some CPUs
+        values = torch.full((rows, depth), 127, dtype=torch.int8)
+        packed = packed_int8.pack(values, torch.full((rows,), 2 / 127))
+        return (lambda x, _: packed_int8.multiply(x, packed)), values
+    scales = torch.ones(depth // 32, rows, 2, dtype=torch.bfloat16)
+    codes = torch.full((rows, depth), 9, dtype=torch.int32)
+    product = torch._weight_int4pack_mm_for_cpu
+    nibbles = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return (lambda x, turned: product(x, turned.t(), 32, scales)), nibbles  # 1 * (9 - 8) + 1
 
 
 def _rate(multiply: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> float:

@@ -26,6 +26,7 @@ from zimage_core.memory.stream import SLOTS, Block, Segment, Stored, Stream, ali
 from zimage_core.models.block_source import RESIDENT, Resident
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.models.vision_tower import VisionTower
 from zimage_core.nn.linear import Embedding, Linear
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights.source import Source, WeightFile
@@ -36,7 +37,7 @@ OUTSIDE = "adaLN_modulation"
 READERS = 4
 """Threads that read weights which stay."""
 
-Streamable = ZImageTransformer | TextEncoder
+Streamable = ZImageTransformer | TextEncoder | VisionTower
 Mapped = tuple[Source, int]
 """A file, and the address of its map."""
 
@@ -175,7 +176,7 @@ def stream_model(
     moved = load(staying, passage, maps, apart, min(slots, len(moving)) * size)
     try:
         load_rows(rows, passage, moved)
-        wrap = not isinstance(model, TextEncoder)  # which runs once or twice
+        wrap = isinstance(model, ZImageTransformer)  # the others run once or twice
         places = torch.split(moved.spare, size) if moving else ()
         stream = Stream(moving, passage, places, wrap, visit if visiting else None, moved)
     except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from zimage_core.formats import DTYPE_NAMES
 from zimage_core.nn.layers import has_hooks
 from zimage_core.quant import int8, ops
 from zimage_core.quant.arithmetic import EXACT
+from zimage_core.quant.few_rows import MOST
 from zimage_core.quant.int8 import Int8Rows
 from zimage_core.quant.tensor import QuantTensor
 
@@ -170,10 +172,12 @@ class Linear(_Weighted):
     """x [..., in_features] -> [..., out_features] in x's dtype, by the layer's arithmetic.
 
     `arithmetic` says in which numbers it multiplies; see `nn.compute`. `branch` is what adapters add to the
-    product; it is no module and no part of a state dict.
+    product; it is no module and no part of a state dict. `few` multiplies a few rows by the weight, while a
+    language model writes; see `nn.decoding`.
     """
 
     branch: Branch | None = None
+    few: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__(out_features, in_features, in_features**-0.5)
@@ -187,6 +191,9 @@ class Linear(_Weighted):
 
     def product(self, x: Tensor | Int8Rows) -> Tensor:
         """x times the layer's own weight, without what adapters add."""
+        if self.few is not None and math.prod(x.shape[:-1]) <= MOST and not torch.is_grad_enabled():
+            out = self.few(x if isinstance(x, Tensor) else x.dequantize())
+            return out if self.bias is None else out + self.bias.to(out.dtype)
         mode = self.arithmetic.mode
         if mode == "int8":
             return int8.linear(x, self.weight, self.bias, self.arithmetic.rotated)

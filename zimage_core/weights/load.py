@@ -22,6 +22,7 @@ from zimage_core.models import ported
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.models.vision_tower import VisionTower
 from zimage_core.nn.compute import set_compute
 from zimage_core.nn.linear import Embedding, Linear
 from zimage_core.quant.arithmetic import MODES
@@ -34,13 +35,15 @@ from zimage_core.weights.source import WeightFile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-Network = TypeVar("Network", ZImageTransformer, TextEncoder, Autoencoder)
+Network = TypeVar("Network", ZImageTransformer, TextEncoder, Autoencoder, VisionTower)
 AnyNetwork = TypeVar("AnyNetwork", bound=ported.Network)
+Module = TypeVar("Module", bound=nn.Module)
 
 _TABLES: dict[type[nn.Module], Callable[..., names.Table]] = {
     ZImageTransformer: names.transformer_table,
     TextEncoder: names.text_encoder_table,
     Autoencoder: names.autoencoder_table,
+    VisionTower: names.vision_table,
 }
 
 
@@ -110,6 +113,21 @@ def load_vae(
 ) -> Autoencoder:
     """Load a Flux-style VAE. Arguments and errors are those of `load_transformer`."""
     return _load(Autoencoder, path, "vae", dtype, device, mmap)
+
+
+def load_siglip(
+    path: str | PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    mmap: bool = True,
+    compute: str = "exact",
+) -> VisionTower:
+    """Load a SigLIP2 (NaFlex) vision tower without its pooling head, of which Z-Image-Omni reads images.
+
+    A whole SigLIP2 will do, and a GGUF with llama.cpp's mmproj names. Arguments and errors are those of
+    `load_transformer`.
+    """
+    return _load(VisionTower, path, "siglip", dtype, device, mmap, compute)
 
 
 def _load(
@@ -184,13 +202,18 @@ def assembled(
     Raises:
         BadWeights: A dense tensor holds NaN or infinity, or does not fit float16.
     """
+    model = unfilled(make, dtype)
+    fill(model, opened.file, table, opened.card.prefix, dtype)
+    model.opened = opened
+    return model.to(device)
+
+
+def unfilled(make: Callable[[], Module], dtype: torch.dtype) -> Module:
+    """A module on the meta device, whose layers have the dtype of the computation, for `fill`."""
     with torch.device("meta"), _Uninitialised():
         model = make()
     model.to(dtype)  # the dtype of a layer decides which weights stay packed
-    fill(model, opened.file, table, opened.card.prefix, dtype)
-    model.requires_grad_(False).eval()
-    model.opened = opened
-    return model.to(device)
+    return model.requires_grad_(False).eval()
 
 
 def fill(model: nn.Module, file: WeightFile, table: names.Table, prefix: str, dtype: torch.dtype) -> None:
@@ -209,6 +232,8 @@ def fill(model: nn.Module, file: WeightFile, table: names.Table, prefix: str, dt
             part = whole if entry.rows is None else whole.rows(*entry.rows)
             if entry.heads:
                 part = _unpermuted(part, entry.heads)
+            if entry.conv:
+                part = _channels_last(part)
             owner, _, leaf = entry.module.rpartition(".")
             module = model.get_submodule(owner)
             if leaf == "weight" and isinstance(module, (Linear, Embedding)):
@@ -238,6 +263,13 @@ def _unpermuted(tensor: QuantTensor, heads: int) -> QuantTensor:
 
     scale = tensor.scale if tensor.scale is None or tensor.scale.numel() == 1 else moved(tensor.scale)
     return tensor.like(moved(tensor.packed), scale=scale)
+
+
+def _channels_last(tensor: QuantTensor) -> QuantTensor:
+    """A convolution over patches [N, C, P, P] of plain numbers as the matrix [N, P * P * C] that it is."""
+    rows, channels, side, _ = tensor.shape
+    numbers = tensor.packed.view(rows, channels, side, side, -1).permute(0, 2, 3, 1, 4)
+    return tensor.like(numbers.reshape(rows, -1), shape=(rows, side * side * channels))
 
 
 def _dense(tensor: QuantTensor, dtype: torch.dtype, where: str) -> Tensor:

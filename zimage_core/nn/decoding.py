@@ -1,0 +1,124 @@
+"""A network made ready to write one token at a time on a CPU; `quant.few_rows` has the forms of weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from zimage_core.nn.linear import Linear
+from zimage_core.quant.few_rows import Shared, form_of, mode_here, prepare, stack, stacks_with
+from zimage_core.quant.tensor import QuantTensor
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of a block that read the same x one after the other; they are multiplied at once if they can be."""
+
+Product = Callable[[Tensor], Tensor]
+Group = dict[QuantTensor, list[Linear]]
+"""Weights that are multiplied at once, with the layers that have them."""
+
+
+class ReadyWeights:
+    """Forms of a network's packed weights for products of a few rows; its layers use them inside `bound`.
+
+    A weight that two layers share is put into a form once. Those that need the fewest bytes for a weight come
+    first, and of those the largest, as long as the bytes suffice. The others are multiplied as ever.
+
+    Args:
+        network: Any module whose `Linear`s are wanted.
+        mode: One of `few_rows.MODES`.
+        budget: Bytes that all forms may take beside the weights.
+
+    Raises:
+        BadArgument: There is no such mode.
+    """
+
+    def __init__(self, network: nn.Module, mode: str, budget: int) -> None:
+        started = time.perf_counter()
+        self.mode = mode_here(mode)
+        groups = _groups(network)
+        self.skipped = sum(len(group) for group in groups)
+        """Number of packed weights that stay as they are."""
+        self.nbytes = 0
+        """Bytes of the forms."""
+        self._made: list[tuple[Linear, QuantTensor, Product]] = []
+        costs = [(group, [form_of(weight, self.mode) for weight in group]) for group in groups]
+        wanted = [(sum(form.nbytes for form in forms if form), group) for group, forms in costs if all(forms)]
+        for nbytes, group in sorted(wanted, key=lambda each: (each[0] / _size(each[1]), -_size(each[1]))):
+            if nbytes > budget - self.nbytes:
+                continue
+            weights = list(group)
+            whole = weights[0] if len(group) == 1 else stack(weights)
+            few = prepare(whole, self.mode)
+            if few is None:
+                continue
+            self.nbytes += few.nbytes
+            self.skipped -= len(group)
+            parts: list[Product] = [few]
+            if len(group) > 1:
+                parts = Shared(few, [weight.shape[0] for weight in weights]).parts()
+            for weight, part in zip(weights, parts, strict=True):
+                self._made += [(layer, weight, part) for layer in group[weight]]
+        self.seconds = time.perf_counter() - started
+        """Seconds that making them took."""
+
+    @contextmanager
+    def bound(self) -> Iterator[ReadyWeights]:
+        """Inside, the layers multiply a few rows by their forms, but for weights that were replaced since."""
+        layers = [(layer, few) for layer, weight, few in self._made if layer.weight is weight]
+        try:
+            for layer, few in layers:
+                layer.few = few
+            yield self
+        finally:
+            for layer, _ in layers:
+                layer.few = None
+
+
+@contextmanager
+def ready_for_decoding(
+    network: nn.Module, mode: str = "auto", budget: int = 1 << 62
+) -> Iterator[ReadyWeights]:
+    """Inside, a network on a CPU multiplies a few rows quickly; see `ReadyWeights`, which is what it gives.
+
+    To make the forms takes about as long as five tokens without them.
+
+    Args:
+        network: A language model.
+        mode: One of `few_rows.MODES`.
+        budget: Bytes that the forms may take.
+
+    Raises:
+        BadArgument: There is no such mode.
+    """
+    with ReadyWeights(network, mode, budget).bound() as ready:
+        yield ready
+
+
+def _groups(network: nn.Module) -> list[Group]:
+    """All packed weights of a network's layers, those that are multiplied at once together."""
+    layers: Group = {}
+    for module in network.modules():
+        if isinstance(module, Linear) and isinstance(module.weight, QuantTensor):
+            layers.setdefault(module.weight, []).append(module)
+    groups = []
+    for module in network.modules():
+        for names in TOGETHER:
+            found = [weight for name in names if (weight := _own(module, name, layers)) is not None]
+            alike = [weight for weight in found if stacks_with(weight, found[0])]
+            if len(alike) > 1:
+                groups.append({weight: layers.pop(weight) for weight in alike})
+    return groups + [{weight: same} for weight, same in layers.items()]
+
+
+def _own(module: nn.Module, name: str, layers: Group) -> QuantTensor | None:
+    """The weight of a layer inside a module, if no other layer has it."""
+    layer = getattr(module, name, None)
+    weight = layer.weight if isinstance(layer, Linear) else None
+    return weight if isinstance(weight, QuantTensor) and len(layers.get(weight, ())) == 1 else None
+
+
+def _size(group: Group) -> int:
+    return sum(weight.shape[0] * weight.shape[1] for weight in group)
