@@ -7,7 +7,8 @@ PYTHON is one that has llama_cpp; without it only our own modes are measured. In
 llama.cpp read the same few tokens one by one, in turn. One thread is measured by its CPU time, which other
 programs disturb less; more threads by the wall clock. --wide writes random Qwen3-4B files in the types of
 Q4_K_M with 2 and 6 layers and the whole head, so that the time of 36 layers can be told from the difference.
-Writes results/decoding_cpu.json.
+With --greedy FILE, 100 tokens after each of three prompts are compared with those of float32 instead. Writes
+results/decoding_cpu.json and keeps what it has of other files.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks import make_full_size
 from benchmarks.report import arguments, write
@@ -29,14 +33,17 @@ from benchmarks.timing import spread
 from zimage_core.config import TextEncoderConfig
 from zimage_core.cpu.capability import features, rates_of_one_row
 from zimage_core.models.language_model import LanguageModel
-from zimage_core.nn.decoding import ReadyWeights
+from zimage_core.nn.decoding import ReadyWeights, ready_for_decoding
 from zimage_core.nn.linear import packed_weights
+from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.language import load_language_model
+from zimage_core.weights.opened import open_weights
 
-MODES = ("slabs", "exact", "bfloat16", "int8")
+MODES = ("slabs", "exact", "bfloat16", "int8", "auto")
 PROMPT = tuple(range(100, 116))
 WIDE = (2, 6)
 """Layers of the wide files."""
+Ask = Callable[[dict[str, Any]], Any]
 Seconds = Callable[[Sequence[int]], tuple[list[float], list[float]]]
 """Tokens -> seconds of each, of the wall clock and of CPU time."""
 
@@ -70,8 +77,8 @@ class Ours:
 
 
 @contextmanager
-def peer(python: str, path: Path, threads: int, facts: dict[str, Any]) -> Iterator[Seconds]:
-    """llama.cpp in a process of its own, which has read the prompt and waits."""
+def peer(python: str, path: Path, threads: int, facts: dict[str, Any]) -> Iterator[tuple[Ask, Seconds]]:
+    """llama.cpp in a process of its own, which has read the prompt: to ask it, and to measure it."""
     command = [python, str(Path(__file__).with_name("decoding_peer.py")), str(path), str(threads)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -88,7 +95,7 @@ def peer(python: str, path: Path, threads: int, facts: dict[str, Any]) -> Iterat
             return found["wall"], found["cpu"]
 
         facts["llama.cpp"] = ask({"read": list(PROMPT)})
-        yield seconds
+        yield ask, seconds
         send.close()
 
 
@@ -110,7 +117,7 @@ def measure(path: Path, args: argparse.Namespace, threads: int, facts: dict[str,
                         own += new
 
     if args.peer:
-        with peer(args.peer, path, threads, facts) as theirs:
+        with peer(args.peer, path, threads, facts) as (_, theirs):
             rounds(sides | {"llama.cpp": theirs})
     else:
         rounds(sides)
@@ -131,6 +138,63 @@ def measure(path: Path, args: argparse.Namespace, threads: int, facts: dict[str,
         if isinstance(side, Ours) and side.ready is not None:
             found[name] |= {"prepare_s": round(side.ready.seconds, 2), "extra_bytes": side.ready.nbytes}
     return found
+
+
+TEXTS = ("A lighthouse on a cliff at dusk", "Once upon a time", "The capital of France is")
+WRITTEN = 100
+
+
+@torch.inference_mode()
+def greedy(path: Path, python: str | None) -> dict[str, Any]:
+    """How the tokens of each mode, and llama.cpp's, differ from those of slabs in float32.
+
+    Each side reads the tokens that float32 has chosen, so that all logits are those of the same text.
+    """
+    model = load_language_model(path)
+    with open_weights(path) as file:
+        prompts = [Tokenizer.from_gguf(file).encode(text) for text in TEXTS]
+    wanted = [_forced(model, ids, None) for ids in prompts]
+    found: dict[str, Any] = {"prompts": list(TEXTS), "tokens": WRITTEN * len(prompts)}
+    for mode in MODES[1:]:
+        with ready_for_decoding(model, mode):
+            own = [_forced(model, ids, tokens)[1] for ids, (tokens, _) in zip(prompts, wanted, strict=True)]
+        found[mode] = _apart(own, [logits for _, logits in wanted])
+    if python:
+        own = []
+        with peer(python, path, 1, {}) as (ask, _), tempfile.TemporaryDirectory() as folder:
+            for ids, (tokens, _) in zip(prompts, wanted, strict=True):
+                ask({"read": ids})
+                ask({"tokens": tokens, "save": f"{folder}/logits.npy"})
+                own.append(torch.from_numpy(np.load(f"{folder}/logits.npy")))
+        found["llama.cpp"] = _apart(own, [logits for _, logits in wanted])
+    return found
+
+
+def _apart(own: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[str, Any]:
+    """Equal tokens, the first other one of each text with the gap of the best two there, error of logits."""
+    equal, first = 0, []
+    for mine, logits in zip(own, wanted, strict=True):
+        differ = (mine.argmax(1) != logits.argmax(1)).nonzero().flatten().tolist()
+        equal += len(logits) - len(differ)
+        best = logits.topk(2).values
+        gaps = (best[:, 0] - best[:, 1]).tolist()
+        first.append({"token": differ[0], "gap": round(gaps[differ[0]], 4)} if differ else None)
+    mine, logits = torch.cat(list(own)), torch.cat(list(wanted))
+    error = (mine - logits).norm(dim=1) / logits.norm(dim=1)
+    return {"equal": equal, "first difference": first, "error of logits": float(error.median())}
+
+
+def _forced(
+    model: LanguageModel, ids: Sequence[int], tokens: Sequence[int] | None
+) -> tuple[list[int], Tensor]:
+    """Tokens after a prompt, and the logits of each: the most likely ones, or those that are given."""
+    cache = model.new_cache()
+    logits, chosen = [model(torch.tensor(ids), cache)[0]], list(tokens or [])
+    for i in range(WRITTEN):
+        if tokens is None:
+            chosen.append(int(logits[-1].argmax()))
+        logits.append(model(torch.tensor([chosen[i]]), cache)[0])
+    return chosen, torch.stack(logits[:WRITTEN])
 
 
 def wide_files(folder: Path) -> list[Path]:
@@ -154,9 +218,16 @@ def main() -> None:
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=8, help="tokens of a round")
+    parser.add_argument("--greedy", type=Path, metavar="FILE", help="compare tokens, measure nothing")
     args = parser.parse_args()
-    rates = rates_of_one_row()
-    facts: dict[str, Any] = {"cpu": features(), "one_row": vars(rates), "files": {}}
+    facts: dict[str, Any] = {"files": {}} | (json.loads(args.out.read_text()) if args.out.exists() else {})
+    facts.pop("machine", None)
+    facts |= {"cpu": features(), "one_row": vars(rates_of_one_row())}
+    if args.greedy:
+        facts.setdefault("greedy", {})[args.greedy.name] = greedy(args.greedy, args.peer)
+        print(json.dumps(facts["greedy"], indent=1))
+        write(args.out, facts)
+        return
     for path in [*args.files, *(wide_files(args.wide) if args.wide else [])]:
         for threads in args.threads:
             found = facts["files"].setdefault(path.name, {})

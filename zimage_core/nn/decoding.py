@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from zimage_core.nn.linear import Linear
-from zimage_core.quant.few_rows import Shared, form_of, mode_here, prepare, stack, stacks_with
+from zimage_core.quant.few_rows import Shared, form_of, prepare, stack, stacks_with
 from zimage_core.quant.tensor import QuantTensor
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -37,7 +37,7 @@ class ReadyWeights:
 
     def __init__(self, network: nn.Module, mode: str, budget: int) -> None:
         started = time.perf_counter()
-        self.mode = mode_here(mode)
+        self.mode = mode
         groups = _groups(network)
         self.skipped = sum(len(group) for group in groups)
         """Number of packed weights that stay as they are."""
