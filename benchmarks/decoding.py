@@ -3,8 +3,8 @@
     python -m benchmarks.decoding FILE.gguf [MORE.gguf] --peer PYTHON [--threads 1 2] [--rounds 7]
     python -m benchmarks.decoding --wide FOLDER --peer PYTHON
 
-PYTHON is one that has llama_cpp; without it only our own modes are measured. In each round, every mode and
-llama.cpp read the same few tokens one by one, in turn. One thread is measured by its CPU time, which other
+PYTHON is one that has llama_cpp; without it only our own modes are measured. Every mode and llama.cpp read
+the same few tokens one by one, round after round in turn. One thread is measured by its CPU time, which other
 programs disturb less; more threads by the wall clock. --wide writes random Qwen3-4B files in the types of
 Q4_K_M with 2 and 6 layers and the whole head, so that the time of 36 layers can be told from the difference.
 With --greedy FILE, 100 tokens after each of three prompts are compared with those of float32 instead. Writes
@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,44 +100,56 @@ def peer(python: str, path: Path, threads: int, facts: dict[str, Any]) -> Iterat
 
 
 def measure(path: Path, args: argparse.Namespace, threads: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """All modes and the peer on one file with a number of threads."""
+    """Each mode on one file with a number of threads, in turn with llama.cpp."""
     torch.set_num_threads(threads)
     model = load_language_model(path)
     packed = {id(each): each.nbytes for each in packed_weights(model)}
-    sides: dict[str, Seconds] = {mode: Ours(model, mode) for mode in args.modes}
-    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in [*sides, "llama.cpp"]}
-
-    def rounds(sides: dict[str, Seconds]) -> None:
-        for turn in range(args.rounds + 1):
-            for name, side in sides.items():
-                count = 2 if name == "slabs" else args.tokens
-                found = side([200 + (turn * count + i) % 1000 for i in range(count)])
-                if turn:
-                    for own, new in zip(taken[name], found, strict=True):
-                        own += new
-
-    if args.peer:
-        with peer(args.peer, path, threads, facts) as (_, theirs):
-            rounds(sides | {"llama.cpp": theirs})
-    else:
-        rounds(sides)
-    size = sum(packed.values())
-    found: dict[str, Any] = {"packed_bytes": size, "clock": "CPU" if threads == 1 else "wall"}
-    for name, (wall, cpu) in taken.items():
-        used = cpu if threads == 1 else wall
-        if not used:
-            continue
-        middle = sorted(used)[len(used) // 2]
-        found[name] = {
-            "seconds": spread(used) | {"median": middle, "least": min(used)},
-            "wall": spread(wall),
-            "tokens/s": round(1 / middle, 2),
-            "GB/s": round(1e-9 * size / middle, 2),
-        }
-        side = sides.get(name)
-        if isinstance(side, Ours) and side.ready is not None:
-            found[name] |= {"prepare_s": round(side.ready.seconds, 2), "extra_bytes": side.ready.nbytes}
+    found: dict[str, Any] = {"packed_bytes": sum(packed.values()), "clock": "CPU" if threads == 1 else "wall"}
+    with peer(args.peer, path, threads, facts) if args.peer else nullcontext((None, None)) as (ask, theirs):
+        for mode in args.modes:
+            own = Ours(model, mode)
+            sides: dict[str, Seconds] = {mode: own}
+            if ask is not None and theirs is not None:
+                ask({"read": list(PROMPT)})
+                sides["llama.cpp"] = theirs
+            taken = _in_turn(sides, args.rounds, 2 if mode == "slabs" else args.tokens)
+            figures = {name: _figures(found, *times) for name, times in taken.items()}
+            found[mode] = figures[mode]
+            if own.ready is not None:
+                made = {"prepare_s": round(own.ready.seconds, 2), "extra_bytes": own.ready.nbytes}
+                found[mode] |= made
+            if "llama.cpp" in figures:
+                found[mode]["llama.cpp"] = figures["llama.cpp"]
+                ratio = found[mode]["tokens/s"] / figures["llama.cpp"]["tokens/s"]
+                found[mode]["times llama.cpp"] = round(ratio, 2)
+            print(path.name, threads, mode, found[mode]["tokens/s"], found[mode].get("times llama.cpp"))
+            del own, sides
     return found
+
+
+def _in_turn(
+    sides: dict[str, Seconds], rounds: int, tokens: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds of all tokens of each side, round after round; the first round does not count."""
+    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sides}
+    for turn in range(rounds + 1):
+        for name, side in sides.items():
+            wall, cpu = side([200 + turn * tokens + i for i in range(tokens)])
+            if turn:
+                taken[name][0].extend(wall)
+                taken[name][1].extend(cpu)
+    return taken
+
+
+def _figures(about: dict[str, Any], wall: list[float], cpu: list[float]) -> dict[str, Any]:
+    used = sorted(cpu if about["clock"] == "CPU" else wall)
+    middle = used[len(used) // 2]
+    return {
+        "seconds": spread(used) | {"median": round(middle, 6), "least": round(used[0], 6)},
+        "wall": spread(wall),
+        "tokens/s": round(1 / middle, 2),
+        "GB/s": round(1e-9 * about["packed_bytes"] / middle, 2),
+    }
 
 
 TEXTS = ("A lighthouse on a cliff at dusk", "Once upon a time", "The capital of France is")
@@ -232,11 +244,6 @@ def main() -> None:
         for threads in args.threads:
             found = facts["files"].setdefault(path.name, {})
             found[f"{threads} threads"] = measure(path, args, threads, facts)
-            print(
-                path.name,
-                threads,
-                {k: v["tokens/s"] for k, v in found[f"{threads} threads"].items() if isinstance(v, dict)},
-            )
             write(args.out, facts)
 
 

@@ -15,6 +15,9 @@ from zimage_core.quant.tensor import QuantTensor
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of a block that read the same x one after the other; they are multiplied at once if they can be."""
 
+PAYS_FROM = 8
+"""Tokens from which on the forms pay; to make them takes the time of about five tokens without them."""
+
 Product = Callable[[Tensor], Tensor]
 Group = dict[QuantTensor, list[Linear]]
 """Weights that are multiplied at once, with the layers that have them."""
@@ -82,8 +85,6 @@ def ready_for_decoding(
     network: nn.Module, mode: str = "auto", budget: int = 1 << 62
 ) -> Iterator[ReadyWeights]:
     """Inside, a network on a CPU multiplies a few rows quickly; see `ReadyWeights`, which is what it gives.
-
-    To make the forms takes about as long as five tokens without them.
 
     Args:
         network: A language model.
