@@ -18,7 +18,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import make_full_size
-from benchmarks.report import arguments, write
+from benchmarks.report import arguments, markdown, write
 from benchmarks.timing import spread
 from zimage_core.config import TextEncoderConfig
+from zimage_core.cpu import int4, packed_int8
 from zimage_core.cpu.capability import features, rates_of_one_row
 from zimage_core.models.language_model import LanguageModel
 from zimage_core.nn.decoding import ReadyWeights, ready_for_decoding
@@ -118,6 +119,8 @@ def measure(path: Path, args: argparse.Namespace, threads: int, facts: dict[str,
             if own.ready is not None:
                 made = {"prepare_s": round(own.ready.seconds, 2), "extra_bytes": own.ready.nbytes}
                 found[mode] |= made
+            if mode in ("bfloat16", "auto"):
+                found[mode]["without products"] = round(without_products(own, args.rounds), 6)
             if "llama.cpp" in figures:
                 found[mode]["llama.cpp"] = figures["llama.cpp"]
                 ratio = found[mode]["tokens/s"] / figures["llama.cpp"]["tokens/s"]
@@ -125,6 +128,27 @@ def measure(path: Path, args: argparse.Namespace, threads: int, facts: dict[str,
             print(path.name, threads, mode, found[mode]["tokens/s"], found[mode].get("times llama.cpp"))
             del own, sides
     return found
+
+
+def without_products(own: Ours, rounds: int) -> float:
+    """CPU seconds of a token whose products with nibbles and int8 rows are taken from the token before."""
+    kept: dict[int, Tensor] = {}
+    nibbles, rows = int4.multiply, packed_int8.multiply
+
+    def of_nibbles(x: Tensor, planes: int4.Planes, scales: Tensor) -> Tensor:
+        found = kept.get(id(planes))
+        return kept.setdefault(id(planes), nibbles(x, planes, scales)) if found is None else found
+
+    def of_rows(x: Tensor, packed: Any) -> Tensor:
+        found = kept.get(id(packed))
+        return kept.setdefault(id(packed), rows(x, packed)) if found is None else found
+
+    try:
+        int4.multiply, packed_int8.multiply = of_nibbles, of_rows
+        own([200])
+        return float(np.median(own([200] * 4 * rounds)[1]))
+    finally:
+        int4.multiply, packed_int8.multiply = nibbles, rows
 
 
 def _in_turn(
@@ -218,6 +242,69 @@ def wide_files(folder: Path) -> list[Path]:
         if not paths[-1].exists():
             make_full_size.write_text_encoder(paths[-1], TextEncoderConfig(num_layers=layers))
     return paths
+
+
+def tables(report: Mapping[str, Any]) -> dict[str, str]:
+    """Speed of each mode on each file, a whole Qwen3-4B from the wide ones, and what modes do to tokens."""
+    return {"decoding": _speed(report), "decoding tokens": _tokens(report["greedy"])}
+
+
+def _speed(report: Mapping[str, Any]) -> str:
+    rows, one = [], {name: found["1 threads"] for name, found in report["files"].items()}
+    for name in sorted(name for name in one if "layers" not in name):
+        rows += [[name.split(".")[0], *row] for row in _rows(one[name])]
+    few, more = (next((one[n] for n in one if f"_{count}_layers" in n), None) for count in WIDE)
+    if few is not None and more is not None:
+        rows += [["Qwen3-4B Q4_K_M, 36 layers from 2 and 6", *row] for row in _rows(_whole(few, more))]
+    return markdown(
+        "file | mode | tokens/s | GB/s of packed weights | times llama.cpp | seconds to prepare | GB beside",
+        rows,
+    )
+
+
+def _rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    for mode in (mode for mode in MODES if mode in found):
+        own = found[mode]
+        cells = ("tokens/s", "GB/s", "times llama.cpp", "prepare_s", "extra_bytes")
+        speed, rate, ratio, seconds, extra = (own.get(cell) for cell in cells)
+        made = ["", ""] if seconds is None else [f"{seconds:.1f}", f"{extra / 1e9:.2f}"]
+        yield [mode, f"{speed:.3g}", f"{rate:.2g}", f"{ratio:.2f}" if ratio else "", *made]
+
+
+def _whole(few: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """36 layers and the head, from files of 2 and of 6 layers."""
+
+    def grown(a: float, b: float) -> float:
+        return a + (36 - WIDE[0]) * (b - a) / (WIDE[1] - WIDE[0])
+
+    found: dict[str, Any] = {}
+    size = grown(few["packed_bytes"], more["packed_bytes"])
+    for mode in (mode for mode in MODES if mode in few and mode in more):
+        pair = few[mode], more[mode]
+        seconds = grown(*(each["seconds"]["median"] for each in pair))
+        found[mode] = {"tokens/s": 1 / seconds, "GB/s": 1e-9 * size / seconds}
+        for cell in ("prepare_s", "extra_bytes"):
+            if cell in few[mode]:
+                found[mode][cell] = grown(*(each[cell] for each in pair))
+        if "llama.cpp" in few[mode]:
+            theirs = grown(*(each["llama.cpp"]["seconds"]["median"] for each in pair))
+            found[mode]["times llama.cpp"] = theirs / seconds
+    return found
+
+
+def _tokens(report: Mapping[str, Any]) -> str:
+    (found,) = report.values()
+    rows = []
+    for name in (*MODES, "llama.cpp"):
+        if name in found:
+            own = found[name]
+            gaps = [first["gap"] for first in own["first difference"] if first]
+            at = ", ".join(f"{gap:.2g}" for gap in gaps) or "none differs"
+            rows.append([name, f"{own['equal']} of {found['tokens']}", at, f"{own['error of logits']:.1e}"])
+    return markdown(
+        "arithmetic | equal tokens | gap of the best two logits at the first other one | error of logits",
+        rows,
+    )
 
 
 def main() -> None:
