@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "codebooks": set(),
     "fields": set(),
     "config": {"fields"},
+    "scheduler_config": {"fields"},
     "files": {"config"},
     "assets": set(),
     "reference": {"formats", "codebooks"},
@@ -26,23 +27,28 @@ ALLOWED: dict[str, set[str]] = {
     "nn": {"cpu", "formats", "quant", "kernels"},
     "adapters": {"config", "cpu", "files", "nn", "quant", "weights"},
     "models": {"config", "nn"},
-    "sampling": {"config", "files"},
+    "sampling": {"config", "files", "scheduler_config"},
     "text": {"config", "files"},
-    "weights": {"config", "files", "formats", "models", "nn", "quant", "text"},
+    "weights": {"config", "files", "formats", "models", "nn", "quant", "scheduler_config", "text"},
+    "vision": {"config", "fields", "files", "models", "weights"},
     "memory": {"config", "cpu", "files", "formats", "models", "nn", "quant", "weights"},
     "control": {"assets", "config", "editing", "files", "models", "nn", "quant", "weights"},
     "editing": {"config", "files", "models", "sampling"},
+    "omni": {"editing", "models", "nn", "text"},
     "language": {"config", "models", "text"},
     "run": {
         "adapters", "assets", "config", "control", "editing", "files", "language", "memory", "models", "nn",
-        "quant", "sampling", "text", "weights",
+        "omni", "quant", "sampling", "text", "vision", "weights",
     },
     "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
     "image_pipelines": {"pipeline", "run"},
+    "omni_pipelines": {"pipeline", "run"},
     "preview": {"config", "models", "run", "weights"},
     "control_pipelines": {"control", "pipeline", "run"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
-    "export": {"assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},
+    "export": {
+        "assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "vision", "weights",
+    },
     "study": {
         "export", "files", "formats", "models", "nn", "pipeline", "quant", "quantize", "run", "sampling",
         "weights",
@@ -54,7 +60,7 @@ REACH_KERNELS = {
     "zimage_core.nn.elementwise",
 }  # fmt: skip
 EVERYTHING = {"cli", "__main__", "zimage_core"}  # may import every package; zimage_core is __init__.py
-DATA_ONLY = {"errors", "formats", "codebooks", "fields", "config", "files", "cli"}
+DATA_ONLY = {"errors", "formats", "codebooks", "fields", "config", "scheduler_config", "files", "cli"}
 """Packages that import only the standard library at the top; other packages inside functions."""
 WITH_TENSORS = {"language", "load", "scan"}
 """The files of weights/ that compute; the others only read headers, for `zimage inspect`."""
@@ -68,8 +74,10 @@ PLANS = {
     "plan",
     "planner",
     "rates",
+    "references",
     "residency",
     "sizes",
+    "tower",
 }
 """The files of memory/ that only plan, for `zimage plan`; the others move weights."""
 NEVER = {

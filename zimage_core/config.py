@@ -1,21 +1,27 @@
-"""Sizes and constants of the three networks, and what a scheduler's config asks for.
+"""Sizes and constants of the networks.
 
-The defaults are those of Z-Image, Qwen3-4B and FLUX.1's VAE.
+The defaults are those of Z-Image, Qwen3-4B, FLUX.1's VAE and the SigLIP2 of Z-Image-Omni.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
-from zimage_core.errors import BadArgument, Unsupported, printable
+from zimage_core.errors import BadArgument
 from zimage_core.fields import Fields
 
 NATIVE_SIZE = 1024
 """Pixels a side of an image, where a transformer's file does not state another size."""
 COMPONENTS = ("transformer", "text_encoder", "vae")
-"""The three networks of a pipeline, by the names of their folders in diffusers' layout."""
+"""The three networks of every pipeline, by the names of their folders in diffusers' layout."""
+OPTIONAL_COMPONENTS = ("siglip",)
+"""Networks that a pipeline may have beside them: the vision tower of Omni."""
+
+ONCE = ("context_refiner", "siglip_refiner")
+"""Module lists of a transformer that run once for a caption, before the steps."""
 
 TEXT_ARCHITECTURES = ("qwen3", "qwen2", "llama")
 """Architectures of text encoders, as `general.architecture` of a GGUF and `model_type` of a config.json."""
@@ -351,76 +357,76 @@ class AutoencoderConfig:
         )
 
 
-# --- scheduler_config.json -----------------------------------------------------------
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of a SigLIP2 vision tower (NaFlex) without its pooling head; see arXiv 2502.14786.
 
-TURBO_SHIFT = 3.0
-SHIFTS = (1e-3, 1e3)
-"""Least and greatest shift; beyond them neighbouring noise levels become equal in float32."""
-
-_FIXED = {
-    "num_train_timesteps": 1000,
-    "use_dynamic_shifting": False,
-    "invert_sigmas": False,
-    "shift_terminal": None,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "stochastic_sampling": False,
-}
-DYNAMIC = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
-"""Keys that have a meaning only with use_dynamic_shifting."""
-EULER = "FlowMatchEulerDiscreteScheduler"
-"""diffusers' class with the sampler of this library."""
-_PASS = "or pass a FlowMatchEulerScheduler as scheduler"
-
-
-def scheduler_shift(values: Mapping[str, Any]) -> tuple[float, tuple[str, ...]]:
-    """The shift of the noise levels that a diffusers scheduler_config.json describes.
-
-    Returns:
-        The shift, and cautions: what the file asks for and does not get, where images may still be right.
-
-    Raises:
-        Unsupported: The file describes a schedule that no Z-Image checkpoint uses.
-        BadArgument: The shift is not a number in `SHIFTS`.
+    Args:
+        hidden_size: Width of the tokens.
+        num_layers: Layers.
+        num_heads: Attention heads.
+        intermediate_size: Inner width of the MLP.
+        patch_size: Side of a patch, in pixels.
+        num_patches: Rows of the position table, a square grid, which is resized for each image.
+        num_channels: Channels of an image.
+        layer_norm_eps: Added to the variance in every LayerNorm.
     """
-    read = Fields("scheduler_config.json", values)
-    name = _sampler(read)
-    for key, wanted in _FIXED.items():
-        found = read.get(key, wanted)
-        if (found or None) != (wanted or None):
-            raise Unsupported(
-                f"scheduler_config.json: {key} is {printable(repr(found), 60)}, Z-Image schedules have "
-                f"{wanted!r}; remove the key {_PASS}"
+
+    hidden_size: int = 1152
+    num_layers: int = 27
+    num_heads: int = 16
+    intermediate_size: int = 4304
+    patch_size: int = 16
+    num_patches: int = 256
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """BadArgument where the sizes cannot belong together."""
+        me = "vision config"
+        _positive(me, hidden_size=self.hidden_size, num_layers=self.num_layers, num_heads=self.num_heads)
+        _positive(me, intermediate_size=self.intermediate_size, patch_size=self.patch_size)
+        _positive(me, num_patches=self.num_patches, num_channels=self.num_channels)
+        if self.hidden_size % self.num_heads:
+            raise BadArgument(
+                f"{me}: {self.num_heads} heads do not divide hidden_size {self.hidden_size}; "
+                "wanted a multiple of the heads"
             )
-    low, high = SHIFTS
-    named = [key for key in ("shift", "flow_shift") if read.get(key, None) is not None]
-    stated = [read.number(key, low=low, high=high) for key in named]
-    if len(set(stated)) > 1:
-        raise Unsupported(
-            f"scheduler_config.json: shift is {stated[0]:g} and flow_shift is {stated[1]:g}, which are two "
-            f"names of one number; remove one {_PASS}"
-        )
-    shift = stated[0] if stated else TURBO_SHIFT
-    cautions = [] if stated else [f"no shift is stated, {shift:g} (Turbo's) is used"]
-    known = {*_FIXED, *DYNAMIC, "shift", "flow_shift"}
-    unknown = sorted(key for key in values if key not in known and not key.startswith("_"))
-    if name not in (EULER, "FlowMatchEulerScheduler"):  # its other keys are known to it alone
-        cautions.append(
-            f"asks for {name}; Euler steps over the noise levels of shift {shift:g} are taken instead"
-        )
-    elif unknown:
-        cautions.append(f"{printable(', '.join(unknown), 120)}: not known, without effect")
-    return shift, tuple(cautions)
+        if self.grid**2 != self.num_patches:
+            raise BadArgument(f"{me}: num_patches is {self.num_patches}, wanted the square of a whole number")
 
+    @property
+    def grid(self) -> int:
+        """Side of the grid of the position table."""
+        return isqrt(self.num_patches)
 
-def _sampler(read: Fields) -> str:
-    """The class that the file names; Unsupported where it is not for a flow-matching model."""
-    name = read.get("_class_name", EULER)
-    flow = read.get("use_flow_sigmas", False) is True or read.get("prediction_type", "") == "flow_prediction"
-    if not isinstance(name, str) or not (name.startswith("FlowMatch") or flow):
-        raise Unsupported(
-            f"scheduler_config.json: _class_name is {printable(repr(name), 60)}, which is not for a "
-            f"flow-matching model such as Z-Image, wanted '{EULER}'; get the model's own file {_PASS}"
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch: patch_size^2 * num_channels."""
+        return self.patch_size**2 * self.num_channels
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> VisionConfig:
+        """Config of transformers' Siglip2VisionModel, or of a Siglip2Model, whose vision_config counts.
+
+        What a file leaves out has transformers' default. BadArgument says what is missing or not supported.
+        """
+        nested = data.get("vision_config")
+        read = Fields("vision config", nested if isinstance(nested, Mapping) else data)
+        read.only("model_type", "siglip2_vision_model")
+        read.only("hidden_act", "gelu_pytorch_tanh")
+        read.only("is_causal", False)
+        patch = read.get("patch_size", cls.patch_size)
+        sides = read.wholes("patch_size", count=2) if isinstance(patch, (list, tuple)) else ()
+        if len(set(sides)) > 1:
+            read.refuse("patch_size", "a square")
+        return cls(
+            hidden_size=read.whole("hidden_size", 768),
+            num_layers=read.whole("num_hidden_layers", 12),
+            num_heads=read.whole("num_attention_heads", 12),
+            intermediate_size=read.whole("intermediate_size", 3072),
+            patch_size=sides[0] if sides else read.whole("patch_size", cls.patch_size),
+            num_patches=read.whole("num_patches", cls.num_patches),
+            num_channels=read.whole("num_channels", cls.num_channels),
+            layer_norm_eps=read.number("layer_norm_eps", cls.layer_norm_eps, low=0, high=0.1),
         )
-    return printable(name, 60)

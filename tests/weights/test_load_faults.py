@@ -235,13 +235,17 @@ def test_a_wrong_dtype_is_refused(tmp_path):
         load_transformer(tmp_path, dtype=torch.float64)
 
 
-def test_the_vision_branch_of_omni_is_left_out(tmp_path):
+@pytest.mark.parametrize("width", [96, None])
+def test_a_transformer_with_a_vision_branch_is_loaded_as_omni(tmp_path, width):
     from dataclasses import replace
 
-    shapes = names.checkpoint_shapes(names.transformer_table(replace(TOY_DIT, siglip_feat_dim=96), "split"))
-    content = stored(shapes)
+    from zimage_core.models.omni import OmniTransformer
+
+    config = replace(TOY_DIT, siglip_feat_dim=width)
+    content = stored(names.checkpoint_shapes(names.transformer_table(config, "split")))
     model = load_transformer(write_safetensors(tmp_path / "x.safetensors", content))
-    assert_same(model, {n: v for n, v in content.values().items() if not n.startswith("siglip_")})
+    assert isinstance(model, OmniTransformer) == (width is not None)
+    assert_same(model, content.values())
 
 
 def test_an_all_in_one_checkpoint_gives_each_part(tmp_path):

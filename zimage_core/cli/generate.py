@@ -25,6 +25,7 @@ from zimage_core.cli.model_options import (
     read_prompts,
 )
 from zimage_core.cli.progress import Progress
+from zimage_core.cli.references import add_references, check_references
 from zimage_core.errors import BadArgument, printable
 from zimage_core.files.atomic import check_destination, write_atomically
 from zimage_core.files.units import in_bytes
@@ -75,6 +76,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     _add_editing(parser)
     add_control(parser)
+    add_references(parser, model)
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o", "--output", metavar="FILE", help="PNG, or a folder with / (default: zimage-SEED.png here)"
@@ -139,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
     call = call_arguments(args, prompts)
     _check(args, len(prompts))
     _check_editing(args, call)
+    check_references(args, call)
     loras, nets = read_loras(args.lora), read_controlnets(args, call)
     names = _names(args, len(prompts) * args.count)
     for name in names:
@@ -232,7 +235,7 @@ def _check_preview(args: argparse.Namespace, names: list[Path]) -> None:
     if Path(args.preview).resolve() in {name.resolve() for name in names}:
         raise BadArgument(f"--preview {printable(args.preview)}: this is the name of an image, give another")
     # --force allows to replace an image, but not the one that is being edited, by a rough look at another
-    read = (args.image, args.mask_image, *(args.control_image or ()))
+    read = (args.image, args.mask_image, *(args.control_image or ()), *(args.reference_images or ()))
     if Path(args.preview).resolve() in {Path(name).resolve() for name in read if name is not None}:
         raise BadArgument(f"--preview {printable(args.preview)}: the run reads this file, give another name")
 

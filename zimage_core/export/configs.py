@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig, VisionConfig
 from zimage_core.export.checkpoint import TEXT_ENDS, Checkpoint
 from zimage_core.export.metadata import context_length
 from zimage_core.export.streaming import Job
@@ -51,6 +51,8 @@ def new_config(
         found = dict(stated)
     elif isinstance(config, TransformerConfig):
         found = _transformer(config)
+    elif isinstance(config, VisionConfig):
+        found = _vision(config)
     else:
         found = _text_encoder(config) if isinstance(config, TextEncoderConfig) else _autoencoder(config)
     if facts:
@@ -65,6 +67,23 @@ def new_config(
     if isinstance(config, TextEncoderConfig):
         found["tie_word_embeddings"] = all(job.target.name != HEAD for job in jobs)
     return found
+
+
+def _vision(c: VisionConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["Siglip2VisionModel"],
+        "model_type": "siglip2_vision_model",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "layer_norm_eps": c.layer_norm_eps,
+        "num_attention_heads": c.num_heads,
+        "num_channels": c.num_channels,
+        "num_hidden_layers": c.num_layers,
+        "num_patches": c.num_patches,
+        "patch_size": c.patch_size,
+        "vision_use_head": False,
+    }
 
 
 def _transformer(c: TransformerConfig) -> dict[str, Any]:

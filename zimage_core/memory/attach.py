@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from zimage_core.config import ONCE
 from zimage_core.errors import BadArgument
 from zimage_core.memory.device import Device, Ring, device_for
 from zimage_core.memory.edits import Moved, written
@@ -25,6 +26,7 @@ from zimage_core.memory.stream import SLOTS, Block, Segment, Stored, Stream, ali
 from zimage_core.models.block_source import RESIDENT, Resident
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.models.vision_tower import VisionTower
 from zimage_core.nn.linear import Embedding, Linear
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.weights.source import Source, WeightFile
@@ -35,7 +37,7 @@ OUTSIDE = "adaLN_modulation"
 READERS = 4
 """Threads that read weights which stay."""
 
-Streamable = ZImageTransformer | TextEncoder
+Streamable = ZImageTransformer | TextEncoder | VisionTower
 Mapped = tuple[Source, int]
 """A file, and the address of its map."""
 
@@ -124,7 +126,8 @@ def stream_model(
         slots: Blocks on the device at a time, as for `Stream`.
         ring: Bytes of host memory between file and device, rounded down to a power of two; the CPU as a
             device needs none.
-        refiner_stays: False brings a transformer's context refiner for each caption and takes it away again.
+        refiner_stays: False brings a transformer's context refiner (and Omni's siglip_refiner) for each
+            caption and takes it away again.
         int8_rows: Indices of the resident blocks whose int8 rows stay there, and not the weights themselves.
         page_cache: Bytes that the system's page cache may hold of the streamed blocks; None for all.
         through: What copies to the device, where another than the usual one is wanted.
@@ -150,7 +153,9 @@ def stream_model(
         moving[place].cached = False
     visiting: set[nn.Module] = set()
     if isinstance(model, ZImageTransformer) and not refiner_stays:
-        visiting = set(model.context_refiner.modules())
+        visiting = {
+            m for stack in ONCE if hasattr(model, stack) for m in model.get_submodule(stack).modules()
+        }
     turn = threading.RLock()
 
     @contextmanager
@@ -171,7 +176,7 @@ def stream_model(
     moved = load(staying, passage, maps, apart, min(slots, len(moving)) * size)
     try:
         load_rows(rows, passage, moved)
-        wrap = not isinstance(model, TextEncoder)  # which runs once or twice
+        wrap = isinstance(model, ZImageTransformer)  # the others run once or twice
         places = torch.split(moved.spare, size) if moving else ()
         stream = Stream(moving, passage, places, wrap, visit if visiting else None, moved)
     except BaseException:

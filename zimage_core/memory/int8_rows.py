@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from zimage_core.config import ONCE
 from zimage_core.memory import int8_plan, page_cache
 from zimage_core.memory.device import Ring
 from zimage_core.memory.edits import Moved, checksum
@@ -126,7 +127,7 @@ class KeptRows:
             for name, module in network.named_modules()
             if isinstance(module, Linear)
             and module.arithmetic.mode == "int8"
-            and "context_refiner." not in name  # runs once for a caption
+            and name.partition(".")[0] not in ONCE
             and not int8.is_int8(module.weight)
         ]
         if not self._chosen or not self._chosen <= {layer for _, layer in layers}:

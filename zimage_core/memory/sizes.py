@@ -11,9 +11,11 @@ from os import PathLike
 from zimage_core.config import (
     COMPONENTS,
     NATIVE_SIZE,
+    ONCE,
     AutoencoderConfig,
     TextEncoderConfig,
     TransformerConfig,
+    VisionConfig,
 )
 from zimage_core.errors import BadArgument, BadWeights, printable
 from zimage_core.formats import DTYPE_NAMES, FORMATS
@@ -123,18 +125,19 @@ class Part:
     """One network.
 
     Args:
-        name: "transformer", "text_encoder" or "vae".
+        name: "transformer", "text_encoder", "vae" or "siglip".
         config: Its sizes.
         blocks: In the order in which they run, as the network's `blocks`; the VAE has none.
         always: Bytes that lie on the device as long as the network runs: norms, biases, embedders, adaptive
             norms, scales of int8 weights; of the VAE its decoder in float32.
         host: Bytes that may stay in host memory: the table of tokens, the VAE's encoder.
         matrices: Linear weights in none of the blocks, with the name of their module.
-        once: Bytes of each block that runs once for each caption: those of the context refiner.
+        once: Bytes of each block that runs once for each caption: those of the context refiner and of
+            Omni's siglip_refiner.
     """
 
     name: str
-    config: TransformerConfig | TextEncoderConfig | AutoencoderConfig
+    config: TransformerConfig | TextEncoderConfig | AutoencoderConfig | VisionConfig
     blocks: tuple[Block, ...]
     always: int
     host: int
@@ -201,12 +204,16 @@ def sizes_of(parts: Mapping[str, Opened], dtype: str = "bfloat16") -> Sizes:
     """
     if dtype not in ITEMSIZE:
         raise BadArgument(f"dtype: got {printable(dtype, 40)!r}, wanted one of {', '.join(ITEMSIZE)}")
-    transformer, text_encoder, vae = (_part(name, parts[name], dtype) for name in COMPONENTS)
+    transformer, text_encoder, vae = (part_of(name, parts[name], dtype) for name in COMPONENTS)
     return Sizes(transformer, text_encoder, vae, dtype)
 
 
-def _part(name: str, part: Opened, dtype: str) -> Part:
-    """What one network weighs, tensor by tensor of its table."""
+def part_of(name: str, part: Opened, dtype: str) -> Part:
+    """What one network weighs, tensor by tensor of its table.
+
+    Raises:
+        BadWeights: Its sizes are not known.
+    """
     card, config = part.card, part.card.config
     if isinstance(config, TransformerConfig):
         table = names.transformer_table(config, card.layout)
@@ -216,6 +223,8 @@ def _part(name: str, part: Opened, dtype: str) -> Part:
     elif isinstance(config, AutoencoderConfig):
         table, counts = names.autoencoder_table(config, card.layout), {}
         dtype = "float32"  # convolutions are in float32, whatever the file holds
+    elif isinstance(config, VisionConfig):
+        table, counts = names.vision_table(config, card.layout), {"layers": config.num_layers}
     else:
         raise BadWeights(
             f"{printable(part.file.path)}: the size of the {name.replace('_', ' ')} cannot be told"
@@ -225,8 +234,6 @@ def _part(name: str, part: Opened, dtype: str) -> Part:
     once: dict[str, int] = {}
     always, host, beside = 0, 0, []
     for entry in table:
-        if entry.module.startswith("siglip_"):
-            continue  # the vision branch of an Omni checkpoint is not loaded
         matrix = _matrix(part.file, card.prefix, entry)
         nbytes = math.prod(entry.shape) * ITEMSIZE[dtype] if matrix is None else matrix.nbytes
         always += 0 if matrix is None else matrix.scales
@@ -239,7 +246,7 @@ def _part(name: str, part: Opened, dtype: str) -> Part:
             # few rows of a table are read, wherever it lies; images need a VAE's decoder alone
             host += nbytes
             continue
-        if block.startswith("context_refiner."):
+        if block.partition(".")[0] in ONCE:
             once[block] = once.get(block, 0) + nbytes
         else:
             always += nbytes

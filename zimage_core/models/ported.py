@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -70,6 +71,27 @@ def refuse(owner: object, name: str) -> NoReturn:
     if name in REFUSED:
         raise MissingName(f"{name}: {type(owner).__name__} does not have it; {REFUSED[name]}")
     raise AttributeError(f"{type(owner).__name__!r} object has no attribute {name!r}")
+
+
+def check_call(x: Sequence[Any], patch_size: int, others: Mapping[str, Any]) -> None:
+    """Refuse what a call of diffusers' transformer asks for and this one does not do.
+
+    Args:
+        x: Its images: a tensor for each, since lists of images are Omni's.
+        patch_size: Latents a side of the transformer's patches.
+        others: Its further arguments.
+
+    Raises:
+        Unsupported: x holds lists of images, or an argument has a value that means something.
+    """
+    if len(x) and isinstance(x[0], (list, tuple)):
+        raise Unsupported(
+            "transformer: this checkpoint has no vision branch (siglip_embedder, siglip_refiner and "
+            "siglip_pad_token are missing), so it takes one latent for each image; give an Omni checkpoint"
+        )
+    usual = {"patch_size": patch_size, "f_patch_size": 1}
+    if wrong := [name for name, value in others.items() if value and value != usual.get(name)]:
+        raise Unsupported(f"transformer: {wrong[0]}= means nothing here; leave it out")
 
 
 class Network(nn.Module):

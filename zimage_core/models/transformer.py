@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from zimage_core.config import TransformerConfig
-from zimage_core.errors import BadShape, Unsupported
+from zimage_core.errors import BadShape
 from zimage_core.models import sequence
 from zimage_core.models.block_norms import gated, norm_modulate, norm_residual, norms_rope
 from zimage_core.models.block_source import RESIDENT, BlockSource
-from zimage_core.models.ported import Network
+from zimage_core.models.ported import Network, check_call
 from zimage_core.models.timestep import TimestepEmbedder
 from zimage_core.nn.attention import attention
 from zimage_core.nn.layers import RMSNorm, Rotation, rotation
@@ -208,24 +208,25 @@ class ZImageTransformer(Network):
     """S3-DiT: estimates (clean - noise) from a noisy latent, a time and a caption."""
 
     loader = "load_transformer"
+    block_class = TransformerBlock
     sample_size: int | None = None
     """Height and width in pixels that it was trained for; None if nothing states them."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        key, refiners = config.patch_key, range(config.n_refiner_layers)
+        key, refiners, block = config.patch_key, range(config.n_refiner_layers), self.block_class
         self.all_x_embedder = nn.ModuleDict({key: Linear(config.patch_dim, config.dim, bias=True)})
         self.all_final_layer = nn.ModuleDict({key: FinalLayer(config)})
-        self.noise_refiner = nn.ModuleList(TransformerBlock(config, modulated=True) for _ in refiners)
-        self.context_refiner = nn.ModuleList(TransformerBlock(config, modulated=False) for _ in refiners)
+        self.noise_refiner = nn.ModuleList(block(config, modulated=True) for _ in refiners)
+        self.context_refiner = nn.ModuleList(block(config, modulated=False) for _ in refiners)
         self.t_embedder = TimestepEmbedder(config.adaln_dim, config.t_mid_dim)
         self.cap_embedder = nn.Sequential(
             RMSNorm(config.cap_feat_dim, config.norm_eps), Linear(config.cap_feat_dim, config.dim, bias=True)
         )
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
-        self.layers = nn.ModuleList(TransformerBlock(config, modulated=True) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(block(config, modulated=True) for _ in range(config.n_layers))
         self.stream: BlockSource = RESIDENT
 
     @property
@@ -274,9 +275,7 @@ class ZImageTransformer(Network):
             BadArgument: A caption or an image is longer than the positions the model knows.
             Unsupported: An argument of diffusers has a value that means something.
         """
-        usual = {"patch_size": self.config.patch_size, "f_patch_size": 1}
-        if wrong := [name for name, value in others.items() if value and value != usual.get(name)]:
-            raise Unsupported(f"transformer: {wrong[0]}= means nothing here; leave it out")
+        check_call(x, self.config.patch_size, others)
         if not len(x) == len(cap_feats) == t.numel():
             raise BadShape(
                 f"transformer: got {len(x)} latents, {t.numel()} times and {len(cap_feats)} captions"

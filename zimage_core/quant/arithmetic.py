@@ -19,16 +19,26 @@ from zimage_core.errors import BadArgument, printable
 MODES = ("exact", "bfloat16", "int8", "auto")
 """Values of `compute=`."""
 
-BLOCKS = ("layers", "noise_refiner", "context_refiner", "control_layers", "control_noise_refiner")
+BLOCKS = (
+    "layers",
+    "noise_refiner",
+    "context_refiner",
+    "siglip_refiner",
+    "control_layers",
+    "control_noise_refiner",
+)
 """Module lists whose layers take part, of all networks."""
 
 PLAIN = ("to_q", "to_k", "to_v", "w1", "w3")
 """Layers of an S3-DiT block that multiply x as it is: their input comes from a norm. Rotating it, too, would
 take a fifth from the error, and make rows that are not kept dearer to make."""
 
-ROTATED = ("to_out.0", "w2", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ROTATED = (
+    "to_out.0", "w2", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj",
+    "fc1", "fc2",
+)  # fmt: skip
 """Layers whose operands are rotated. Outputs of attention and of a gate have outliers; in a language model
-single channels stand out behind its norms, too."""
+and in a vision tower single channels stand out behind the norms, too."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from zimage_core.config import SHIFTS, TURBO_SHIFT, scheduler_shift
 from zimage_core.errors import BadArgument, printable
 from zimage_core.sampling.stepping import Stepping, Walk
+from zimage_core.scheduler_config import SHIFTS, TURBO_SHIFT, scheduler_shift
 
 MAX_STEPS = 1000
 """Most steps: the number of trained noise levels, since more would visit a level twice."""

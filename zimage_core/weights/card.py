@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig, VisionConfig
 from zimage_core.errors import BadWeights, WrongModel, printable
 from zimage_core.weights.infer import Config
 from zimage_core.weights.storage import WAY_ROUND
@@ -18,6 +18,10 @@ WANTED = {
     ),
     "text_encoder": ("a Qwen3-4B text encoder", "get Qwen3-4B as GGUF (Qwen3-4B-Q4_K_M.gguf) or safetensors"),
     "vae": ("FLUX.1's VAE", "get ae.safetensors of FLUX.1 or the vae folder of a Z-Image checkpoint"),
+    "siglip": (
+        "a SigLIP2 (NaFlex) vision tower",
+        "get the siglip folder of a Z-Image-Omni checkpoint, or google/siglip2-so400m-patch16-naflex",
+    ),
 }
 """Component -> (name of the model wanted, advice on what to get)."""
 
@@ -46,14 +50,14 @@ class ModelCard:
     """What a file is, found from its tensors and metadata, never from its name.
 
     Args:
-        kind: "transformer", "text_encoder", "vae", "controlnet", "lora", "tokenizer", "other" (a model
-            that Z-Image does not use) or "unknown".
+        kind: "transformer", "text_encoder", "vae", "siglip", "controlnet", "lora", "tokenizer", "other" (a
+            model that Z-Image does not use) or "unknown".
         family: "z-image", "qwen3", "qwen2", "llama", "flux-vae", or the family of a look-alike.
         title: Noun phrase that completes the sentence "this is {title}".
         variant: Version of the model, if the tensors show it: "turbo", "omni", "2.1 lite".
         layout: Naming scheme of the tensors, one of the layouts in weights/names.py.
         prefix: Prefix of this model's tensor names in the file.
-        config: Config of the network; only for the three networks of Z-Image.
+        config: Config of the network; only for the networks of Z-Image.
         notes: Remarks for the user.
         cautions: Reasons why images may differ from what is expected; loading warns of them.
         problem: Why the file cannot be used, or "".
@@ -141,6 +145,7 @@ def check_compatible(
     text_encoder: TextEncoderConfig | None = None,
     vae: AutoencoderConfig | None = None,
     paths: Mapping[str, str] | None = None,
+    siglip: VisionConfig | None = None,
 ) -> None:
     """Refuse components that do not belong together, before any of them is loaded or run.
 
@@ -149,6 +154,7 @@ def check_compatible(
         text_encoder: Its width must be the transformer's caption width.
         vae: Its latent channels must be the transformer's.
         paths: Component -> file, for the message.
+        siglip: Its width must be the transformer's width of vision features.
 
     Raises:
         WrongModel: The message names the component, its width, the width wanted and the file to get.
@@ -177,3 +183,28 @@ def check_compatible(
             f"the Z-Image transformer needs {transformer.in_channels}",
             WANTED["vae"][1] if transformer.in_channels == 16 else "get the VAE it was trained with",
         )
+    if siglip is not None:
+        check_fits(siglip, transformer, paths.get("siglip", "vision tower"))
+
+
+def check_fits(tower: VisionConfig, transformer: TransformerConfig, path: str = "vision tower") -> None:
+    """Refuse a vision tower whose features a transformer does not take.
+
+    Args:
+        tower: Config of the tower.
+        transformer: Config of the transformer.
+        path: The tower's file, for the message.
+
+    Raises:
+        WrongModel: The transformer takes no vision features, or those of another width.
+    """
+    wanted = transformer.siglip_feat_dim
+    if wanted is None:
+        fault = "this is a SigLIP2 vision tower, and the transformer takes text alone"
+        raise WrongModel(path, fault, "give siglip=None, or get an Omni checkpoint as the transformer")
+    if tower.hidden_size != wanted:
+        fault = (
+            f"this SigLIP2 vision tower has width {tower.hidden_size}; the Z-Image transformer needs {wanted}"
+        )
+        get = WANTED["siglip"][1] if wanted == 1152 else "get the tower it was trained with"
+        raise WrongModel(path, fault, get)

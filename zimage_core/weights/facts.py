@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zimage_core.config import DYNAMIC
 from zimage_core.errors import BadWeights, printable
 from zimage_core.files.untrusted import read_json
+from zimage_core.scheduler_config import DYNAMIC
 from zimage_core.weights import infer
 from zimage_core.weights.opened import Opened
 

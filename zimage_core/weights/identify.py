@@ -7,9 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.config import (
+    COMPONENTS,
+    AutoencoderConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VisionConfig,
+)
 from zimage_core.errors import BadWeights, printable
-from zimage_core.weights import adapters, controlnets, documents, infer, names, storage
+from zimage_core.weights import adapters, controlnets, documents, infer, names, siglip, storage
 from zimage_core.weights.card import ModelCard, check_compatible, require, text_encoder_name
 from zimage_core.weights.lookalikes import recognise
 from zimage_core.weights.packings import style_of
@@ -62,7 +68,7 @@ VAE_ANCHORS = {
         "decoder.mid_block.attentions.0.to_q.weight",
     ),
 }
-ENOUGH_ANCHORS = {"transformer": 5, "text_encoder": 3, "vae": 2}
+ENOUGH_ANCHORS = {"transformer": 5, "text_encoder": 3, "vae": 2, "siglip": siglip.ENOUGH}
 """Number of anchors from which on a file counts as that network, even if it turns out to be damaged."""
 
 DROPPED = {
@@ -133,9 +139,12 @@ def _identify(file: WeightFile, wanted: str, stated: Mapping[str, Any] | None) -
     }
     real = {kind: card for kind, card in cards.items() if card.kind == kind}
     own = real.get(wanted) or (None if wanted in _DETECTORS else next(iter(real.values()), None))
+    tower = cards.get("siglip")
     # in a file with several components each is judged by its own tensors, whatever else is there
     if own is not None and (own.sound or any(card.sound for card in real.values() if card is not own)):
         found = _with_companions(own, cards)
+    elif tower is not None and (tower.kind == "siglip" or tower.layout == "mmproj") and len(cards) == 1:
+        found = _with_companions(tower, cards)  # a look-alike has fewer of its tensors
     else:
         found = _adapter_or_lookalike(file, shapes, metadata) or (
             _with_companions(cards.get(wanted) or next(iter(cards.values())), cards)
@@ -212,7 +221,7 @@ def _with_companions(card: ModelCard, cards: Mapping[str, ModelCard]) -> ModelCa
     """The card, completed with the other components in the file and those that must come from other files."""
     present = {kind for kind, other in cards.items() if other.kind == kind}
     also = tuple(kind for kind in _DETECTORS if kind in present and kind != card.kind)
-    needs = tuple(kind for kind in _DETECTORS if kind not in present and kind != card.kind)
+    needs = tuple(kind for kind in COMPONENTS if kind not in present and kind != card.kind)
     return replace(card, also=also, needs=needs if card.kind in _DETECTORS else ())
 
 
@@ -270,7 +279,7 @@ def _other_components(kind: str, shapes: Shapes) -> list[str]:
     return found
 
 
-# --- the three networks --------------------------------------------------------------
+# --- the networks ------------------------------------------------------------------
 
 
 def _transformer(
@@ -299,7 +308,7 @@ def _transformer(
     )
     variant = "omni" if config.siglip_feat_dim else "turbo" if "turbo" in label[:1000].lower() else ""
     if config.siglip_feat_dim:
-        card = replace(card, notes=("an Omni checkpoint: its vision branch is not used, text to image only",))
+        card = replace(card, notes=("an Omni checkpoint: takes reference images, too",))
     title = f"a Z-Image transformer (width {config.dim}, {config.n_layers} layers)"
     card = replace(card, title=title, variant=variant, config=config, cautions=tuple(cautions))
     return _compare(
@@ -368,17 +377,50 @@ def _vae(shapes: Shapes, metadata: Mapping[str, Any], stated: Mapping[str, Any] 
     return _compare(card, names.autoencoder_table(config, layout), shapes, DROPPED["vae"].__contains__)
 
 
+def _siglip(
+    shapes: Shapes, metadata: Mapping[str, Any], stated: Mapping[str, Any] | None
+) -> ModelCard | None:
+    layout, prefix = _best("siglip", shapes)
+    inside = _under(shapes, prefix)
+    found = siglip.find(inside, layout) if layout else None
+    if found is None:
+        return None
+    if found.fixed:
+        title = f"a SigLIP vision tower for images of one size ({found.fixed}: SigLIP 1, or 2 without NaFlex)"
+        return ModelCard("other", "siglip1", title, layout=layout, problem="Omni uses SigLIP2 with NaFlex")
+    card = ModelCard("siglip", "siglip2", "a SigLIP2 vision tower", layout=found.layout, prefix=prefix)
+    try:
+        json_config = infer.parse_config(VisionConfig.from_json, stated) if stated is not None else None
+        config, cautions = siglip.vision_config(inside, metadata, found.layout, json_config)
+    except BadWeights as error:
+        return replace(card, problem=str(error))
+    title = f"a SigLIP2 vision tower (width {config.hidden_size}, {config.num_layers} layers)"
+    card = replace(card, title=title, config=config, cautions=tuple(cautions))
+    unused = siglip.UNUSED
+
+    def ignored(name: str) -> bool:
+        return name.removeprefix(prefix).startswith(unused) or name.startswith(unused)
+
+    return _compare(card, names.vision_table(config, found.layout), shapes, ignored)
+
+
 _ANCHORS = {
     "transformer": (TRANSFORMER_ANCHORS,),
     "text_encoder": tuple(TEXT_ANCHORS.values()),
     "vae": tuple(VAE_ANCHORS.values()),
+    "siglip": tuple(siglip.ANCHORS.values()),
 }
-_DETECTORS = {"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae}
+_LAYOUTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "text_encoder": TEXT_ANCHORS,
+    "vae": VAE_ANCHORS,
+    "siglip": siglip.ANCHORS,
+}
+_DETECTORS = {"transformer": _transformer, "text_encoder": _text_encoder, "vae": _vae, "siglip": _siglip}
 
 
 def _best(kind: str, shapes: Shapes) -> tuple[str, str]:
     """The layout and prefix with the most anchors, or two empty strings."""
-    groups = TEXT_ANCHORS if kind == "text_encoder" else VAE_ANCHORS
+    groups = _LAYOUTS[kind]
     hits = {layout: find_prefix(shapes, anchors) for layout, anchors in groups.items()}
     layout = max(hits, key=lambda name: hits[name][1])
     prefix, count = hits[layout]

@@ -1,4 +1,4 @@
-"""Infers the sizes of the three networks from tensor shapes and metadata; a single file has no config.
+"""Infers the sizes of the networks from tensor shapes and metadata; a single file has no config.
 
 Shapes decide. Metadata, a config.json beside the file, and the defaults of the released models supply only
 what shapes do not determine: rotary axes, epsilons, head counts without head norms. If two sources
@@ -21,6 +21,7 @@ from zimage_core.config import (
     AutoencoderConfig,
     TextEncoderConfig,
     TransformerConfig,
+    VisionConfig,
 )
 from zimage_core.errors import BadArgument, BadWeights, printable
 from zimage_core.weights.encoder_keys import refuse_other_arithmetic
@@ -33,8 +34,8 @@ MAX_VOCABULARY = 1 << 22
 Z_IMAGE, QWEN3_4B, FLUX_VAE = TransformerConfig(), TextEncoderConfig(), AutoencoderConfig()
 
 Shape = tuple[int, ...]
-Config = TransformerConfig | TextEncoderConfig | AutoencoderConfig
-ConfigT = TypeVar("ConfigT", TransformerConfig, TextEncoderConfig, AutoencoderConfig)
+Config = TransformerConfig | TextEncoderConfig | AutoencoderConfig | VisionConfig
+ConfigT = TypeVar("ConfigT", TransformerConfig, TextEncoderConfig, AutoencoderConfig, VisionConfig)
 
 
 def count_layers(names: Iterable[str], stack: str) -> int:

@@ -22,6 +22,7 @@ from zimage_core.models import ported
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.models.vision_tower import VisionTower
 from zimage_core.nn.compute import set_compute
 from zimage_core.nn.linear import Embedding, Linear
 from zimage_core.quant.arithmetic import MODES
@@ -34,7 +35,7 @@ from zimage_core.weights.source import WeightFile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-Network = TypeVar("Network", ZImageTransformer, TextEncoder, Autoencoder)
+Network = TypeVar("Network", ZImageTransformer, TextEncoder, Autoencoder, VisionTower)
 AnyNetwork = TypeVar("AnyNetwork", bound=ported.Network)
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -42,6 +43,7 @@ _TABLES: dict[type[nn.Module], Callable[..., names.Table]] = {
     ZImageTransformer: names.transformer_table,
     TextEncoder: names.text_encoder_table,
     Autoencoder: names.autoencoder_table,
+    VisionTower: names.vision_table,
 }
 
 
@@ -69,7 +71,7 @@ def load_transformer(
     mmap: bool = True,
     compute: str = "exact",
 ) -> ZImageTransformer:
-    """Load an S3-DiT.
+    """Load an S3-DiT; an Omni checkpoint as a `models.omni.OmniTransformer`, which takes images as well.
 
     Args:
         path: A GGUF or safetensors file, an index of shards, a component's folder, or a diffusers folder.
@@ -111,6 +113,21 @@ def load_vae(
 ) -> Autoencoder:
     """Load a Flux-style VAE. Arguments and errors are those of `load_transformer`."""
     return _load(Autoencoder, path, "vae", dtype, device, mmap)
+
+
+def load_siglip(
+    path: str | PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    mmap: bool = True,
+    compute: str = "exact",
+) -> VisionTower:
+    """Load a SigLIP2 (NaFlex) vision tower without its pooling head, of which Z-Image-Omni reads images.
+
+    A whole SigLIP2 will do, and a GGUF with llama.cpp's mmproj names. Arguments and errors are those of
+    `load_transformer`.
+    """
+    return _load(VisionTower, path, "siglip", dtype, device, mmap, compute)
 
 
 def _load(
@@ -158,9 +175,11 @@ def load_network(
     for caution in card.cautions:
         warnings.warn(f"{printable(file.path)}: {caution}", UserWarning, stacklevel=2)
     table = _TABLES[kind](card.config, card.layout)
-    # text to image does not use the vision branch of an Omni checkpoint
-    table = tuple(e for e in table if not e.module.startswith("siglip_"))
     config: Any = card.config  # `require` has checked the kind
+    if card.variant == "omni":
+        from zimage_core.models.omni import OmniTransformer
+
+        kind = cast("type[Network]", OmniTransformer)
     return assembled(partial(kind, config), opened, table, dtype, device)
 
 
@@ -213,6 +232,8 @@ def fill(model: nn.Module, file: WeightFile, table: names.Table, prefix: str, dt
             part = whole if entry.rows is None else whole.rows(*entry.rows)
             if entry.heads:
                 part = _unpermuted(part, entry.heads)
+            if entry.conv:
+                part = _channels_last(part)
             owner, _, leaf = entry.module.rpartition(".")
             module = model.get_submodule(owner)
             if leaf == "weight" and isinstance(module, (Linear, Embedding)):
@@ -242,6 +263,13 @@ def _unpermuted(tensor: QuantTensor, heads: int) -> QuantTensor:
 
     scale = tensor.scale if tensor.scale is None or tensor.scale.numel() == 1 else moved(tensor.scale)
     return tensor.like(moved(tensor.packed), scale=scale)
+
+
+def _channels_last(tensor: QuantTensor) -> QuantTensor:
+    """A convolution over patches [N, C, P, P] of plain numbers as the matrix [N, P * P * C] that it is."""
+    rows, channels, side, _ = tensor.shape
+    numbers = tensor.packed.view(rows, channels, side, side, -1).permute(0, 2, 3, 1, 4)
+    return tensor.like(numbers.reshape(rows, -1), shape=(rows, side * side * channels))
 
 
 def _dense(tensor: QuantTensor, dtype: torch.dtype, where: str) -> Tensor:

@@ -64,7 +64,8 @@ LOOKALIKES = (
     Lookalike("vl", "a vision-language model (Qwen-VL)", (), ("qwen3vl", "qwen2vl", "qwen3vlmoe")),
     Lookalike("vl", "a vision-language model", ("vision_tower.", "language_model.")),
     Lookalike("vl", "a vision-language model", ("vision_model.", "language_model.")),
-    Lookalike("siglip", "a SigLIP vision encoder", ("vision_model.encoder.layers.0.", "vision_model.head.")),
+    # a whole SigLIP2 with NaFlex is known by its tower before
+    Lookalike("siglip1", "a SigLIP of images of one size", ("vision_model.head.", "logit_bias")),
     Lookalike(
         "clip-vision", "a CLIP vision encoder", ("vision_model.encoder.layers.0.", "visual_projection")
     ),

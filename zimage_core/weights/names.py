@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig, VisionConfig
 from zimage_core.errors import BadArgument
 
 TIME_CHANNELS = 256
@@ -20,6 +20,7 @@ TIME_CHANNELS = 256
 TRANSFORMER_LAYOUTS = ("split", "fused", "sdcpp")
 TEXT_ENCODER_LAYOUTS = ("hf", "gguf")
 VAE_LAYOUTS = ("diffusers", "bfl")
+VISION_LAYOUTS = ("hf", "mmproj", "mmproj conv", "mmproj swapped", "mmproj conv swapped")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Entry:
         total_rows: Length of axis 0 of the checkpoint's tensor; used only if `rows` is given.
         heads: If positive, the number of heads whose rows are stored with their two halves interleaved, as
             llama.cpp does for architecture "llama"; loading undoes that.
+        conv: If positive, the matrix is stored as a convolution [rows, channels, conv, conv]; its columns are
+            the pixels of a patch with the channels last.
     """
 
     module: str
@@ -42,10 +45,13 @@ class Entry:
     rows: tuple[int, int] | None = None
     total_rows: int = 0
     heads: int = 0
+    conv: int = 0
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor in the checkpoint."""
+        if self.conv:
+            return (self.shape[0], self.shape[1] // self.conv**2, self.conv, self.conv)
         return self.shape if self.rows is None else (self.total_rows, *self.shape[1:])
 
 
@@ -240,15 +246,10 @@ def _conv(name: str, c_out: int, c_in: int, side: int = 3) -> Iterator[Entry]:
     yield Entry(f"{name}.bias", f"{name}.bias", (c_out,))
 
 
-def _group_norm(name: str, channels: int) -> Iterator[Entry]:
-    yield Entry(f"{name}.weight", f"{name}.weight", (channels,))
-    yield Entry(f"{name}.bias", f"{name}.bias", (channels,))
-
-
 def _resnet(name: str, c_in: int, c_out: int) -> Iterator[Entry]:
-    yield from _group_norm(f"{name}.norm1", c_in)
+    yield from _norm(f"{name}.norm1", f"{name}.norm1", c_in)
     yield from _conv(f"{name}.conv1", c_out, c_in)
-    yield from _group_norm(f"{name}.norm2", c_out)
+    yield from _norm(f"{name}.norm2", f"{name}.norm2", c_out)
     yield from _conv(f"{name}.conv2", c_out, c_out)
     if c_in != c_out:
         yield from _conv(f"{name}.conv_shortcut", c_out, c_in, side=1)
@@ -256,7 +257,7 @@ def _resnet(name: str, c_in: int, c_out: int) -> Iterator[Entry]:
 
 def _mid(name: str, channels: int) -> Iterator[Entry]:
     yield from _resnet(f"{name}.resnets.0", channels, channels)
-    yield from _group_norm(f"{name}.attentions.0.group_norm", channels)
+    yield from _norm(f"{name}.attentions.0.group_norm", f"{name}.attentions.0.group_norm", channels)
     for part in ("to_q", "to_k", "to_v", "to_out.0"):
         yield from _affine(f"{name}.attentions.0.{part}", f"{name}.attentions.0.{part}", channels, channels)
     yield from _resnet(f"{name}.resnets.1", channels, channels)
@@ -271,7 +272,7 @@ def _autoencoder(c: AutoencoderConfig) -> Iterator[Entry]:
         if i < last:
             yield from _conv(f"encoder.down_blocks.{i}.downsamplers.0.conv", c_out, c_out)
     yield from _mid("encoder.mid_block", widths[-1])
-    yield from _group_norm("encoder.conv_norm_out", widths[-1])
+    yield from _norm("encoder.conv_norm_out", "encoder.conv_norm_out", widths[-1])
     yield from _conv("encoder.conv_out", 2 * c.latent_channels, widths[-1])
     yield from _conv("decoder.conv_in", widths[-1], c.latent_channels)
     yield from _mid("decoder.mid_block", widths[-1])
@@ -281,7 +282,7 @@ def _autoencoder(c: AutoencoderConfig) -> Iterator[Entry]:
             yield from _resnet(f"decoder.up_blocks.{i}.resnets.{j}", c_in if j == 0 else c_out, c_out)
         if i < last:
             yield from _conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", c_out, c_out)
-    yield from _group_norm("decoder.conv_norm_out", up[-1])
+    yield from _norm("decoder.conv_norm_out", "decoder.conv_norm_out", up[-1])
     yield from _conv("decoder.conv_out", c.out_channels, up[-1])
 
 
@@ -314,3 +315,57 @@ def _bfl_name(module: str, last: int) -> str:
             return f"{head}.block.{index}.{leaf}".replace(".conv_shortcut.", ".nin_shortcut.")
         return f"{head}.{'downsample' if kind == 'downsamplers' else 'upsample'}.{leaf}"
     return f"{side}.{'norm_out' if part == 'conv_norm_out' else part}.{rest}"
+
+
+# --- vision tower --------------------------------------------------------------------
+
+MMPROJ_LAYER_NAMES = {
+    "layer_norm1": "ln1",
+    "layer_norm2": "ln2",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.out_proj": "attn_out",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+"""Module of a layer of the vision tower -> its name in an mmproj file of llama.cpp."""
+_SWAPPED = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+
+
+def vision_table(config: VisionConfig, layout: str) -> Table:
+    """Table of the SigLIP2 vision tower in layout "hf" (transformers) or "mmproj" (GGUF of llama.cpp).
+
+    An mmproj may have the patch embedding as a convolution ("conv"), and the two layers of the MLP under each
+    other's name ("swapped"). The pooling head is left out.
+    """
+    _layout(layout, VISION_LAYOUTS)
+    return tuple(_vision(config, layout.split()))
+
+
+def _vision(c: VisionConfig, layout: list[str]) -> Iterator[Entry]:
+    hidden, gguf = c.hidden_size, layout[0] == "mmproj"
+    patch = "v.patch_embd" if gguf else "embeddings.patch_embedding"
+    weight, bias = _affine("embeddings.patch_embedding", patch, hidden, c.patch_dim)
+    yield replace(weight, conv=c.patch_size if "conv" in layout else 0)
+    yield bias
+    table = "v.position_embd" if gguf else "embeddings.position_embedding"
+    yield Entry("embeddings.position_embedding.weight", f"{table}.weight", (c.num_patches, hidden))
+    sizes = {"mlp.fc1": (c.intermediate_size, hidden), "mlp.fc2": (hidden, c.intermediate_size)}
+    for i in range(c.num_layers):
+        for part, short in MMPROJ_LAYER_NAMES.items():
+            short = _SWAPPED.get(short, short) if "swapped" in layout else short
+            file, module = (
+                f"v.blk.{i}.{short}" if gguf else f"encoder.layers.{i}.{part}",
+                f"layers.{i}.{part}",
+            )
+            if "norm" in part:
+                yield from _norm(module, file, hidden)
+            else:
+                yield from _affine(module, file, *sizes.get(part, (hidden, hidden)))
+    yield from _norm("post_layernorm", "v.post_ln" if gguf else "post_layernorm", hidden)
+
+
+def _norm(module: str, checkpoint: str, channels: int) -> Iterator[Entry]:
+    yield Entry(f"{module}.weight", f"{checkpoint}.weight", (channels,))
+    yield Entry(f"{module}.bias", f"{checkpoint}.bias", (channels,))
