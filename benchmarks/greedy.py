@@ -62,8 +62,13 @@ def main() -> None:
         ]
         for each in found
     ]
-    head = "model | equal tokens | different ones among them | largest difference of logits | nearest best two logits"
-    where = f"transformers {on['packages']['transformers']}, float32, on a CPU with {on['cpu']}."
+    head = (
+        "model | equal tokens | different ones among them | largest difference of logits "
+        "| smallest gap of the best two"
+    )
+    where = (
+        f"transformers {on['packages']['transformers']}, float32, on a CPU with {' '.join(on['features'])}."
+    )
     fill_tables(ROOT / "docs/numerics.md", {"greedy": f"Against {where}\n\n{markdown(head, rows)}"})
 
 
