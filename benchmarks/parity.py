@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from benchmarks.report import RESULTS, ROOT, fill_tables, machine, markdown, write
-from tests.helpers import editing_parity, parity, pipeline_parity, vision
+from tests.helpers import editing_parity, omni_parity, parity, pipeline_parity, vision
 from zimage_core.vision.processor import Processor
 
 
@@ -25,6 +25,7 @@ def measure() -> list[parity.Difference]:
     found = []
     for case, sides, captions in parity.transformer_cases():
         found += parity.transformer_differences(sides, captions, case)
+    found += omni_parity.all_differences()
     for arch in parity.ENCODERS:
         found += [parity.text_encoder_difference(arch, length) for length in (1, 8, 37, 130)]
     for height, width in ((64, 64), (64, 48), (8, 8)):

@@ -36,6 +36,7 @@ from zimage_core.run.controlled import Controlled, control_files
 from zimage_core.run.decode import decode, encode_images
 from zimage_core.run.denoise import Denoiser, denoise
 from zimage_core.run.device_faults import explained
+from zimage_core.run.enhancing import Enhancing
 from zimage_core.run.image_calls import ImageCalls
 from zimage_core.run.loading import (
     keep_sample_size,
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 Self = TypeVar("Self", bound="ZImagePipeline")
 
 
-class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Ported):
+class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Enhancing, Ported):
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.

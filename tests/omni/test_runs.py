@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.helpers import omni, tiny
 from tests.helpers.omni import draw, picture
 from zimage_core import ZImageImg2ImgPipeline, ZImageOmniPipeline
-from zimage_core.files import png
 from zimage_core.nn.layers import has_hooks
 
 A, B, C = picture(48, 32, 0), picture(32, 48, 1), picture(64, 32, 2)
@@ -102,7 +103,7 @@ def test_settings_tell_the_references_and_no_path(pipe, tmp_path):
     A.save(path)
     result = pipe("a", reference_images=[path, C], seed=1, num_inference_steps=1, guidance_scale=0.0)
     result.save(tmp_path / "out.png")
-    found = png.settings(tmp_path / "out.png") if hasattr(png, "settings") else result.metadata()
+    found = json.loads(Image.open(tmp_path / "out.png").text["zimage"])
     shown = found["reference_images"]
     assert [(each["width"], each["height"]) for each in shown] == [(48, 32), (64, 32)]
     assert shown[0]["name"] == "cat.png"
@@ -166,8 +167,24 @@ def test_a_folder_opens_as_it_was_saved(tmp_path, pipe):
     parts = {name: folder / name for name in ("transformer", "text_encoder", "vae", "siglip", "tokenizer")}
     files = ZImageOmniPipeline.from_files(**parts)
     assert torch.equal(draw(loaded, image=[A, B]), draw(files, image=[A, B]))
+    assert torch.equal(draw(deepcopy(loaded), image=[A, B]), draw(files, image=[A, B]))
     result = loaded(A, "a", seed=1, num_inference_steps=1, guidance_scale=0.0)
     assert set(result.files) == {"transformer", "text_encoder", "vae", "siglip"}
     without = loaded(prompt="a", height=32, width=32, num_inference_steps=1, guidance_scale=0.0)
     assert "siglip" not in without.files
     assert ZImageOmniPipeline.from_pretrained(folder, siglip=None).siglip is None
+
+
+def test_a_saved_pipeline_opens_again_and_its_processor_in_transformers(tmp_path):
+    pipe = ZImageOmniPipeline.from_pretrained(omni.folder(tmp_path / "omni"))
+    pipe.save_pretrained(tmp_path / "saved")
+    again = ZImageOmniPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(draw(again, image=[A, B]), draw(pipe, image=[A, B]))
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert index["_class_name"] == "ZImageOmniPipeline"
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "saved" / "siglip_processor")
+    found = theirs(images=[picture(101, 75)], return_tensors="pt")
+    patches, grid = again.siglip.processor.patches(np.asarray(picture(101, 75)))
+    assert grid == tuple(found.spatial_shapes[0].tolist())
+    assert torch.equal(found.pixel_values[0][: len(patches)], patches)

@@ -24,8 +24,7 @@ from zimage_core.memory.references import References
 from zimage_core.memory.sizes import Sizes, read_sizes
 from zimage_core.memory.tower import Tower
 from zimage_core.weights.card import require
-from zimage_core.weights.components import open_component, open_parts
-from zimage_core.weights.folder import component_folder
+from zimage_core.weights.components import open_component, open_optional, open_parts
 from zimage_core.weights.opened import Opened
 
 CARDS = (4, 6, 8, 12, 16, 24)
@@ -165,12 +164,11 @@ def _references(
     factor = vae.spatial_factor if isinstance(vae, AutoencoderConfig) else 8
     samples = args.count * (2 if args.guidance else 1)
     shown = References.usual(args.references, height // factor, width // factor, args.caption, samples)
-    place: Any = args.siglip
-    if place is None and args.model is not None and (folder := Path(args.model)).is_dir():
-        place = component_folder(folder, "siglip")
-    if place is None:
+    opened = None if args.siglip is None else open_component(args.siglip, "siglip")
+    if opened is None and args.model is not None and Path(args.model).is_dir():
+        opened = open_optional(args.model, "siglip", variant=args.variant)
+    if opened is None:
         return shown, None
-    opened = open_component(place, "siglip")
     try:
         require(opened.card, "siglip", opened.file.path)
         return shown, Tower.of_file(opened, sizes.dtype, max(shown.features))

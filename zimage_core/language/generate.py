@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimage_core.errors import BadArgument, printable
-from zimage_core.language.sampling import Chooser, Sampling
+from zimage_core.errors import BadArgument
+from zimage_core.language.sampling import Chooser, Sampling, shown
 from zimage_core.models.language_model import LanguageModel
 from zimage_core.text.tokenizer import Tokenizer
 
@@ -28,16 +28,20 @@ class Writer:
         model: The language model.
         ids: The text so far, at least one token.
         sampling: How tokens are chosen.
+        vocabulary: Number of tokens to choose from; None for all. Tables of embeddings have more rows than
+            there are tokens.
 
     Raises:
         BadArgument: There is no token, or there are more than the model was made for.
     """
 
-    def __init__(self, model: LanguageModel, ids: Sequence[int], sampling: Sampling) -> None:
+    def __init__(
+        self, model: LanguageModel, ids: Sequence[int], sampling: Sampling, vocabulary: int | None = None
+    ) -> None:
         if not ids:
             raise BadArgument("language model: there is nothing to continue; write a prompt")
         self.model, self._choose, self._cache = model, Chooser(sampling), model.new_cache()
-        self._waiting = [*ids]
+        self._waiting, self._vocabulary = [*ids], vocabulary
         if self.room < 0:
             raise BadArgument(
                 f"the prompt has {len(ids)} tokens with its instructions, this language model reads at most "
@@ -61,10 +65,8 @@ class Writer:
         return found
 
     def next(self) -> int:
-        """Choose the next token and continue the text with it."""
-        token = self._choose(self.logits())
-        self.add([token])
-        return token
+        """Choose the next token, which `add` makes a part of the text."""
+        return self._choose(self.logits()[: self._vocabulary])
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def generate(
     sampling: Sampling = Sampling(),  # noqa: B008  it cannot change
     stop: Collection[int] = (),
     on_token: Callable[[int], object] | None = None,
+    vocabulary: int | None = None,
 ) -> Generated:
     """Continue a text.
 
@@ -97,18 +100,20 @@ def generate(
         sampling: How tokens are chosen; default: the most likely one each time.
         stop: Tokens that end the text; see `stop_ids`.
         on_token: Called with each token that is written.
+        vocabulary: Number of tokens to choose from, such as `len(tokenizer)`; None for all.
 
     Raises:
         BadArgument: A number is out of range, or there are too many tokens to begin with.
         NonFinite: The network gives NaN or infinity.
     """
     check_limit("max_new_tokens", max_new_tokens)
-    writer = Writer(model, ids, sampling)
+    writer = Writer(model, ids, sampling, vocabulary)
     written: list[int] = []
     while len(written) < max_new_tokens and writer.room > 0:
         token = writer.next()
         if token in stop:
             return Generated(tuple(written), True)
+        writer.add([token])
         written.append(token)
         if on_token is not None:
             on_token(token)
@@ -126,8 +131,7 @@ def check_limit(name: str, value: Any, low: int = 1) -> int:
         BadArgument: It is no whole number in its range.
     """
     if type(value) is not int or not low <= value <= MOST_NEW_TOKENS:
-        shown = printable(value, 40) if not isinstance(value, int) or abs(value) < 1 << 99 else "more"
-        raise BadArgument(f"{name}: got {shown}, wanted an integer from {low} to {MOST_NEW_TOKENS}")
+        raise BadArgument(f"{name}: got {shown(value)}, wanted an integer from {low} to {MOST_NEW_TOKENS}")
     return value
 
 

@@ -48,12 +48,17 @@ class Sampling:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high or (name == "top_p" and value == 0):
                 above = "above 0, up to 1" if name == "top_p" else f"from {low:g} to {high:g}"
-                raise BadArgument(f"{name}: got {printable(value, 40)}, wanted a number {above}")
+                raise BadArgument(f"{name}: got {shown(value)}, wanted a number {above}")
         for name, most in (("top_k", 1 << 24), ("seed", MAX_SEED)):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value <= most:
-                shown = printable(value, 40) if not isinstance(value, int) or abs(value) < 1 << 99 else "more"
-                raise BadArgument(f"{name}: got {shown}, wanted an integer from 0 to {most}")
+                raise BadArgument(f"{name}: got {shown(value)}, wanted an integer from 0 to {most}")
+
+
+def shown(value: object) -> str:
+    """A value for a message; Python refuses to write integers of thousands of digits."""
+    long = isinstance(value, int) and abs(value) >> 99
+    return "an integer of over 99 bits" if long else printable(value, 40)
 
 
 class Chooser:

@@ -160,7 +160,7 @@ class PhaseManager:
     def begin(
         self, *, width: int, height: int, images: int, caption_tokens: int, guidance: bool, steps: int,
         image: bool = False, controlnets: tuple[nn.Module, ...] = (), control_images: int = 0,
-        references: References | None = None,
+        references: References | None = None, beside_encoder: int = 0,
     ) -> Plan:  # fmt: skip
         """Plan a run and follow that plan from now on.
 
@@ -175,6 +175,7 @@ class PhaseManager:
             controlnets: Networks that run beside the transformer, on the host.
             control_images: Images that they follow.
             references: Reference images, which the network "siglip" sees; None for a run without.
+            beside_encoder: Bytes on the device beside the text encoder, as a language model takes them.
 
         Raises:
             OverBudget: The budget does not hold the least that this image needs.
@@ -185,8 +186,11 @@ class PhaseManager:
         seen = (width, height, caption_tokens)
         if references is not None:
             seen = references.seen(self._sizes, width, height)
+        sizes = beside.adapted(self._sizes, self._networks, *seen)
+        encoder = sizes.text_encoder
+        sizes = replace(sizes, text_encoder=replace(encoder, always=encoder.always + beside_encoder))
         job = Job(
-            beside.adapted(self._sizes, self._networks, *seen),
+            sizes,
             width, height, images, caption_tokens, rates, guidance, steps, kernels, workspace,
             self._compute("transformer"), torch.get_num_threads(), self._compute("text_encoder"), image,
             references,

@@ -57,19 +57,24 @@ class LanguageModel(nn.Module):
         return KVCache(self.config.num_layers)
 
     def share(self) -> None:
-        """Let the ending be what the encoder is: device, dtype, arithmetic, and the table of a tied head.
+        """Let the ending be what the encoder is now: device, dtype, arithmetic, and the table of a tied head.
 
         The encoder may have been moved or cast since; weights that are in place already are not touched.
         """
+        self.tie()
         encoder, ending = self.encoder, self.ending
-        if ending.tied:  # the packed rows themselves: moved once, with the encoder
-            ending.head.set_weight(encoder.embed_tokens.weight)
         weight: Tensor = ending.norm.weight
         if weight.device != encoder.device or weight.dtype != encoder.dtype:
             ending.layer.to(encoder.device, encoder.dtype)
             ending.norm.to(encoder.device, encoder.dtype)
             if not ending.tied:
                 ending.head.to(encoder.device, encoder.dtype)
+
+    def tie(self) -> None:
+        """Let the last layer multiply as the encoder's do, and a tied head read the encoder's table."""
+        encoder, ending = self.encoder, self.ending
+        if ending.tied:  # the packed rows themselves: moved once, with the encoder
+            ending.head.set_weight(encoder.embed_tokens.weight)
         last: nn.Module = encoder.layers[-1]
         for name, module in ending.layer.named_modules():
             if isinstance(module, Linear):

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from zimage_core.config import COMPONENTS
+from zimage_core.config import COMPONENTS, OPTIONAL_COMPONENTS
 from zimage_core.errors import BadArgument, Unsupported, WrongModel, printable
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
@@ -23,8 +23,8 @@ KINDS: dict[str, tuple[type, str]] = {
     "scheduler": (FlowMatchEulerScheduler, "zimage_core.FlowMatchEulerScheduler(shift=...)"),
 }
 """Component -> its class, and how to get one."""
-SIGLIP = "siglip"
-"""The vision tower of an Omni pipeline, a component beside the three that every pipeline has."""
+(SIGLIP,) = OPTIONAL_COMPONENTS
+"""The vision tower of an Omni pipeline."""
 
 _WITHOUT = {
     "transformer": "to make images",
@@ -100,7 +100,7 @@ def require(name: str, value: object) -> None:
 
 def networks(pipe: Any) -> dict[str, Any]:
     """The networks of a pipeline by name, without those that it does not have."""
-    names = (*COMPONENTS, SIGLIP)
+    names = (*COMPONENTS, *OPTIONAL_COMPONENTS)
     return {name: network for name in names if (network := getattr(pipe, name)) is not None}
 
 

@@ -96,6 +96,11 @@ def load_components(
         found = {name: None if value is None else value.to(device) for name, value in objects.items()}
         for name, part in opened.items():
             found[name] = load_network(class_of(name), part, dtypes.get(name, torch.float32), device)
+        if SIGLIP in opened:
+            from zimage_core.vision.processor import processor_of
+
+            tower: Any = found[SIGLIP]
+            tower.processor = processor_of(tower)  # a copy of it has no file
         encoder = found["text_encoder"]
         if encoder is not None or tokenizer is not None:
             own = None if encoder is None else opened_file(encoder)

@@ -168,6 +168,26 @@ class Opening:
         return cls._load(paths, None, scheduler, kinds, where, True, vram, ram)
 
     @classmethod
+    def from_text_encoder(
+        cls: type[Self],
+        text_encoder: PathLike | TextEncoder,
+        tokenizer: PathLike | Tokenizer | None = None,
+        *,
+        dtype: Dtype = None,
+        torch_dtype: Dtype = None,
+        compute: Compute = None,
+        device: str | torch.device = "cpu",
+        mmap: bool = True,
+    ) -> Self:
+        """Build a pipeline that draws nothing, for `encode_prompt` and `enhance_prompt`.
+
+        Arguments and errors are those of `from_files`.
+        """
+        paths = {"transformer": None, "text_encoder": text_encoder, "vae": None}
+        kinds, where = (dtype, torch_dtype, read_computes(compute)), read_device(device)
+        return cls._load(paths, tokenizer, None, kinds, where, mmap, None, None)
+
+    @classmethod
     def _load(
         cls: type[Self],
         paths: Mapping[str, Any],

@@ -206,7 +206,9 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
     out, batch = [], run.batch
     for i, seed in enumerate(run.seeds):
         # if features were given, the prompt was not used, so it is left out
-        texts = {"prompt": batch.prompts[i]} if batch.prompts and not batch.prompt_embeds else {}
+        texts: dict[str, Any] = {}
+        if batch.prompts and not batch.prompt_embeds:
+            texts = {"prompt": str(batch.prompts[i]), **getattr(batch.prompts[i], "settings", {})}
         if batch.negative_prompts and batch.negative_prompts[i]:
             texts["negative_prompt"] = batch.negative_prompts[i]
         edited = {} if run.edit is None else run.edit.settings(i)

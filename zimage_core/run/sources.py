@@ -16,8 +16,13 @@ from zimage_core.run.components import SIGLIP
 from zimage_core.run.locate import locate
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
-from zimage_core.weights.components import check_pipeline_class, open_parts, scheduler_values
-from zimage_core.weights.folder import component_folder, has_tokenizer, tokenizer_of
+from zimage_core.weights.components import (
+    check_pipeline_class,
+    open_optional,
+    open_parts,
+    scheduler_values,
+)
+from zimage_core.weights.folder import has_tokenizer, tokenizer_of
 from zimage_core.weights.opened import Opened, open_weights
 from zimage_core.weights.source import WeightFile
 
@@ -80,8 +85,8 @@ def find(
         raise BadFile(config, str(error).removeprefix(f"{config.name}: "), "correct or remove it") from None
     wanted = [part for part in COMPONENTS if part not in given]
     paths: dict[str, Path | Opened] = dict(open_parts(path, wanted, mmap, variant, tag))
-    if SIGLIP not in given and path.is_dir() and component_folder(path, SIGLIP) is not None:
-        paths |= open_parts(path, (SIGLIP,), mmap, variant, tag)
+    if SIGLIP not in given and (tower := open_optional(path, SIGLIP, mmap, variant)) is not None:
+        paths[SIGLIP] = tower
     return Sources(paths, tokenizer_of(beside), scheduler)
 
 

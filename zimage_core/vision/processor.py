@@ -139,13 +139,16 @@ class Processor:
 
 
 def processor_of(tower: VisionTower) -> Processor:
-    """The processor that belongs to a tower: what the preprocessor_config.json beside its file says.
+    """The processor that belongs to a tower: its attribute `processor`, else what is stated beside its file.
 
-    The file is looked for beside the weights, then in the folder `siglip_processor` of a pipeline.
+    A preprocessor_config.json is looked for beside the weights, then in the folder `siglip_processor` of a
+    pipeline.
 
     Raises:
         BadFile: The file cannot be read, or describes another processor.
     """
+    if isinstance(tower.processor, Processor):
+        return tower.processor
     path = getattr(getattr(tower.opened, "file", None), "path", None)
     found = None if path is None else _config_file(Path(path))
     if found is None:
