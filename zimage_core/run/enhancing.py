@@ -149,6 +149,7 @@ class Enhancing:
         model.share()
         asked = getattr(encoder, "asked", encoder.compute)
         mode = "bfloat16" if asked == "exact" and encoder.dtype == torch.bfloat16 else asked
-        room = free_for_rows([encoder], encoder.device, 0)[0] if wish.max_new_tokens >= PAYS_FROM else 0
+        pays = encoder.device.type == "cpu" and wish.max_new_tokens >= PAYS_FROM
+        room = free_for_rows([encoder], encoder.device, 0)[0] if pays else 0
         with self._placement.phase("encode", encoder), ready_for_decoding(model, mode, room):
             yield
