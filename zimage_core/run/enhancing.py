@@ -6,6 +6,7 @@ that draws alone pays nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,10 +144,14 @@ class Enhancing:
             with writing(memory, model, opened, prompt, tokens):
                 yield
             return
-        from zimage_core.nn.decoding import ready_for_decoding
+        from zimage_core.memory.page_cache import available
+        from zimage_core.nn.decoding import PAYS_FROM, ready_for_decoding
 
         model.share()
-        exact = encoder.compute == "exact" and encoder.dtype != torch.bfloat16
-        mode = "exact" if exact else "int8" if encoder.compute == "int8" else "bfloat16"
-        with self._placement.phase("encode", encoder), ready_for_decoding(model, mode):
+        asked = getattr(encoder, "asked", encoder.compute)
+        mode = "bfloat16" if asked == "exact" and encoder.dtype == torch.bfloat16 else asked
+        free = available()
+        room = sys.maxsize if free is None else free // 2  # forms of 8-bit weights are larger than they are
+        room = room if encoder.device.type == "cpu" and wish.max_new_tokens >= PAYS_FROM else 0
+        with self._placement.phase("encode", encoder), ready_for_decoding(model, mode, room):
             yield
