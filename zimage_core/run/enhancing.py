@@ -6,7 +6,6 @@ that draws alone pays nothing.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,14 +143,13 @@ class Enhancing:
             with writing(memory, model, opened, prompt, tokens):
                 yield
             return
-        from zimage_core.memory.page_cache import available
+        from zimage_core.memory.int8_rows import free_for_rows
         from zimage_core.nn.decoding import PAYS_FROM, ready_for_decoding
 
         model.share()
         asked = getattr(encoder, "asked", encoder.compute)
         mode = "bfloat16" if asked == "exact" and encoder.dtype == torch.bfloat16 else asked
-        free = available()
-        room = sys.maxsize if free is None else free // 2  # forms of 8-bit weights are larger than they are
-        room = room if encoder.device.type == "cpu" and wish.max_new_tokens >= PAYS_FROM else 0
+        pays = encoder.device.type == "cpu" and wish.max_new_tokens >= PAYS_FROM
+        room = free_for_rows([encoder], encoder.device, 0)[0] if pays else 0
         with self._placement.phase("encode", encoder), ready_for_decoding(model, mode, room):
             yield
