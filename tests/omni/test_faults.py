@@ -69,7 +69,7 @@ def test_an_empty_list_of_images_is_refused(pipe):
     with pytest.raises(BadArgument, match="image: got an empty list"):
         ZImageOmniPipeline.from_pipe(pipe)([], "a")
     with pytest.raises(BadArgument, match="image: got 0 images"):
-        pipe("a", image=[], strength=0.5)
+        pipe("a", image=[])
 
 
 def test_hires_makes_its_own_image(pipe):
