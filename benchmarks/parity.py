@@ -10,8 +10,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
 from benchmarks.report import RESULTS, ROOT, fill_tables, machine, markdown, write
-from tests.helpers import editing_parity, parity, pipeline_parity
+from tests.helpers import editing_parity, omni_parity, parity, pipeline_parity, vision
+from zimage_core.vision.processor import Processor
 
 
 def measure() -> list[parity.Difference]:
@@ -19,10 +25,14 @@ def measure() -> list[parity.Difference]:
     found = []
     for case, sides, captions in parity.transformer_cases():
         found += parity.transformer_differences(sides, captions, case)
+    found += omni_parity.all_differences()
     for arch in parity.ENCODERS:
         found += [parity.text_encoder_difference(arch, length) for length in (1, 8, 37, 130)]
     for height, width in ((64, 64), (64, 48), (8, 8)):
         found += parity.autoencoder_differences(height, width)
+    for grid in vision.GRIDS:
+        found += vision.vision_differences(grid)
+    found += [vision.picture_difference(path) for path in vision.IMAGES]
     return [*found, *pipeline_parity.pipeline_differences(), *editing_parity.editing_differences()]
 
 
@@ -42,14 +52,32 @@ def table(found: list[parity.Difference]) -> str:
     )
 
 
+def resizes() -> dict[str, dict[str, float]]:
+    """How far torch's resize of bytes, which torchvision calls, is from Pillow's, on image files."""
+    found = {}
+    for path in vision.PICTURES:
+        image = Image.open(path).convert("RGB")
+        processor = Processor()
+        height, width = (n * processor.patch_size for n in processor.grid(image.height, image.width))
+        ours = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BILINEAR))).int()
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        other = interpolate(pixels, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+        apart = (other.int() - ours).abs()
+        found[path.name] = {"largest": int(apart.max()), "share": float((apart > 0).double().mean())}
+    return found
+
+
 def main() -> None:
-    """Measure, then replace the table and the raw data."""
-    found, on = measure(), machine()
-    write(RESULTS / "parity.json", {"differences": [asdict(d) for d in found]})
+    """Measure, then replace the tables and the raw data."""
+    found, on, shares = measure(), machine(), resizes()
+    write(RESULTS / "parity.json", {"differences": [asdict(d) for d in found], "resizes": shares})
     versions = {"torch": on["torch"]} | {p: on["packages"][p] for p in ("diffusers", "transformers")}
     against = ", ".join(f"{name} {version}" for name, version in versions.items())
     where = f"Against {against}, on a CPU with {on['cpu']}, {on['threads']} thread(s)."
-    fill_tables(ROOT / "docs/numerics.md", {"parity": f"{where}\n\n{table(found)}"})
+    rows = [[name, f"{each['largest']} of 255", f"{each['share']:.2%}"] for name, each in shares.items()]
+    resized = markdown("image | largest difference of a byte | share of bytes that differ", rows)
+    tables = {"parity": f"{where}\n\n{table(found)}", "resizes": resized}
+    fill_tables(ROOT / "docs/numerics.md", tables)
 
 
 if __name__ == "__main__":

@@ -34,16 +34,21 @@ ALLOWED: dict[str, set[str]] = {
     "memory": {"config", "cpu", "files", "formats", "models", "nn", "quant", "weights"},
     "control": {"assets", "config", "editing", "files", "models", "nn", "quant", "weights"},
     "editing": {"config", "files", "models", "sampling"},
+    "omni": {"editing", "models", "nn", "text"},
+    "language": {"config", "models", "text"},
     "run": {
-        "adapters", "assets", "config", "control", "editing", "files", "memory", "models", "nn", "quant",
-        "sampling", "text", "weights",
+        "adapters", "assets", "config", "control", "editing", "files", "language", "memory", "models", "nn",
+        "omni", "quant", "sampling", "text", "vision", "weights",
     },
     "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
     "image_pipelines": {"pipeline", "run"},
+    "omni_pipelines": {"pipeline", "run"},
     "preview": {"config", "models", "run", "weights"},
     "control_pipelines": {"control", "pipeline", "run"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
-    "export": {"assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "weights"},
+    "export": {
+        "assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "vision", "weights",
+    },
     "study": {
         "export", "files", "formats", "models", "nn", "pipeline", "quant", "quantize", "run", "sampling",
         "weights",
@@ -57,7 +62,7 @@ REACH_KERNELS = {
 EVERYTHING = {"cli", "__main__", "zimage_core"}  # may import every package; zimage_core is __init__.py
 DATA_ONLY = {"errors", "formats", "codebooks", "fields", "config", "scheduler_config", "files", "cli"}
 """Packages that import only the standard library at the top; other packages inside functions."""
-WITH_TENSORS = {"load", "scan"}
+WITH_TENSORS = {"language", "load", "scan"}
 """The files of weights/ that compute; the others only read headers, for `zimage inspect`."""
 PLANS = {
     "__init__",
@@ -69,8 +74,10 @@ PLANS = {
     "plan",
     "planner",
     "rates",
+    "references",
     "residency",
     "sizes",
+    "tower",
 }
 """The files of memory/ that only plan, for `zimage plan`; the others move weights."""
 NEVER = {

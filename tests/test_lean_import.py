@@ -51,7 +51,7 @@ def test_a_plain_run_loads_no_room_beside_the_main_job():
     assert "run" in rooms
     samplers = {"heun", "res_multistep", "dpmpp_2m", "ancestral", "schedules", "variety"}
     assert not loaded & {f"zimage_core.sampling.{name}" for name in samplers}
-    assert not rooms & {"adapters", "control", "editing", "preview", "study", "export"}
+    assert not rooms & {"adapters", "control", "editing", "export", "omni", "preview", "study", "vision"}
 
 
 def test_every_public_name_resolves():

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from zimage_core.formats import FORMATS
     from zimage_core.image_pipelines import ZImageImg2ImgPipeline, ZImageInpaintPipeline
     from zimage_core.memory.phases import MemoryBudget
+    from zimage_core.omni_pipelines import ZImageOmniPipeline
     from zimage_core.pipeline import ZImagePipeline
     from zimage_core.quant.dequantize import dequantize
     from zimage_core.quant.tensor import QuantTensor
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from zimage_core.text.tokenizer import Tokenizer
     from zimage_core.weights.identify import identify
     from zimage_core.weights.inspection import inspect_file
+    from zimage_core.weights.language import load_language_model
     from zimage_core.weights.load import load_siglip, load_text_encoder, load_transformer, load_vae
     from zimage_core.weights.opened import open_weights
 
@@ -75,6 +77,7 @@ __all__ = [
     "ZImageError",
     "ZImageImg2ImgPipeline",
     "ZImageInpaintPipeline",
+    "ZImageOmniPipeline",
     "ZImagePipeline",
     "convert_file",
     "dequantize",
@@ -82,6 +85,7 @@ __all__ = [
     "identify",
     "inspect_file",
     "load_controlnet",
+    "load_language_model",
     "load_siglip",
     "load_text_encoder",
     "load_tokenizer",
@@ -104,6 +108,7 @@ _MODULE = {  # public name -> module; all other public names are error classes
     "ZImageControlNetInpaintPipeline": "control_pipelines",
     "ZImageControlNetModel": "control.model",
     "ZImageControlNetPipeline": "control_pipelines",
+    "ZImageOmniPipeline": "omni_pipelines",
     "ZImagePipeline": "pipeline",
     "convert_file": "export.converting",
     "dequantize": "quant.dequantize",
@@ -111,6 +116,7 @@ _MODULE = {  # public name -> module; all other public names are error classes
     "identify": "weights.identify",
     "inspect_file": "weights.inspection",
     "load_controlnet": "control.load",
+    "load_language_model": "weights.language",
     "load_siglip": "weights.load",
     "load_text_encoder": "weights.load",
     "load_tokenizer": "run.sources",

@@ -16,7 +16,9 @@ from zimage_core.fields import Fields
 NATIVE_SIZE = 1024
 """Pixels a side of an image, where a transformer's file does not state another size."""
 COMPONENTS = ("transformer", "text_encoder", "vae")
-"""The three networks of a pipeline, by the names of their folders in diffusers' layout."""
+"""The three networks of every pipeline, by the names of their folders in diffusers' layout."""
+OPTIONAL_COMPONENTS = ("siglip",)
+"""Networks that a pipeline may have beside them: the vision tower of Omni."""
 
 ONCE = ("context_refiner", "siglip_refiner")
 """Module lists of a transformer that run once for a caption, before the steps."""

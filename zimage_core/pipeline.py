@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
 from zimage_core.config import COMPONENTS, AutoencoderConfig
 from zimage_core.errors import BadArgument, Busy, Unsupported, ZImageError
 from zimage_core.files.units import parse_bytes
-from zimage_core.memory.beside import adapted, weighed
+from zimage_core.memory.beside import adapted, tower_of, weighed
 from zimage_core.memory.nets import Beside
 from zimage_core.memory.plan import Plan
 from zimage_core.memory.planner import make_plan
@@ -25,6 +25,7 @@ from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.compute import set_compute
 from zimage_core.run.adapted import Adapted
+from zimage_core.run.batch import Batch, Encoding
 from zimage_core.run.checks import (
     StepCallback,
     read_computes,
@@ -35,6 +36,7 @@ from zimage_core.run.controlled import Controlled, control_files
 from zimage_core.run.decode import decode, encode_images
 from zimage_core.run.denoise import Denoiser, denoise
 from zimage_core.run.device_faults import explained
+from zimage_core.run.enhancing import Enhancing
 from zimage_core.run.image_calls import ImageCalls
 from zimage_core.run.loading import (
     keep_sample_size,
@@ -45,21 +47,24 @@ from zimage_core.run.nonfinite import checked, guard_attention
 from zimage_core.run.opening import Opening
 from zimage_core.run.placement import Placement
 from zimage_core.run.ported import Ported
-from zimage_core.run.request import Batch, Encoding, Limits, Request, Run, encoding, make_batch, prepare
+from zimage_core.run.referenced import Referenced
+from zimage_core.run.request import Limits, Request, Run, encoding, make_batch, prepare
 from zimage_core.run.result import Clock, Timings, ZImageResult, peak_memory, settings_of, to_output
 from zimage_core.run.sharing import note_run
 from zimage_core.run.unlearned import unlearned
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
-from zimage_core.text.prompt import prompt_ids
 from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.load import opened_file
 from zimage_core.weights.opened import Opened
 from zimage_core.weights.source import WeightFile
 
+if TYPE_CHECKING:
+    from zimage_core.models.vision_tower import VisionTower
+
 Self = TypeVar("Self", bound="ZImagePipeline")
 
 
-class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
+class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Enhancing, Ported):
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.
@@ -78,6 +83,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
         transformer: The S3-DiT.
         sample_size: Default height and width in pixels. Default: that of the transformer, or 1024 if it
             states none.
+        siglip: The vision tower that sees reference images, for an Omni transformer.
 
     Raises:
         BadArgument: A component is an object of another kind, such as a module of diffusers.
@@ -92,9 +98,10 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
         tokenizer: Tokenizer | None = None,
         transformer: ZImageTransformer | None = None,
         sample_size: int | None = None,
+        siglip: VisionTower | None = None,
     ) -> None:
         given = {"scheduler": scheduler, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        check_kinds({**given, "transformer": transformer})
+        check_kinds({**given, "transformer": transformer, "siglip": siglip})
         scheduler = scheduler or stated_scheduler(known_of(transformer))
         # None is refused by name where a component is needed, so the types leave it out
         self.scheduler = FlowMatchEulerScheduler() if scheduler is None else scheduler
@@ -102,6 +109,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
         self.text_encoder = cast(TextEncoder, text_encoder)
         self.tokenizer = cast(Tokenizer, tokenizer)
         self.transformer = cast(ZImageTransformer, transformer)
+        self.siglip = siglip
         self.sample_size = keep_sample_size(transformer, sample_size)
         self._placement = Placement()
         self._controlnets = {}
@@ -114,6 +122,8 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
             guard_attention(text_encoder, "text encoder")
         if vae is not None:
             guard_attention(vae, "VAE")
+        if siglip is not None:
+            guard_attention(siglip, "vision tower")
         check_components(self, {name: file.path for name, file in self.files().items()})
 
     def __call__(
@@ -157,6 +167,8 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
         controlnet_conditioning_scale: float | Sequence[float] = 0.75,
         control_guidance_start: float | Sequence[float] = 0.0,
         control_guidance_end: float | Sequence[float] = 1.0,
+        reference_images: Any = None,
+        positions: str | None = None,
     ) -> ZImageResult | tuple[Any]:
         """Make images.
 
@@ -214,6 +226,10 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
             controlnet_conditioning_scale: Strength of the control, one for each image or for all.
             control_guidance_start: Share of the steps after which the control begins, in the same form.
             control_guidance_end: Share of the steps after which it ends, in the same form.
+            reference_images: Images that the prompt speaks of, for an Omni checkpoint: any number for all
+                prompts, or a list for each; docs/omni.md. `image` without strength and mask means the same
+                where the pipeline has a `siglip`.
+            positions: How their places are numbered: "trained" (the default) or "diffusers".
 
         Returns:
             The images with seeds, noise levels, timings and memory; see `ZImageResult`.
@@ -268,6 +284,8 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
             controlnet_conditioning_scale=controlnet_conditioning_scale,
             control_guidance_start=control_guidance_start,
             control_guidance_end=control_guidance_end,
+            reference_images=reference_images,
+            positions=positions,
         )
         return self._run(request, return_dict)
 
@@ -297,25 +315,28 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
         clock = Clock()
         note_run(self)
         check_kinds({**networks(self), "scheduler": self.scheduler})
+        request = self._with_own_references(request)
         run = prepare(self.limits, self.scheduler, request)
         if self._controlnets or request.control_image is not None:
             run = self._with_controls(run, request)
+        self._check_references(run)
         if run.output_type != "latent" or (run.edit is not None and run.edit.encodes):
             require("vae", self.vae)
         for remark in (*run.remarks, *unlearned(self.text_encoder, run.batch.prompts)):
             warnings.warn(remark, UserWarning, stacklevel=4)
         opened = {**self._opened(), **control_files(run)}
+        if run.references is None or not run.references.different():
+            opened.pop("siglip", None)
         for part in opened.values():
             part.file.check_unchanged()
         identities = {name: part.file.identity() for name, part in opened.items()}
         self._interrupt, self._guidance_scale, self._num_timesteps = False, run.guidance_scale, run.steps
         ids = self._tokenize(run.batch, run.encoding)
-        embeds = (*(run.batch.prompt_embeds or ()), *(run.batch.negative_prompt_embeds or ()))
-        longest = max(len(each) for each in (*ids.values(), *embeds))
-        self._placement.begin(networks(self), run, longest)
+        longest = max(len(each) for each in (*ids.values(), *run.batch.given()))
+        self._placement.begin(networks(self), run, longest, self._planned_references(run, ids))
         limited = self._placement.memory is not None
         place = torch.device("cpu") if limited else self.transformer.device
-        captions = self._encode(run.batch, ids, run.debug, place)
+        captions = self._encode(run.batch, ids, run.encoding, run.debug, place)
         if run.variety:
             from zimage_core.sampling.variety import vary
 
@@ -325,6 +346,8 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
             run = self._with_image(run)
         if run.controls:
             run = self._with_control_latents(run)
+        if run.references is not None:
+            run = self._with_encoded_references(run)
         encoded = clock.lap()
         with self._placement.phase("denoise", self.transformer):
             predict = self._placement.predict(self.transformer, run, longest)
@@ -371,10 +394,10 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
     def _tokenize(self, batch: Batch, options: Encoding) -> dict[str, torch.Tensor]:
         """Each text that has to be encoded, with its token ids [L] int64."""
         found = {}
-        for text in batch.texts():
+        if batch.texts():
             require("text_encoder", self.text_encoder)
             require("tokenizer", self.tokenizer)
-            ids = prompt_ids(self.tokenizer, text, *options)
+        for text, ids in batch.token_ids(self.tokenizer, options).items():
             if not ids:
                 raise BadArgument(
                     "prompt: an empty one gives no tokens in this prompt_template; write something"
@@ -383,7 +406,12 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
         return found
 
     def _encode(
-        self, batch: Batch, ids: dict[str, torch.Tensor], debug: bool, device: torch.device
+        self,
+        batch: Batch,
+        ids: dict[str, torch.Tensor],
+        options: Encoding,
+        debug: bool,
+        device: torch.device,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Captions [L, cap_feat_dim] of both sides; a text that occurs twice is encoded once."""
         features = {}
@@ -393,16 +421,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
             for text, each in ids.items():
                 call = partial(self.text_encoder, each)
                 features[text] = checked(self.text_encoder, "text encoder", call, debug).to(out)
-        features = {text: each.to(device) for text, each in features.items()}
-
-        def side(texts: list[str] | None, given: list[torch.Tensor] | None) -> list[torch.Tensor]:
-            if given is not None:
-                return [member.to(device) for member in given]
-            return [features[text] for text in texts or ()]
-
-        return side(batch.prompts, batch.prompt_embeds), side(
-            batch.negative_prompts, batch.negative_prompt_embeds
-        )
+        return batch.sides({text: each.to(device) for text, each in features.items()}, options, device)
 
     @torch.no_grad()
     def encode_prompt(
@@ -449,11 +468,11 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
         else:  # a text encoder alone can encode
             require("text_encoder", self.text_encoder)
             width = self.text_encoder.config.hidden_size
-        batch = make_batch(request, do_classifier_free_guidance, width)
-        ids = self._tokenize(batch, encoding(request))
+        batch, options = make_batch(request, do_classifier_free_guidance, width), encoding(request)
+        ids = self._tokenize(batch, options)
         where = self.device if device is None else torch.device(device)
         try:
-            return self._encode(batch, ids, debug, where)
+            return self._encode(batch, ids, options, debug, where)
         except RuntimeError as error:
             fault = self._explained(error)
         raise fault
@@ -478,7 +497,8 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
     def components(self) -> dict[str, Any]:
         """The components by name, as in diffusers: `ZImagePipeline(**pipe.components)` shares them."""
         names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        return found if self.siglip is None else {**found, "siglip": self.siglip}
 
     # --- placement ---
 
@@ -626,6 +646,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
         rates: Rates | None = None,
         guidance: bool | None = None,
         steps: int | None = None,
+        references: int = 0,
     ) -> Plan:
         """Plan a run on a GPU without running it: the contents of memory and the expected time of each phase.
 
@@ -641,6 +662,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
             rates: Speeds of the machine, from `memory.rates.measure` or `known`; default: those of sm_86.
             guidance: Whether there is a negative side.
             steps: Number of steps.
+            references: Number of reference images, each as large as the image that is made.
 
         Raises:
             BadArgument: A number is out of range.
@@ -653,8 +675,11 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
         width = limits.sample_size if width is None else width
         height = limits.sample_size if height is None else height
         sizes = sizes_of(opened, str(self.dtype).removeprefix("torch."))
+        guided = limits.guidance > 0 if guidance is None else guidance
+        shown = self._usual_references(references, width, height, caption_tokens, images * (1 + guided))
+        seen = (width, height, caption_tokens) if shown is None else shown.seen(sizes, width, height)
         return make_plan(
-            adapted(sizes, networks(self), width, height, caption_tokens),
+            adapted(sizes, networks(self), *seen),
             width,
             height,
             images,
@@ -662,9 +687,11 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Ported):
             vram=None if vram is None else parse_bytes("vram", vram),
             ram=None if ram is None else parse_bytes("ram", ram),
             rates=rates,
-            guidance=limits.guidance > 0 if guidance is None else guidance,
+            guidance=guided,
             steps=limits.steps if steps is None else steps,
             compute=self.transformer.compute,
             encoder_compute=self.text_encoder.compute,
             nets=Beside(tuple(map(weighed, self.controlnets.values())), len(self.controlnets)),
+            references=shown,
+            tower=None if shown is None or self.siglip is None else tower_of(self.siglip, shown),
         )

@@ -91,7 +91,7 @@ def test_what_is_not_written_is_one_sentence(tmp_path):
         packed.save_pretrained(tmp_path / "b", push_to_hub=True)
     with pytest.raises(BadArgument, match="max_shard_size"):
         packed.save_pretrained(tmp_path / "b", max_shard_size="much")
-    with pytest.raises(BadArgument, match="wanted a transformer"):
+    with pytest.raises(BadArgument, match="wanted a network"):
         save_pretrained(3, tmp_path / "c")
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "x").write_text("mine")

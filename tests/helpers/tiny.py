@@ -26,7 +26,10 @@ from zimage_core.text.tokenizer import Tokenizer
 SIZE = 32
 """Pixels a side in most tests: 4 image tokens."""
 
-SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+SPECIALS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"),
+    *("<|vision_start|>", "<|vision_end|>"),
+)
 TRANSFORMER: dict[str, Any] = {
     "_class_name": "ZImageTransformer2DModel", "all_patch_size": [2], "all_f_patch_size": [1],
     "in_channels": 16, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
@@ -73,9 +76,9 @@ def vocabulary() -> list[str]:
     return [*byte_alphabet(), *SPECIALS]
 
 
-def tokenizer() -> Tokenizer:
-    tokens = vocabulary()
-    types = [1] * 256 + [3] * len(SPECIALS)
+def tokenizer(without: tuple[str, ...] = ()) -> Tokenizer:
+    tokens = [token for token in vocabulary() if token not in without]
+    types = [1] * 256 + [3] * (len(tokens) - 256)
     return Tokenizer.from_metadata({
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": [],

@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers import omni, tiny
 from zimage_core.config import TransformerConfig
-from zimage_core.errors import BadArgument, BadShape, Unsupported
+from zimage_core.errors import BadArgument, BadShape, NonFinite, Unsupported
 from zimage_core.models import omni_sequence
 from zimage_core.models.omni import OmniTransformer, Reference
 from zimage_core.models.transformer import ZImageTransformer
@@ -15,6 +15,7 @@ from zimage_core.nn.compute import set_compute
 from zimage_core.nn.linear import Linear
 from zimage_core.nn.segments import joined
 from zimage_core.quant.int8 import Int8Rows, quantize_rows
+from zimage_core.run.nonfinite import watch
 
 TRAINED_IDS = [*range(1, 33), *range(8, 72), *range(47, 79)]
 """t of three pieces of 5, 37 and 3 tokens with their pads, each counted on from its first token."""
@@ -172,6 +173,17 @@ def test_rows_of_two_segments_are_those_of_the_whole():
     assert torch.equal(parts.scale, whole.scale)
     layer = Linear(32, 16)
     assert torch.equal(layer(parts), layer(whole))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "bad", ["siglip_refiner.0.feed_forward.w1", "siglip_embedder.1", "layers.1.attention.to_k"]
+)
+def test_a_bad_number_is_named(bad):
+    model = omni.transformer()
+    model.get_submodule(bad).weight[0, 0] = float("nan")
+    with pytest.raises(NonFinite, match=f"because the weight {bad}.weight holds NaN"), watch(model, "S3-DiT"):
+        model(**omni.call().arguments)
 
 
 def test_gradients_reach_every_weight():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.blocks import every_format
-from zimage_core.cpu import capability
+from zimage_core.cpu import capability, int4
 from zimage_core.errors import BadArgument
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.quant import few_rows, int8, ops
@@ -102,6 +102,15 @@ def test_two_digits_hold_every_code() -> None:
     x[0, 0] = 1
     wanted = torch.arange(256).to(torch.uint8).view(torch.int8).float()
     assert torch.equal(prepared(weight, "bfloat16")(x)[0], wanted)
+
+
+def test_an_order_of_torch_that_is_not_known_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own conversion gives the same nibbles."""
+    weight = weight_of(FORMATS["Q5_K"])
+    x = rows_of(1, weight.shape[1])
+    wanted = prepared(weight, "bfloat16")(x)
+    monkeypatch.setattr(int4, "_height", lambda: 0)
+    assert torch.equal(prepared(weight, "bfloat16")(x), wanted)
 
 
 @pytest.mark.parametrize("mode", LIMITS)

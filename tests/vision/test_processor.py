@@ -1,4 +1,4 @@
-"""The image processor: transformers' patches to the bit, features of real and of odd images, refusals."""
+"""The image processor: transformers' patches to the bit, odd images, settings beside a tower, refusals."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from tests.helpers.parity import apart
-from tests.helpers.tree import ROOT
-from tests.helpers.vision import CONFIG, image, our_tower, safetensors_file, their_tower, theirs
+from tests.helpers.vision import CONFIG, image, safetensors_file, their_inputs, their_processor, their_tower
 from zimage_core.errors import BadArgument, BadFile, BadShape, Unsupported
 from zimage_core.models.vision_tower import VisionTower
 from zimage_core.vision.processor import MOST_PIXELS, Processor, encode, processor_of
@@ -24,35 +21,15 @@ from zimage_core.weights.load import load_siglip
 SIZES = [(64, 64), (300, 200), (17, 333), (1, 4000), (4000, 1), (1, 1), (7, 5), (256, 256), (700, 1300)]
 
 
-def their_processor(**options):
-    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
-
-    return Siglip2ImageProcessorPil(**options)
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_patches_are_those_of_transformers_to_the_bit(size):
     for options in ({}, {"max_num_patches": 100, "patch_size": 8}):
         pixels = image(*size)
-        inputs = their_processor(**options)(
-            images=[pixels], return_tensors="pt", input_data_format="channels_last"
-        )
+        inputs = their_inputs(their_processor(**options), pixels)
         got, grid = Processor(**options).patches(pixels)
         assert grid == tuple(inputs.spatial_shapes[0].tolist())
         assert torch.equal(got, inputs.pixel_values[0, : len(got)])
-
-
-@pytest.mark.parity
-def test_features_of_image_files_are_those_of_transformers():
-    found = sorted((ROOT / "docs" / "images").glob("*.png"))
-    assert found
-    model = their_tower(num_patches=256, patch_size=16)
-    for path in found[:2]:
-        pixels = np.asarray(Image.open(path).convert("RGB"))
-        want, got = theirs(model, their_processor(), pixels), encode(our_tower(model), pixels)
-        assert got.shape == want.shape
-        assert apart(got, want) <= 1e-5
 
 
 @given(st.integers(1, 1 << 20), st.integers(1, 1 << 20), st.integers(1, 1024), st.integers(2, 32))

@@ -190,5 +190,5 @@ def test_a_tower_must_fit_the_transformer():
     check_compatible(omni, siglip=VisionConfig())
     with pytest.raises(WrongModel, match="width 48; the Z-Image transformer needs 1152"):
         check_fits(CONFIG, omni)
-    with pytest.raises(WrongModel, match="text to image only"):
+    with pytest.raises(WrongModel, match="takes text alone"):
         check_fits(VisionConfig(), TransformerConfig())

@@ -36,7 +36,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     add("--variant", metavar="NAME", help="of the files in the folder IN, such as fp16 (default: none)")
     add(
         "--component",
-        choices=("transformer", "text_encoder", "vae"),
+        choices=("transformer", "text_encoder", "vae", "siglip"),
         help="of a folder or file with several; default: the transformer",
     )
     add("--dequantize", choices=("bf16", "f16", "f32"), help="make packed weights plain numbers of this type")

@@ -25,6 +25,7 @@ from zimage_core.cli.model_options import (
     read_prompts,
 )
 from zimage_core.cli.progress import Progress
+from zimage_core.cli.references import add_references, check_references
 from zimage_core.errors import BadArgument, printable
 from zimage_core.files.atomic import check_destination, write_atomically
 from zimage_core.files.units import in_bytes
@@ -38,6 +39,8 @@ _EPILOG = """\
 Without a model, or with --model default, the one inside the package is used.
 PROMPT - reads one prompt from standard input; --prompts FILE makes images of every line of a file.
 Image i of a run is made from seed + i, so `--seed` of its settings makes it again alone.
+With --enhance all images of a prompt are made from what was written with the first seed; to make one again,
+give the prompt in its settings, without --enhance.
 """
 
 
@@ -56,6 +59,9 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", dest="named_text", metavar="TEXT", help="the same as PROMPT")
     parser.add_argument("--prompts", metavar="FILE", help="a prompt a line, UTF-8; - is standard input")
+    parser.add_argument(
+        "--enhance", action="store_true", help="let the text encoder write each prompt anew, and show it"
+    )
     model = add_model(parser)
     add_lora(model)
     model.add_argument(
@@ -70,6 +76,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     _add_editing(parser)
     add_control(parser)
+    add_references(parser, model)
     output = parser.add_argument_group("output")
     output.add_argument(
         "-o", "--output", metavar="FILE", help="PNG, or a folder with / (default: zimage-SEED.png here)"
@@ -134,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
     call = call_arguments(args, prompts)
     _check(args, len(prompts))
     _check_editing(args, call)
+    check_references(args, call)
     loras, nets = read_loras(args.lora), read_controlnets(args, call)
     names = _names(args, len(prompts) * args.count)
     for name in names:
@@ -174,6 +182,10 @@ def _make(
     draw = pipeline if args.hires is None else partial(pipeline.hires, scale=args.hires)
     call["callback_on_step_end_tensor_inputs"] = ("denoised",) if show is not None else ()
     for number, path in enumerate(names):
+        if args.enhance and number % args.count == 0:
+            prompts[number // args.count] = _enhanced(
+                pipeline, prompts[number // args.count], args.seed, progress
+            )
         progress.start(f"image {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
         call["seed"] = (args.seed + number) % 2**64
         result = cast("ZImageResult", draw(prompts[number // args.count], **call))
@@ -189,6 +201,15 @@ def _make(
             progress.say(_summary(result))
             for line in result.memory.summary() if result.memory is not None else ():
                 progress.say(line)
+
+
+def _enhanced(pipeline: ZImagePipeline, prompt: str, seed: int, progress: Progress) -> str:
+    """The prompt that the text encoder writes; it is shown, since it is what is drawn."""
+    progress.start("writing the prompt")
+    found = pipeline.enhance_prompt(prompt, seed=seed)
+    progress.finish()
+    progress.say(f"prompt: {printable(found, 10 * len(found))}")
+    return found
 
 
 def _previewer(args: argparse.Namespace, pipeline: ZImagePipeline) -> Callable[[Any], None] | None:
@@ -214,7 +235,7 @@ def _check_preview(args: argparse.Namespace, names: list[Path]) -> None:
     if Path(args.preview).resolve() in {name.resolve() for name in names}:
         raise BadArgument(f"--preview {printable(args.preview)}: this is the name of an image, give another")
     # --force allows to replace an image, but not the one that is being edited, by a rough look at another
-    read = (args.image, args.mask_image, *(args.control_image or ()))
+    read = (args.image, args.mask_image, *(args.control_image or ()), *(args.reference_images or ()))
     if Path(args.preview).resolve() in {Path(name).resolve() for name in read if name is not None}:
         raise BadArgument(f"--preview {printable(args.preview)}: the run reads this file, give another name")
 

@@ -80,6 +80,7 @@ def build_parser() -> Parser:
         compare,
         convert,
         doctor,
+        enhance,
         generate,
         imatrix,
         inspect,
@@ -100,7 +101,7 @@ def build_parser() -> Parser:
     common.add_argument(
         "--debug", dest="traceback", action="store_true", help="show the traceback of an error"
     )
-    for verb in (generate, inspect, plan, quantize, convert, imatrix, sensitivity, compare, doctor):
+    for verb in (generate, enhance, inspect, plan, quantize, convert, imatrix, sensitivity, compare, doctor):
         verb.add_parser(verbs, common)
     for each in verbs.choices.values():
         each.set_defaults(options=option_names(each))

@@ -229,7 +229,7 @@ def _loaded(args: argparse.Namespace, options: dict[str, Any]) -> ZImagePipeline
     if args.dtype != "auto":
         options["dtype"] = args.dtype
     options["compute"] = args.compute
-    parts = given(args, (*COMPONENTS, "tokenizer"))
+    parts = given(args, (*COMPONENTS, "tokenizer", "siglip"))
     if args.model is not None:
         return ZImagePipeline.from_pretrained(args.model, **parts, **options, variant=args.variant)
     if not parts:

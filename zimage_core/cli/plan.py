@@ -6,11 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from zimage_core.assets import DEFAULT, embedded_part
 from zimage_core.cli.model_options import add_compute
-from zimage_core.config import COMPONENTS
+from zimage_core.config import COMPONENTS, AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, OverBudget, WrongModel
 from zimage_core.files.units import in_bytes, in_seconds, parse_bytes
 from zimage_core.memory.int8_plan import automatic
@@ -19,13 +20,16 @@ from zimage_core.memory.nets import Beside, net_of, with_adapters
 from zimage_core.memory.plan import Plan
 from zimage_core.memory.planner import beside, plan_beside
 from zimage_core.memory.rates import known
-from zimage_core.memory.sizes import read_sizes
-from zimage_core.weights.components import open_component, open_parts
+from zimage_core.memory.references import References
+from zimage_core.memory.sizes import Sizes, read_sizes
+from zimage_core.memory.tower import Tower
+from zimage_core.weights.card import require
+from zimage_core.weights.components import open_component, open_optional, open_parts
 from zimage_core.weights.opened import Opened
 
 CARDS = (4, 6, 8, 12, 16, 24)
 """GiB of GPU memory of common cards, for the table without --vram."""
-MOST_SIDE, MOST = 8192, 1024
+MOST_SIDE, MOST, MOST_REFERENCES = 8192, 1024, 256
 SIGNS, ASCII = "█▓▒░·", "#=+-."
 """Weights, slots, activations, the rest (scratch, planes, workspace, gaps), free."""
 WIDTH = 50
@@ -54,6 +58,8 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--controlnet", action="append", default=[], metavar="FILE", help="ControlNet with an image to follow"
     )
     parser.add_argument("--lora", action="append", default=[], metavar="FILE", help="LoRA; both repeatable")
+    parser.add_argument("--references", type=int, default=0, metavar="N", help="reference images of a run")
+    parser.add_argument("--siglip", metavar="FILE", help="vision tower that sees them, or the folder's")
     parser.add_argument("--vram", metavar="BYTES", help="GPU memory for the run: 6GiB, 6GB, 6g or bytes")
     parser.add_argument("--ram", metavar="BYTES", help="host memory, in the same form; default: enough")
     for letter, side in (("-W", "width"), ("-H", "height")):
@@ -102,20 +108,22 @@ def run(args: argparse.Namespace) -> int:
     networks = (sizes.transformer, sizes.text_encoder)
     compute, of_encoder = (automatic(net, rates) if auto else args.compute for net in networks)
     run = (args.count, args.caption, rates, args.guidance, args.steps)
-    job = Job(sizes, width, height, *run, compute=compute, encoder_compute=of_encoder)
+    shown, tower = _references(args, sizes, width, height)
+    more: dict[str, Any] = {"compute": compute, "encoder_compute": of_encoder, "references": shown}
+    job = Job(sizes, width, height, *run, **more)
     nets, loras = _extras(args)
     try:
         job = Job(
-            with_adapters(job, [each.file for each in loras]), width, height, *run,
-            compute=compute, encoder_compute=of_encoder, image=bool(nets),
-        )  # fmt: skip
+            with_adapters(job, [each.file for each in loras]), width, height, *run, **more, image=bool(nets)
+        )
         beside_it = Beside(tuple(net_of(each, sizes.dtype) for each in nets), len(nets))
     finally:
         for each in (*nets, *loras):
             each.file.close()
 
     def plan(limit: int | None) -> Plan:
-        return plan_beside(job, beside_it, limit, ram, cpu)
+        found = plan_beside(job, beside_it, limit, ram, cpu)
+        return found if tower is None else tower.shown(job, found)
 
     around = beside(job.sizes) if cpu else 0
     limit = ram if cpu else vram
@@ -140,6 +148,32 @@ def run(args: argparse.Namespace) -> int:
         if ram is not None and not cpu:
             sys.stdout.write("\nfor a GPU beside this host memory; --architecture cpu plans a run on a CPU\n")
     return 0
+
+
+def _references(
+    args: argparse.Namespace, sizes: Sizes, width: int, height: int
+) -> tuple[References | None, Tower | None]:
+    """The references of --references, and the vision tower that sees them, where there is a file of it."""
+    if not 0 <= args.references <= MOST_REFERENCES:
+        raise BadArgument(f"references: got {args.references}, wanted 0 to {MOST_REFERENCES}")
+    if not args.references:
+        return None, None
+    net, vae = sizes.transformer.config, sizes.vae.config
+    if not isinstance(net, TransformerConfig) or net.siglip_feat_dim is None:
+        raise BadArgument("references: the transformer takes text alone; give an Omni checkpoint")
+    factor = vae.spatial_factor if isinstance(vae, AutoencoderConfig) else 8
+    samples = args.count * (2 if args.guidance else 1)
+    shown = References.usual(args.references, height // factor, width // factor, args.caption, samples)
+    opened = None if args.siglip is None else open_component(args.siglip, "siglip")
+    if opened is None and args.model is not None and Path(args.model).is_dir():
+        opened = open_optional(args.model, "siglip", variant=args.variant)
+    if opened is None:
+        return shown, None
+    try:
+        require(opened.card, "siglip", opened.file.path)
+        return shown, Tower.of_file(opened, sizes.dtype, max(shown.features))
+    finally:
+        opened.file.close()
 
 
 def _extras(args: argparse.Namespace) -> tuple[list[Opened], list[Opened]]:

@@ -64,7 +64,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     add("--variant", metavar="NAME", help="of the files in the folder IN, such as fp16 (default: none)")
     add(
         "--component",
-        choices=("transformer", "text_encoder"),
+        choices=("transformer", "text_encoder", "siglip"),
         help="of a folder or file with several; default: the transformer",
     )
     add("--force", action="store_true", help="replace OUT if it exists")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zimage_core.assets import named
-from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig, VisionConfig
 from zimage_core.errors import BadWeights, Unsupported, WrongModel, ZImageError, printable
 from zimage_core.formats import BlockFormat
 from zimage_core.quant.tensor import QuantTensor
@@ -34,8 +34,8 @@ SLAB = 1 << 24
 TEXT_ENDS = {"hf": ("norm.weight", "lm_head.weight"), "gguf": ("output_norm.weight", "output.weight")}
 """Final norm and output matrix of a language model; other programs need them, this library does not."""
 
-MODEL_PREFIX = "model."
-"""Hugging Face's prefix of every tensor of a language model except lm_head."""
+PREFIXES = {"text_encoder": "model.", "siglip": "vision_model."}
+"""Component -> prefix of its tensors in transformers' files, except a language model's lm_head."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class Checkpoint:
     Args:
         path: A GGUF or safetensors file, an index of shards, a folder of a component or of a pipeline, or
             "default" for the embedded model; or an open file, which `close` closes too.
-        component: "transformer", "text_encoder" or "vae". None means the one that the file or folder holds,
-            and of several the transformer.
+        component: "transformer", "text_encoder", "vae" or "siglip". None means the one that the file or
+            folder holds, and of several the transformer.
         variant: In a folder, the variant of the files, such as "fp16"; None for those without one.
 
     Attributes:
@@ -109,7 +109,7 @@ class Checkpoint:
         try:
             if self.component not in WANTED:
                 problem = f": {self.card.problem}" if self.card.problem else ""
-                wanted = "a Z-Image transformer, text encoder or VAE is wanted"
+                wanted = "a Z-Image transformer, text encoder, VAE or vision tower is wanted"
                 raise WrongModel(self.file.path, f"this is {self.card.title}{problem}", wanted)
             require(self.card, self.component, self.file.path)
             self.stated = _agreeing(opened.stated, self.card.config)
@@ -149,6 +149,11 @@ class Checkpoint:
                 raise Unsupported(
                     f"{printable(self.file.path)}: a llama's query and key rows lie in another order there; "
                     "convert it with llama.cpp's convert_hf_to_gguf.py"
+                )
+            if any(e.conv for e in mine):
+                raise Unsupported(
+                    f"{printable(self.file.path)}: its patch embedding is a convolution, with its numbers in "
+                    "another order; take transformers' safetensors of the tower"
                 )
             parts = _joined([_part(self.card.prefix + e.checkpoint, e) for e in mine])
             found.append(Target(prefix + name, entries[0].stored_shape, parts))
@@ -279,6 +284,8 @@ def table_of(component: str, config: object, layout: str) -> names.Table:
         return names.text_encoder_table(replace(config, num_layers=config.num_layers + 1), layout)
     if component == "vae" and isinstance(config, AutoencoderConfig):
         return names.autoencoder_table(config, layout)
+    if component == "siglip" and isinstance(config, VisionConfig):
+        return names.vision_table(config, layout)
     raise BadWeights(f"the size of the {component.replace('_', ' ')} cannot be told from the file")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from zimage_core.errors import BadArgument, Unsupported, printable
 from zimage_core.export import safetensors_file
-from zimage_core.export.checkpoint import MODEL_PREFIX, Checkpoint, Target, is_small
+from zimage_core.export.checkpoint import PREFIXES, Checkpoint, Target, is_small
 from zimage_core.export.configs import config_json
 from zimage_core.export.folders import SHARD_BYTES, write_component, write_layout
 from zimage_core.export.metadata import gguf_metadata, safetensors_metadata
@@ -39,6 +39,7 @@ LAYOUTS = {
     "transformer": {"diffusers": "split", "single": "fused", "gguf": "fused"},
     "text_encoder": {"diffusers": "hf", "single": "hf", "gguf": "gguf"},
     "vae": {"diffusers": "diffusers", "single": "bfl"},
+    "siglip": {"diffusers": "hf", "single": "hf", "gguf": "mmproj"},
 }
 """Component -> kind of file -> layout of weights/names.py."""
 KINDS = ("diffusers", "single", "gguf")
@@ -107,7 +108,7 @@ def convert_file(
         source: A checkpoint in any layout that the library reads.
         out: The file to write, or for "diffusers" a folder, which must be empty or not exist yet.
         to: "diffusers", "single" or "gguf"; None decides by the name of `out`.
-        component: "transformer", "text_encoder" or "vae", for a folder or file that holds several.
+        component: "transformer", "text_encoder", "vae" or "siglip", for a folder or file that holds several.
         variant: In a folder, the variant of the files, such as "fp16"; None for those without one.
         dequantize: "bf16", "f16" or "f32": the type of floats that packed weights become.
         prefix: Text before each name of a single file, such as "model.diffusion_model.".
@@ -153,9 +154,10 @@ def convert_file(
             raise Unsupported(f"{where}: a VAE is not kept as GGUF; write it as safetensors")
         refuse_same_file(checkpoint, out)
         others: dict[str, bytes] = {}
-        if checkpoint.component == "text_encoder" and to != "gguf":
-            prefix = prefix or MODEL_PREFIX
-            others = _tokenizer(checkpoint, to, say)
+        if to != "gguf":
+            prefix = prefix or PREFIXES.get(checkpoint.component, "")
+            if checkpoint.component == "text_encoder":
+                others = _tokenizer(checkpoint, to, say)
         targets = checkpoint.targets(layout, prefix)
         if dequantize is not None and all(_is_plain(checkpoint, target) for target in targets):
             say("nothing is packed, so every number keeps its type: dequantising changes nothing")

@@ -15,7 +15,9 @@ from zimage_core.export.streaming import Job, Log, Progress, TensorSource, write
 from zimage_core.files.atomic import atomic_file, atomic_folder, write_atomically
 from zimage_core.weights.gguf_writer import Layout
 
-STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"} | dict.fromkeys(
+    ("text_encoder", "siglip"), "model"
+)
 """Component -> beginning of the names of its files."""
 SHARD_BYTES = 5 * 10**9
 _VARIANT = re.compile(r"[A-Za-z]\w{0,31}", re.ASCII)

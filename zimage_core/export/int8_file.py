@@ -21,7 +21,7 @@ import torch
 
 from zimage_core.errors import BadWeights, printable
 from zimage_core.export import safetensors_file
-from zimage_core.export.checkpoint import MODEL_PREFIX, Checkpoint, Target, is_small, table_of
+from zimage_core.export.checkpoint import PREFIXES, Checkpoint, Target, is_small, table_of
 from zimage_core.export.folders import shifted
 from zimage_core.export.metadata import safetensors_metadata
 from zimage_core.export.streaming import FiniteCheck, Job, Log, NonFinite, Progress, write_tensors
@@ -34,7 +34,7 @@ from zimage_core.weights import comfy, names
 from zimage_core.weights.gguf_writer import Layout
 from zimage_core.weights.safetensors import DTYPES
 
-LAYOUTS = {"transformer": ("fused", ""), "text_encoder": ("hf", MODEL_PREFIX)}
+LAYOUTS = {"transformer": ("fused", "")} | {name: ("hf", prefix) for name, prefix in PREFIXES.items()}
 """Component -> layout of weights/names.py, and the prefix of its names in a file for ComfyUI."""
 ENDING = ".safetensors"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_core import __version__
-from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig, VisionConfig
 from zimage_core.errors import Unsupported, printable
 from zimage_core.export.checkpoint import Checkpoint
 from zimage_core.export.recipes import Recipe
@@ -25,6 +25,8 @@ from zimage_core.weights.gguf_writer import QUANTIZATION_VERSION, TypedArray, ra
 
 TRANSFORMER_ARCH = "lumina2"
 """Architecture of every published Z-Image GGUF; ComfyUI-GGUF accepts no other name."""
+VISION_ARCH = "clip"
+"""Architecture of every GGUF of a vision encoder (an mmproj of llama.cpp)."""
 
 _TOLD: dict[type, tuple[str, ...]] = {
     TransformerConfig: ("axes_dims", "axes_lens", "rope_theta", "norm_eps", "t_scale"),
@@ -78,6 +80,8 @@ def gguf_metadata(
         keys = {"general.architecture": config.arch, **keys, **_text_keys(source, config)}
         if not any(key.startswith("tokenizer.") for key in keys):
             keys |= _tokenizer_keys(source, config, log)
+    elif isinstance(config, VisionConfig):
+        keys = {"general.architecture": VISION_ARCH, **keys, **_vision_keys(config)}
     keys.setdefault("general.name", _name(source))
     if file_type is not None:
         keys["general.file_type"] = file_type
@@ -91,6 +95,8 @@ def safetensors_metadata(source: Checkpoint, facts: Mapping[str, Any] | None = N
     keys = {k: v for k, v in _foreign(source).items() if not k.startswith(_OF_GGUF)}
     if isinstance(config, TextEncoderConfig):
         keys |= _text_keys(source, config)
+    elif isinstance(config, VisionConfig):
+        keys |= _vision_keys(config)
     else:
         keys |= _told_keys(config)
     known = source.facts if facts is None else facts
@@ -202,6 +208,18 @@ def _text_keys(source: Checkpoint, c: TextEncoderConfig) -> dict[str, Any]:
     if (longest := context_length(source)) is not None:
         keys["context_length"] = longest
     return {f"{c.arch}.{name}": value for name, value in keys.items()}
+
+
+def _vision_keys(c: VisionConfig) -> dict[str, Any]:
+    keys: dict[str, Any] = {
+        "block_count": c.num_layers,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_heads,
+        "attention.layer_norm_epsilon": c.layer_norm_eps,
+        "patch_size": c.patch_size,
+    }
+    return {f"clip.vision.{name}": value for name, value in keys.items()}
 
 
 def context_length(source: Checkpoint) -> int | None:

@@ -28,6 +28,9 @@ KEPT = (
 )  # fmt: skip
 """Tensors of a transformer that keep the source's float type: they have few weights and much effect."""
 
+KEPT_OF_TOWER = ("v.patch_embd.*", "v.position_embd.*")
+"""Tensors of a vision tower that do so."""
+
 TRANSFORMER_PARTS = {
     "qkv": "layers.*.attention.qkv.weight",
     "out": "layers.*.attention.out.weight",
@@ -154,7 +157,7 @@ def standard_mix(name: str, component: str, names: Mapping[str, object]) -> Reci
 
     Args:
         name: Name of the mix, such as "Q4_K_M", in upper or lower case.
-        component: "transformer" or "text_encoder".
+        component: "transformer", "text_encoder" or "siglip".
         names: Names of the tensors in the GGUF; embeddings get another type if there is no output matrix.
 
     Raises:
@@ -164,12 +167,15 @@ def standard_mix(name: str, component: str, names: Mapping[str, object]) -> Reci
     mix = MIXES[key]
     if component == "transformer":
         rules = [*(Rule(pattern, SOURCE) for pattern in KEPT), *_bumps(mix.transformer, TRANSFORMER_PARTS)]
+    elif component == "siglip":
+        rules = [Rule(pattern, SOURCE) for pattern in KEPT_OF_TOWER]
     else:
         tied = "output.weight" not in names
         embedding = mix.output if tied else mix.embedding or mix.base
         rules = [Rule("output.weight", mix.output), Rule("token_embd.weight", embedding)]
         rules += _bumps(mix.text, TEXT_PARTS)
-    remarks = (f"{key}, the standard mix for a {component.replace('_', ' ')}",)
+    network = "vision tower" if component == "siglip" else component.replace("_", " ")
+    remarks = (f"{key}, the standard mix for a {network}",)
     return Recipe(key, (*rules, Rule("*", mix.base)), remarks, mix.file_type)
 
 
@@ -185,7 +191,14 @@ def refuse_idle_rules(recipe: Recipe, names: Sequence[str]) -> None:
     Raises:
         BadArgument: The message has the rule.
     """
-    usual = {*KEPT, *TRANSFORMER_PARTS.values(), *TEXT_PARTS.values(), "output.weight", "token_embd.weight"}
+    usual = {
+        *KEPT,
+        *KEPT_OF_TOWER,
+        *TRANSFORMER_PARTS.values(),
+        *TEXT_PARTS.values(),
+        "output.weight",
+        "token_embd.weight",
+    }
     matching = [rule for rule in recipe.rules if any(_may_apply(rule, name) for name in names)]
     of_this_model = any(rule.pattern != "*" for rule in matching)
     for rule in recipe.rules:

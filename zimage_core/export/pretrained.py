@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from zimage_core.config import COMPONENTS
+from zimage_core.config import COMPONENTS, OPTIONAL_COMPONENTS
 from zimage_core.errors import BadFile, Unsupported, printable
 from zimage_core.export.configs import CLASSES
 from zimage_core.export.folders import SHARD_BYTES
@@ -19,6 +19,9 @@ from zimage_core.export.saving import save_network, save_scheduler, save_tokeniz
 from zimage_core.files.atomic import write_atomically
 from zimage_core.files.units import parse_bytes
 from zimage_core.text.prompt import CHAT_TEMPLATE
+from zimage_core.vision.processor import CONFIG as PROCESSOR_CONFIG
+from zimage_core.vision.processor import FOLDER as PROCESSOR
+from zimage_core.vision.processor import processor_of
 from zimage_core.weights.load import opened_file
 
 INDEX = "model_index.json"
@@ -27,6 +30,7 @@ _FROM = {
     "tokenizer": ("transformers", "Qwen2Tokenizer"),
     "transformer": ("diffusers", "ZImageTransformer2DModel"),
     "vae": ("diffusers", "AutoencoderKL"),
+    "siglip": ("transformers", "Siglip2VisionModel"),
 }
 """Component -> package and class in model_index.json; a text encoder's class depends on its kind."""
 
@@ -104,12 +108,17 @@ def _save_pipeline(pipe: Any, folder: Path, options: Mapping[str, Any]) -> None:
         raise BadFile(folder, "exists already", "choose another folder or allow overwriting (overwrite=True)")
     folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, Any] = {"_class_name": "ZImagePipeline", "_diffusers_version": "0.36.0"}
+    if (tower := getattr(pipe, "siglip", None)) is not None:
+        index |= {"_class_name": "ZImageOmniPipeline", PROCESSOR: ["transformers", "Siglip2ImageProcessor"]}
+        (folder / PROCESSOR).mkdir(exist_ok=True)
+        settings = json.dumps(processor_of(tower).to_json(), indent=2) + "\n"
+        write_atomically(folder / PROCESSOR / PROCESSOR_CONFIG, settings.encode(), overwrite=join)
     facts = {"sample_size": pipe.sample_size, "shift": float(pipe.scheduler.shift)}
     for name, component in sorted(pipe.components.items()):
         index[name] = [None, None] if component is None else list(_class_of(name, component))
         if component is None:
             continue
-        if name in COMPONENTS:
+        if name in (*COMPONENTS, *OPTIONAL_COMPONENTS):
             save_network(component, folder / name, facts=facts, **options)
         elif name == "scheduler":
             save_scheduler(component, folder / name, overwrite=join)

@@ -23,7 +23,7 @@ from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.quantize.imatrix import Imatrix, read_imatrix
 from zimage_core.weights import gguf_writer
 
-LAYOUTS = {"transformer": "fused", "text_encoder": "gguf"}
+LAYOUTS = {"transformer": "fused", "text_encoder": "gguf", "siglip": "mmproj"}
 """Component -> layout of a GGUF in weights/names.py."""
 
 BLIND = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K")
@@ -68,7 +68,7 @@ def quantize_file(
     progress: Progress | None = None,
     log: Log | None = None,
 ) -> Quantized:
-    """Quantise a transformer or a text encoder into one file: a GGUF, or int8 safetensors for ComfyUI.
+    """Quantise a transformer, text encoder or vision tower into a GGUF, or int8 safetensors for ComfyUI.
 
     Memory is bounded for models of any size. `out` appears complete or not at all: a call that fails or is
     interrupted leaves the previous file, and the next call starts from the beginning.
@@ -83,7 +83,7 @@ def quantize_file(
             (export/sizing.py).
         sensitivity: Measured costs for `size`, or the path of their file.
         imatrix: An importance matrix, or the path of its file.
-        component: "transformer" or "text_encoder", for a folder or file that holds several.
+        component: "transformer", "text_encoder" or "siglip", for a folder or file that holds several.
         variant: In a folder, the variant of the files, such as "fp16"; None for those without one.
         overwrite: Replace an existing file.
         requantize: Accept a source that is quantised already.

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
+from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig, VisionConfig
 from zimage_core.errors import BadArgument, Unsupported, printable
-from zimage_core.export.checkpoint import MODEL_PREFIX, SLAB, Checkpoint, Part, Target, table_of
+from zimage_core.export.checkpoint import PREFIXES, SLAB, Checkpoint, Part, Target, table_of
 from zimage_core.export.configs import new_config
 from zimage_core.export.folders import SHARD_BYTES, write_component
 from zimage_core.export.metadata import safetensors_metadata
@@ -32,8 +32,11 @@ from zimage_core.weights.load import opened_file
 
 FLOATS = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 """Value of `dequantize` -> type that packed weights are dequantised to."""
-_COMPONENTS = {TransformerConfig: "transformer", TextEncoderConfig: "text_encoder", AutoencoderConfig: "vae"}
-_LAYOUTS = {"transformer": "split", "text_encoder": "hf", "vae": "diffusers"}
+_COMPONENTS = {
+    TransformerConfig: "transformer", TextEncoderConfig: "text_encoder", AutoencoderConfig: "vae",
+    VisionConfig: "siglip",
+}  # fmt: skip
+_LAYOUTS = {"transformer": "split", "text_encoder": "hf", "vae": "diffusers", "siglip": "hf"}
 _FORMATS = {f"torch.{dtype}": FORMATS[name] for name, dtype in DTYPE_NAMES.items()}
 
 
@@ -59,7 +62,7 @@ def save_network(
     """Write a network as a diffusers component: shards and config.json, with the weights of this moment.
 
     Args:
-        network: A transformer, text encoder or VAE, on any device.
+        network: A transformer, text encoder, VAE or vision tower, on any device.
         folder: New or empty; with `variant` or `overwrite` also one that holds other files, which stay.
         dequantize: "bf16", "f16" or "f32": the type of floats that packed weights become.
         max_shard_bytes: Most bytes of one file; a larger tensor gets a file of its own.
@@ -82,7 +85,7 @@ def save_network(
     component = _COMPONENTS.get(type(config))
     if component is None:
         kind = printable(type(network).__name__, 60)
-        raise BadArgument(f"network: got {kind}, wanted a transformer, text encoder or VAE of this library")
+        raise BadArgument(f"network: got {kind}, wanted a network of this library")
     if dequantize is not None and dequantize not in FLOATS:
         raise BadArgument(f"dequantize: got {printable(dequantize, 40)!r}, wanted one of {', '.join(FLOATS)}")
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
@@ -90,7 +93,7 @@ def save_network(
     if isinstance(getattr(network, "stream", None), Stream):
         raise BadArgument("network: its blocks are streamed under a memory budget; lift the budget first")
     opened = opened_file(network)
-    prefix = MODEL_PREFIX if component == "text_encoder" else ""
+    prefix = PREFIXES.get(component, "")
     source = _Memory(network, component, None if opened is None else Checkpoint(opened, component), prefix)
     jobs = [Job(target, source.wanted(target, dequantize)) for target in source.targets]
     file = source.checkpoint

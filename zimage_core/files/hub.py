@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from zimage_core.config import COMPONENTS
+from zimage_core.config import COMPONENTS, OPTIONAL_COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, Unsupported, printable
 from zimage_core.files.model_names import SUFFIXES, parse
 
@@ -24,7 +24,7 @@ _TAG = re.compile(
     r"(?:^|[-_.])((?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4|NVFP4|BF16|FP?16|FP?32|FP8[A-Z0-9_]*))(?=[-.]|$)",
     re.IGNORECASE,
 )
-_FOLDERS = (*COMPONENTS, "tokenizer", "scheduler")
+_FOLDERS = (*COMPONENTS, *OPTIONAL_COMPONENTS, "tokenizer", "scheduler", "siglip_processor")
 _TEXTS = (".json", ".txt", ".model")
 
 

@@ -1,4 +1,4 @@
-"""ControlNets and adapters in a budget.
+"""ControlNets, adapters and the vision tower in a budget.
 
 ControlNets are on the device in the phase of the steps alone: whole where that leaves enough for the
 transformer, else block by block as its own blocks are.
@@ -6,7 +6,7 @@ transformer, else block by block as its own blocks are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,8 +17,10 @@ from torch import nn
 from zimage_core.memory.activations import image_tokens, padded
 from zimage_core.memory.attach import blocks_of, stream_model, unstream
 from zimage_core.memory.nets import Net
+from zimage_core.memory.references import References
 from zimage_core.memory.sizes import Matrix, Sizes
 from zimage_core.memory.stream import Stream
+from zimage_core.memory.tower import Tower
 from zimage_core.memory.traffic import Traffic
 from zimage_core.nn.linear import Linear, tensors_of
 from zimage_core.quant.tensor import QuantTensor
@@ -54,22 +56,29 @@ def adapted(sizes: Sizes, networks: Mapping[str, Any], width: int, height: int, 
     return replace(sizes, transformer=replace(sizes.transformer, host=held)) if held else sizes
 
 
+def tower_of(network: Any, references: References) -> Tower:
+    """The vision tower of a run as a plan counts it, from the network on the host."""
+    net, dtype = weighed(network), str(network.dtype).removeprefix("torch.")
+    scratch = max((matrix.scratch(dtype) for matrix in net.matrices), default=0)
+    return Tower(network.config, net.always, net.blocks, max(references.features), dtype, scratch)
+
+
 @contextmanager
 def on(
-    nets: Sequence[Any], device: torch.device, ring: int, streamed: bool, traffic: dict[str, Traffic]
+    nets: Mapping[str, Any], device: torch.device, ring: int, streamed: bool, traffic: dict[str, Traffic]
 ) -> Iterator[None]:
-    """Inside, the ControlNets are on the device; what was moved of each is told in `traffic`."""
+    """Inside, these networks are on the device; what was moved of each is told in `traffic` by its name."""
     with ExitStack() as stack:
-        for net in nets:
+        for name, net in nets.items():
             file = net.opened.file if isinstance(net.opened, Opened) else None
             resident = () if streamed else range(len(net.blocks))
             stream = stream_model(net, file, resident, device, ring=ring)
-            stack.callback(_off, net, stream, traffic)
+            stack.callback(_off, name, net, stream, traffic)
         yield
 
 
-def _off(net: Any, stream: Stream, traffic: dict[str, Traffic]) -> None:
-    traffic[f"controlnet {net.name}"] = stream.traffic()
+def _off(name: str, net: Any, stream: Stream, traffic: dict[str, Traffic]) -> None:
+    traffic[name] = stream.traffic()
     unstream(net)
 
 

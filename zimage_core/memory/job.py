@@ -42,6 +42,7 @@ from zimage_core.memory.rates import (
     step_products,
     step_traffic,
 )
+from zimage_core.memory.references import References
 from zimage_core.memory.sizes import Block, Part, Sizes, in_int8, matrices
 from zimage_core.quant.dispatch import family
 
@@ -78,6 +79,7 @@ class Job:
         threads: Threads of a CPU.
         encoder_compute: The same of the text encoder; None for `compute`.
         image: Whether the run begins from an image, which the VAE encodes before the first step.
+        references: Reference images of the run, which the VAE encodes as well.
 
     Raises:
         BadArgument: A size or number is out of range.
@@ -87,14 +89,15 @@ class Job:
         self, sizes: Sizes, width: int, height: int, images: int = 1, caption_tokens: int = 128,
         rates: Rates | None = None, guidance: bool = False, steps: int = 8, kernels: bool = True,
         workspace: int | None = None, compute: str = "exact", threads: int = int8_plan.THREADS,
-        encoder_compute: str | None = None, image: bool = False,
+        encoder_compute: str | None = None, image: bool = False, references: References | None = None,
     ) -> None:  # fmt: skip
         self.sizes, self.rates, self.dtype = sizes, rates or known("sm_86"), sizes.dtype
         self.width, self.height, self.images, self.caption = width, height, images, caption_tokens
         self.guidance, self.steps, self.kernels = guidance, steps, kernels
         self.compute, self.int8, self.threads = compute, compute == "int8", threads
         self.encoder_compute = encoder_compute or compute
-        self.image = image
+        self.references = references
+        self.image = image or bool(references and references.sizes)
         self.captions = 2 if guidance else 1
         self.net, self.encoder, self.vae = sizes.transformer, sizes.text_encoder, sizes.vae
         net, encoder, vae = self.net.config, self.encoder.config, self.vae.config
@@ -112,7 +115,12 @@ class Job:
                 raise BadArgument(f"{name}: got {side}, wanted a multiple of {self.multiple}")
         self.rows, self.cols = height // vae.spatial_factor, width // vae.spatial_factor
         self.flops_rate = self.rates.flops32 if self.dtype == "float32" else self.rates.flops
-        tokens = padded(image_tokens(net, self.rows, self.cols)) + padded(caption_tokens)
+        # height, width and caption of what the transformer gets, all its tokens counted
+        self.stream = (self.rows, self.cols, caption_tokens)
+        if references is not None:
+            self.stream = references.stream(net, self.rows, self.cols)
+        rows, cols, caption = self.stream
+        tokens = padded(image_tokens(net, rows, cols)) + padded(caption)
         many = {"encode": caption_tokens, "denoise": tokens, "decode": 0}
         how = (self.dtype, self.rates.architecture, kernels, threads)
         self.scratch = {
@@ -124,8 +132,11 @@ class Job:
             workspace = segment(WORKSPACE.get(family(self.rates.architecture), OTHER_WORKSPACE) if gpu else 0)
         self.workspace = workspace
         self.encode_live = encode_bytes(encoder, caption_tokens, self.dtype, self.captions)
-        rest = (caption_tokens, self.dtype, images, self.captions, steps)
-        self.denoise_live = denoise_bytes(net, self.rows, self.cols, *rest)
+        rest = (caption, self.dtype, images, self.captions, steps)
+        self.denoise_live = denoise_bytes(net, rows, cols, *rest)
+        if references is not None:
+            self.denoise_live += references.beside(net, self.rows, self.cols, self.dtype)
+            self.encode_live = encode_bytes(encoder, caption_tokens, self.dtype, self.captions + 3)
         if not kernels:
             self.denoise_live += PLAIN_SWIGLU * tokens * net.hidden_dim
         # a caption alone, and an image of one patch beside it
@@ -135,7 +146,7 @@ class Job:
             self.encode_live += int8_plan.x_bytes(encoder, caption_tokens, *on)
         if self.int8:
             self.denoise_live += int8_plan.x_bytes(net, tokens, *on)
-            refine += int8_plan.x_bytes(net, padded(caption_tokens), *on)
+            refine += int8_plan.x_bytes(net, padded(caption), *on)
         self.visited_live = max(self.denoise_live, max(self.net.once, default=0) + refine)
         # bytes on the device beside the blocks: the context refiner's blocks come one by one before the
         # first step, in the memory of its activations, or stay beside the steps
@@ -143,6 +154,13 @@ class Job:
         self.denoise_need = self.net.always + self.around("denoise", self.visited_live)
         stays = self.net.always + sum(self.net.once)
         self.denoise_need_with_refiner = stays + self.around("denoise", self.denoise_live)
+
+    @property
+    def shown(self) -> str:
+        """What is made, for messages."""
+        size, count = f"{self.width} x {self.height} px", len(self.references.sizes) if self.references else 0
+        plural = "" if count == 1 else "s"
+        return size if not count else f"{size} with {count} reference image{plural}"
 
     def how(self, part: Part) -> str:
         """In which numbers a network multiplies."""
@@ -189,11 +207,15 @@ class Job:
         config, rows, cols = self.vae_config, self.rows, self.cols
         during = decode_bytes(config, rows, cols, *way) + images_bytes(config, rows, cols, self.images)
         during += given_bytes(config, rows, cols) if self.image else 0
-        return max(during, collected_bytes(config, rows, cols, self.images))
+        shown = set(self.references.sizes) if self.references else ()
+        encoding = (decode_bytes(config, *size, *way) + given_bytes(config, *size) for size in shown)
+        return max(during, collected_bytes(config, rows, cols, self.images), *encoding)
 
     def ways(self) -> list[Way]:
         """How to decode, quickest first: at once, in tiles from large to small, with maps on the host."""
-        sides = range((max(self.rows, self.cols) - 1) // 8 * 8, MIN_TILE - 1, -8)
+        shown = self.references.sizes if self.references else ()
+        longest = max(self.rows, self.cols, *(side for size in shown for side in size))
+        sides = range((longest - 1) // 8 * 8, MIN_TILE - 1, -8)
         return [AT_ONCE, *((side, False) for side in sides), (MIN_TILE, True)]
 
     def decode_need(self, way: Way) -> int:
@@ -216,7 +238,8 @@ class Job:
         """Rows of x in a product of a network, by the name of the module or its block."""
         if part is self.encoder:
             return self.caption
-        image, text = padded(image_tokens(self.net_config, self.rows, self.cols)), padded(self.caption)
+        rows, cols, caption = self.stream
+        image, text = padded(image_tokens(self.net_config, rows, cols)), padded(caption)
         stack = name.partition(".")[0]
         if ".adaLN_modulation." in name or stack == "t_embedder":
             return self.steps
@@ -247,7 +270,7 @@ class Job:
         Args:
             kept: Indices of the blocks that are kept as int8 rows.
         """
-        args = (self.net_config, self.rows, self.cols, self.caption)
+        args = (self.net_config, *self.stream)
         packed = [block for i, block in enumerate(self.net.blocks) if i not in kept]
         moved = step_traffic(*args, ITEMSIZE[self.dtype]) + self._unpacking(self.net, packed)
         products = step_products(*args)
@@ -288,7 +311,7 @@ class Job:
             f"what would fit is {' or '.join(fits)}" if fits else "give as much, no smaller image would fit"
         )
         return OverBudget(
-            f"plan: {in_bytes(vram)} of GPU memory are given and {self.width} x {self.height} px need at "
+            f"plan: {in_bytes(vram)} of GPU memory are given and {self.shown} need at "
             f"least {in_bytes(floor)} ({phase}, all blocks streamed, VAE in tiles); {hint}"
         )
 
@@ -304,7 +327,7 @@ class Job:
         def floor(width: int, height: int) -> int:
             rest = (
                 self.rates, self.guidance, self.steps, self.kernels, self.workspace, self.compute,
-                self.threads, self.encoder_compute, self.image,
+                self.threads, self.encoder_compute, self.image, self.references,
             )  # fmt: skip
             return Job(self.sizes, width, height, self.images, self.caption, *rest).floor()
 

@@ -33,9 +33,11 @@ from zimage_core.memory.nets import Beside
 from zimage_core.memory.plan import Component, Phase, Plan
 from zimage_core.memory.planner import plan_job, plan_on_cpu
 from zimage_core.memory.rates import Rates, known, measure
+from zimage_core.memory.references import References
 from zimage_core.memory.segments import Segments
 from zimage_core.memory.sizes import sizes_of
 from zimage_core.memory.stream import Stream
+from zimage_core.memory.tower import Tower
 from zimage_core.memory.traffic import Traffic
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
@@ -149,6 +151,7 @@ class PhaseManager:
         self._traffic: dict[str, Traffic] = {}
         self._beside: Beside = Beside()
         self._controlnets: tuple[nn.Module, ...] = ()
+        self._tower: Tower | None = None
         self._taken, self._stream_beside = 0, False
         self._tile = self._own_tile = vae.tile  # the caller's, and what was set last
         self._rates: Rates | None = None
@@ -157,6 +160,7 @@ class PhaseManager:
     def begin(
         self, *, width: int, height: int, images: int, caption_tokens: int, guidance: bool, steps: int,
         image: bool = False, controlnets: tuple[nn.Module, ...] = (), control_images: int = 0,
+        references: References | None = None, beside_encoder: int = 0,
     ) -> Plan:  # fmt: skip
         """Plan a run and follow that plan from now on.
 
@@ -170,6 +174,8 @@ class PhaseManager:
             image: Whether it begins from an image, which the VAE encodes.
             controlnets: Networks that run beside the transformer, on the host.
             control_images: Images that they follow.
+            references: Reference images, which the network "siglip" sees; None for a run without.
+            beside_encoder: Bytes on the device beside the text encoder, as a language model takes them.
 
         Raises:
             OverBudget: The budget does not hold the least that this image needs.
@@ -177,11 +183,21 @@ class PhaseManager:
         rates = self._rates = self._rates or self._machine()
         kernels = self.device.type == "cpu" or kernels_for(self.device)
         workspace = self._segments.take_workspace(self._dtype("transformer"))
+        seen = (width, height, caption_tokens)
+        if references is not None:
+            seen = references.seen(self._sizes, width, height)
+        sizes = beside.adapted(self._sizes, self._networks, *seen)
+        encoder = sizes.text_encoder
+        sizes = replace(sizes, text_encoder=replace(encoder, always=encoder.always + beside_encoder))
         job = Job(
-            beside.adapted(self._sizes, self._networks, width, height, caption_tokens),
+            sizes,
             width, height, images, caption_tokens, rates, guidance, steps, kernels, workspace,
             self._compute("transformer"), torch.get_num_threads(), self._compute("text_encoder"), image,
+            references,
         )  # fmt: skip
+        tower = None
+        if references is not None and references.sizes and "siglip" in self._networks:
+            tower = beside.tower_of(self._networks["siglip"], references)
         ram = None if self.budget.ram is None else parse_bytes("ram", self.budget.ram)
         nets = Beside(tuple(map(beside.weighed, controlnets)), control_images)
         if self.device.type == "cpu":
@@ -191,8 +207,12 @@ class PhaseManager:
             room = self._vram(job)
             if self.budget.vram == "least":
                 room += nets.least(job)
+                room = max(room, 0 if tower is None else tower.need(job, streamed=True))
             found = nets.planned(job, lambda taken: plan_job(job, max(0, room - taken), ram))
         plan, self._taken, self._stream_beside = found
+        if tower is not None:
+            plan = tower.shown(job, plan)
+        self._tower = tower
         self._plan, self._job, self._beside, self._controlnets = plan, job, nets, controlnets
         parts = {"text_encoder": job.encoder, "transformer": job.net}
         planned = plan.phase("encode").planes > 0  # all that products ask for, or none
@@ -213,10 +233,11 @@ class PhaseManager:
     def phase(self, name: str) -> Iterator[None]:
         """Inside, the network of "encode", "denoise" or "decode" is ready to run.
 
-        In "image" it is the VAE's encoder, in the memory that is planned for decoding, which takes more.
+        In "image" it is the VAE's encoder, in the memory that is planned for decoding, which takes more. In
+        "vision" it is the vision tower; networks that stay leave the device if there is no room beside them.
         """
-        if name == "image":
-            with self._image_phase():
+        if name in ("image", "vision"):
+            with self._image_phase() if name == "image" else self._vision_phase():
                 yield
             return
         plan = self._plan
@@ -230,7 +251,8 @@ class PhaseManager:
         if name == "denoise" and self._controlnets and self._job is not None:
             live = self._beside.live(self._job)
             room = None if room is None else room + self._taken
-            others = beside.on(self._controlnets, self.device, plan.ring, self._stream_beside, self._traffic)
+            nets = {f"controlnet {net.name}": net for net in self._controlnets}
+            others = beside.on(nets, self.device, plan.ring, self._stream_beside, self._traffic)
         with self._segments.limit(room, sum(self._held.values())):
             try:
                 self._load(component, plan)
@@ -259,6 +281,27 @@ class PhaseManager:
                 release_scratch(self.device)
                 if encoder is not None:
                     encoder.restore()
+
+    @contextmanager
+    def _vision_phase(self) -> Iterator[None]:
+        plan, tower, network = self._plan, self._tower, self._networks["siglip"]
+        if plan is None or self._job is None or tower is None:
+            raise BadArgument("memory budget: the vision tower has no part in this run's plan")
+        room = sys.maxsize if plan.vram is None else plan.vram
+        parts = [component for component, _ in self._loaded.values()]
+        held = sum(part.resident + part.int8_rows + part.slots * part.slot_bytes for part in parts)
+        held += sum(planes for _, planes in self._loaded.values())
+        if held + tower.need(self._job, streamed=True) > room:
+            held = 0
+            for name in list(self._loaded):
+                self._evict(name)
+        streamed = held + tower.need(self._job, streamed=False) > room
+        with self._segments.limit(plan.vram, sum(self._held.values())):
+            try:
+                with beside.on({"siglip": network}, self.device, plan.ring, streamed, self._traffic):
+                    yield
+            finally:
+                release_scratch(self.device)
 
     def report(self) -> MemoryReport | None:
         """What the run that ended did; None before the first."""

@@ -16,8 +16,10 @@ from zimage_core.memory.job import AT_ONCE, Job, Way
 from zimage_core.memory.nets import NO_NETS, Beside
 from zimage_core.memory.plan import PHASES, Component, Phase, Plan, Times, reasons
 from zimage_core.memory.rates import Rates
+from zimage_core.memory.references import References
 from zimage_core.memory.residency import Residency
 from zimage_core.memory.sizes import Sizes
+from zimage_core.memory.tower import Tower
 
 RUNTIME = 800 << 20
 """Host memory of Python, torch and the driver, about."""
@@ -42,8 +44,10 @@ def make_plan(
     compute: str = "exact",
     encoder_compute: str | None = None,
     nets: Beside = NO_NETS,
+    references: References | None = None,
+    tower: Tower | None = None,
 ) -> Plan:
-    """Plan a run on a GPU; `Job` and `plan_beside` describe the arguments.
+    """Plan a run on a GPU; `Job` and `plan_beside` describe the arguments, `tower` sees the references.
 
     Raises:
         BadArgument: A size or number is out of range.
@@ -52,9 +56,10 @@ def make_plan(
     """
     job = Job(
         sizes, width, height, images, caption_tokens, rates, guidance, steps,
-        compute=compute, encoder_compute=encoder_compute, image=bool(nets.nets),
+        compute=compute, encoder_compute=encoder_compute, image=bool(nets.nets), references=references,
     )  # fmt: skip
-    return plan_beside(job, nets, vram, ram, cpu=False)
+    plan = plan_beside(job, nets, vram, ram, cpu=False)
+    return plan if tower is None else tower.shown(job, plan)
 
 
 def plan_job(job: Job, vram: int | None = None, ram: int | None = None) -> Plan:
@@ -123,7 +128,7 @@ def plan_on_cpu(job: Job, ram: int | None = None) -> Plan:
     """
     if ram is None:
         return plan_job(job)
-    around, size = beside(job.sizes), f"{job.width} x {job.height} px"
+    around, size = beside(job.sizes), job.shown
     if ram < around + job.floor():
         less = ', or take compute="exact", which needs less' if job.int8 else ""
         raise OverBudget(

@@ -15,6 +15,7 @@ from zimage_core.config import (
     AutoencoderConfig,
     TextEncoderConfig,
     TransformerConfig,
+    VisionConfig,
 )
 from zimage_core.errors import BadArgument, BadWeights, printable
 from zimage_core.formats import DTYPE_NAMES, FORMATS
@@ -124,7 +125,7 @@ class Part:
     """One network.
 
     Args:
-        name: "transformer", "text_encoder" or "vae".
+        name: "transformer", "text_encoder", "vae" or "siglip".
         config: Its sizes.
         blocks: In the order in which they run, as the network's `blocks`; the VAE has none.
         always: Bytes that lie on the device as long as the network runs: norms, biases, embedders, adaptive
@@ -136,7 +137,7 @@ class Part:
     """
 
     name: str
-    config: TransformerConfig | TextEncoderConfig | AutoencoderConfig
+    config: TransformerConfig | TextEncoderConfig | AutoencoderConfig | VisionConfig
     blocks: tuple[Block, ...]
     always: int
     host: int
@@ -203,12 +204,16 @@ def sizes_of(parts: Mapping[str, Opened], dtype: str = "bfloat16") -> Sizes:
     """
     if dtype not in ITEMSIZE:
         raise BadArgument(f"dtype: got {printable(dtype, 40)!r}, wanted one of {', '.join(ITEMSIZE)}")
-    transformer, text_encoder, vae = (_part(name, parts[name], dtype) for name in COMPONENTS)
+    transformer, text_encoder, vae = (part_of(name, parts[name], dtype) for name in COMPONENTS)
     return Sizes(transformer, text_encoder, vae, dtype)
 
 
-def _part(name: str, part: Opened, dtype: str) -> Part:
-    """What one network weighs, tensor by tensor of its table."""
+def part_of(name: str, part: Opened, dtype: str) -> Part:
+    """What one network weighs, tensor by tensor of its table.
+
+    Raises:
+        BadWeights: Its sizes are not known.
+    """
     card, config = part.card, part.card.config
     if isinstance(config, TransformerConfig):
         table = names.transformer_table(config, card.layout)
@@ -218,6 +223,8 @@ def _part(name: str, part: Opened, dtype: str) -> Part:
     elif isinstance(config, AutoencoderConfig):
         table, counts = names.autoencoder_table(config, card.layout), {}
         dtype = "float32"  # convolutions are in float32, whatever the file holds
+    elif isinstance(config, VisionConfig):
+        table, counts = names.vision_table(config, card.layout), {"layers": config.num_layers}
     else:
         raise BadWeights(
             f"{printable(part.file.path)}: the size of the {name.replace('_', ' ')} cannot be told"

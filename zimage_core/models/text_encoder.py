@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zimage_core.config import TextEncoderConfig
 from zimage_core.errors import BadShape
 from zimage_core.models.block_source import RESIDENT, BlockSource
+from zimage_core.models.kv_cache import KVCache, LayerCache
 from zimage_core.models.ported import Network
 from zimage_core.nn.attention import attention
 from zimage_core.nn.layers import RMSNorm, Rotation, rotate_half, rotation
@@ -41,17 +42,34 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: Rotation, scale: float) -> Tensor:
-        """x [..., L, hidden] -> [..., L, hidden], multiplied by `scale`."""
+    def forward(self, x: Tensor, rope: Rotation, scale: float, cache: LayerCache | None = None) -> Tensor:
+        """x [..., L, hidden] -> [..., L, hidden], multiplied by `scale`.
+
+        With a cache x is [L, hidden]: the first tokens of a text, or one that follows those in the cache.
+        """
         per_head = (-1, self.head_dim)
         x = ready(x, self.q_proj, self.k_proj, self.v_proj)
         q, k = self.q_proj(x).unflatten(-1, per_head), self.k_proj(x).unflatten(-1, per_head)
         v = self.v_proj(x).unflatten(-1, per_head)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attention(rotate_half(q, rope), rotate_half(k, rope), v, causal=True)
+        q, k = rotate_half(q, rope), rotate_half(k, rope)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        alone = cache is not None and q.shape[-3] == 1
+        mixed = _of_one(q, k, v) if alone else attention(q, k, v, causal=True)
         out: Tensor = self.o_proj(mixed if scale == 1.0 else mixed * scale)
         return out
+
+
+def _of_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one token, q [1, H, D], to k and v [L, H_kv, D] -> [1, H * D].
+
+    The query heads that share a key head are its rows, so that neither keys nor values are repeated.
+    """
+    rows = q.view(k.shape[-2], -1, q.shape[-1]).transpose(0, 1)
+    mixed = attention(rows, k, v).view(rows.shape)
+    return mixed.transpose(0, 1).reshape(1, -1)
 
 
 class MLP(nn.Module):
@@ -81,10 +99,12 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Rotation, dtype: torch.dtype) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rotation, dtype: torch.dtype, cache: LayerCache | None = None
+    ) -> Tensor:
         """x [..., L, hidden] -> [..., L, hidden] in x's dtype; the branches compute in `dtype`."""
         scale = FP16_SCALE if dtype == torch.float16 else 1.0
-        branch = self.self_attn(self.input_layernorm(x).to(dtype), rope, scale)
+        branch = self.self_attn(self.input_layernorm(x).to(dtype), rope, scale, cache)
         x = x + _unscaled(branch, x.dtype, scale)
         branch = self.mlp(self.post_attention_layernorm(x).to(dtype), scale)
         return x + _unscaled(branch, x.dtype, scale)
@@ -126,8 +146,13 @@ class TextEncoder(Network):
         weight: Tensor = self.layers[0].input_layernorm.weight  # type: ignore[union-attr,assignment]
         return weight.device
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids [L] -> hidden states [L, hidden_size]; float32 when the model is float16.
+
+        Args:
+            ids: Token ids, all of a text, or with a cache those that follow the ones it has: one at a time
+                after the first.
+            cache: Keys and values of the tokens so far, which are added to; for `models.language_model`.
 
         Raises:
             BadShape: ids is not one row of at least one token.
@@ -138,14 +163,14 @@ class TextEncoder(Network):
         stream = torch.float32 if self.dtype == torch.float16 else self.dtype
         # the table may stay on the host while the layers are on a GPU: only a few rows are read
         x: Tensor = self.embed_tokens(ids.to(self.embed_tokens.device)).to(self.device, stream)
-        rope = self.rotation(len(ids))
+        rope = self.rotation(len(ids), 0 if cache is None else cache.length)
         for i, layer in enumerate(self.layers):
             with self.stream.block(i):
-                x = layer(x, rope, self.dtype)
+                x = layer(x, rope, self.dtype, None if cache is None else cache.layers[i])
         return x
 
-    def rotation(self, length: int) -> Rotation:
-        """Angles of positions 0 .. length - 1."""
-        positions = torch.arange(length).unsqueeze(1)
+    def rotation(self, length: int, start: int = 0) -> Rotation:
+        """Angles of positions start .. start + length - 1."""
+        positions = torch.arange(start, start + length).unsqueeze(1)
         cos, sin = rotation(positions, (self.config.head_dim,), self.config.rope_theta)
         return cos.to(self.device), sin.to(self.device)

@@ -129,6 +129,8 @@ class VisionTower(Network):
     """Patches of an image to its features."""
 
     loader = "load_siglip"
+    processor: object | None = None
+    """The image processor that it was loaded with, a `vision.processor.Processor`."""
     few_rows = True
     """A tower runs once for an image: making int8 rows takes longer than their products save."""
 

@@ -25,7 +25,7 @@ from zimage_core.quant import gpu_int8
 from zimage_core.quant.dispatch import family
 from zimage_core.quant.gpu import architecture, kernels_run
 
-Use = Literal["transformer", "text encoder", "VAE"]
+Use = Literal["transformer", "text encoder", "vision tower", "VAE"]
 
 CUDNN = ("sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 """Where cuDNN is faster than flash attention for long sequences without mask, as others measured: pytorch

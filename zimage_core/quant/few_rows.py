@@ -24,9 +24,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from zimage_core.cpu import int4
-from zimage_core.cpu.capability import bfloat16_pays, int4_pays, int8_one_row_pays, int8_pays
-from zimage_core.cpu.rotation import rotate
+from zimage_core.cpu import int4, packed_int8
+from zimage_core.cpu.capability import (
+    bfloat16_pays,
+    int4_pays,
+    int8_one_row_pays,
+    int8_pays,
+    packed_int8_pays,
+)
+from zimage_core.cpu.int8 import LARGEST, LEAST, multiply_into
+from zimage_core.cpu.rotation import hadamard, rotate
 from zimage_core.errors import BadArgument, printable
 from zimage_core.quant import int8
 from zimage_core.quant.tensor import QuantTensor
@@ -36,6 +43,9 @@ MODES = ("auto", "bfloat16", "exact", "int8")
 MOST = 8
 """Most rows that are multiplied in this way; nibbles take each further row at the price of the first two."""
 
+ROTATION = 64
+"""Largest block of the rotation before int8, because single channels of a language model stand out; it is one
+small product."""
 SIMPLE = ("Q8_0",)
 """Formats that are dequantised in less time than their two digits take in the exact mode."""
 
@@ -76,8 +86,8 @@ class FewRows:
 class Shared:
     """One product for several layers that read the same x, such as q, k and v.
 
-    The first layer computes the results of all, which the others take if they are called with the same
-    tensor. Each result is taken once, so that no tensor that was written to meanwhile gets an old one.
+    The layer that is called first computes the results of all, which the others take if they are called with
+    the same tensor; nobody may write to it in between. Each result is taken once.
 
     Args:
         few: The weights below each other in one form.
@@ -86,7 +96,7 @@ class Shared:
 
     def __init__(self, few: FewRows, sizes: Sequence[int]) -> None:
         self._few, self._sizes = few, list(sizes)
-        self._kept: tuple[Tensor, list[Tensor | None]] | None = None
+        self._kept: tuple[Tensor, dict[int, Tensor]] | None = None
 
     def parts(self) -> list[Callable[[Tensor], Tensor]]:
         """The product of each layer."""
@@ -94,17 +104,13 @@ class Shared:
 
     def _part(self, i: int, x: Tensor) -> Tensor:
         kept = self._kept
-        if i and kept is not None and kept[0] is x:
-            found = kept[1][i]
-            kept[1][i] = None
-            if i == len(self._sizes) - 1:
-                self._kept = None
-            if found is not None:
-                return found
-        results = torch.split(self._few(x), self._sizes, -1)
-        if i == 0:
-            self._kept = x, list(results)
-        return results[i]
+        if kept is None or kept[0] is not x or i not in kept[1]:
+            results = torch.split(self._few(x), self._sizes, -1)
+            kept = self._kept = x, dict(enumerate(results))
+        found = kept[1].pop(i)
+        if not kept[1]:
+            self._kept = None
+        return found
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class Form:
     """What a weight would become.
 
     Args:
-        kind: "nibbles", "dense", "bytes" (int8 times bfloat16) or "int8".
+        kind: "nibbles", "dense", "bytes" (int8 times bfloat16), "int8" or "packed int8".
         mode: "bfloat16", "exact" or "int8".
         nbytes: Bytes beside the weight.
     """
@@ -148,8 +154,12 @@ def form_of(weight: Tensor | QuantTensor, mode: str) -> Form | None:
     rows, width = weight.shape
     if not rows * width:
         return None
-    if mode == "int8" and (int8.is_int8(weight) or int8_pays()):
-        return Form("int8", mode, 0 if int8.is_int8(weight) else rows * width + 4 * rows)
+    if mode == "int8":
+        if int8.is_int8(weight):
+            return Form("int8", mode, 0)
+        if packed_int8_pays() or int8_pays():
+            kind = "packed int8" if packed_int8_pays() else "int8"
+            return Form(kind, mode, rows * width + 12 * rows)
     mode = "exact" if mode == "int8" else mode
     layout = int4.layout_of(weight.format)
     if layout is not None and int4_pays() and (mode == "bfloat16" or weight.format.name not in SIMPLE):
@@ -187,11 +197,14 @@ def prepare(weight: Tensor | QuantTensor, mode: str = "auto") -> FewRows | None:
 
 def _prepare(weight: QuantTensor, form: Form) -> FewRows:
     shape = weight.shape[0], weight.shape[1]
-    if form.kind == "int8":
-        rotation = int8.rotation_of(weight, rotated=True)
-        rows = weight if int8.is_int8(weight) else int8.quantize_weight(weight, rotation)
-        return FewRows(_Int8(rows, rotation), shape, form.mode, form.nbytes)
     product: Callable[[Tensor], Tensor]
+    if "int8" in form.kind:
+        given = int8.is_int8(weight)
+        rotation = weight.rotation if given else min(int8.rotation_of(weight, rotated=True), ROTATION)
+        rows = weight if given else int8.quantize_weight(weight, rotation)
+        row_scale = torch.ones(1) if rows.scale is None else rows.scale
+        product = (_PackedInt8 if form.kind == "packed int8" else _Int8)(rows, row_scale, rotation)
+        return FewRows(product, shape, form.mode, form.nbytes)
     if form.kind == "bytes":
         product = _Bytes(weight)
     elif form.kind == "dense":
@@ -201,8 +214,8 @@ def _prepare(weight: QuantTensor, form: Form) -> FewRows:
         layout = int4.layout_of(weight.format)
         if layout is None:  # `form_of` has asked
             raise BadArgument(f"{weight.format.name} has no nibbles")
-        kind = _Nibbles if form.mode == "bfloat16" else _ExactNibbles
-        product = kind(weight, layout)
+        nibbles = _Nibbles if form.mode == "bfloat16" else _ExactNibbles
+        product = nibbles(weight, layout)
     scale = None if weight.scale is None else weight.scale.view(-1)
     return FewRows(product, shape, form.mode, form.nbytes, scale, weight.rotation)
 
@@ -226,12 +239,40 @@ class _Bytes:
         return torch._weight_int8pack_mm(x.to(torch.bfloat16), self.rows, self.ones)
 
 
-class _Int8:
-    def __init__(self, rows: QuantTensor, rotation: int) -> None:
-        self.rows, self.rotation = rows, rotation
+def _rotated(x: Tensor, group: int) -> Tensor:
+    """`rotate`, for a small block in one product."""
+    if not 1 < group <= ROTATION:
+        return rotate(x, group)
+    return torch.mm(x.reshape(-1, group), hadamard(group, x.device)).view(x.shape)
+
+
+class _PackedInt8:
+    """int8 rows in the order of FBGEMM, one row of x at a time."""
+
+    def __init__(self, rows: QuantTensor, scale: Tensor, rotation: int) -> None:
+        self.rows = packed_int8.pack(rows.packed.view(torch.int8), scale.view(-1).expand(rows.shape[0]))
+        self.rotation = rotation
 
     def __call__(self, x: Tensor) -> Tensor:
-        return int8.linear(x, self.rows, None, rotated=bool(self.rotation))
+        wide = _rotated(x.float(), self.rotation)
+        rows = torch.split(wide, 1) if len(wide) > 1 else (wide,)
+        results = [packed_int8.multiply(row, self.rows) for row in rows]
+        return torch.cat(results) if len(results) > 1 else results[0]
+
+
+class _Int8:
+    """int8 rows, as `int8.linear` multiplies them, without what many rows need."""
+
+    def __init__(self, rows: QuantTensor, scale: Tensor, rotation: int) -> None:
+        self.values, self.rotation = rows.packed.view(torch.int8), rotation
+        self.scale = scale.view(-1).expand(rows.shape[0])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = _rotated(x.float(), self.rotation)
+        scale = wide.abs().amax(1, keepdim=True).clamp_(min=LEAST).div_(LARGEST)
+        sums = torch.empty(len(x), len(self.values), dtype=torch.int32)
+        multiply_into(sums, (wide / scale).round_().to(torch.int8), self.values)
+        return (sums * self.scale).mul_(scale)
 
 
 class _Nibbles:

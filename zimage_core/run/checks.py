@@ -122,6 +122,17 @@ def embeds(name: str, value: Any, width: int) -> list[torch.Tensor]:
     return members
 
 
+def pieces(name: str, value: Any, width: int) -> list[list[torch.Tensor]]:
+    """Return the caller's features of Omni prompts as new lists: for each prompt one [L, width] a piece."""
+    members = list(value) if isinstance(value, (list, tuple)) else []
+    if not 1 <= len(members) <= MAX_IMAGES or any(isinstance(each, torch.Tensor) for each in members):
+        raise BadArgument(
+            f"{name}: wanted a list of 1 to {MAX_IMAGES} lists of tensors [L, {width}], one for each piece "
+            "of a prompt"
+        )
+    return [embeds(f"{name}[{i}]", member, width) for i, member in enumerate(members)]
+
+
 def latents(value: Any, shape: tuple[int, ...]) -> torch.Tensor:
     """Return a float32 copy of the caller's starting latents, which must have `shape`."""
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
@@ -242,7 +253,7 @@ Compute = str | Mapping[str, str] | None
 
 
 def read_dtypes(dtype: Dtype, torch_dtype: Dtype, device: torch.device) -> dict[str, torch.dtype]:
-    """Return the dtypes of "transformer" and "text_encoder" from the two arguments that may name them.
+    """Return the dtypes of "transformer", "text_encoder" and "siglip" from the two arguments that name them.
 
     Raises:
         BadArgument: `read_dtype` refuses a value, or a dict names something else.
@@ -251,14 +262,14 @@ def read_dtypes(dtype: Dtype, torch_dtype: Dtype, device: torch.device) -> dict[
     named: list[Mapping[str, Any]] = [
         value if isinstance(value, Mapping) else {"default": value} for value in (dtype, torch_dtype)
     ]
-    known = ("transformer", "text_encoder", "vae", "default")
+    known = ("transformer", "text_encoder", "siglip", "vae", "default")
     for key in (key for value in named for key in value if key not in known):
         raise BadArgument(f"dtype: got a dict with {shown(key)}, wanted keys of {', '.join(known)}")
     for value in named:
         if value.get("vae") is not None and read_dtype(value["vae"], None, device) != torch.float32:
             raise Unsupported("dtype: the VAE is always computed in float32; leave it out of the dict")
     found = {}
-    for name in ("transformer", "text_encoder"):
+    for name in known[:3]:
         first, second = (value.get(name, value.get("default")) for value in named)
         found[name] = read_dtype(first, second, device)
     return found

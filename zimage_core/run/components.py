@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from zimage_core.config import COMPONENTS
+from zimage_core.config import COMPONENTS, OPTIONAL_COMPONENTS
 from zimage_core.errors import BadArgument, Unsupported, WrongModel, printable
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
@@ -23,6 +23,8 @@ KINDS: dict[str, tuple[type, str]] = {
     "scheduler": (FlowMatchEulerScheduler, "zimage_core.FlowMatchEulerScheduler(shift=...)"),
 }
 """Component -> its class, and how to get one."""
+(SIGLIP,) = OPTIONAL_COMPONENTS
+"""The vision tower of an Omni pipeline."""
 
 _WITHOUT = {
     "transformer": "to make images",
@@ -61,6 +63,11 @@ def check_kind(name: str, value: object) -> None:
         wanted, get = "a zimage_core tokenizer", "zimage_core.load_tokenizer(path)"
         right = hasattr(value, "encode") and isinstance(getattr(value, "vocab_size", None), int)
         right = right and not _package(value).startswith(("transformers", "tokenizers"))
+    elif name == SIGLIP:
+        from zimage_core.models.vision_tower import VisionTower
+
+        wanted, get = "a zimage_core VisionTower", "zimage_core.load_siglip(path)"
+        right = isinstance(getattr(value, "_orig_mod", value), VisionTower)
     else:
         kind, get = KINDS[name]
         wanted, right = f"a zimage_core {kind.__name__}", isinstance(getattr(value, "_orig_mod", value), kind)
@@ -93,7 +100,8 @@ def require(name: str, value: object) -> None:
 
 def networks(pipe: Any) -> dict[str, Any]:
     """The networks of a pipeline by name, without those that it does not have."""
-    return {name: network for name in COMPONENTS if (network := getattr(pipe, name)) is not None}
+    names = (*COMPONENTS, *OPTIONAL_COMPONENTS)
+    return {name: network for name in names if (network := getattr(pipe, name)) is not None}
 
 
 def check_components(pipe: Any, paths: Mapping[str, str]) -> None:
@@ -113,6 +121,7 @@ def check_components(pipe: Any, paths: Mapping[str, str]) -> None:
             None if encoder is None else encoder.config,
             None if vae is None else vae.config,
             paths,
+            None if pipe.siglip is None else pipe.siglip.config,
         )
     if encoder is not None and pipe.tokenizer is not None:
         check_tokenizer(pipe.tokenizer, encoder, paths.get("text_encoder", "text encoder"))

@@ -28,7 +28,8 @@ class Denoiser:
 
     Args:
         transformer: The network, which estimates clean - noise.
-        positive: Caption features, one [L, cap_feat_dim] per image; may be replaced between steps.
+        positive: Caption features, one [L, cap_feat_dim] per image, or for Omni one list of them, a tensor
+            for each piece; may be replaced between steps.
         negative: Caption features of the negative prompts; empty without guidance.
         run: The checked arguments of the call: noise levels and guidance.
         predict: Function to call instead of `transformer.predict`, such as a replayed graph.
@@ -37,13 +38,15 @@ class Denoiser:
     def __init__(
         self,
         transformer: ZImageTransformer,
-        positive: Sequence[Tensor],
-        negative: Sequence[Tensor],
+        positive: Sequence[Any],
+        negative: Sequence[Any],
         run: Run,
         predict: Predict | None = None,
     ) -> None:
         self.transformer = transformer
-        self.captions = {"prompt_embeds": list(positive), "negative_prompt_embeds": list(negative)}
+        self.captions: dict[str, list[Any]] = {
+            "prompt_embeds": list(positive), "negative_prompt_embeds": list(negative)
+        }  # fmt: skip
         self.scale = run.guidance_scale
         self.last: tuple[Tensor, Tensor, int] | None = None
         self.estimate: Tensor | None = None
@@ -54,11 +57,31 @@ class Denoiser:
             from zimage_core.control.apply import Controls
 
             self._controls = Controls(transformer, run.controls)
+        self._stream: Any = transformer
+        if run.references is not None:
+            from zimage_core.omni.stream import OmniStream
 
-    def replace(self, name: str, captions: list[Tensor]) -> None:
+            self._stream = OmniStream(transformer, run.references)
+
+    def replace(self, name: str, captions: list[Any]) -> None:
         """Use other caption features from now on; `name` is "prompt_embeds" or "negative_prompt_embeds"."""
         self.captions[name] = captions
         self._prepared = None
+
+    def fitting(self, name: str, value: Any) -> list[Any]:
+        """Checked caption features that may be given to `replace`.
+
+        Raises:
+            BadArgument, BadShape: There are other numbers of them, or they do not fit the transformer.
+        """
+        omni, now = self._run.references is not None, self.captions[name]
+        check: Callable[[str, Any, int], list[Any]] = checks.pieces if omni else checks.embeds
+        new = check(name, value, self.transformer.config.cap_feat_dim)
+        pairs = zip(now, new, strict=False) if omni else ()
+        for mine, theirs in ((now, new), *pairs):
+            if len(mine) != len(theirs):
+                raise BadArgument(f"{name}: the callback returned {len(theirs)}, wanted {len(mine)}")
+        return new
 
     def __call__(self, latents: Tensor, time: Tensor, step: int) -> Tensor:
         """latents [B, C, h, w] float32, time [] float32 -> estimate of clean - noise [B, C, h, w] float32."""
@@ -80,18 +103,21 @@ class Denoiser:
             times = [float(network_time(sigma)) for sigma in run.sigmas[:-1]]
             captions = [caption for side in self.captions.values() for caption in side]
             h, w = latents.shape[-2:]
-            self._prepared = self.transformer.prepare(captions, times, (h, w))
+            self._prepared = self._stream.prepare(captions, times, (h, w))
         prepared, count = self._prepared, len(latents)
         members = latents.to(self.transformer.dtype)
-        whole = has_hooks(self.transformer)  # they see the network's own call, which prepares each step anew
+        stream = self._stream
+        # hooks see the network's own call, which prepares each step anew
+        whole = stream is self.transformer and has_hooks(self.transformer)
 
         def one(member: Tensor, image: int, caption: int) -> Tensor:
             controls = self._controls
             after = None if controls is None else controls.after(prepared, step, image, caption)
             if not whole:
-                return self.transformer.step(member, prepared, step, caption, self._predict, after)
+                out: Tensor = stream.step(member, prepared, step, caption, self._predict, after)
+                return out
             captions = [prepared.captions[caption]]
-            out: Tensor = self.transformer([member[:, None]], time, captions, after=after)[0]
+            out = self.transformer([member[:, None]], time, captions, after=after)[0]
             return out[:, 0]
 
         def side(first: int) -> list[Tensor]:
@@ -199,10 +225,7 @@ def call_back(
         if name in run.callback_tensors:
             denoiser.replace(name, now)  # even if the same: the function may have changed them in place
         if out.get(name) is not None and out[name] is not now:
-            new = checks.embeds(name, out[name], denoiser.transformer.config.cap_feat_dim)
-            if len(new) != len(now):
-                raise BadArgument(f"{name}: the callback returned {len(new)}, wanted {len(now)}")
-            denoiser.replace(name, new)
+            denoiser.replace(name, denoiser.fitting(name, out[name]))
     changed = out.get("latents")
     if changed is None or changed is latents:
         return latents

@@ -134,7 +134,7 @@ class ImageCalls:
             are those of both.
         """
         limits, scale = self.limits, checks.real("scale", scale, 1, MAX_SCALE)
-        for name in ("image", "mask_image", "outpaint"):
+        for name in ("image", "mask_image", "outpaint", "reference_images"):
             if call.get(name) is not None:
                 raise BadArgument(f"hires: it makes its own image; leave {name} out")
         if all(call.get(name) is None for name in ("seed", "generator", "latents")):

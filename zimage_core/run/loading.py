@@ -15,9 +15,10 @@ from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.run import sources
 from zimage_core.run.checks import read_path, shown
-from zimage_core.run.components import check_kind, is_network
+from zimage_core.run.components import SIGLIP, check_kind, is_network
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
+from zimage_core.weights.card import require
 from zimage_core.weights.components import open_component, open_pipeline
 from zimage_core.weights.facts import facts
 from zimage_core.weights.load import load_network, opened_file
@@ -44,6 +45,15 @@ CLASSES: dict[str, Any] = {
 }  # fmt: skip
 
 
+def class_of(name: str) -> Any:
+    """The class of a component; that of a vision tower is imported where there is one."""
+    if name != SIGLIP:
+        return CLASSES[name]
+    from zimage_core.models.vision_tower import VisionTower
+
+    return VisionTower
+
+
 def load_components(
     paths: Mapping[str, Any],
     tokenizer: PathLike | Tokenizer | None,
@@ -56,10 +66,10 @@ def load_components(
 
     Args:
         paths: "transformer", "text_encoder" and "vae" -> file, folder, the file that is open already, a
-            network, or None for none.
+            network, or None for none; and "siglip" where there is one.
         tokenizer: Path or object, as for `ZImagePipeline.from_files`; None finds the text encoder's own.
         scheduler: The schedule; None for the one that the transformer's file or folder states, else shift 3.
-        dtypes: The dtypes of "transformer" and "text_encoder"; the VAE is always float32.
+        dtypes: The dtypes of "transformer", "text_encoder" and "siglip"; the VAE is always float32.
         device: Device of the networks.
         mmap: Use the weights in place, as views of the files.
 
@@ -80,9 +90,17 @@ def load_components(
             read_path(name, value)
     opened = open_pipeline({name: paths[name] for name in COMPONENTS if name not in objects}, mmap)
     try:
+        if SIGLIP in paths and SIGLIP not in objects:
+            opened[SIGLIP] = part = open_component(paths[SIGLIP], SIGLIP, mmap)
+            require(part.card, SIGLIP, part.file.path)
         found = {name: None if value is None else value.to(device) for name, value in objects.items()}
         for name, part in opened.items():
-            found[name] = load_network(CLASSES[name], part, dtypes.get(name, torch.float32), device)
+            found[name] = load_network(class_of(name), part, dtypes.get(name, torch.float32), device)
+        if SIGLIP in opened:
+            from zimage_core.vision.processor import processor_of
+
+            tower: Any = found[SIGLIP]
+            tower.processor = processor_of(tower)  # a copy of it has no file
         encoder = found["text_encoder"]
         if encoder is not None or tokenizer is not None:
             own = None if encoder is None else opened_file(encoder)

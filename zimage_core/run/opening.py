@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -16,6 +16,9 @@ from zimage_core.run.components import FOLDERS
 from zimage_core.run.loading import PathLike, find_components, load_components
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from zimage_core.models.vision_tower import VisionTower
 
 Self = TypeVar("Self", bound="Opening")
 
@@ -42,6 +45,7 @@ class Opening:
         mmap: bool = True,
         vram: int | str | None = None,
         ram: int | str | None = None,
+        siglip: PathLike | VisionTower | None = None,
     ) -> Self:
         """Build a pipeline from files (GGUF or safetensors) or folders of shards, identified by contents.
 
@@ -58,8 +62,8 @@ class Opening:
                 call; both also set the defaults of 50 steps and guidance 4.
             dtype: Dtype of the computation: float32, float16 or bfloat16, as torch dtype or name. Default:
                 float32 on a CPU, float16 on GPUs before Ampere, else bfloat16. It does not change packed
-                weights. A dict gives one for "transformer", "text_encoder" and "default"; the VAE is always
-                float32.
+                weights. A dict gives one for "transformer", "text_encoder", "siglip" and "default"; the VAE
+                is always float32.
             torch_dtype: Another name of `dtype`, as in diffusers.
             compute: In which numbers the blocks multiply: "exact" (the default), "bfloat16", "int8", or
                 "auto": int8 for a large transformer with packed weights if the device gains over 1.5 times,
@@ -69,6 +73,7 @@ class Opening:
             mmap: Use the weights in place; the files must then not change. False reads them into memory.
             vram: Limit of GPU memory, such as "6GiB" or "auto"; see `limit_memory`.
             ram: Limit of host memory, in the same form.
+            siglip: The vision tower of an Omni checkpoint, which sees reference images.
 
         Raises:
             BadArgument: A path is no path.
@@ -79,6 +84,7 @@ class Opening:
         for name, value in paths.items():
             if value is None:  # no network at all is for from_pretrained, whose callers say so on purpose
                 read_path(name, value)
+        paths["siglip"] = siglip
         kinds, where = (dtype, torch_dtype, read_computes(compute)), read_device(device)
         return cls._load(paths, tokenizer, scheduler, kinds, where, mmap, vram, ram)
 
@@ -90,6 +96,7 @@ class Opening:
         transformer: PathLike | ZImageTransformer | None = FOLDERS,
         text_encoder: PathLike | TextEncoder | None = FOLDERS,
         vae: PathLike | Autoencoder | None = FOLDERS,
+        siglip: PathLike | VisionTower | None = FOLDERS,
         tokenizer: PathLike | Tokenizer | None = None,
         scheduler: FlowMatchEulerScheduler | None = None,
         dtype: Dtype = None,
@@ -116,6 +123,7 @@ class Opening:
             text_encoder: A text encoder to use instead, in the same form. A repository that holds only
                 quantised transformers needs the other components from elsewhere.
             vae: A VAE to use instead, in the same form.
+            siglip: A vision tower to use instead, in the same form; most folders have none.
             tokenizer: Path of a tokenizer, or a Tokenizer, to use instead.
             scheduler: The schedule; default: the folder's scheduler_config.json, else shift 3.
             dtype: Dtype of the computation, as for `from_files`.
@@ -134,7 +142,7 @@ class Opening:
             BadArgument, BadFile, WrongModel, BadWeights: A path or file is refused, as by `from_files`.
             Unsupported: An argument of diffusers is not supported; the message names it.
         """
-        named = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+        named = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "siglip": siglip}
         given = {name: value for name, value in named.items() if value is not FOLDERS}
         paths, tokenizer, scheduler = find_components(
             pretrained_model_name_or_path, given, tokenizer, scheduler, mmap, variant, others
@@ -158,6 +166,26 @@ class Opening:
         scheduler = FlowMatchEulerScheduler()  # stated, because this is a distilled model
         kinds, where = (dtype, torch_dtype, read_computes(compute)), read_device(device)
         return cls._load(paths, None, scheduler, kinds, where, True, vram, ram)
+
+    @classmethod
+    def from_text_encoder(
+        cls: type[Self],
+        text_encoder: PathLike | TextEncoder,
+        tokenizer: PathLike | Tokenizer | None = None,
+        *,
+        dtype: Dtype = None,
+        torch_dtype: Dtype = None,
+        compute: Compute = None,
+        device: str | torch.device = "cpu",
+        mmap: bool = True,
+    ) -> Self:
+        """Build a pipeline that draws nothing, for `encode_prompt` and `enhance_prompt`.
+
+        Arguments and errors are those of `from_files`.
+        """
+        paths = {"transformer": None, "text_encoder": text_encoder, "vae": None}
+        kinds, where = (dtype, torch_dtype, read_computes(compute)), read_device(device)
+        return cls._load(paths, tokenizer, None, kinds, where, mmap, None, None)
 
     @classmethod
     def _load(

@@ -14,6 +14,7 @@ from zimage_core.memory import page_cache
 from zimage_core.memory.activations import ITEMSIZE, decode_bytes, denoise_bytes
 from zimage_core.memory.int8_rows import KeptRows, free_for_rows
 from zimage_core.memory.phases import MemoryBudget, MemoryReport, PhaseManager
+from zimage_core.memory.references import References
 from zimage_core.models.transformer import Predict, ZImageTransformer
 from zimage_core.nn.attention import Use, settings
 from zimage_core.nn.cuda_graphs import StepGraphs
@@ -35,7 +36,8 @@ OURS = ("zimage_core", "torch")
 """Packages whose modules do in every step what they did when it was recorded."""
 
 _USES: dict[str, Use] = {
-    "encode": "text encoder", "image": "VAE", "denoise": "transformer", "decode": "VAE",
+    "encode": "text encoder", "image": "VAE", "vision": "vision tower", "denoise": "transformer",
+    "decode": "VAE",
 }  # fmt: skip
 
 Networks = Mapping[str, Any]
@@ -77,7 +79,7 @@ class Placement:
             if isinstance(target, torch.dtype):
                 self._as_loaded = False
                 dtype = read_dtype(target, None, torch.device("cpu"))
-                for name in {"transformer", "text_encoder"} & set(networks):
+                for name in {"transformer", "text_encoder", "siglip"} & set(networks):
                     networks[name].to(dtype)
             else:
                 place = read_device(target)
@@ -194,8 +196,17 @@ class Placement:
         self.memory = PhaseManager(networks, opened, device, MemoryBudget(vram, ram))
         self.graphs = self._own = None
 
-    def begin(self, networks: Networks, run: Run, caption_tokens: int) -> None:
-        """Plan a run where memory is limited; else find how much of it int8 rows may take."""
+    def begin(
+        self, networks: Networks, run: Run, caption_tokens: int, references: References | None = None
+    ) -> None:
+        """Plan a run where memory is limited; else find how much of it int8 rows may take.
+
+        Args:
+            networks: The pipeline's networks.
+            run: The checked arguments of the call.
+            caption_tokens: Tokens of the longest text that is encoded.
+            references: The reference images, where the run has some.
+        """
         images, guided = run.batch.images, run.guidance_scale > 0
         if self.memory is not None:
             self.memory.check_networks(networks)
@@ -204,21 +215,26 @@ class Placement:
                 guidance=guided, steps=run.steps,
                 image=bool(run.controls) or (run.edit is not None and run.edit.encodes),
                 controlnets=tuple({each.net: None for each in run.controls}),
-                control_images=len(run.controls),
+                control_images=len(run.controls), references=references,
             )  # fmt: skip
         elif networks["transformer"].compute == "int8":
             transformer, vae = networks["transformer"], networks.get("vae")
             height, width = run.latents.shape[-2:]
             dtype = str(transformer.dtype).removeprefix("torch.")
-            how = (caption_tokens, dtype if dtype in ITEMSIZE else "float32", images, 1 + guided, run.steps)
-            live = denoise_bytes(transformer.config, height, width, *how)
+            dtype = dtype if dtype in ITEMSIZE else "float32"
+            seen = (height, width, caption_tokens)
+            if references is not None:
+                seen = references.stream(transformer.config, height, width)
+            live = denoise_bytes(transformer.config, *seen, dtype, images, 1 + guided, run.steps)
+            if references is not None:
+                live += references.beside(transformer.config, height, width, dtype)
             if vae is not None:
                 live = max(live, decode_bytes(vae.config, height, width, vae.tile))
             self._room = free_for_rows(networks.values(), transformer.device, live)
 
     @contextmanager
     def phase(self, name: str, network: Any) -> Iterator[None]:
-        """Context in which the network of "encode", "image", "denoise" or "decode" is on the device.
+        """Context in which the network of "encode", "image", "vision", "denoise" or "decode" is ready.
 
         torch's settings are those that the network needs there; see `nn.attention.settings`.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,7 +10,8 @@ import torch
 
 from zimage_core.config import AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, Unsupported
-from zimage_core.run import checks, edits
+from zimage_core.run import checks, edits, references
+from zimage_core.run.batch import Batch, Encoding
 from zimage_core.run.checks import MAX_IMAGES, StepCallback, real, whole
 from zimage_core.sampling import noise, samplers
 from zimage_core.sampling.schedule import BASE_SHIFT, MAX_STEPS, FlowMatchEulerScheduler
@@ -35,8 +36,8 @@ class Request:
     num_images_per_prompt: int = 1
     generator: torch.Generator | Sequence[torch.Generator] | None = None
     latents: torch.Tensor | None = None
-    prompt_embeds: Sequence[torch.Tensor] | None = None
-    negative_prompt_embeds: Sequence[torch.Tensor] | None = None
+    prompt_embeds: Sequence[Any] | None = None
+    negative_prompt_embeds: Sequence[Any] | None = None
     output_type: str = "pil"
     joint_attention_kwargs: dict[str, Any] | None = None
     callback_on_step_end: StepCallback | None = None
@@ -60,6 +61,8 @@ class Request:
     controlnet_conditioning_scale: float | Sequence[float] = 0.75
     control_guidance_start: float | Sequence[float] = 0.0
     control_guidance_end: float | Sequence[float] = 1.0
+    reference_images: Any = None
+    positions: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Limits:
         patch: Latents per token along a side.
         rows: Most tokens from top to bottom.
         cols: Most tokens from left to right.
+        vision: Width of the vision features that an Omni checkpoint takes; None for text alone.
     """
 
     sample_size: int
@@ -85,6 +89,7 @@ class Limits:
     patch: int
     rows: int
     cols: int
+    vision: int | None = None
 
     @classmethod
     def of(
@@ -104,13 +109,15 @@ class Limits:
             patch=net.patch_size,
             rows=net.axes_lens[1],
             cols=net.axes_lens[2],
+            vision=net.siglip_feat_dim,
         )
 
     def defaults(self, shift: float | None = None) -> Defaults:
         """Defaults of a call with this shift, which counts only where the pipeline states none."""
         if self.stated_shift is not None:
             shift = self.stated_shift
-        return Defaults(50, 4.0, False) if shift == BASE_SHIFT else Defaults(8, 0.0, True)
+        base = shift == BASE_SHIFT or self.vision is not None  # no Omni checkpoint is distilled
+        return Defaults(50, 4.0, False) if base else Defaults(8, 0.0, True)
 
     @property
     def steps(self) -> int:
@@ -137,38 +144,6 @@ class Defaults(NamedTuple):
     distilled: bool
 
 
-class Encoding(NamedTuple):
-    """Options of tokenisation, in the order of `text.prompt.prompt_ids`."""
-
-    max_sequence_length: int = DEFAULT_LENGTH
-    enable_thinking: bool = True
-    prompt_template: str | None = None
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The captions of each image; every list has one item per image.
-
-    Args:
-        prompts: The prompts; None if only embeddings were given.
-        negative_prompts: The negative prompts; None without guidance or with embeddings.
-        prompt_embeds: The caller's caption features; None to encode the prompts.
-        negative_prompt_embeds: The caller's caption features for the negative side; None to encode.
-        images: Number of images.
-    """
-
-    prompts: list[str] | None
-    negative_prompts: list[str] | None
-    prompt_embeds: list[torch.Tensor] | None
-    negative_prompt_embeds: list[torch.Tensor] | None
-    images: int
-
-    def texts(self) -> list[str]:
-        """The texts that have to be encoded, without duplicates."""
-        positive = self.prompts if self.prompt_embeds is None else None
-        return list(dict.fromkeys([*(positive or ()), *(self.negative_prompts or ())]))
-
-
 @dataclass(frozen=True)
 class Run:
     """The checked arguments of one call; `ZImagePipeline.__call__` describes those that are not listed.
@@ -186,6 +161,7 @@ class Run:
         later_seeds: The seed of each image for what is drawn after its starting noise; empty if nothing is.
         edit: What is made of a given image; None for text to image.
         controls: Control images with what follows them.
+        references: Reference images of an Omni run; None for a run of text and image alone.
     """
 
     batch: Batch
@@ -211,6 +187,7 @@ class Run:
     later_seeds: tuple[int, ...] = ()
     edit: Any = None
     controls: tuple[Any, ...] = ()
+    references: Any = None
 
     @property
     def steps(self) -> int:
@@ -236,7 +213,13 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
     usual = limits.defaults(request.shift)
     scale = checks.guidance(request.guidance_scale, request.cfg, usual.guidance)
     multiple = limits.factor * limits.patch
+    batch = make_batch(request, scale > 0, limits.caption_width)
     given, size = edits.given(request, limits), (request.height, request.width)
+    shown = references.given(request, limits, batch)
+    if shown is not None:
+        batch = references.batch_of(batch, shown)
+    if shown is not None and given is None:
+        size = references.size(shown, *size)
     if given is not None:
         size = given.size(*size, (multiple * limits.rows, multiple * limits.cols, checks.MAX_PIXELS))
     height, width = (
@@ -249,7 +232,6 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
     sampler = checks.named("sampler", request.sampler, "euler", tuple(samplers.SAMPLERS))
     schedule = checks.named("schedule", request.schedule, "linear", samplers.SCHEDULES)
     sigmas = _levels(scheduler, schedule, steps, request)
-    batch = make_batch(request, scale > 0, limits.caption_width)
     checks.area(height, width, batch.images)
     shape = (batch.images, limits.channels, height // limits.factor, width // limits.factor)
     seeds, latents, edit = _start(shape, request, given, len(sigmas) - 1)
@@ -279,8 +261,12 @@ def prepare(limits: Limits, scheduler: FlowMatchEulerScheduler, request: Request
         schedule=schedule,
         variety=variety,
         later_seeds=later,
-        remarks=(*_remarks(usual.distilled, scale, request), *(() if edit is None else edit.remarks())),
+        remarks=(
+            *_remarks(usual.distilled, scale, request),
+            *(remark for each in (edit, shown) if each is not None for remark in each.remarks()),
+        ),
         edit=edit,
+        references=shown,
     )
 
 
@@ -310,7 +296,8 @@ def make_batch(request: Request, guided: bool, width: int) -> Batch:
     if request.prompt is None and request.prompt_embeds is None:
         raise BadArgument("prompt: give prompt or prompt_embeds")
     texts = None if request.prompt is None else checks.prompts("prompt", request.prompt)
-    positive = _embeds("prompt_embeds", request.prompt_embeds, width)
+    omni = request.reference_images is not None
+    positive = _embeds("prompt_embeds", request.prompt_embeds, width, omni)
     count = len(positive if positive is not None else texts or ())
     if texts is not None and len(texts) != count:
         raise BadArgument(f"prompt_embeds: got {count}, wanted {len(texts)}, one for each prompt")
@@ -321,7 +308,7 @@ def make_batch(request: Request, guided: bool, width: int) -> Batch:
 
     given = request.negative_prompt
     negative_texts = None if given is None else checks.prompts("negative_prompt", given)
-    negative = _embeds("negative_prompt_embeds", request.negative_prompt_embeds, width)
+    negative = _embeds("negative_prompt_embeds", request.negative_prompt_embeds, width, omni)
     if not guided:
         negative_texts = negative = None
     elif negative is not None:
@@ -345,8 +332,9 @@ def make_batch(request: Request, guided: bool, width: int) -> Batch:
     )
 
 
-def _embeds(name: str, value: Any, width: int) -> list[torch.Tensor] | None:
-    return None if value is None else checks.embeds(name, value, width)
+def _embeds(name: str, value: Any, width: int, omni: bool) -> list[Any] | None:
+    check: Callable[[str, Any, int], list[Any]] = checks.pieces if omni else checks.embeds
+    return None if value is None else check(name, value, width)
 
 
 def _repeated(members: list[Member] | None, times: int) -> list[Member] | None:

@@ -16,8 +16,9 @@ from zimage_core import __version__
 from zimage_core.errors import BadArgument
 from zimage_core.files import png
 from zimage_core.files.atomic import write_atomically
+from zimage_core.run.batch import Encoding
 from zimage_core.run.loras import settings_of_adapters
-from zimage_core.run.request import Encoding, Run
+from zimage_core.run.request import Run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -205,11 +206,14 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
     out, batch = [], run.batch
     for i, seed in enumerate(run.seeds):
         # if features were given, the prompt was not used, so it is left out
-        texts = {"prompt": batch.prompts[i]} if batch.prompts and not batch.prompt_embeds else {}
+        texts: dict[str, Any] = {}
+        if batch.prompts and not batch.prompt_embeds:
+            texts = {"prompt": str(batch.prompts[i]), **getattr(batch.prompts[i], "settings", {})}
         if batch.negative_prompts and batch.negative_prompts[i]:
             texts["negative_prompt"] = batch.negative_prompts[i]
         edited = {} if run.edit is None else run.edit.settings(i)
-        out.append({**texts, "seed": seed, **common, **edited})
+        shown = {} if run.references is None else run.references.settings(i)
+        out.append({**texts, "seed": seed, **common, **edited, **shown})
     return tuple(out)
 
 

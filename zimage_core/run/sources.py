@@ -12,10 +12,16 @@ from zimage_core.assets import NANO
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, printable
 from zimage_core.run.checks import read_path
+from zimage_core.run.components import SIGLIP
 from zimage_core.run.locate import locate
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.text.tokenizer import Tokenizer
-from zimage_core.weights.components import check_pipeline_class, open_parts, scheduler_values
+from zimage_core.weights.components import (
+    check_pipeline_class,
+    open_optional,
+    open_parts,
+    scheduler_values,
+)
 from zimage_core.weights.folder import has_tokenizer, tokenizer_of
 from zimage_core.weights.opened import Opened, open_weights
 from zimage_core.weights.source import WeightFile
@@ -78,11 +84,10 @@ def find(
         config = beside / "scheduler" / "scheduler_config.json"
         raise BadFile(config, str(error).removeprefix(f"{config.name}: "), "correct or remove it") from None
     wanted = [part for part in COMPONENTS if part not in given]
-    return Sources(
-        dict(open_parts(path, wanted, mmap, variant, tag)),
-        tokenizer_of(beside),
-        scheduler,
-    )
+    paths: dict[str, Path | Opened] = dict(open_parts(path, wanted, mmap, variant, tag))
+    if SIGLIP not in given and (tower := open_optional(path, SIGLIP, mmap, variant)) is not None:
+        paths[SIGLIP] = tower
+    return Sources(paths, tokenizer_of(beside), scheduler)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

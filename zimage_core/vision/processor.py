@@ -2,7 +2,7 @@
 
 An image keeps its aspect and gets as many patches as fit into `max_num_patches`; small images are enlarged.
 The resize is Pillow's, as in transformers without torchvision. With torchvision, transformers resizes by
-torch's kernel for bytes, which rounds some values to the byte beside it; docs/numerics.md has the share.
+torch's kernel for bytes, which gives some bytes otherwise; docs/numerics.md has the share.
 """
 
 from __future__ import annotations
@@ -75,6 +75,21 @@ class Processor:
             read.refuse("image_std", "numbers above 0")
         return cls(read.whole("patch_size", cls.patch_size), most, mean, std)
 
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads, and transformers too."""
+        return {
+            "image_processor_type": "Siglip2ImageProcessor",
+            "do_resize": True,
+            "resample": 2,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "max_num_patches": self.max_num_patches,
+            "patch_size": self.patch_size,
+        }
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches along each side of an image: at least one, and at most `max_num_patches` in all.
 
@@ -124,13 +139,16 @@ class Processor:
 
 
 def processor_of(tower: VisionTower) -> Processor:
-    """The processor that belongs to a tower: what the preprocessor_config.json beside its file says.
+    """The processor that belongs to a tower: its attribute `processor`, else what is stated beside its file.
 
-    The file is looked for beside the weights, then in the folder `siglip_processor` of a pipeline.
+    A preprocessor_config.json is looked for beside the weights, then in the folder `siglip_processor` of a
+    pipeline.
 
     Raises:
         BadFile: The file cannot be read, or describes another processor.
     """
+    if isinstance(tower.processor, Processor):
+        return tower.processor
     path = getattr(getattr(tower.opened, "file", None), "path", None)
     found = None if path is None else _config_file(Path(path))
     if found is None:

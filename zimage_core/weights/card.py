@@ -184,10 +184,10 @@ def check_compatible(
             WANTED["vae"][1] if transformer.in_channels == 16 else "get the VAE it was trained with",
         )
     if siglip is not None:
-        check_fits(siglip, transformer, paths.get("siglip", "siglip"))
+        check_fits(siglip, transformer, paths.get("siglip", "vision tower"))
 
 
-def check_fits(tower: VisionConfig, transformer: TransformerConfig, path: str = "siglip") -> None:
+def check_fits(tower: VisionConfig, transformer: TransformerConfig, path: str = "vision tower") -> None:
     """Refuse a vision tower whose features a transformer does not take.
 
     Args:
@@ -200,8 +200,8 @@ def check_fits(tower: VisionConfig, transformer: TransformerConfig, path: str = 
     """
     wanted = transformer.siglip_feat_dim
     if wanted is None:
-        fault = "this is a SigLIP2 vision tower; the Z-Image transformer is text to image only and takes none"
-        raise WrongModel(path, fault, "get a Z-Image-Omni transformer, or leave the tower out")
+        fault = "this is a SigLIP2 vision tower, and the transformer takes text alone"
+        raise WrongModel(path, fault, "give siglip=None, or get an Omni checkpoint as the transformer")
     if tower.hidden_size != wanted:
         fault = (
             f"this SigLIP2 vision tower has width {tower.hidden_size}; the Z-Image transformer needs {wanted}"

@@ -45,8 +45,8 @@ def open_component(
     Args:
         path: A GGUF or safetensors file, an index of shards, or a folder: of the component, of a pipeline in
             diffusers' layout, or of loose files. An `Opened` of the component is used as it is.
-        component: "transformer", "text_encoder" or "vae"; "" accepts any model, and of a folder with several
-            the transformer.
+        component: "transformer", "text_encoder", "vae" or "siglip"; "" accepts any model, and of a folder
+            with several the transformer.
         mmap: Hand out tensors as views of the file.
         variant: In a folder, the variant of the files, such as "fp16"; None for those without one.
 
@@ -133,6 +133,30 @@ def open_parts(
             each.file.close()
         raise
     return opened
+
+
+def open_optional(
+    folder: str | PathLike[str], component: str, mmap: bool = True, variant: str | None = None
+) -> Opened | None:
+    """Open a component that a pipeline may have, such as Omni's vision tower.
+
+    Args:
+        folder: The folder of a pipeline.
+        component: One of `config.OPTIONAL_COMPONENTS`, whose subfolder is looked at.
+        mmap: Hand out tensors as views of the file.
+        variant: The variant of the files, such as "fp16", where the subfolder has it.
+
+    Returns:
+        The open file with its card, which may be another model's; None where there is no such subfolder.
+
+    Raises:
+        BadFile: The subfolder's file cannot be opened, or there are several.
+    """
+    place = component_folder(Path(path_text(folder)), component)
+    if place is None:
+        return None
+    has = variant in {model.variant for model in models_in(place)}
+    return _in_component_folder(place, component, mmap, variant if has else None)
 
 
 def _in_file(path: Path, wanted: Sequence[str], mmap: bool) -> dict[str, Opened]:
@@ -292,8 +316,8 @@ def open_pipeline(paths: Mapping[str, str | PathLike[str] | Opened], mmap: bool 
     """Open the files of a pipeline and check by their headers that each is sound and that they fit together.
 
     Args:
-        paths: "transformer", "text_encoder" and "vae" -> file or folder, as for `open_component`. Without a
-            transformer each file is checked alone.
+        paths: "transformer", "text_encoder", "vae" and, for Omni, "siglip" -> file or folder, as for
+            `open_component`. Without a transformer each file is checked alone.
         mmap: Hand out tensors as views of the files.
 
     Returns:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zimage_core.config import COMPONENTS
+from zimage_core.config import COMPONENTS, OPTIONAL_COMPONENTS
 from zimage_core.errors import BadFile, printable
 from zimage_core.files.model_names import OWN_STEMS, ModelName, parse
 from zimage_core.weights.safetensors import shard_names
@@ -154,7 +154,9 @@ def loose_models(folder: str | os.PathLike[str], variant: str | None = None) -> 
     """
     found: list[Model] = []
     for place in folders_below(folder):
-        found += chosen(models_in(place), variant, component=place.name in COMPONENTS)
+        found += chosen(
+            models_in(place), variant, component=place.name in (*COMPONENTS, *OPTIONAL_COMPONENTS)
+        )
         if len(found) > MOST_FILES:
             _refuse_many(folder)
     return found

@@ -22,6 +22,7 @@ from zimage_core.weights import documents, download
 from zimage_core.weights.components import (
     check_pipeline_class,
     identify_open,
+    open_optional,
     open_parts,
     open_pipeline,
     scheduler_values,
@@ -323,6 +324,9 @@ def _verdict(path: Path, parts: list[Inspection]) -> tuple[list[str], str]:
         if (schedule := scheduler_values(path)) is not None:
             scheduler_shift(schedule)
         opened = open_parts(path, mmap=False)
+        takes_images = getattr(opened["transformer"].card.config, "siglip_feat_dim", None) is not None
+        if takes_images and (tower := open_optional(path, "siglip", mmap=False)) is not None:
+            opened["siglip"] = tower
         open_pipeline(opened)
         if (place := tokenizer_of(path)) is not None:
             _check_tokenizer(place)

@@ -37,6 +37,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Network = TypeVar("Network", ZImageTransformer, TextEncoder, Autoencoder, VisionTower)
 AnyNetwork = TypeVar("AnyNetwork", bound=ported.Network)
+Module = TypeVar("Module", bound=nn.Module)
 
 _TABLES: dict[type[nn.Module], Callable[..., names.Table]] = {
     ZImageTransformer: names.transformer_table,
@@ -201,13 +202,18 @@ def assembled(
     Raises:
         BadWeights: A dense tensor holds NaN or infinity, or does not fit float16.
     """
+    model = unfilled(make, dtype)
+    fill(model, opened.file, table, opened.card.prefix, dtype)
+    model.opened = opened
+    return model.to(device)
+
+
+def unfilled(make: Callable[[], Module], dtype: torch.dtype) -> Module:
+    """A module on the meta device, whose layers have the dtype of the computation, for `fill`."""
     with torch.device("meta"), _Uninitialised():
         model = make()
     model.to(dtype)  # the dtype of a layer decides which weights stay packed
-    fill(model, opened.file, table, opened.card.prefix, dtype)
-    model.requires_grad_(False).eval()
-    model.opened = opened
-    return model.to(device)
+    return model.requires_grad_(False).eval()
 
 
 def fill(model: nn.Module, file: WeightFile, table: names.Table, prefix: str, dtype: torch.dtype) -> None:

@@ -181,12 +181,31 @@ def _text_encoder(c: TextEncoderConfig, gguf: bool) -> Iterator[Entry]:
     embedding = "token_embd.weight" if gguf else "embed_tokens.weight"
     yield Entry("embed_tokens.weight", embedding, (c.vocab_size, c.hidden_size))
     for i in range(c.num_layers - 1):
-        for part, leaf, shape in _layer_parameters(c):
-            name = f"blk.{i}.{GGUF_LAYER_NAMES[part]}" if gguf else f"layers.{i}.{part}"
-            # llama.cpp stores q and k of "llama" for a rotation of neighbours; ours rotates halves.
-            heads = {"self_attn.q_proj": c.num_heads, "self_attn.k_proj": c.num_kv_heads}.get(part, 0)
-            permuted = heads if gguf and c.arch == "llama" else 0
-            yield Entry(f"layers.{i}.{part}.{leaf}", f"{name}.{leaf}", shape, heads=permuted)
+        yield from _layer(c, i, f"layers.{i}", gguf)
+
+
+def _layer(c: TextEncoderConfig, i: int, module: str, gguf: bool) -> Iterator[Entry]:
+    """The parameters of layer i of the checkpoint, in a module of this name."""
+    for part, leaf, shape in _layer_parameters(c):
+        name = f"blk.{i}.{GGUF_LAYER_NAMES[part]}" if gguf else f"layers.{i}.{part}"
+        # llama.cpp stores q and k of "llama" for a rotation of neighbours; ours rotates halves.
+        heads = {"self_attn.q_proj": c.num_heads, "self_attn.k_proj": c.num_kv_heads}.get(part, 0)
+        permuted = heads if gguf and c.arch == "llama" else 0
+        yield Entry(f"{module}.{part}.{leaf}", f"{name}.{leaf}", shape, heads=permuted)
+
+
+def ending_table(config: TextEncoderConfig, layout: str) -> Table:
+    """Table of what `text_encoder_table` leaves out, for `models.language_model.Ending`, without its head."""
+    _layout(layout, TEXT_ENCODER_LAYOUTS)
+    gguf = layout == "gguf"
+    norm = Entry("norm.weight", "output_norm.weight" if gguf else "norm.weight", (config.hidden_size,))
+    return (*_layer(config, config.num_layers - 1, "layer", gguf), norm)
+
+
+def head_entry(config: TextEncoderConfig, layout: str) -> Entry:
+    """The head of a language model, in files that do not use the table of token embeddings for it."""
+    name = "output.weight" if layout == "gguf" else "lm_head.weight"
+    return Entry("head.weight", name, (config.vocab_size, config.hidden_size))
 
 
 def _layer_parameters(c: TextEncoderConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:

@@ -1,0 +1,96 @@
+"""A language model in a memory budget: it writes in the phase of its text encoder.
+
+What it takes beside the encoder is planned with it: the last layer, the final norm, the head, the keys and
+values of all tokens, and the logits. A tied head is the table of tokens, which a run keeps on the host, so a
+GPU gets a copy of it while the model writes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from zimage_core.errors import OverBudget
+from zimage_core.files.units import in_bytes
+from zimage_core.memory.activations import FLOAT32, ITEMSIZE
+from zimage_core.memory.attach import load, maps_of
+from zimage_core.memory.device import Ring, device_for
+from zimage_core.memory.phases import OUTSIDE_A_RUN, PhaseManager
+from zimage_core.memory.sizes import Matrix
+from zimage_core.models.kv_cache import cache_bytes
+from zimage_core.models.language_model import LanguageModel
+from zimage_core.weights import names
+from zimage_core.weights.language import parts_of
+from zimage_core.weights.opened import Opened
+
+
+@contextmanager
+def writing(
+    memory: PhaseManager, model: LanguageModel, opened: Opened, prompt: int, tokens: int
+) -> Iterator[None]:
+    """Inside, the language model may write; afterwards it must not be used any more.
+
+    Args:
+        memory: The budget of the pipeline whose text encoder it shares.
+        model: The language model.
+        opened: The text encoder's file.
+        prompt: Tokens that it reads at first.
+        tokens: Most tokens of the whole text.
+
+    Raises:
+        OverBudget: The budget does not hold it; the message says how much is for the language model.
+        BadFile: The file was changed or cannot be read.
+    """
+    dtype = str(model.encoder.dtype).removeprefix("torch.")
+    extra = beside_encoder(opened, tokens, dtype, memory.device.type == "cpu")
+    try:
+        plan = memory.begin(**{**OUTSIDE_A_RUN, "caption_tokens": prompt}, beside_encoder=extra)
+    except OverBudget as error:
+        raise OverBudget(
+            f"enhance: {in_bytes(extra)} are for the language model's end and its memory of {tokens} tokens, "
+            f"beside its text encoder; {error}"
+        ) from None
+    with memory.phase("encode"):
+        model.tie()  # to the table where it lies now
+        ring = Ring(device_for(memory.device), plan.ring)
+        moved = load(model.ending.modules(), ring, maps_of(opened.file))
+        try:
+            yield
+        finally:
+            moved.restore()
+
+
+def beside_encoder(opened: Opened, tokens: int, dtype: str, on_cpu: bool) -> int:
+    """Most bytes that a language model takes beside its text encoder's layers.
+
+    Args:
+        opened: The text encoder's file.
+        tokens: Most tokens of the text.
+        dtype: Dtype of the computation.
+        on_cpu: Whether it runs on a CPU, where a tied head takes nothing.
+
+    Raises:
+        WrongModel: The file lacks a part of the language model.
+    """
+    config, rest, head, place = parts_of(opened)
+    item = ITEMSIZE[dtype]
+    cache = cache_bytes(config.num_layers, config.num_kv_heads, config.head_dim, tokens, item)
+    total = cache + config.vocab_size * (FLOAT32 + item)
+    prefix = opened.card.prefix
+    for entry in rest:
+        if len(entry.shape) == 2:
+            total += _matrix(opened, prefix, entry).nbytes
+        else:
+            total += math.prod(entry.shape) * item
+    table = next(
+        e for e in names.text_encoder_table(config, opened.card.layout) if e.module == "embed_tokens.weight"
+    )
+    matrix = _matrix(opened, prefix, table) if head is None else _matrix(opened, place, head)
+    copied = 0 if head is None and on_cpu else matrix.nbytes
+    return total + copied + matrix.scratch(dtype)
+
+
+def _matrix(opened: Opened, prefix: str, entry: names.Entry) -> Matrix:
+    rows, width = entry.shape
+    return Matrix(opened.file.tensors[prefix + entry.checkpoint].format.name, rows, width)

@@ -1,0 +1,117 @@
+"""Runs with reference images: the methods of `ZImagePipeline` that encode them.
+
+The work is done in `omni/` and `vision/`, which are imported when a call gives references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+
+from zimage_core.errors import BadArgument, Unsupported
+from zimage_core.memory.references import References as Planned
+from zimage_core.run.checks import whole
+from zimage_core.run.components import require
+from zimage_core.run.decode import encode_images
+from zimage_core.run.nonfinite import checked
+from zimage_core.run.references import LACKS, MOST
+from zimage_core.run.request import Request, Run
+
+if TYPE_CHECKING:
+    from zimage_core.models.autoencoder import Autoencoder
+    from zimage_core.models.transformer import ZImageTransformer
+    from zimage_core.models.vision_tower import VisionTower
+    from zimage_core.run.placement import Placement
+
+_EDITING = ("strength", "mask_image", "outpaint", "reference_images")
+"""Arguments with which `image` is an image to begin from, and no reference."""
+
+
+class Referenced:
+    """The methods of `ZImagePipeline` for reference images."""
+
+    transformer: ZImageTransformer
+    vae: Autoencoder
+    siglip: VisionTower | None
+    _placement: Placement
+
+    def _with_own_references(self, request: Request) -> Request:
+        """The request, where `image` means a reference if the pipeline has a vision tower."""
+        if self.siglip is None or request.image is None:
+            return request
+        if any(getattr(request, name) is not None for name in _EDITING):
+            return request
+        return replace(request, reference_images=request.image, image=None)
+
+    def _check_references(self, run: Run) -> None:
+        """Refuse a run with references that lacks a component, before any weight is used."""
+        if run.references is None or not any(run.references.pictures):
+            return
+        require("vae", self.vae)
+        if self.siglip is None:
+            raise Unsupported(
+                "reference_images: this pipeline has no vision tower to see them; give siglip=, a SigLIP2 "
+                "vision model as in the folder siglip/ of an Omni checkpoint"
+            )
+
+    def _usual_references(
+        self, count: int, width: int, height: int, caption_tokens: int, samples: int
+    ) -> Planned | None:
+        """So many references as a plan expects them; None for none."""
+        whole("references", count, 0, MOST)
+        if not count:
+            return None
+        if self.transformer.config.siglip_feat_dim is None:
+            raise BadArgument(f"references: the transformer takes text alone, {LACKS}; leave them out")
+        factor = self.vae.config.spatial_factor
+        return Planned.usual(count, height // factor, width // factor, caption_tokens, samples)
+
+    def _planned_references(self, run: Run, ids: Mapping[str, torch.Tensor]) -> Planned | None:
+        """The references of a run as its memory is planned; `ids` are those of all its texts."""
+        if run.references is None:
+            return None
+        lengths = {text: torch.empty(len(each), 0) for text, each in ids.items()}
+        captions = [*chain(*run.batch.sides(lengths, run.encoding, torch.device("cpu")))]
+        config, factor = self.transformer.config, self.vae.config.spatial_factor if self.vae else 8
+        members = []
+        for i, caption in enumerate(captions):
+            pictures = run.references.pictures[i % run.batch.images]
+            sizes = tuple((h // factor, w // factor) for h, w in (each.size for each in pictures))
+            features: tuple[int, ...] = ()
+            if pictures and self.siglip is not None:
+                from zimage_core.vision.processor import processor_of
+
+                grid = processor_of(self.siglip).grid
+                sides = (each.image.size for each in pictures)
+                features = tuple(rows * cols for rows, cols in (grid(h, w) for w, h in sides))
+            different = len(run.references.different())
+            pieces = tuple(map(len, caption))
+            members.append(Planned(sizes, features, pieces, len(captions), different))
+        return max(members, key=lambda each: each.images(config) + each.rest())
+
+    def _with_encoded_references(self, run: Run) -> Run:
+        """The run with the latents and the vision features of its references."""
+        if self.siglip is None or not any(run.references.pictures):
+            return run
+        from zimage_core.vision.processor import encode, processor_of
+
+        config, memory = self.vae.config, self._placement.memory
+        keep = None if memory is None else memory.keep
+        # under a budget a tensor that stays on the device would keep the whole memory of the phase there
+        out = self.transformer.device if memory is None else torch.device("cpu")
+        with self._placement.phase("image", self.vae):
+            moments = partial(encode_images, self.vae, debug=run.debug, keep=keep)
+            found = run.references.with_latents(moments, config.scaling_factor, config.shift_factor)
+        tower, processor = self.siglip, processor_of(self.siglip)
+
+        def seen(pixels: torch.Tensor) -> torch.Tensor:
+            call = partial(encode, tower, pixels, processor)
+            return checked(tower, "vision tower", call, run.debug).to(out)
+
+        with self._placement.phase("vision", tower):
+            return replace(run, references=found.with_features(seen))
