@@ -133,7 +133,7 @@ def test_a_callback_that_gives_other_pieces_is_refused():
 
 
 COMMANDS = {
-    ("--reference", "x.png"): "the embedded model has no vision branch",
+    ("--model", "default", "--reference", "x.png"): "--reference: leave --model out",
     ("--siglip", "x"): "--siglip goes with --model",
     ("--positions", "trained"): "--positions: it needs reference images",
     ("--model", "DIR", "--reference", "x.png"): "x.png",
