@@ -170,6 +170,23 @@ def test_one_run_at_a_time(pipe):
     assert not pipe._running
 
 
+def test_adapters_of_a_shared_encoder_wait_until_it_has_written(pipe):
+    other, seen = ZImagePipeline(**pipe.components), []
+
+    def change(_text, _is_thought):
+        with pytest.raises(Busy):
+            other.unload_lora()
+        seen.append(True)
+
+    enhance(pipe, on_text=change)
+    assert seen
+
+
+def test_what_cannot_be_called_is_refused(pipe):
+    with pytest.raises(BadArgument, match="on_text: got int, wanted a function"):
+        enhance(pipe, on_text=3)
+
+
 def test_a_file_that_was_changed_is_refused(model, tmp_path):
     import shutil
 
