@@ -54,3 +54,11 @@ def test_a_reference_on_the_command_line_takes_it(tmp_path):
     ]
     assert main([*call, "--steps", "1", "--guidance", "0", "--quiet"]) == 0
     assert Image.open(out).size == (80, 80)
+
+
+def test_it_needs_few_steps_and_no_guidance_unlike_a_checkpoint_that_states_nothing():
+    pipe = ZImagePipeline.from_default(omni=True)
+    assert (pipe.limits.steps, pipe.limits.guidance) == (8, 0.0)
+    silent = ZImagePipeline(transformer=pipe.transformer, vae=pipe.vae)
+    assert (silent.limits.steps, silent.limits.guidance) == (50, 4.0)
+    assert silent.limits.defaults(shift=3.0).steps == 8
