@@ -259,7 +259,7 @@ def _speed(report: Mapping[str, Any]) -> str:
     if few is not None and more is not None:
         rows += [["Qwen3-4B Q4_K_M, 36 layers from 2 and 6", *row] for row in _rows(_whole(few, more))]
     return markdown(
-        "file | mode | tokens/s | GB/s of packed weights | times llama.cpp | CPU seconds to prepare | GB beside",
+        "file | mode | tokens/s | GB/s of weights | times llama.cpp | CPU seconds to prepare | GB beside",
         rows,
     )
 
