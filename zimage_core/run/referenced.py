@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,23 +89,24 @@ class Referenced:
         lengths = {text: torch.empty(len(each), 0) for text, each in ids.items()}
         captions = [*chain(*run.batch.sides(lengths, run.encoding, torch.device("cpu")))]
         config, factor = self.transformer.config, self.vae.config.spatial_factor if self.vae else 8
+        sizes = {id(each): tuple(side // factor for side in each.size) for each in run.references.different()}
+        tokens: dict[int, int] = {}
+        if sizes and self.siglip is not None:
+            from zimage_core.vision.processor import processor_of
+
+            grid = processor_of(self.siglip).grid
+            for each in run.references.different():
+                tokens[id(each)] = prod(grid(each.image.height, each.image.width))
+        kept = sum(map(prod, sizes.values())), sum(tokens.values())
         members = []
         for i, caption in enumerate(captions):
-            pictures = run.references.pictures[i % run.batch.images]
-            sizes = tuple((h // factor, w // factor) for h, w in (each.size for each in pictures))
-            features: tuple[int, ...] = ()
-            if pictures and self.siglip is not None:
-                from zimage_core.vision.processor import processor_of
-
-                grid = processor_of(self.siglip).grid
-                sides = (each.image.size for each in pictures)
-                features = tuple(rows * cols for rows, cols in (grid(h, w) for w, h in sides))
-            different = len(run.references.different())
+            shown = [id(each) for each in run.references.pictures[i % run.batch.images]]
             pieces = tuple(map(len, caption))
             # the places of images alone: their sides were checked as they were opened
-            places = positions_of(pieces, [None] * (len(pictures) + 1), (), 1, run.references.positions)
+            places = positions_of(pieces, [None] * (len(shown) + 1), (), 1, run.references.positions)
             check_positions(config, places, sum(pieces))
-            members.append(Planned(sizes, features, pieces, len(captions), different))
+            seen = tuple(sizes[each] for each in shown), tuple(tokens[each] for each in shown)
+            members.append(Planned(*seen, pieces, len(captions), kept))
         return max(members, key=lambda each: each.images(config) + each.rest())
 
     def _with_encoded_references(self, run: Run) -> Run:
