@@ -3,11 +3,12 @@
     python -m benchmarks.decoding FILE.gguf [MORE.gguf] --peer PYTHON [--threads 1 2] [--rounds 7]
     python -m benchmarks.decoding --wide FOLDER --peer PYTHON
 
-PYTHON is one that has llama_cpp; without it only our own modes are measured. In each round, every mode and
-llama.cpp read the same few tokens one by one, in turn. One thread is measured by its CPU time, which other
+PYTHON is one that has llama_cpp; without it only our own modes are measured. Every mode and llama.cpp read
+the same few tokens one by one, round after round in turn. One thread is measured by its CPU time, which other
 programs disturb less; more threads by the wall clock. --wide writes random Qwen3-4B files in the types of
 Q4_K_M with 2 and 6 layers and the whole head, so that the time of 36 layers can be told from the difference.
-Writes results/decoding_cpu.json.
+With --greedy FILE, 100 tokens after each of three prompts are compared with those of float32 instead. Writes
+results/decoding_cpu.json and keeps what it has of other files.
 """
 
 from __future__ import annotations
@@ -15,28 +16,35 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks import make_full_size
-from benchmarks.report import arguments, write
+from benchmarks.report import arguments, markdown, write
 from benchmarks.timing import spread
 from zimage_core.config import TextEncoderConfig
+from zimage_core.cpu import int4, packed_int8
 from zimage_core.cpu.capability import features, rates_of_one_row
 from zimage_core.models.language_model import LanguageModel
-from zimage_core.nn.decoding import ReadyWeights
+from zimage_core.nn.decoding import ReadyWeights, ready_for_decoding
 from zimage_core.nn.linear import packed_weights
+from zimage_core.text.tokenizer import Tokenizer
 from zimage_core.weights.language import load_language_model
+from zimage_core.weights.opened import open_weights
 
-MODES = ("slabs", "exact", "bfloat16", "int8")
+MODES = ("slabs", "exact", "bfloat16", "int8", "auto")
 PROMPT = tuple(range(100, 116))
 WIDE = (2, 6)
 """Layers of the wide files."""
+Ask = Callable[[dict[str, Any]], Any]
 Seconds = Callable[[Sequence[int]], tuple[list[float], list[float]]]
 """Tokens -> seconds of each, of the wall clock and of CPU time."""
 
@@ -70,8 +78,8 @@ class Ours:
 
 
 @contextmanager
-def peer(python: str, path: Path, threads: int, facts: dict[str, Any]) -> Iterator[Seconds]:
-    """llama.cpp in a process of its own, which has read the prompt and waits."""
+def peer(python: str, path: Path, threads: int, facts: dict[str, Any]) -> Iterator[tuple[Ask, Seconds]]:
+    """llama.cpp in a process of its own, which has read the prompt: to ask it, and to measure it."""
     command = [python, str(Path(__file__).with_name("decoding_peer.py")), str(path), str(threads)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -88,49 +96,141 @@ def peer(python: str, path: Path, threads: int, facts: dict[str, Any]) -> Iterat
             return found["wall"], found["cpu"]
 
         facts["llama.cpp"] = ask({"read": list(PROMPT)})
-        yield seconds
+        yield ask, seconds
         send.close()
 
 
 def measure(path: Path, args: argparse.Namespace, threads: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """All modes and the peer on one file with a number of threads."""
+    """Each mode on one file with a number of threads, in turn with llama.cpp."""
     torch.set_num_threads(threads)
     model = load_language_model(path)
     packed = {id(each): each.nbytes for each in packed_weights(model)}
-    sides: dict[str, Seconds] = {mode: Ours(model, mode) for mode in args.modes}
-    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in [*sides, "llama.cpp"]}
-
-    def rounds(sides: dict[str, Seconds]) -> None:
-        for turn in range(args.rounds + 1):
-            for name, side in sides.items():
-                count = 2 if name == "slabs" else args.tokens
-                found = side([200 + (turn * count + i) % 1000 for i in range(count)])
-                if turn:
-                    for own, new in zip(taken[name], found, strict=True):
-                        own += new
-
-    if args.peer:
-        with peer(args.peer, path, threads, facts) as theirs:
-            rounds(sides | {"llama.cpp": theirs})
-    else:
-        rounds(sides)
-    size = sum(packed.values())
-    found: dict[str, Any] = {"packed_bytes": size, "clock": "CPU" if threads == 1 else "wall"}
-    for name, (wall, cpu) in taken.items():
-        used = cpu if threads == 1 else wall
-        if not used:
-            continue
-        middle = sorted(used)[len(used) // 2]
-        found[name] = {
-            "seconds": spread(used) | {"median": middle, "least": min(used)},
-            "wall": spread(wall),
-            "tokens/s": round(1 / middle, 2),
-            "GB/s": round(1e-9 * size / middle, 2),
-        }
-        side = sides.get(name)
-        if isinstance(side, Ours) and side.ready is not None:
-            found[name] |= {"prepare_s": round(side.ready.seconds, 2), "extra_bytes": side.ready.nbytes}
+    found: dict[str, Any] = {"packed_bytes": sum(packed.values()), "clock": "CPU" if threads == 1 else "wall"}
+    with peer(args.peer, path, threads, facts) if args.peer else nullcontext((None, None)) as (ask, theirs):
+        for mode in args.modes:
+            own = Ours(model, mode)
+            sides: dict[str, Seconds] = {mode: own}
+            if ask is not None and theirs is not None:
+                ask({"read": list(PROMPT)})
+                sides["llama.cpp"] = theirs
+            taken = _in_turn(sides, args.rounds, 2 if mode == "slabs" else args.tokens)
+            figures = {name: _figures(found, *times) for name, times in taken.items()}
+            found[mode] = figures[mode]
+            if own.ready is not None:
+                made = {"prepare_s": round(own.ready.seconds, 2), "extra_bytes": own.ready.nbytes}
+                found[mode] |= made
+            if mode in ("bfloat16", "auto"):
+                found[mode]["without products"] = round(without_products(own, args.rounds), 6)
+            if "llama.cpp" in figures:
+                found[mode]["llama.cpp"] = figures["llama.cpp"]
+                ratio = found[mode]["tokens/s"] / figures["llama.cpp"]["tokens/s"]
+                found[mode]["times llama.cpp"] = round(ratio, 2)
+            print(path.name, threads, mode, found[mode]["tokens/s"], found[mode].get("times llama.cpp"))
+            del own, sides
     return found
+
+
+def without_products(own: Ours, rounds: int) -> float:
+    """CPU seconds of a token whose products with nibbles and int8 rows are taken from the token before."""
+    kept: dict[int, Tensor] = {}
+    nibbles, rows = int4.multiply, packed_int8.multiply
+
+    def of_nibbles(x: Tensor, planes: int4.Planes, scales: Tensor) -> Tensor:
+        found = kept.get(id(planes))
+        return kept.setdefault(id(planes), nibbles(x, planes, scales)) if found is None else found
+
+    def of_rows(x: Tensor, packed: Any) -> Tensor:
+        found = kept.get(id(packed))
+        return kept.setdefault(id(packed), rows(x, packed)) if found is None else found
+
+    try:
+        int4.multiply, packed_int8.multiply = of_nibbles, of_rows
+        own([200])
+        return float(np.median(own([200] * 4 * rounds)[1]))
+    finally:
+        int4.multiply, packed_int8.multiply = nibbles, rows
+
+
+def _in_turn(
+    sides: dict[str, Seconds], rounds: int, tokens: int
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds of all tokens of each side, round after round; the first round does not count."""
+    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sides}
+    for turn in range(rounds + 1):
+        for name, side in sides.items():
+            wall, cpu = side([200 + turn * tokens + i for i in range(tokens)])
+            if turn:
+                taken[name][0].extend(wall)
+                taken[name][1].extend(cpu)
+    return taken
+
+
+def _figures(about: dict[str, Any], wall: list[float], cpu: list[float]) -> dict[str, Any]:
+    used = sorted(cpu if about["clock"] == "CPU" else wall)
+    middle = used[len(used) // 2]
+    return {
+        "seconds": spread(used) | {"median": round(middle, 6), "least": round(used[0], 6)},
+        "wall": spread(wall),
+        "tokens/s": round(1 / middle, 2),
+        "GB/s": round(1e-9 * about["packed_bytes"] / middle, 2),
+    }
+
+
+TEXTS = ("A lighthouse on a cliff at dusk", "Once upon a time", "The capital of France is")
+WRITTEN = 100
+
+
+@torch.inference_mode()
+def greedy(path: Path, python: str | None) -> dict[str, Any]:
+    """How the tokens of each mode, and llama.cpp's, differ from those of slabs in float32.
+
+    Each side reads the tokens that float32 has chosen, so that all logits are those of the same text.
+    """
+    model = load_language_model(path)
+    with open_weights(path) as file:
+        prompts = [Tokenizer.from_gguf(file).encode(text) for text in TEXTS]
+    wanted = [_forced(model, ids, None) for ids in prompts]
+    found: dict[str, Any] = {"prompts": list(TEXTS), "tokens": WRITTEN * len(prompts)}
+    for mode in MODES[1:]:
+        with ready_for_decoding(model, mode):
+            own = [_forced(model, ids, tokens)[1] for ids, (tokens, _) in zip(prompts, wanted, strict=True)]
+        found[mode] = _apart(own, [logits for _, logits in wanted])
+    if python:
+        own = []
+        with peer(python, path, 1, {}) as (ask, _), tempfile.TemporaryDirectory() as folder:
+            for ids, (tokens, _) in zip(prompts, wanted, strict=True):
+                ask({"read": ids})
+                ask({"tokens": tokens, "save": f"{folder}/logits.npy"})
+                own.append(torch.from_numpy(np.load(f"{folder}/logits.npy")))
+        found["llama.cpp"] = _apart(own, [logits for _, logits in wanted])
+    return found
+
+
+def _apart(own: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[str, Any]:
+    """Equal tokens, the first other one of each text with the gap of the best two there, error of logits."""
+    equal, first = 0, []
+    for mine, logits in zip(own, wanted, strict=True):
+        differ = (mine.argmax(1) != logits.argmax(1)).nonzero().flatten().tolist()
+        equal += len(logits) - len(differ)
+        best = logits.topk(2).values
+        gaps = (best[:, 0] - best[:, 1]).tolist()
+        first.append({"token": differ[0], "gap": round(gaps[differ[0]], 4)} if differ else None)
+    mine, logits = torch.cat(list(own)), torch.cat(list(wanted))
+    error = (mine - logits).norm(dim=1) / logits.norm(dim=1)
+    return {"equal": equal, "first difference": first, "error of logits": float(error.median())}
+
+
+def _forced(
+    model: LanguageModel, ids: Sequence[int], tokens: Sequence[int] | None
+) -> tuple[list[int], Tensor]:
+    """Tokens after a prompt, and the logits of each: the most likely ones, or those that are given."""
+    cache = model.new_cache()
+    logits, chosen = [model(torch.tensor(ids), cache)[0]], list(tokens or [])
+    for i in range(WRITTEN):
+        if tokens is None:
+            chosen.append(int(logits[-1].argmax()))
+        logits.append(model(torch.tensor([chosen[i]]), cache)[0])
+    return chosen, torch.stack(logits[:WRITTEN])
 
 
 def wide_files(folder: Path) -> list[Path]:
@@ -144,6 +244,69 @@ def wide_files(folder: Path) -> list[Path]:
     return paths
 
 
+def tables(report: Mapping[str, Any]) -> dict[str, str]:
+    """Speed of each mode on each file, a whole Qwen3-4B from the wide ones, and what modes do to tokens."""
+    return {"decoding": _speed(report), "decoding tokens": _tokens(report["greedy"])}
+
+
+def _speed(report: Mapping[str, Any]) -> str:
+    rows, one = [], {name: found["1 threads"] for name, found in report["files"].items()}
+    for name in sorted(name for name in one if "layers" not in name):
+        rows += [[name.split(".")[0], *row] for row in _rows(one[name])]
+    few, more = (next((one[n] for n in one if f"_{count}_layers" in n), None) for count in WIDE)
+    if few is not None and more is not None:
+        rows += [["Qwen3-4B Q4_K_M, 36 layers from 2 and 6", *row] for row in _rows(_whole(few, more))]
+    return markdown(
+        "file | mode | tokens/s | GB/s of packed weights | times llama.cpp | seconds to prepare | GB beside",
+        rows,
+    )
+
+
+def _rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
+    for mode in (mode for mode in MODES if mode in found):
+        own = found[mode]
+        cells = ("tokens/s", "GB/s", "times llama.cpp", "prepare_s", "extra_bytes")
+        speed, rate, ratio, seconds, extra = (own.get(cell) for cell in cells)
+        made = ["", ""] if seconds is None else [f"{seconds:.1f}", f"{extra / 1e9:.2f}"]
+        yield [mode, f"{speed:.3g}", f"{rate:.2g}", f"{ratio:.2f}" if ratio else "", *made]
+
+
+def _whole(few: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """36 layers and the head, from files of 2 and of 6 layers."""
+
+    def grown(a: float, b: float) -> float:
+        return a + (36 - WIDE[0]) * (b - a) / (WIDE[1] - WIDE[0])
+
+    found: dict[str, Any] = {}
+    size = grown(few["packed_bytes"], more["packed_bytes"])
+    for mode in (mode for mode in MODES if mode in few and mode in more):
+        pair = few[mode], more[mode]
+        seconds = grown(*(each["seconds"]["median"] for each in pair))
+        found[mode] = {"tokens/s": 1 / seconds, "GB/s": 1e-9 * size / seconds}
+        for cell in ("prepare_s", "extra_bytes"):
+            if cell in few[mode]:
+                found[mode][cell] = grown(*(each[cell] for each in pair))
+        if "llama.cpp" in few[mode]:
+            theirs = grown(*(each["llama.cpp"]["seconds"]["median"] for each in pair))
+            found[mode]["times llama.cpp"] = theirs / seconds
+    return found
+
+
+def _tokens(report: Mapping[str, Any]) -> str:
+    (found,) = report.values()
+    rows = []
+    for name in (*MODES, "llama.cpp"):
+        if name in found:
+            own = found[name]
+            gaps = [first["gap"] for first in own["first difference"] if first]
+            at = ", ".join(f"{gap:.2g}" for gap in gaps) or "none differs"
+            rows.append([name, f"{own['equal']} of {found['tokens']}", at, f"{own['error of logits']:.1e}"])
+    return markdown(
+        "arithmetic | equal tokens | gap of the best two logits at the first other one | error of logits",
+        rows,
+    )
+
+
 def main() -> None:
     """Measure and write."""
     parser = arguments(__doc__, "decoding_cpu.json")
@@ -154,18 +317,20 @@ def main() -> None:
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=8, help="tokens of a round")
+    parser.add_argument("--greedy", type=Path, metavar="FILE", help="compare tokens, measure nothing")
     args = parser.parse_args()
-    rates = rates_of_one_row()
-    facts: dict[str, Any] = {"cpu": features(), "one_row": vars(rates), "files": {}}
+    facts: dict[str, Any] = {"files": {}} | (json.loads(args.out.read_text()) if args.out.exists() else {})
+    facts.pop("machine", None)
+    facts |= {"cpu": features(), "one_row": vars(rates_of_one_row())}
+    if args.greedy:
+        facts.setdefault("greedy", {})[args.greedy.name] = greedy(args.greedy, args.peer)
+        print(json.dumps(facts["greedy"], indent=1))
+        write(args.out, facts)
+        return
     for path in [*args.files, *(wide_files(args.wide) if args.wide else [])]:
         for threads in args.threads:
             found = facts["files"].setdefault(path.name, {})
             found[f"{threads} threads"] = measure(path, args, threads, facts)
-            print(
-                path.name,
-                threads,
-                {k: v["tokens/s"] for k, v in found[f"{threads} threads"].items() if isinstance(v, dict)},
-            )
             write(args.out, facts)
 
 

@@ -4,7 +4,8 @@
 
 Reads lines of JSON from stdin and answers each with one: {"read": ids} reads a text anew and answers what
 llama.cpp is; {"tokens": ids} reads these one by one and answers their seconds, of the wall clock and of the
-process. Nothing is sampled: both sides are given the same tokens.
+process; with "save": FILE beside it, also the logits before each token go into FILE (npy). Nothing is
+sampled: both sides are given the same tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import json
 import sys
 import time
 
-import llama_cpp
-
 
 def main() -> None:
     """Answer until the input ends."""
+    import llama_cpp
+    import numpy as np
+
     threads = int(sys.argv[2])
     model = llama_cpp.Llama(
         sys.argv[1], n_threads=threads, n_threads_batch=threads, n_ctx=1024, verbose=False
@@ -32,12 +34,17 @@ def main() -> None:
                 "system": llama_cpp.llama_print_system_info().decode(),
             }
         else:
-            wall, cpu = [], []
+            wall, cpu, logits = [], [], []
             for token in asked["tokens"]:
+                if "save" in asked:
+                    found = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+                    logits.append(np.ctypeslib.as_array(found, (model.n_vocab(),)).copy())
                 start = time.perf_counter(), time.process_time()
                 model.eval([token])
                 wall.append(time.perf_counter() - start[0])
                 cpu.append(time.process_time() - start[1])
+            if "save" in asked:
+                np.save(asked["save"], np.stack(logits))
             answer = {"wall": wall, "cpu": cpu}
         print(json.dumps(answer), flush=True)
 

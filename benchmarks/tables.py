@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import standing
+from benchmarks import decoding, standing
 from benchmarks.predictions import text
 from benchmarks.report import ROOT, compiled_rows, fill_tables, markdown, read
 from benchmarks.step_model import Range
@@ -386,6 +386,7 @@ PAGES: dict[Path, Callable[[], dict[str, str]]] = {
     ROOT / "docs/quality.md": _quality,
     ROOT / "docs/quantizing.md": _quantizing,
     ROOT / "docs/sampling.md": _sampling,
+    ROOT / "docs/decoding.md": lambda: decoding.tables(read("decoding_cpu.json")),
     ROOT / "benchmarks/README.md": lambda: {
         "standing": standing.table(standing.load()),
         "cpu": cpu_products(read("cpu_products.json")),

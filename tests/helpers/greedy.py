@@ -42,12 +42,14 @@ class Greedy:
     Args:
         name: Of the model.
         equal: Tokens until they part.
+        different: Different tokens among those that transformers chose.
         logits: Largest difference of logits over the tokens that transformers chose.
         gap: Between the two best logits where they part, or the smallest of all where they do not.
     """
 
     name: str
     equal: int
+    different: int
     logits: float
     gap: float
 
@@ -97,7 +99,7 @@ def compare(name: str, theirs: Any, ours: LanguageModel, prompt: Sequence[int]) 
     gaps = best[:, 0] - best[:, 1]
     forced = ours(torch.tensor([*prompt, *wanted[:-1]]))[len(prompt) - 1 :]
     gap = float(gaps.min() if equal == TOKENS else gaps[equal])
-    return Greedy(name, equal, apart(forced, logits), gap)
+    return Greedy(name, equal, len(set(wanted)), apart(forced, logits), gap)
 
 
 def tiny(where: Path, name: str) -> Greedy:

@@ -84,6 +84,13 @@ def test_the_encoder_is_shared_and_gives_the_captions_that_it_gave():
     assert ours.ending.head.weight is ours.encoder.embed_tokens.weight
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cache_that_is_empty_changes_no_bit(dtype):
+    encoder = tiny().to(dtype)
+    assert torch.equal(encoder(IDS, KVCache(TINY.num_layers)), encoder(IDS))
+
+
 @pytest.mark.parametrize("ids", [torch.zeros(0, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)])
 def test_ids_of_another_shape_are_refused(ids):
     with pytest.raises(BadShape, match=r"wanted \[L\]"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import omni, tiny
+from tests.helpers import omni_transformer as omni
+from tests.helpers import tiny
 from zimage_core.config import TransformerConfig
 from zimage_core.errors import BadArgument, BadShape, NonFinite, Unsupported
 from zimage_core.models import omni_sequence

@@ -149,6 +149,12 @@ def test_hooks_on_the_transformer_see_its_own_call(pipe):
     hook.remove()
 
 
+def test_a_compiled_transformer_sees_references_too(pipe):
+    wanted = draw(pipe, reference_images=[A])
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert torch.equal(draw(pipe, reference_images=[A]), wanted)
+
+
 def test_an_interrupt_decodes_what_there_is(pipe):
     def stop(pipe, step, time, tensors):
         pipe._interrupt = True

@@ -91,6 +91,17 @@ def test_any_size_and_any_bytes(fmt: str, seed: int, rows: int, blocks: int, cou
         assert relative(prepared(weight, mode)(x), x, weight) < LIMITS[mode]
 
 
+@pytest.mark.parametrize("mode", LIMITS)
+@pytest.mark.parametrize("fmt", ["Q4_K", "Q6_K"])
+def test_x_may_lie_in_memory_in_any_way(fmt: str, mode: str) -> None:
+    few = prepared(weight_of(FORMATS[fmt]), mode)
+    for x in (rows_of(3, few.shape[1]), rows_of(3, few.shape[1]).bfloat16()):
+        wanted, wide = few(x), torch.zeros(3, 2 * few.shape[1], dtype=x.dtype)
+        wide[:, ::2] = x
+        for other in (x.t().contiguous().t(), wide[:, ::2]):
+            assert torch.equal(few(other), wanted)
+
+
 def test_two_digits_hold_every_code() -> None:
     """Codes of -128 to 127 under a scale of 1, one at a time: bfloat16 holds each of them."""
     fmt = FORMATS["Q8_0"]
@@ -177,7 +188,7 @@ def test_a_form_outlives_inference_mode() -> None:
 
 def test_slow_nibbles_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without AVX2: dense float32, which is the exact product."""
-    for name in ("int4_pays", "bfloat16_pays"):
+    for name in ("int4_pays", "bfloat16_pays", "packed_int8_pays"):
         monkeypatch.setattr(few_rows, name, lambda: False)
     weight = weight_of(FORMATS["Q4_K"])
     x = rows_of(1, weight.shape[1])
@@ -185,6 +196,32 @@ def test_slow_nibbles_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.mode == "exact"
     assert found.nbytes == 4 * weight.shape[0] * weight.shape[1]
     torch.testing.assert_close(found(x), ops.linear(x, weight), rtol=1e-5, atol=1e-5 * float(found(x).norm()))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "mode"), [("Q4_K", "bfloat16"), ("Q6_K", "int8"), ("Q8_0", "int8"), ("BF16", "bfloat16")]
+)
+def test_auto_takes_int8_for_more_than_four_bits(
+    fmt: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_rows, "packed_int8_pays", lambda: True)
+    form = few_rows.form_of(weight_of(FORMATS[fmt]), "auto")
+    assert form is not None
+    assert form.mode == mode
+
+
+def test_without_fbgemm_int8_rows_are_multiplied_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "packed_int8_pays", lambda: False)
+    weight = weight_of(FORMATS["Q6_K"])
+    x = rows_of(3, weight.shape[1])
+    assert relative(prepared(weight, "int8")(x), x, weight) < LIMITS["int8"]
+
+
+def test_nan_comes_through() -> None:
+    """FBGEMM refuses NaN; the network's own check names the step."""
+    weight = weight_of(FORMATS["Q6_K"])
+    for mode in LIMITS:
+        assert prepared(weight, mode)(torch.full((1, weight.shape[1]), float("nan"))).isnan().all()
 
 
 def test_dense_weights_and_other_devices_stay() -> None:

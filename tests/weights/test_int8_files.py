@@ -24,7 +24,7 @@ from tests.helpers.model_files import TOY_DIT, stored, write_json, write_safeten
 from tests.helpers.streamed import DIT, draw, ringed, streamed
 from zimage_core.errors import BadWeights, WrongModel
 from zimage_core.formats import FORMATS
-from zimage_core.memory.sizes import _part
+from zimage_core.memory.sizes import part_of
 from zimage_core.quant import int8
 from zimage_core.quant.tensor import QuantTensor
 from zimage_core.reference import int8 as reference
@@ -229,7 +229,7 @@ def test_streamed_blocks_keep_scales_and_rotation(tmp_path, compute):
 def test_the_plan_counts_integers_and_scales(tmp_path):
     tensors = made(with_modulation, 256)
     opened = open_component(convrot.write(tmp_path / "a.safetensors", tensors), "transformer")
-    part = _part("transformer", opened, "float32")
+    part = part_of("transformer", opened, "float32")
     opened.file.close()
     held = [t for name, t in tensors.items() if not name.endswith("comfy_quant")]
     assert part.nbytes == sum(tensor.nbytes for tensor in held)

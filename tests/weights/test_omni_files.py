@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.helpers import adapters, omni, tiny
+from tests.helpers import adapters, tiny
+from tests.helpers import omni_transformer as omni
 from tests.helpers.loaded import split_names
 from tests.helpers.model_files import TOY_DIT, stored, write_gguf, write_safetensors
 from tests.helpers.streamed import ringed, streamed

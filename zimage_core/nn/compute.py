@@ -29,8 +29,10 @@ def set_compute(network: nn.Module, mode: str, device: torch.device) -> str:
         device: Where it will compute; `auto` asks what that device gains.
 
     Returns:
-        The mode, with "auto" decided: "exact", "bfloat16" or "int8". The network keeps it as `compute`.
+        The mode, with "auto" decided: "exact", "bfloat16" or "int8". The network keeps it as `compute`, and
+        what was asked for as `asked`.
     """
+    network.asked = mode  # type: ignore[assignment]
     if mode == "auto":
         mode = automatic(network, device)[0]
     for name, layer in _layers(network):

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from zimage_core.nn.linear import Linear
-from zimage_core.quant.few_rows import Shared, form_of, mode_here, prepare, stack, stacks_with
+from zimage_core.quant.few_rows import Shared, form_of, prepare, stack, stacks_with
 from zimage_core.quant.tensor import QuantTensor
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of a block that read the same x one after the other; they are multiplied at once if they can be."""
+
+PAYS_FROM = 8
+"""Tokens from which on the forms pay; to make them takes the time of about five tokens without them."""
 
 Product = Callable[[Tensor], Tensor]
 Group = dict[QuantTensor, list[Linear]]
@@ -37,7 +40,7 @@ class ReadyWeights:
 
     def __init__(self, network: nn.Module, mode: str, budget: int) -> None:
         started = time.perf_counter()
-        self.mode = mode_here(mode)
+        self.mode = mode
         groups = _groups(network)
         self.skipped = sum(len(group) for group in groups)
         """Number of packed weights that stay as they are."""
@@ -73,8 +76,9 @@ class ReadyWeights:
                 layer.few = few
             yield self
         finally:
-            for layer, _ in layers:
-                layer.few = None
+            for layer, few in layers:
+                if layer.few is few:  # another pipeline may write with the same layers
+                    layer.few = None
 
 
 @contextmanager
@@ -82,8 +86,6 @@ def ready_for_decoding(
     network: nn.Module, mode: str = "auto", budget: int = 1 << 62
 ) -> Iterator[ReadyWeights]:
     """Inside, a network on a CPU multiplies a few rows quickly; see `ReadyWeights`, which is what it gives.
-
-    To make the forms takes about as long as five tokens without them.
 
     Args:
         network: A language model.

@@ -10,7 +10,8 @@ the kernels that decode in their tiles (`dispatch.choose`).
                steps: float32 to 1e-5. Q8_0 and fp8, and all where nibbles are slow, become dense float32;
                plain numbers stay.
     int8       int8 rows with one scale, as `compute="int8"` multiplies them (`quant.int8`)
-    auto       bfloat16 where this CPU is quick at it, else exact
+    auto       bfloat16 for weights of up to four bits and plain numbers, int8 for the others, where this CPU
+               is quick at these, else exact
 """
 
 from __future__ import annotations
@@ -128,47 +129,44 @@ class Form:
     nbytes: int
 
 
-def mode_here(mode: str) -> str:
-    """What "auto" means on this CPU; another mode itself.
-
-    Raises:
-        BadArgument: There is no such mode.
-    """
-    if mode not in MODES:
-        raise BadArgument(f"mode of decoding: got {printable(mode, 40)!r}, wanted one of {', '.join(MODES)}")
-    if mode != "auto":
-        return mode
-    return "bfloat16" if int4_pays() or bfloat16_pays() else "exact"
-
-
 def form_of(weight: Tensor | QuantTensor, mode: str) -> Form | None:
     """The form that a weight gets in a mode; None where it stays as it is.
 
     Args:
         weight: [N, K]; a dense one stays, it is multiplied at the speed of memory already.
         mode: One of `MODES`.
+
+    Raises:
+        BadArgument: There is no such mode.
     """
-    mode = mode_here(mode)
+    if mode not in MODES:
+        raise BadArgument(f"mode of decoding: got {printable(mode, 40)!r}, wanted one of {', '.join(MODES)}")
     if not isinstance(weight, QuantTensor) or weight.device.type != "cpu" or len(weight.shape) != 2:
         return None
     rows, width = weight.shape
+    layout, given = int4.layout_of(weight.format), int8.is_int8(weight)
     if not rows * width:
         return None
+    if mode == "auto":
+        four_bits = layout is not None and layout.parts == 1 and int4_pays()
+        plain = weight.format.is_float or weight.format.is_integer
+        mode = "bfloat16" if four_bits or plain or not packed_int8_pays() else "int8"
+        if mode == "bfloat16" and not (int4_pays() or bfloat16_pays()):
+            mode = "exact"
     if mode == "int8":
-        if int8.is_int8(weight):
+        if given:
             return Form("int8", mode, 0)
         if packed_int8_pays() or int8_pays():
             kind = "packed int8" if packed_int8_pays() else "int8"
             return Form(kind, mode, rows * width + 12 * rows)
-    mode = "exact" if mode == "int8" else mode
-    layout = int4.layout_of(weight.format)
+        mode = "exact"
     if layout is not None and int4_pays() and (mode == "bfloat16" or weight.format.name not in SIMPLE):
         full, group = -(-rows // int4.ROWS) * int4.ROWS, layout.packed_group
         depth = width * layout.parts
         if mode == "bfloat16":
             return Form("nibbles", mode, full * depth // 2 + full * depth // group * 4)
         return Form("nibbles", mode, full * (depth + group) // 2 + full * (depth // group + 1) * 8)
-    if mode == "bfloat16" and int8.is_int8(weight) and int8_one_row_pays():
+    if mode == "bfloat16" and given and int8_one_row_pays():
         return Form("bytes", mode, 0)
     if mode == "bfloat16" and not bfloat16_pays():
         mode = "exact"

@@ -16,7 +16,7 @@ import torch
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.memory.references import References as Planned
 from zimage_core.run.checks import whole
-from zimage_core.run.components import require
+from zimage_core.run.components import check_components
 from zimage_core.run.decode import encode_images
 from zimage_core.run.nonfinite import checked
 from zimage_core.run.references import LACKS, MOST
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 _EDITING = ("strength", "mask_image", "outpaint", "reference_images")
 """Arguments with which `image` is an image to begin from, and no reference."""
+_SEES = {
+    "vae": "VAE to encode them; give vae=",
+    "siglip": "vision tower to see them; give siglip=, a SigLIP2 vision model as in the folder siglip/ of an "
+    "Omni checkpoint",
+}
 
 
 class Referenced:
@@ -42,22 +47,21 @@ class Referenced:
 
     def _with_own_references(self, request: Request) -> Request:
         """The request, where `image` means a reference if the pipeline has a vision tower."""
-        if self.siglip is None or request.image is None:
+        image = request.image
+        if self.siglip is None or image is None or (isinstance(image, (list, tuple)) and not image):
             return request
         if any(getattr(request, name) is not None for name in _EDITING):
             return request
-        return replace(request, reference_images=request.image, image=None)
+        return replace(request, reference_images=image, image=None)
 
     def _check_references(self, run: Run) -> None:
         """Refuse a run with references that lacks a component, before any weight is used."""
         if run.references is None or not any(run.references.pictures):
             return
-        require("vae", self.vae)
-        if self.siglip is None:
-            raise Unsupported(
-                "reference_images: this pipeline has no vision tower to see them; give siglip=, a SigLIP2 "
-                "vision model as in the folder siglip/ of an Omni checkpoint"
-            )
+        for name, network in {"vae": self.vae, "siglip": self.siglip}.items():
+            if network is None:
+                raise Unsupported(f"reference_images: this pipeline has no {_SEES[name]}")
+        check_components(self, {})  # a component may have been replaced since the pipeline was built
 
     def _usual_references(
         self, count: int, width: int, height: int, caption_tokens: int, samples: int
@@ -72,9 +76,15 @@ class Referenced:
         return Planned.usual(count, height // factor, width // factor, caption_tokens, samples)
 
     def _planned_references(self, run: Run, ids: Mapping[str, torch.Tensor]) -> Planned | None:
-        """The references of a run as its memory is planned; `ids` are those of all its texts."""
+        """The references of a run as its memory is planned; `ids` are those of all its texts.
+
+        Raises:
+            BadArgument: Texts and images take more positions than the transformer knows.
+        """
         if run.references is None:
             return None
+        from zimage_core.models.omni_sequence import check_positions, positions_of
+
         lengths = {text: torch.empty(len(each), 0) for text, each in ids.items()}
         captions = [*chain(*run.batch.sides(lengths, run.encoding, torch.device("cpu")))]
         config, factor = self.transformer.config, self.vae.config.spatial_factor if self.vae else 8
@@ -91,6 +101,9 @@ class Referenced:
                 features = tuple(rows * cols for rows, cols in (grid(h, w) for w, h in sides))
             different = len(run.references.different())
             pieces = tuple(map(len, caption))
+            # the places of images alone: their sides were checked as they were opened
+            places = positions_of(pieces, [None] * (len(pictures) + 1), (), 1, run.references.positions)
+            check_positions(config, places, sum(pieces))
             members.append(Planned(sizes, features, pieces, len(captions), different))
         return max(members, key=lambda each: each.images(config) + each.rest())
 
