@@ -233,7 +233,9 @@ def _loaded(args: argparse.Namespace, options: dict[str, Any]) -> ZImagePipeline
     if args.model is not None:
         return ZImagePipeline.from_pretrained(args.model, **parts, **options, variant=args.variant)
     if not parts:
-        return ZImagePipeline.from_default(**options, omni=bool(getattr(args, "reference_images", None)))
+        if getattr(args, "reference_images", None):
+            options["omni"] = True
+        return ZImagePipeline.from_default(**options)
     return ZImagePipeline.from_files(**parts, **options)
 
 
