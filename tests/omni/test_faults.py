@@ -74,6 +74,21 @@ def test_an_empty_list_of_images_is_refused(pipe):
         pipe("a", image=[], strength=0.5)
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"reference_images": A}, "reference_images: here it is called image"),
+        ({"strength": 0.5}, "strength: here image is a reference; use ZImagePipeline"),
+    ],
+)
+def test_the_class_of_diffusers_refuses_other_meanings_of_image(pipe, more, words):
+    other = ZImageOmniPipeline.from_pipe(pipe)
+    with pytest.raises(BadArgument, match=words):
+        other(A, "a", **more)
+    with pytest.raises(TypeError, match=r"ZImageOmniPipeline\(\) got an unexpected .*'steps'"):
+        other(A, "a", steps=3)
+
+
 def test_hires_makes_its_own_image(pipe):
     with pytest.raises(BadArgument, match="leave reference_images out"):
         pipe.hires("a", reference_images=A)
