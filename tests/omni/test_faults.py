@@ -74,6 +74,21 @@ def test_an_empty_list_of_images_is_refused(pipe):
         pipe("a", image=[])
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"reference_images": A}, "reference_images: here it is called image"),
+        ({"strength": 0.5}, "strength: here image is a reference; use ZImagePipeline"),
+    ],
+)
+def test_the_class_of_diffusers_refuses_other_meanings_of_image(pipe, more, words):
+    other = ZImageOmniPipeline.from_pipe(pipe)
+    with pytest.raises(BadArgument, match=words):
+        other(A, "a", **more)
+    with pytest.raises(TypeError, match=r"ZImageOmniPipeline\(\) got an unexpected .*'steps'"):
+        other(A, "a", steps=3)
+
+
 def test_hires_makes_its_own_image(pipe):
     with pytest.raises(BadArgument, match="leave reference_images out"):
         pipe.hires("a", reference_images=A)
@@ -103,7 +118,7 @@ def test_a_run_without_a_vae_says_so():
 def test_a_tower_of_another_width_is_refused_when_the_pipeline_is_built():
     with pytest.raises(WrongModel, match="width 32; the Z-Image transformer needs 24"):
         omni.pipeline(siglip=omni.tower(32))
-    with pytest.raises(WrongModel, match=r"the transformer takes text alone.*siglip=None"):
+    with pytest.raises(WrongModel, match=r"the transformer takes text alone; leave siglip= out"):
         ZImagePipeline(**tiny.pipeline().components, siglip=omni.tower())
     with pytest.raises(BadArgument, match=r"siglip: got .*wanted a zimage_core VisionTower; get one by"):
         ZImagePipeline(**tiny.pipeline().components, siglip=tiny.vae())

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from zimage_core.models.vision_tower import VisionTower
     from zimage_core.run.placement import Placement
 
-_EDITING = ("strength", "mask_image", "outpaint", "reference_images")
+EDITING = ("strength", "mask_image", "outpaint")
 """Arguments with which `image` is an image to begin from, and no reference."""
 _SEES = {
     "vae": "VAE to encode them; give vae=",
@@ -51,7 +51,7 @@ class Referenced:
         image = request.image
         if self.siglip is None or image is None or (isinstance(image, (list, tuple)) and not image):
             return request
-        if any(getattr(request, name) is not None for name in _EDITING):
+        if any(getattr(request, name) is not None for name in (*EDITING, "reference_images")):
             return request
         return replace(request, reference_images=image, image=None)
 
