@@ -212,6 +212,8 @@ class PhaseManager:
         plan, self._taken, self._stream_beside = found
         if tower is not None:
             plan = tower.shown(job, plan)
+        if beside_encoder:
+            plan = beside.repeated(job, plan)
         self._tower = tower
         self._plan, self._job, self._beside, self._controlnets = plan, job, nets, controlnets
         parts = {"text_encoder": job.encoder, "transformer": job.net}

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from zimage_core.errors import OverBudget
 from zimage_core.files.units import in_bytes
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
-from zimage_core.memory.attach import load, maps_of
+from zimage_core.memory.attach import forbid_planes, load, maps_of
 from zimage_core.memory.device import Ring, device_for
 from zimage_core.memory.phases import OUTSIDE_A_RUN, PhaseManager
 from zimage_core.memory.sizes import Matrix
@@ -57,6 +57,7 @@ def writing(
         ring = Ring(device_for(memory.device), plan.ring)
         moved = load(model.ending.modules(), ring, maps_of(opened.file))
         try:
+            forbid_planes(model.ending)
             yield
         finally:
             moved.restore()
