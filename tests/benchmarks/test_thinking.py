@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import thinking
 from zimage_core import ZImagePipeline
+from zimage_core.language.enhance import Enhanced
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,17 @@ def test_a_thought_that_would_change_the_template_is_refused(thought):
 def test_a_prompt_without_a_thought_is_refused():
     with pytest.raises(SystemExit, match="1 prompts and 0 thoughts"):
         thinking.main(["--prompt", "a"])
+
+
+def test_the_language_model_writes_the_thoughts_that_are_not_given(pipe, monkeypatch):
+    asked = []
+
+    def enhance(self, prompt, **options):
+        asked.append((prompt, options))
+        return Enhanced("new", prompt, thought=f"about {prompt}")
+
+    monkeypatch.setattr(ZImagePipeline, "enhance_prompt", enhance)
+    given = ["--generate", "--prompt", "a", "--prompt", "b", "--thought", "own", "--max-new-tokens", "9"]
+    cases = thinking.given_cases(pipe, thinking.parser().parse_args(given))
+    assert [(case.thought, case.another) for case in cases] == [("own", "about b"), ("about b", "own")]
+    assert asked == [("b", {"seed": thinking.SEED, "max_new_tokens": 9})]

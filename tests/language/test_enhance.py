@@ -5,7 +5,7 @@ import pytest
 from tests.language.scripted import TOKENIZER, Scripted
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.language import instructions
-from zimage_core.language.enhance import RESERVE, Wish, enhance, revised
+from zimage_core.language.enhance import CLOSED, RESERVE, Wish, enhance, revised
 from zimage_core.language.generate import stop_ids
 
 STOP = stop_ids(TOKENIZER)
@@ -58,6 +58,24 @@ def test_a_thought_without_end_is_closed_in_time_for_the_answer(limit, thought):
     assert found == "done"
     assert found.thought == "a" * (thought - 1)
     assert ours.text.endswith("a\n</think>\n\ndone")
+
+
+@pytest.mark.parametrize("room", [8, 40, 700])
+def test_a_thought_is_closed_before_the_positions_of_the_model_are_used_up(room):
+    wish = Wish.of("a cat", temperature=0, max_new_tokens=1000)
+    ours = Scripted("<think>" + "a" * 1000, len(wish.ids(TOKENIZER)) + room)
+    with pytest.warns(UserWarning, match="shorten prompt and instructions"):
+        found = enhance(ours, TOKENIZER, wish, STOP)
+    assert found.tokens == room - len(TOKENIZER.encode(CLOSED))
+    assert len(ours.read) < ours.max_positions
+
+
+@pytest.mark.parametrize("room", [0, 2])
+def test_no_room_for_an_answer_is_said(room):
+    wish = Wish.of("a cat")
+    ours = Scripted("", len(wish.ids(TOKENIZER)) + room)
+    with pytest.raises(BadArgument, match=r"leave no room for an answer .* shorten them"):
+        enhance(ours, TOKENIZER, wish, STOP)
 
 
 def test_a_thought_that_stops_is_followed_by_an_answer():
@@ -138,7 +156,7 @@ def test_settings_tell_what_made_it():
         ({"prompt": "a\0b"}, "NUL"),
         ({"prompt": "a" * 20_000}, "shorten it"),
         ({"instructions": ""}, "instructions: they are empty"),
-        ({"instructions": 3}, "a string was expected"),
+        ({"instructions": 3}, "text of the instructions is a int, a string was expected"),
         ({"max_new_tokens": 1}, "from 2 to 65536"),
         ({"think": False, "keep_thought": True}, "no thought to keep"),
     ],

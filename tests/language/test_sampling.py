@@ -22,7 +22,7 @@ def reference(logits, sampling):
     shares /= shares.sum()
     kept, total = [], 0.0
     for token, share in zip(order, shares, strict=True):
-        if kept and total >= sampling.top_p:
+        if kept and total >= sampling.top_p and sampling.top_p < 1:
             break
         kept.append((token, share))
         total += share

@@ -10,9 +10,11 @@ from tests.quant.test_few_rows import rows_of, weight_of
 from zimage_core.cpu import int4
 from zimage_core.formats import FORMATS
 from zimage_core.nn.decoding import ReadyWeights, ready_for_decoding
-from zimage_core.nn.linear import Embedding, Linear
+from zimage_core.nn.linear import Embedding, Linear, ready
 from zimage_core.quant import few_rows
+from zimage_core.quant.arithmetic import Arithmetic
 from zimage_core.quant.few_rows import MOST, form_of, prepare
+from zimage_core.quant.int8 import Int8Rows
 
 WIDTH = 256
 
@@ -102,6 +104,24 @@ def test_forms_are_left_behind_after_an_error() -> None:
     assert all(getattr(net, name).few is None for name in LAYERS)
 
 
+def test_the_end_of_one_writer_takes_no_forms_from_another() -> None:
+    net = network()
+    first, second = (ReadyWeights(net, "bfloat16", 1 << 40).bound() for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    mine = net.large.few
+    first.__exit__(None, None, None)
+    assert net.large.few is mine
+    second.__exit__(None, None, None)
+    assert net.large.few is None
+
+
+def test_no_row_at_all_takes_the_usual_way() -> None:
+    net = network()
+    with ready_for_decoding(net, "exact"):
+        assert all(got.shape[0] == 0 for got in results(net, 0).values())
+
+
 def test_a_bias_and_a_branch_join_the_product() -> None:
     net = network()
     net.large.branch = lambda product, x: product(x) + 100
@@ -118,6 +138,18 @@ def test_gradients_take_the_usual_way() -> None:
 
 
 NAMES = ("q_proj", "k_proj", "v_proj")
+
+
+@torch.no_grad()
+def test_layers_that_multiply_int8_share_a_form_too() -> None:
+    net = block()
+    layers = [net.get_submodule(name) for name in NAMES]
+    for layer in layers:
+        layer.arithmetic = Arithmetic("int8", rotated=True)
+    with ready_for_decoding(net, "exact"):
+        x = rows_of(1, WIDTH)
+        assert ready(x, *layers) is x
+        assert isinstance(ready(rows_of(MOST + 1, WIDTH), *layers), Int8Rows)
 
 
 @pytest.mark.parametrize("v_format", ["Q4_K", "Q6_K"])

@@ -71,7 +71,7 @@ def test_an_empty_list_of_images_is_refused(pipe):
     with pytest.raises(BadArgument, match="image: got an empty list"):
         ZImageOmniPipeline.from_pipe(pipe)([], "a")
     with pytest.raises(BadArgument, match="image: got 0 images"):
-        pipe("a", image=[], strength=0.5)
+        pipe("a", image=[])
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_callback_that_gives_other_pieces_is_refused():
 
 
 COMMANDS = {
-    ("--reference", "x.png"): "the embedded model has no vision branch",
+    ("--model", "default", "--reference", "x.png"): "--reference: leave --model out",
     ("--siglip", "x"): "--siglip goes with --model",
     ("--positions", "trained"): "--positions: it needs reference images",
     ("--model", "DIR", "--reference", "x.png"): "x.png",

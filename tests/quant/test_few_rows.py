@@ -91,6 +91,17 @@ def test_any_size_and_any_bytes(fmt: str, seed: int, rows: int, blocks: int, cou
         assert relative(prepared(weight, mode)(x), x, weight) < LIMITS[mode]
 
 
+@pytest.mark.parametrize("mode", LIMITS)
+@pytest.mark.parametrize("fmt", ["Q4_K", "Q6_K"])
+def test_x_may_lie_in_memory_in_any_way(fmt: str, mode: str) -> None:
+    few = prepared(weight_of(FORMATS[fmt]), mode)
+    for x in (rows_of(3, few.shape[1]), rows_of(3, few.shape[1]).bfloat16()):
+        wanted, wide = few(x), torch.zeros(3, 2 * few.shape[1], dtype=x.dtype)
+        wide[:, ::2] = x
+        for other in (x.t().contiguous().t(), wide[:, ::2]):
+            assert torch.equal(few(other), wanted)
+
+
 def test_two_digits_hold_every_code() -> None:
     """Codes of -128 to 127 under a scale of 1, one at a time: bfloat16 holds each of them."""
     fmt = FORMATS["Q8_0"]

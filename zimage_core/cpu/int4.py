@@ -217,10 +217,11 @@ class Spread:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [M, K], any float type -> bfloat16 [M, K * parts]."""
+        x = x.bfloat16().contiguous()
         if self._factors is None:
-            return x.bfloat16()
+            return x
         # bfloat16 times 16 is exact, so that both readings are of the same x
-        spread = x.bfloat16().view(len(x), -1, 1, self._group) * self._factors
+        spread = x.view(len(x), -1, 1, self._group) * self._factors
         return spread.view(len(x), -1)
 
 

@@ -28,6 +28,8 @@ DIRECT = Sampling(temperature=0.7, top_p=0.8, top_k=20)
 """What Qwen3's model card recommends with thinking and without; greedy choices repeat themselves."""
 RESERVE = 320
 """Tokens that are kept for the answer while the model thinks; at most half of all."""
+CLOSED = f"\n{END_THINK}\n\n"
+"""What ends a thought that does not end by itself."""
 REVISED = "revised_prompt"
 """Key of the prompt in an answer of JSON, if the instructions name it."""
 
@@ -93,7 +95,7 @@ class Wish:
         if not self.prompt.strip():
             raise BadArgument("prompt: it is empty; write what is to be drawn")
         if self.instructions is not None:
-            check_prompt(self.instructions)
+            check_prompt(self.instructions, name="text of the instructions")
             if not self.instructions.strip():
                 raise BadArgument("instructions: they are empty; leave them out for the usual ones")
         check_limit("max_new_tokens", self.max_new_tokens, 2)
@@ -239,12 +241,17 @@ class _Draft:
         self._wish, self._stop, self._on_text = wish, stop, on_text
         added = tokenizer.added_tokens
         self._open, self._close = added.get(THINK, -1), added.get(END_THINK, -1)
-        self._ending = tokenizer.encode(f"\n{END_THINK}\n\n")
+        self._ending = tokenizer.encode(CLOSED) if wish.think else []
         self._piece = partial(_Piece, tokenizer, frozenset(added.values()))
         self.thought, self.answer = self._piece(), self._piece()
         self.count, self.remarks = 0, list[str]()
         self._writer = Writer(model, wish.ids(tokenizer), wish.sampling, tokenizer.vocab_size)
-        self._room = min(wish.max_new_tokens, self._writer.room)
+        self._room = min(wish.max_new_tokens, self._writer.room - len(self._ending))
+        if self._room < 1:
+            raise BadArgument(
+                f"prompt and instructions leave no room for an answer in the {model.max_positions} tokens "
+                "that this language model reads; shorten them"
+            )
 
     def write(self) -> None:
         """Write thought and answer, within their limits."""
@@ -258,10 +265,7 @@ class _Draft:
                 self.thought, self.answer = self.answer, self._piece()
             self._take(self.answer, token)
         else:
-            self.remarks.append(
-                f"the new prompt was cut after {self.count} tokens; give more than max_new_tokens="
-                f"{self._wish.max_new_tokens}"
-            )
+            self.remarks.append(f"the new prompt was cut after {self.count} tokens; {self._advice()}")
         self._show(self.thought.end(), True)
         self._show(self.answer.end() + "\n", False)
 
@@ -281,10 +285,16 @@ class _Draft:
             self._take(self.thought, token)
         else:
             self.remarks.append(
-                f"the thought was ended after {self.count} tokens, to leave some for the prompt; give more "
-                f"than max_new_tokens={self._wish.max_new_tokens} for a longer one"
+                f"the thought was ended after {self.count} tokens, to leave some for the prompt; for a "
+                f"longer one {self._advice()}"
             )
         self._writer.add(self._ending)
+
+    def _advice(self) -> str:
+        """How to get a longer text."""
+        if self._room < self._wish.max_new_tokens:
+            return "shorten prompt and instructions, which leave the language model no more"
+        return f"give more than max_new_tokens={self._wish.max_new_tokens}"
 
     def _next(self) -> int:
         self.count += 1

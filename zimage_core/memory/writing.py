@@ -47,9 +47,10 @@ def writing(
     try:
         plan = memory.begin(**{**OUTSIDE_A_RUN, "caption_tokens": prompt}, beside_encoder=extra)
     except OverBudget as error:
+        found = str(error).partition("; ")[0]  # what follows speaks of images
         raise OverBudget(
             f"enhance: {in_bytes(extra)} are for the language model's end and its memory of {tokens} tokens, "
-            f"beside its text encoder; {error}"
+            f"beside its text encoder and the smallest image; {found}; give more, or a smaller max_new_tokens"
         ) from None
     with memory.phase("encode"):
         model.tie()  # to the table where it lies now

@@ -76,8 +76,9 @@ class ReadyWeights:
                 layer.few = few
             yield self
         finally:
-            for layer, _ in layers:
-                layer.few = None
+            for layer, few in layers:
+                if layer.few is few:  # another pipeline may write with the same layers
+                    layer.few = None
 
 
 @contextmanager

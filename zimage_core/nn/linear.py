@@ -191,7 +191,7 @@ class Linear(_Weighted):
 
     def product(self, x: Tensor | Int8Rows) -> Tensor:
         """x times the layer's own weight, without what adapters add."""
-        if self.few is not None and math.prod(x.shape[:-1]) <= MOST and not torch.is_grad_enabled():
+        if self.few is not None and self.takes_few(x):
             out = self.few(x if isinstance(x, Tensor) else x.dequantize())
             return out if self.bias is None else out + self.bias.to(out.dtype)
         mode = self.arithmetic.mode
@@ -199,6 +199,10 @@ class Linear(_Weighted):
             return int8.linear(x, self.weight, self.bias, self.arithmetic.rotated)
         own = x if isinstance(x, Tensor) else x.dequantize()  # rows that were made for another layer
         return ops.linear(own, self.weight, self.bias, in_bfloat16=mode == "bfloat16")
+
+    def takes_few(self, x: Tensor | Int8Rows) -> bool:
+        """Whether `few` multiplies x."""
+        return self.few is not None and 0 < math.prod(x.shape[:-1]) <= MOST and not torch.is_grad_enabled()
 
     @property
     def rotation(self) -> int | None:
@@ -234,6 +238,9 @@ def ready(x: Tensor | Int8Rows, *layers: Linear) -> Tensor:
     """
     if isinstance(x, Int8Rows):
         return x  # type: ignore[return-value]
+    # a layer may have been replaced by one that has no forms
+    if any(getattr(layer, "few", None) is not None and layer.takes_few(x) for layer in layers):
+        return x  # the forms share one product if they get the same x, and round it by themselves
     rotation = shared_rotation(*layers)
     return x if rotation is None else int8.quantize_rows(x, rotation)  # type: ignore[return-value]
 

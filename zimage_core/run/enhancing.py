@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zimage_core.assets import NANO
-from zimage_core.errors import Busy, Unsupported, WrongModel, ZImageError
+from zimage_core.errors import BadArgument, Busy, Unsupported, WrongModel, ZImageError
 from zimage_core.run.components import require
 from zimage_core.run.placement import Placement
+from zimage_core.run.sharing import note_run
 from zimage_core.sampling.noise import fresh_seed
 from zimage_core.weights.load import opened_file
 
@@ -89,6 +90,8 @@ class Enhancing:
             prompt, instructions, think, max_new_tokens, keep_thought, temperature=temperature, top_p=top_p,
             top_k=top_k, min_p=min_p, seed=fresh_seed() if seed is None else seed,
         )  # fmt: skip
+        if on_text is not None and not callable(on_text):
+            raise BadArgument(f"on_text: got {type(on_text).__name__}, wanted a function (text, is_thought)")
         token = object()
         if self._running.setdefault("run", token) is not token:
             raise Busy("this pipeline is already running, in another thread or around this callback; wait")
@@ -103,6 +106,7 @@ class Enhancing:
         from zimage_core.language.generate import stop_ids
 
         pipe: Any = self
+        note_run(pipe)
         require("text_encoder", pipe.text_encoder)
         require("tokenizer", pipe.tokenizer)
         model = self._language_model()
@@ -136,10 +140,11 @@ class Enhancing:
         if opened is not None:
             opened.file.check_unchanged()
         if memory is not None and opened is not None:
+            from zimage_core.language.enhance import CLOSED
             from zimage_core.memory.writing import writing
 
-            prompt = len(wish.ids(pipe.tokenizer))
-            tokens = min(prompt + wish.max_new_tokens, model.max_positions)
+            prompt, most = len(wish.ids(pipe.tokenizer)), wish.max_new_tokens
+            tokens = min(prompt + most + len(pipe.tokenizer.encode(CLOSED)), model.max_positions)
             with writing(memory, model, opened, prompt, tokens):
                 yield
             return

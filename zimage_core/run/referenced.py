@@ -48,11 +48,12 @@ class Referenced:
 
     def _with_own_references(self, request: Request) -> Request:
         """The request, where `image` means a reference if the pipeline has a vision tower."""
-        if self.siglip is None or request.image is None:
+        image = request.image
+        if self.siglip is None or image is None or (isinstance(image, (list, tuple)) and not image):
             return request
         if any(getattr(request, name) is not None for name in (*EDITING, "reference_images")):
             return request
-        return replace(request, reference_images=request.image, image=None)
+        return replace(request, reference_images=image, image=None)
 
     def _check_references(self, run: Run) -> None:
         """Refuse a run with references that lacks a component, before any weight is used."""

@@ -52,19 +52,24 @@ def render(prompt: str, enable_thinking: bool = True, template: str | None = Non
     return template.replace("{prompt}", prompt)
 
 
-def check_prompt(prompt: str, max_bytes: int = MAX_PROMPT_BYTES) -> None:
+def check_prompt(prompt: str, max_bytes: int = MAX_PROMPT_BYTES, name: str = "prompt") -> None:
     """Refuse a prompt that must be a mistake, before any work is done with it.
+
+    Args:
+        prompt: The text.
+        max_bytes: Most bytes of it in UTF-8.
+        name: What the message calls it.
 
     Raises:
         BadArgument: The prompt is not a string, has more than `max_bytes` in UTF-8, or holds a NUL character
             or a lone surrogate.
     """
-    check_text(prompt, "prompt")
+    check_text(prompt, name)
     size = len(prompt.encode())
     if size > max_bytes:
-        raise BadArgument(f"the prompt has {size} bytes in UTF-8, the limit is {max_bytes}; shorten it")
+        raise BadArgument(f"the {name} has {size} bytes in UTF-8, the limit is {max_bytes}; shorten it")
     if "\0" in prompt:
-        raise BadArgument(f"the prompt holds a NUL character at {prompt.index(chr(0))}; remove it")
+        raise BadArgument(f"the {name} holds a NUL character at {prompt.index(chr(0))}; remove it")
 
 
 def prompt_ids(
