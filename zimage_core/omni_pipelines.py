@@ -58,9 +58,9 @@ class ZImageOmniPipeline(ZImagePipeline):
             prompt: One prompt or several.
             height: Height in pixels; default: that of the last reference, else the checkpoint's own.
             width: Width in pixels, with the same default.
-            num_inference_steps: Number of steps; default: the checkpoint's own, 50.
+            num_inference_steps: Number of steps; default: the checkpoint's own, see docs/omni.md.
             sigmas: Noise levels before the shift.
-            guidance_scale: Guidance scale; default: the checkpoint's own, 4 (diffusers' is 5).
+            guidance_scale: Guidance scale, with such a default (diffusers' is 5).
             cfg_normalization: Largest norm of the guided prediction.
             cfg_truncation: Guidance is off while 1 - sigma is above this.
             negative_prompt: Prompt to move away from; its side sees the same references.
