@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from zimage_core.run.referenced import EDITING
 from zimage_core.run.references import MOST
 from zimage_core.run.request import Request
 from zimage_core.run.result import ZImageResult
+
+Self = TypeVar("Self", bound="ZImageOmniPipeline")
 
 
 class ZImageOmniPipeline(ZImagePipeline):
@@ -110,6 +112,11 @@ class ZImageOmniPipeline(ZImagePipeline):
             **more,
         )
         return self._run(request, return_dict)
+
+    @classmethod
+    def from_default(cls: type[Self], *, omni: bool = True, **options: Any) -> Self:
+        """`ZImagePipeline.from_default` with the embedded model's Omni sibling, unless `omni` is False."""
+        return super().from_default(omni=omni, **options)
 
     def encode_prompt(  # type: ignore[override]  # the order and the lists are those of diffusers
         self,
