@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from benchmarks.report import RESULTS, ROOT, fill_tables, machine, markdown, write
-from tests.helpers import editing_parity, omni_parity, parity, pipeline_parity, vision
+from tests.helpers import editing_parity, omni_parity, omni_pipeline, parity, pipeline_parity, vision
 from zimage_core.vision.processor import Processor
 
 
@@ -33,7 +33,8 @@ def measure() -> list[parity.Difference]:
     for grid in vision.GRIDS:
         found += vision.vision_differences(grid)
     found += [vision.picture_difference(path) for path in vision.IMAGES]
-    return [*found, *pipeline_parity.pipeline_differences(), *editing_parity.editing_differences()]
+    found += [*pipeline_parity.pipeline_differences(), *omni_pipeline.pipeline_differences()]
+    return [*found, *editing_parity.editing_differences()]
 
 
 def table(found: list[parity.Difference]) -> str:

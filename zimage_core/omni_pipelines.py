@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from zimage_core.errors import BadArgument
 from zimage_core.pipeline import ZImagePipeline
-from zimage_core.run.checks import StepCallback
+from zimage_core.run.checks import StepCallback, whole
+from zimage_core.run.referenced import EDITING
+from zimage_core.run.references import MOST
 from zimage_core.run.request import Request
 from zimage_core.run.result import ZImageResult
 
@@ -74,12 +76,14 @@ class ZImageOmniPipeline(ZImagePipeline):
             callback_on_step_end: Called after each step.
             callback_on_step_end_tensor_inputs: Names of the tensors that it gets.
             max_sequence_length: Most tokens of each piece of the prompt.
-            more: Arguments that diffusers has not, such as `seed` and `positions`.
+            more: Arguments of `ZImagePipeline` that diffusers has not, such as `seed` and `positions`, but
+                for those of editing.
 
         Raises:
             BadArgument: An argument is outside its range; an empty list of images is one.
             Unsupported: The transformer or the pipeline has no vision branch.
         """
+        _check_others(more)
         if isinstance(image, (list, tuple)) and not image:
             raise BadArgument("image: got an empty list; leave it out for text to image")
         request = Request(
@@ -106,3 +110,65 @@ class ZImageOmniPipeline(ZImagePipeline):
             **more,
         )
         return self._run(request, return_dict)
+
+    def encode_prompt(  # type: ignore[override]  # the order and the lists are those of diffusers
+        self,
+        prompt: str | Sequence[str],
+        device: str | torch.device | None = None,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | Sequence[str] | None = None,
+        prompt_embeds: Sequence[Sequence[torch.Tensor]] | None = None,
+        negative_prompt_embeds: Sequence[Sequence[torch.Tensor]] | None = None,
+        max_sequence_length: int = 512,
+        num_condition_images: int = 0,
+        enable_thinking: bool = True,
+        debug: bool = False,
+    ) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]:
+        """Caption features of prompts in pieces, for `prompt_embeds` and `negative_prompt_embeds`.
+
+        Args:
+            prompt: One prompt or several.
+            device: Device of the features; default: that of the transformer.
+            do_classifier_free_guidance: Whether to return negative features.
+            negative_prompt: One for all prompts, or one for each; None means the empty prompt.
+            prompt_embeds: Features to return instead of encoding the prompts.
+            negative_prompt_embeds: Features to return instead of encoding the negative prompts.
+            max_sequence_length: Most tokens of each piece.
+            num_condition_images: Number of reference images of each prompt.
+            enable_thinking: False appends an empty <think> block to the prompt.
+            debug: Check every block of the text encoder for NaN and infinity.
+
+        Returns:
+            Two lists; for each prompt a list of tensors [L, cap_feat_dim], one for each piece. The second is
+            empty without guidance.
+        """
+        count = whole("num_condition_images", num_condition_images, 0, MOST)
+        request = Request(
+            reference_images=(),
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length,
+            enable_thinking=enable_thinking,
+        )
+        return self._encode_alone(request, do_classifier_free_guidance, device, debug, count)
+
+
+def _check_others(more: Mapping[str, Any]) -> None:
+    """Refuse further arguments of a call that have another meaning here, or none.
+
+    Raises:
+        BadArgument: It is one of editing, or the references' other name.
+        TypeError: There is no such argument.
+    """
+    for name in more:
+        if name == "reference_images":
+            raise BadArgument("reference_images: here it is called image; give one of the two")
+        if name in EDITING:
+            raise BadArgument(
+                f"{name}: here image is a reference; use ZImagePipeline, which takes reference_images= "
+                "beside image="
+            )
+        if name not in Request.__dataclass_fields__:
+            raise TypeError(f"ZImageOmniPipeline() got an unexpected keyword argument {name!r}")

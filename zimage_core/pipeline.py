@@ -423,7 +423,6 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Enhan
                 features[text] = checked(self.text_encoder, "text encoder", call, debug).to(out)
         return batch.sides({text: each.to(device) for text, each in features.items()}, options, device)
 
-    @torch.no_grad()
     def encode_prompt(
         self,
         prompt: str | Sequence[str],
@@ -463,12 +462,26 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Enhan
             enable_thinking=enable_thinking,
             prompt_template=prompt_template,
         )
+        return self._encode_alone(request, do_classifier_free_guidance, device, debug)
+
+    @torch.no_grad()
+    def _encode_alone(
+        self,
+        request: Request,
+        guided: bool,
+        device: str | torch.device | None,
+        debug: bool,
+        references: int | None = None,
+    ) -> tuple[list[Any], list[Any]]:
+        """Captions of both sides outside a run; `references` is the number of images in an Omni prompt."""
         if "transformer" in networks(self):
             width = self.transformer.config.cap_feat_dim
         else:  # a text encoder alone can encode
             require("text_encoder", self.text_encoder)
             width = self.text_encoder.config.hidden_size
-        batch, options = make_batch(request, do_classifier_free_guidance, width), encoding(request)
+        batch, options = make_batch(request, guided, width), encoding(request)
+        if references is not None:
+            batch = replace(batch, references=(references,) * batch.images)
         ids = self._tokenize(batch, options)
         where = self.device if device is None else torch.device(device)
         try:

@@ -327,6 +327,11 @@ def _chinese(scene: Scene, pick: np.random.Generator, background: bool, colour: 
 def describe(scene: Scene, rng: np.random.Generator, chinese: bool, omit: float = 0.0) -> str:
     """A sentence for the scene; each of the two colours is left out with probability `omit`."""
     background, colour = rng.random() >= omit, rng.random() >= omit
+    return sentence(scene, rng, chinese, background, colour)
+
+
+def sentence(scene: Scene, rng: np.random.Generator, chinese: bool, background: bool, colour: bool) -> str:
+    """A sentence for the scene that names its background, its colour, both or neither."""
     text = (_chinese if chinese else _english)(scene, rng, background, colour)
     if not chinese and not scene.glyph and rng.random() < 0.1:
         text = text[0].upper() + text[1:]

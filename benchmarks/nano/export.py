@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.nano.draw import SIZE, words
 from benchmarks.nano.model import TRANSFORMER, encoder_config
 from benchmarks.nano.train_vae import CONFIG, LATENT_NOISE
-from benchmarks.nano.vocabulary import PLAIN, SPECIAL, tokenizer
+from benchmarks.nano.vocabulary import PLAIN, SPECIAL, VISION, tokenizer
 from zimage_core.weights.names import Table, autoencoder_table, sources, text_encoder_table, transformer_table
 
 ASSETS = Path(__file__).parents[2] / "zimage_core" / "assets" / "nano"
@@ -100,7 +100,7 @@ def export_text_encoder(runs: Path, path: Path) -> None:
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(names)
     writer.add_token_types(
-        [CONTROL if t in SPECIAL else USER_DEFINED if t in PLAIN else NORMAL for t in names]
+        [CONTROL if t in SPECIAL + VISION else USER_DEFINED if t in PLAIN else NORMAL for t in names]
     )
     merges = json.loads(words.to_str())["model"]["merges"]
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])

@@ -21,6 +21,8 @@ PATTERN = (
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PLAIN = ("<think>", "</think>")
 """Added tokens that are no control tokens, as in Qwen3."""
+VISION = ("<|vision_start|>", "<|vision_end|>")
+"""Control tokens around an image (Omni), added after the model was trained: the last ids of all."""
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 LENGTH = 32
 """Tokens of a caption with its template, padded."""
@@ -55,6 +57,7 @@ def tokenizer() -> Tokenizer:
     made.train_from_iterator(corpus, trainer)
     made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     made.add_tokens([AddedToken(t, special=False, normalized=False) for t in PLAIN])
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in VISION])
     return made
 
 

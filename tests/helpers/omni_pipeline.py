@@ -5,6 +5,7 @@ Used by tests/omni/test_parity.py (which asserts) and benchmarks/parity.py (whic
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -189,3 +190,10 @@ def difference(pairs: Pairs, case: str) -> Difference:
 
     (found,) = compare("Omni pipeline", case, run)
     return found
+
+
+def pipeline_differences() -> Iterator[Difference]:
+    """Latents after the last step, for each case."""
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = make_pairs(Path(folder))
+        yield from (difference(pairs, case) for case in CASES)

@@ -115,6 +115,15 @@ def test_a_layer_with_hooks_gets_numbers():
     assert seen[0] is x
 
 
+def test_a_network_remembers_what_was_asked_for(pipe):
+    """`auto` is exact for a text encoder's prompts, and chooses anew for the tokens that it writes."""
+    encoder = pipe.text_encoder
+    assert set_compute(encoder, "auto", CPU) == "exact"
+    assert (encoder.asked, encoder.compute) == ("auto", "exact")
+    set_compute(encoder, "exact", CPU)
+    assert encoder.asked == "exact"
+
+
 def test_auto_is_exact_for_small_and_for_unpacked_networks(pipe):
     assert automatic(pipe.transformer, CPU) == ("exact", "the network is too small to gain from int8")
     dense = copy.deepcopy(pipe.transformer)

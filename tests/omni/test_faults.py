@@ -33,7 +33,9 @@ BAD = {
     "too small": ({"reference_images": picture(15, 40)}, BadArgument, "15 x 40 .* too small.*16 pixels"),
     "extreme": ({"reference_images": picture(1, 4000)}, BadArgument, "1 x 4000 pixels is too small"),
     "small after resize": ({"reference_images": picture(20, 60000)}, BadArgument, "made smaller"),
-    "too long": ({"reference_images": picture(16, 9000)}, BadArgument, "16 x 9000 pixels is too long.*8192"),
+    "too long": ({"reference_images": picture(16, 4112)}, BadArgument, "16 x 4112 pixels is too long.*4096"),
+    "prompt": ({"reference_images": [A] * 60, "prompt": "x" * 1400, "max_sequence_length": 1504},
+               BadArgument, "61 images, two positions each, reach position .*give fewer reference images"),
     "no image": ({"reference_images": [A, 5]}, BadArgument, r"reference_images\[1\]: got a int"),
     "no file": ({"reference_images": "nothing.png"}, BadFile, "nothing.png"),
     "None": ({"reference_images": [None]}, BadArgument, r"reference_images\[0\]: got a NoneType"),
@@ -69,7 +71,22 @@ def test_an_empty_list_of_images_is_refused(pipe):
     with pytest.raises(BadArgument, match="image: got an empty list"):
         ZImageOmniPipeline.from_pipe(pipe)([], "a")
     with pytest.raises(BadArgument, match="image: got 0 images"):
-        pipe("a", image=[], strength=0.5)
+        pipe("a", image=[])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"reference_images": A}, "reference_images: here it is called image"),
+        ({"strength": 0.5}, "strength: here image is a reference; use ZImagePipeline"),
+    ],
+)
+def test_the_class_of_diffusers_refuses_other_meanings_of_image(pipe, more, words):
+    other = ZImageOmniPipeline.from_pipe(pipe)
+    with pytest.raises(BadArgument, match=words):
+        other(A, "a", **more)
+    with pytest.raises(TypeError, match=r"ZImageOmniPipeline\(\) got an unexpected .*'steps'"):
+        other(A, "a", steps=3)
 
 
 def test_hires_makes_its_own_image(pipe):
@@ -94,17 +111,24 @@ def test_without_the_tower_an_omni_call_names_the_argument_and_text_to_image_run
 
 
 def test_a_run_without_a_vae_says_so():
-    with pytest.raises(Unsupported, match="vae= is needed"):
+    with pytest.raises(Unsupported, match="no VAE to encode them; give vae="):
         omni.pipeline(vae=None)("a", reference_images=[A], output_type="latent")
 
 
 def test_a_tower_of_another_width_is_refused_when_the_pipeline_is_built():
     with pytest.raises(WrongModel, match="width 32; the Z-Image transformer needs 24"):
         omni.pipeline(siglip=omni.tower(32))
-    with pytest.raises(WrongModel, match=r"the transformer takes text alone.*siglip=None"):
+    with pytest.raises(WrongModel, match=r"the transformer takes text alone; leave siglip= out"):
         ZImagePipeline(**tiny.pipeline().components, siglip=omni.tower())
     with pytest.raises(BadArgument, match=r"siglip: got .*wanted a zimage_core VisionTower; get one by"):
         ZImagePipeline(**tiny.pipeline().components, siglip=tiny.vae())
+
+
+def test_a_tower_of_another_width_that_replaces_the_first_is_refused_in_a_call(pipe):
+    other = omni.pipeline()
+    other.transformer, other.siglip = pipe.transformer, omni.tower(32)
+    with pytest.raises(WrongModel, match="width 32; the Z-Image transformer needs 24"):
+        other("a", reference_images=[A])
 
 
 def test_a_tokenizer_without_the_tokens_of_images_is_refused():
@@ -124,7 +148,7 @@ def test_a_callback_that_gives_other_pieces_is_refused():
 
 
 COMMANDS = {
-    ("--reference", "x.png"): "the embedded model has no vision branch",
+    ("--model", "default", "--reference", "x.png"): "--reference: leave --model out",
     ("--siglip", "x"): "--siglip goes with --model",
     ("--positions", "trained"): "--positions: it needs reference images",
     ("--model", "DIR", "--reference", "x.png"): "x.png",

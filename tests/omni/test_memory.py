@@ -22,13 +22,14 @@ CONFIG = TransformerConfig(n_layers=2, siglip_feat_dim=1152)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("count", [0, 1, 3, 40])
 def test_the_stream_of_a_run_is_counted(count, dtype, monkeypatch):
     """Prepared values of two samples and a step of full width, by the formulas of a plain run."""
     own, rows, cols, times = getattr(torch, dtype), 64, 96, [0.1] * 8
     net = on_meta(lambda: OmniTransformer(CONFIG), own)
-    sizes, lengths = [(64, 64), (128, 96), (40, 40)][:count], (3, *[2] * count, 70)[-count - 2 :]
-    planned = References(tuple(sizes), (256,) * count, lengths if count else (70,), 2, count)
+    sizes, lengths = ([(64, 64), (128, 96), (40, 40)] * 14)[:count], (3, *[2] * count, 70)[-count - 2 :]
+    kept = sum(height * width for height, width in sizes), 256 * count
+    planned = References(tuple(sizes), (256,) * count, lengths if count else (70,), 2, kept)
     with as_the_kernels(monkeypatch), torch.no_grad(), LiveBytes() as counted:
         counted.ignore(*net.parameters())
         shown = tuple(Reference(meta(16, *size, dtype=own), meta(16, 16, 1152, dtype=own)) for size in sizes)
@@ -132,7 +133,8 @@ def test_twenty_references_are_planned_or_refused_with_figures(folder):
     pipe.limit_memory(ram="830MB")
     with pytest.raises(
         OverBudget,
-        match=r"830 MB of host memory are given and 32 x 32 px with 20 reference images need at least \d",
+        match=r"830 MB of host memory are given and 32 x 32 px with 20 reference images need at least \d.*"
+        "of fewer references",
     ):
         omni.draw(pipe, image=many, height=32, width=32)
     plans = [pipe.plan(32, 32, references=count).phase("denoise").peak for count in (0, 1, 2)]
@@ -164,5 +166,7 @@ def test_the_verb_plan_counts_references(folder, capsys):
     assert "vision" not in plain
     assert "vision" in shown
     assert "the vision tower" in shown
+    assert main(["plan", "--model", str(folder), "--siglip", "nothing", "--vram", "4GiB"])
+    assert "--siglip: it sees reference images" in capsys.readouterr().err
     assert main(["plan", "--references", "2", "--vram", "4GiB"])
     assert "takes text alone" in capsys.readouterr().err

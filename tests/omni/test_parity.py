@@ -67,8 +67,10 @@ def test_every_argument_of_diffusers_exists_with_its_place_and_default(pairs):
 
 
 def test_prompt_embeds_are_those_of_diffusers(pairs):
-    theirs = pairs.narrow[0]
+    theirs, ours = pairs.narrow
     embeds, negative = theirs.encode_prompt(["a"], negative_prompt=["b"], num_condition_images=2)
+    own = ours.encode_prompt(["a"], negative_prompt=["b"], num_condition_images=2)
+    assert max(map(apart, (*embeds[0], *negative[0]), (*own[0][0], *own[1][0]))) <= 1e-5
     noise = torch.randn(1, 16, 10, 8, generator=torch.Generator().manual_seed(0))
     call = {"image": images((64, 64), (64, 80)), "guidance_scale": 2.0, "latents": noise.clone}
     texts = both(pairs.narrow, prompt=lambda: ["a"], negative_prompt=lambda: ["b"], **call)[1]

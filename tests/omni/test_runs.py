@@ -34,6 +34,14 @@ def test_a_batch_with_different_numbers_of_references_is_its_members_to_the_bit(
         assert torch.equal(member, alone[0])
 
 
+@pytest.mark.parametrize("shown", [[], [A], [A, B]], ids=len)
+def test_a_prompt_can_be_encoded_before_its_run(pipe, shown):
+    other, call = ZImageOmniPipeline.from_pipe(pipe), {"guidance_scale": 2.0, "image": shown or None}
+    texts = other.encode_prompt("a", negative_prompt="b", num_condition_images=len(shown))
+    given = dict(zip(("prompt_embeds", "negative_prompt_embeds"), texts, strict=True))
+    assert torch.equal(draw(other, None, **given, **call), draw(other, "a", negative_prompt="b", **call))
+
+
 def test_prompts_share_the_references_of_one_list(pipe):
     both = draw(pipe, ["a", "b"], reference_images=[A, B])
     assert both.shape == (2, 16, 6, 4), "the size is that of the last reference"
@@ -147,6 +155,12 @@ def test_hooks_on_the_transformer_see_its_own_call(pipe):
     assert torch.allclose(draw(pipe, reference_images=[A, B]), wanted, atol=1e-5)
     assert len(calls) == 2
     hook.remove()
+
+
+def test_a_compiled_transformer_sees_references_too(pipe):
+    wanted = draw(pipe, reference_images=[A])
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert torch.equal(draw(pipe, reference_images=[A]), wanted)
 
 
 def test_an_interrupt_decodes_what_there_is(pipe):

@@ -11,6 +11,7 @@ from zimage_core.language.enhance import Enhanced
 from zimage_core.memory.planner import RUNTIME
 from zimage_core.memory.writing import beside_encoder
 from zimage_core.models.block_source import RESIDENT
+from zimage_core.nn import decoding
 from zimage_core.pipeline import ZImagePipeline
 from zimage_core.run.sources import embedded
 from zimage_core.weights.load import opened_file
@@ -203,3 +204,22 @@ def test_a_prompt_is_a_str_with_what_it_came_from():
     text = Enhanced("new", "old", "hm", "new", 3, {"original_prompt": "old"})
     assert (text, text.upper(), f"{text}") == ("new", "NEW", "new")
     assert Enhanced("plain").settings == {}
+
+
+@pytest.mark.parametrize(
+    ("compute", "tokens", "mode"),
+    [("auto", 8, "auto"), ("exact", 8, "exact"), ("int8", 8, "int8"), ("auto", 7, None)],
+)
+def test_tokens_are_multiplied_as_compute_says_where_it_pays(model, monkeypatch, compute, tokens, mode):
+    """A few tokens are not worth the making of forms."""
+    made = []
+
+    class Recorded(decoding.ReadyWeights):
+        def __init__(self, network, mode, budget):
+            made.append((mode, budget))
+            super().__init__(network, mode, budget)
+
+    monkeypatch.setattr(decoding, "ReadyWeights", Recorded)
+    enhance(ZImagePipeline.from_pretrained(model, compute=compute), max_new_tokens=tokens)
+    ((asked, budget),) = made
+    assert (asked, budget > 0) == (mode or compute, mode is not None)

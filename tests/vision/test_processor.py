@@ -111,9 +111,16 @@ def test_without_a_file_the_patches_are_the_towers(folder):
     assert processor_of(VisionTower(CONFIG)) == Processor(4)
 
 
-def test_a_file_of_another_processor_is_refused_by_its_path(folder):
-    (folder / "siglip_processor" / "preprocessor_config.json").write_text('{"do_rescale": false}')
-    with pytest.raises(BadFile, match=r"preprocessor_config.json.*do_rescale is False"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"do_rescale": false}', "do_rescale is False"),
+        ('{"patch_size": 8}', "patch_size is 8, that of the vision tower is 4"),
+    ],
+)
+def test_a_file_of_another_processor_is_refused_by_its_path(folder, text, said):
+    (folder / "siglip_processor" / "preprocessor_config.json").write_text(text)
+    with pytest.raises(BadFile, match=f"preprocessor_config.json.*{said}"):
         processor_of(load_siglip(folder))
 
 

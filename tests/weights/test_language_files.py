@@ -128,7 +128,7 @@ def test_a_head_that_is_stated_to_be_apart_must_be_there(tmp_path, stated):
 
 
 def test_a_wide_model_without_head_was_cut(tmp_path):
-    config, content = whole("qwen3", hidden_size=3584)
+    config, content = whole(hidden_size=3584, num_heads=2, num_kv_heads=1, intermediate_size=64)
     with pytest.raises(WrongModel, match=r"lacks its head \(output.weight\)"):
         load_language_model(gguf(tmp_path / "x.gguf", config, content))
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.helpers.model_files import stored, write_gguf, write_json, write_safetensors
 from tests.helpers.vision import CONFIG, PREFIX, mmproj_content, mmproj_keys, safetensors_file, their_tower
@@ -192,3 +193,13 @@ def test_a_tower_must_fit_the_transformer():
         check_fits(CONFIG, omni)
     with pytest.raises(WrongModel, match="takes text alone"):
         check_fits(VisionConfig(), TransformerConfig())
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", "cond_stage_model.transformer.text_model."])
+def test_a_text_encoder_of_clip_is_no_tower(tmp_path, prefix):
+    layer = ("layer_norm1", "layer_norm2", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+    names = [f"encoder.layers.0.{name}" for name in layer]
+    names += ["embeddings.token_embedding", "embeddings.position_embedding", "final_layer_norm"]
+    state = {f"{prefix}{name}.weight": torch.zeros(8) for name in names}
+    save_file(state, tmp_path / "clip_l.safetensors")
+    assert card_of(tmp_path / "clip_l.safetensors", None).title == "a CLIP text encoder"

@@ -8,6 +8,9 @@ from pathlib import Path
 NANO = Path(__file__).parent / "nano"
 """The folder of the embedded model."""
 
+OMNI = Path(__file__).parent / "omni"
+"""The folder of its Omni sibling, a transformer and a vision tower; the other networks are NANO's."""
+
 DEFAULT = "default"
 """The name of the embedded model, wherever a folder is wanted; a file or folder of this name comes first."""
 

@@ -36,7 +36,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("text", metavar="PROMPT", help="what to draw; - reads it from standard input")
-    add_model(parser, without=("transformer", "vae"), compute="exact")
+    add_model(parser, without=("transformer", "vae"))
     writing = parser.add_argument_group("writing")
     writing.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn, and printed)")
     writing.add_argument(

@@ -233,6 +233,8 @@ def _loaded(args: argparse.Namespace, options: dict[str, Any]) -> ZImagePipeline
     if args.model is not None:
         return ZImagePipeline.from_pretrained(args.model, **parts, **options, variant=args.variant)
     if not parts:
+        if getattr(args, "reference_images", None):
+            options["omni"] = True
         return ZImagePipeline.from_default(**options)
     return ZImagePipeline.from_files(**parts, **options)
 

@@ -157,6 +157,8 @@ def _references(
     if not 0 <= args.references <= MOST_REFERENCES:
         raise BadArgument(f"references: got {args.references}, wanted 0 to {MOST_REFERENCES}")
     if not args.references:
+        if args.siglip is not None:
+            raise BadArgument("siglip: it sees reference images; give --references N too")
         return None, None
     net, vae = sizes.transformer.config, sizes.vae.config
     if not isinstance(net, TransformerConfig) or net.siglip_feat_dim is None:

@@ -50,10 +50,8 @@ def check_references(args: argparse.Namespace, call: dict[str, Any]) -> None:
         if args.positions is not None:
             raise BadArgument("--positions: it needs reference images; give --reference FILE too")
         return
-    if args.model in (None, DEFAULT) and not parts:
-        raise BadArgument(
-            "--reference: the embedded model has no vision branch; give --model FOLDER of an Omni checkpoint"
-        )
+    if args.model == DEFAULT and not parts:
+        raise BadArgument("--reference: leave --model out for the Omni sibling of the embedded model")
     if args.hires is not None:
         raise BadArgument("--hires makes its own image; leave --reference out")
     if "control_image" in call or "variety" in call:

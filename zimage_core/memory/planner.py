@@ -129,17 +129,18 @@ def plan_on_cpu(job: Job, ram: int | None = None) -> Plan:
     if ram is None:
         return plan_job(job)
     around, size = beside(job.sizes), job.shown
+    smaller = "make a smaller image" + (" of fewer references" if job.references else "")
     if ram < around + job.floor():
         less = ', or take compute="exact", which needs less' if job.int8 else ""
         raise OverBudget(
             f"ram: {in_bytes(ram)} of host memory are given and {size} need at least "
-            f"{in_bytes(job.floor() + around)}; give more or make a smaller image{less}"
+            f"{in_bytes(job.floor() + around)}; give more or {smaller}{less}"
         )
     plan = plan_job(job, ram - around)
     if plan.maps_on_host:
         raise OverBudget(
             f"ram: {in_bytes(ram)} of host memory do not hold the decoding of {size}, not even in tiles; "
-            "give more or make a smaller image"
+            f"give more or {smaller}"
         )
     return plan
 

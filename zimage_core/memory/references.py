@@ -24,20 +24,21 @@ class References:
         features: Vision tokens of each.
         pieces: Tokens of each piece of the caption.
         samples: Streams that differ: images of the run, twice with guidance.
-        different: Pictures of the run that differ.
+        kept: Latents and vision tokens of all pictures of the run that differ.
     """
 
     sizes: tuple[tuple[int, int], ...]
     features: tuple[int, ...]
     pieces: tuple[int, ...]
     samples: int = 1
-    different: int = 0
+    kept: tuple[int, int] = (0, 0)
 
     @classmethod
     def usual(cls, count: int, rows: int, cols: int, caption: int, samples: int) -> References:
         """References as large as the image that is made, for a plan before there are any."""
         pieces = (caption, *[PIECE] * (count + 1)) if count else (caption,)
-        return cls(((rows, cols),) * count, (FEATURES,) * count, pieces, samples, count)
+        kept = count * rows * cols, count * FEATURES
+        return cls(((rows, cols),) * count, (FEATURES,) * count, pieces, samples, kept)
 
     def seen(self, sizes: Sizes, width: int, height: int) -> tuple[int, int, int]:
         """Width and height in pixels and caption of a run without references that has as many tokens."""
@@ -74,7 +75,6 @@ class References:
         images, rest = self.images(config), self.rest()
         rotations = (2 * (target + images) + rest) * config.head_dim * FLOAT32
         own = item * config.dim * (images + rest) + rotations
-        given = sum(height * width for height, width in self.sizes) * config.in_channels
-        given += sum(self.features) * (config.siglip_feat_dim or 0)
+        given = self.kept[0] * config.in_channels + self.kept[1] * (config.siglip_feat_dim or 0)
         # given ones are kept as they were encoded, and in the dtype of the transformer
-        return self.samples * own + item * config.dim * target + self.different * given * (FLOAT32 + item)
+        return self.samples * own + item * config.dim * target + given * (FLOAT32 + item)

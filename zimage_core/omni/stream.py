@@ -24,6 +24,7 @@ class OmniStream:
     """
 
     def __init__(self, transformer: ZImageTransformer, references: References) -> None:
+        transformer = getattr(transformer, "_orig_mod", transformer)  # torch.compile's is not its steps
         if not isinstance(transformer, OmniTransformer):
             raise Unsupported("reference_images: this transformer takes text alone; load an Omni checkpoint")
         self.transformer, self.positions = transformer, references.positions

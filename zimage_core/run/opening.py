@@ -160,9 +160,13 @@ class Opening:
         device: str | torch.device = "cpu",
         vram: int | str | None = None,
         ram: int | str | None = None,
+        omni: bool = False,
     ) -> Self:
-        """Build a pipeline with the nano model inside the package: small images of shapes and letters."""
-        paths = sources.embedded().paths
+        """Build a pipeline with the nano model inside the package: small images of shapes and letters.
+
+        With `omni` it is the model's Omni sibling, which takes colours from reference images; docs/nano.md.
+        """
+        paths = sources.embedded(omni).paths
         scheduler = FlowMatchEulerScheduler()  # stated, because this is a distilled model
         kinds, where = (dtype, torch_dtype, read_computes(compute)), read_device(device)
         return cls._load(paths, None, scheduler, kinds, where, True, vram, ram)

@@ -99,6 +99,8 @@ class Placement:
 
     def predict(self, transformer: ZImageTransformer, run: Run, caption_tokens: int) -> Predict | None:
         """Function to call instead of `transformer.predict`: recorded graphs, a compiled one, or None."""
+        if run.references is not None:
+            return None
         graphs = self.graphs
         if graphs is None:
             # torch.compile(pipe.transformer) compiles the module's call, but a run calls its methods

@@ -61,7 +61,9 @@ def given(request: Any, limits: Any, batch: Batch) -> References | None:
         height, width = (checks.side(name, value, multiple, limit) for name, value, limit in sides)
         area = height * width
     times = checks.whole("num_images_per_prompt", request.num_images_per_prompt, 1, checks.MAX_IMAGES)
-    opened = open_references(request.reference_images, batch.images // times, area, multiple, most, MOST)
+    # the vision features of an image are spread over its latents, and not over its tokens
+    longest = (limits.factor * limits.rows, limits.factor * limits.cols)
+    opened = open_references(request.reference_images, batch.images // times, area, multiple, longest, MOST)
     return References(tuple(each for each in opened for _ in range(times)), positions, {})
 
 

@@ -113,10 +113,13 @@ class Limits:
         )
 
     def defaults(self, shift: float | None = None) -> Defaults:
-        """Defaults of a call with this shift, which counts only where the pipeline states none."""
+        """Defaults of a call with this shift, which counts only where the pipeline states none.
+
+        Where nothing states it, an Omni checkpoint counts as a base one: none that is distilled is known.
+        """
         if self.stated_shift is not None:
             shift = self.stated_shift
-        base = shift == BASE_SHIFT or self.vision is not None  # no Omni checkpoint is distilled
+        base = shift == BASE_SHIFT or (shift is None and self.vision is not None)
         return Defaults(50, 4.0, False) if base else Defaults(8, 0.0, True)
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_core.assets import NANO
+from zimage_core.assets import NANO, OMNI
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, printable
 from zimage_core.run.checks import read_path
@@ -42,14 +42,17 @@ class Sources:
     scheduler: FlowMatchEulerScheduler | None = None
 
 
-def embedded() -> Sources:
-    """Sources of the model inside the package."""
-    names = {"transformer": "transformer.gguf", "text_encoder": "text_encoder.gguf", "vae": "vae.safetensors"}
-    for name in names.values():
-        if not (NANO / name).is_file():
+def embedded(omni: bool = False) -> Sources:
+    """Sources of the model inside the package, or of its Omni sibling."""
+    paths = {"transformer": (OMNI if omni else NANO) / "transformer.gguf"}
+    paths |= {"text_encoder": NANO / "text_encoder.gguf", "vae": NANO / "vae.safetensors"}
+    if omni:
+        paths[SIGLIP] = OMNI / "siglip.gguf"
+    for path in paths.values():
+        if not path.is_file():
             fault = "the embedded model is not installed"
-            raise BadFile(NANO / name, fault, "install zimage_core from its wheel again")
-    return Sources({component: NANO / name for component, name in names.items()})
+            raise BadFile(path, fault, "install zimage_core from its wheel again")
+    return Sources({**paths})
 
 
 def find(

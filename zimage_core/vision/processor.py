@@ -154,9 +154,12 @@ def processor_of(tower: VisionTower) -> Processor:
     if found is None:
         return Processor(patch_size=tower.config.patch_size)
     try:
-        return Processor.from_json(read_json(found))
+        processor = Processor.from_json(read_json(found))
+        if processor.patch_size != (own := tower.config.patch_size):
+            raise BadArgument(f"patch_size is {processor.patch_size}, that of the vision tower is {own}")
     except BadArgument as error:
         raise BadFile(found, f"describes another image processor: {error}", "get SigLIP2's own") from None
+    return processor
 
 
 def encode(

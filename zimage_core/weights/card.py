@@ -201,7 +201,9 @@ def check_fits(tower: VisionConfig, transformer: TransformerConfig, path: str = 
     wanted = transformer.siglip_feat_dim
     if wanted is None:
         fault = "this is a SigLIP2 vision tower, and the transformer takes text alone"
-        raise WrongModel(path, fault, "give siglip=None, or get an Omni checkpoint as the transformer")
+        raise WrongModel(
+            path, fault, "leave siglip= out (None), or get an Omni checkpoint as the transformer"
+        )
     if tower.hidden_size != wanted:
         fault = (
             f"this SigLIP2 vision tower has width {tower.hidden_size}; the Z-Image transformer needs {wanted}"

@@ -33,7 +33,7 @@ ANCHORS = {
     ),
 }
 ENOUGH = 4
-"""Anchors from which on a file counts as the tower. A CLIP text encoder has three of them."""
+"""Anchors from which on a file counts as the tower, if none of `_FOREIGN` is in it."""
 
 UNUSED = ("head.", "text_model.", "logit_scale", "logit_bias", "mm.", "resampler.")
 """What else such files hold: the pooling head, the text part, the projector to a language model."""
@@ -41,8 +41,9 @@ UNUSED = ("head.", "text_model.", "logit_scale", "logit_bias", "mm.", "resampler
 _FOREIGN = (
     "embeddings.class_embedding", "pre_layrnorm.weight", "v.class_embd", "v.pre_ln.weight",
     "v.blk.0.attn_q_norm.weight", "v.blk.0.ls1.weight", "v.blk.0.ffn_gate.weight",
+    "embeddings.token_embedding.weight",
 )  # fmt: skip
-"""Tensors of other vision encoders, such as CLIP, InternViT and Pixtral."""
+"""Tensors of other encoders, such as CLIP (for images and for text), InternViT and Pixtral."""
 
 FIXED_GRIDS = {(14, 16), (14, 24), (14, 27), (14, 32), (16, 14), (16, 24), (16, 32), (32, 8)}
 """(patch size, side of the position table) of towers for images of one size: SigLIP 1, and SigLIP2 without
@@ -69,7 +70,7 @@ class Found:
 
 
 def find(inside: Mapping[str, infer.Shape], layout: str) -> Found | None:
-    """What the tensors show; None for another vision encoder.
+    """What the tensors show; None for another encoder.
 
     Args:
         inside: Tensor name without prefix -> shape.
