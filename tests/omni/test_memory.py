@@ -166,6 +166,9 @@ def test_the_verb_plan_counts_references(folder, capsys):
     assert "vision" not in plain
     assert "vision" in shown
     assert "the vision tower" in shown
+    parts = [f"--{name.replace('_', '-')}={folder / name}" for name in ("transformer", "text_encoder", "vae")]
+    assert main(["plan", *parts, "--references", "1", "--vram", "4GiB"]) == 0
+    assert "vision tower is not counted; give --siglip" in capsys.readouterr().out
     assert main(["plan", "--model", str(folder), "--siglip", "nothing", "--vram", "4GiB"])
     assert "--siglip: it sees reference images" in capsys.readouterr().err
     assert main(["plan", "--references", "2", "--vram", "4GiB"])
