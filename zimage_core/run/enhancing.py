@@ -15,7 +15,7 @@ import torch
 
 from zimage_core.assets import NANO
 from zimage_core.errors import BadArgument, Busy, Unsupported, WrongModel, ZImageError
-from zimage_core.run.components import require
+from zimage_core.run.components import networks, require
 from zimage_core.run.placement import Placement
 from zimage_core.run.sharing import note_run
 from zimage_core.sampling.noise import fresh_seed
@@ -143,6 +143,7 @@ class Enhancing:
             from zimage_core.language.enhance import CLOSED
             from zimage_core.memory.writing import writing
 
+            memory.check_networks(networks(pipe))
             prompt, most = len(wish.ids(pipe.tokenizer)), wish.max_new_tokens
             tokens = min(prompt + most + len(pipe.tokenizer.encode(CLOSED)), model.max_positions)
             with writing(memory, model, opened, prompt, tokens):
