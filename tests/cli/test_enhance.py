@@ -56,6 +56,12 @@ def test_options_are_those_of_the_library(zimage, model, tmp_path):
         assert (found["tokens"], found["thought"]) == (24, "")
 
 
+def test_a_file_of_instructions_that_cannot_be_read_is_not_taken_for_the_text(zimage, model, tmp_path):
+    words = ("enhance", "a cat", "--model", model, *SHORT, "--instructions")
+    assert "no such file" in zimage(*words, tmp_path / "tolt.txt").error
+    assert "directory" in zimage(*words, tmp_path).error
+
+
 def test_what_is_written_is_shown_as_it_comes(zimage, model):
     outcome = zimage("enhance", "a cat", "--model", model, *SHORT, "--verbose", "--quiet", "--no-think")
     assert outcome.err.startswith(outcome.out)

@@ -98,10 +98,11 @@ def _instructions(given_text: str | None) -> str | None:
     if given_text is None:
         return None
     try:
-        is_file = Path(given_text).is_file()
+        exists = Path(given_text).exists()
     except (OSError, ValueError):  # a text that no file can be named
-        is_file = False
-    return read_text(given_text) if is_file else given_text
+        exists = False
+    named = given_text.lower().endswith((".txt", ".md")) and len(given_text.split()) == 1  # and misspelt
+    return read_text(given_text) if given_text and (exists or named) else given_text
 
 
 def _load(args: argparse.Namespace) -> ZImagePipeline:
