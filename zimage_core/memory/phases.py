@@ -321,13 +321,13 @@ class PhaseManager:
         """Refuse a pipeline whose networks are not those of this budget any more.
 
         Raises:
-            Unsupported: A network was replaced by another.
+            Unsupported: A network was replaced by another, or added.
         """
-        for name, network in self._networks.items():
-            if networks.get(name) is not network:
+        for name in {**self._networks, **networks}:
+            if networks.get(name) is not self._networks.get(name):
                 raise Unsupported(
-                    f"{name}: it was replaced after the memory budget was set; call limit_memory again, with "
-                    "the same vram= and ram="
+                    f"{name}: it was replaced or added after the memory budget was set; call limit_memory "
+                    "again, with the same vram= and ram="
                 )
 
     @property
