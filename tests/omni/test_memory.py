@@ -180,5 +180,5 @@ def test_the_verb_plan_counts_references(folder, capsys):
     assert "vision tower is not counted; give --siglip" in capsys.readouterr().out
     assert main(["plan", "--model", str(folder), "--siglip", "nothing", "--vram", "4GiB"])
     assert "--siglip: it sees reference images" in capsys.readouterr().err
-    assert main(["plan", "--references", "2", "--vram", "4GiB"])
+    assert main(["plan", "--model", "default", "--references", "2", "--vram", "4GiB"])
     assert "takes text alone" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from zimage_core.assets import DEFAULT, embedded_part
+from zimage_core.assets import DEFAULT, embedded_files, embedded_part
 from zimage_core.cli.model_options import add_compute
 from zimage_core.config import COMPONENTS, AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, OverBudget, WrongModel
@@ -213,6 +213,10 @@ def _paths(args: argparse.Namespace) -> dict[str, str | Opened]:
     given = {name: getattr(args, name) for name in COMPONENTS if getattr(args, name) is not None}
     if len(given) == len(COMPONENTS):
         return given
+    if args.model is None and not given and args.references:
+        files = embedded_files(omni=True)
+        args.siglip = args.siglip or str(files.pop("siglip"))
+        return {name: str(path) for name, path in files.items()}
     if args.model is None and given:
         missing = " and ".join(f"--{n.replace('_', '-')}" for n in COMPONENTS if n not in given)
         raise BadArgument(f"a plan needs all three networks: give {missing} too, or --model FOLDER")
