@@ -150,12 +150,10 @@ class Enhancing:
                 yield
             return
         from zimage_core.memory.int8_rows import free_for_rows
-        from zimage_core.nn.decoding import PAYS_FROM, ready_for_decoding
+        from zimage_core.nn.decoding import PAYS_FROM, mode_of, ready_for_decoding
 
         model.share()
-        asked = getattr(encoder, "asked", encoder.compute)
-        mode = "bfloat16" if asked == "exact" and encoder.dtype == torch.bfloat16 else asked
         pays = encoder.device.type == "cpu" and wish.max_new_tokens >= PAYS_FROM
         room = free_for_rows([encoder], encoder.device, 0)[0] if pays else 0
-        with self._placement.phase("encode", encoder), ready_for_decoding(model, mode, room):
+        with self._placement.phase("encode", encoder), ready_for_decoding(model, mode_of(encoder), room):
             yield
