@@ -33,10 +33,13 @@ def test_the_plan_holds_what_is_alive_while_it_writes(tmp_path, head, dtype):
     activations = encode_bytes(config, prompt, dtype)
     with LiveBytes() as seen:
         seen.ignore(*tensors_of(ours))
+        generate(ours, [1] * prompt, 1)
+        # what a thread keeps for dequantising is of the size that the tests before asked for
+        seen.peak = kept = seen.live
         generate(ours, [1] * prompt, new)
-    assert seen.peak <= planned - weights + activations
+    assert seen.peak - kept <= planned - weights + activations
     # keys and values are most of it, so that a plan without them would be too small
-    assert seen.peak > activations
+    assert seen.peak - kept > activations
 
 
 def test_a_gpu_gets_a_copy_of_a_tied_head(tmp_path):
