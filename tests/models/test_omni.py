@@ -168,7 +168,7 @@ def test_int8_is_near_and_takes_both_segments_as_rows(model):
 
 def test_rows_of_two_segments_are_those_of_the_whole():
     x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
-    whole, parts = quantize_rows(x), joined([quantize_rows(x[:3]), quantize_rows(x[3:])])
+    whole, parts = quantize_rows(x), joined((quantize_rows(part) for part in (x[:3], x[3:])), len(x))
     assert isinstance(parts, Int8Rows)
     assert torch.equal(parts.values, whole.values)
     assert torch.equal(parts.scale, whole.scale)

@@ -223,11 +223,13 @@ class OmniTransformer(ZImageTransformer):
         order = (target, *one.images) if one.noisy else (one.images[0], target, one.images[1])
         split = len(one.images[0]) + (len(target) if one.noisy else 0)
         x = torch.cat(order)
+        del target, order  # memory for the blocks
         for k, block in enumerate(self.noise_refiner):
             with self.stream.block(k):
                 x = block(x, one.image_rotation, modulation=noisy[k], clean=clean[k], noisy=split)
         joint = torch.cat((x[:split], one.rest[0], x[split:], one.rest[1]))
         split += len(one.rest[0])
+        del x
         for k, block in enumerate(self.layers, start=len(self.noise_refiner)):
             with self.stream.block(k):
                 joint = block(joint, one.rotation, modulation=noisy[k], clean=clean[k], noisy=split)
@@ -306,11 +308,12 @@ class OmniTransformer(ZImageTransformer):
     ) -> Sequence[Tensor]:
         """Features [L, width] of each part -> its tokens with their pads [padded, dim]; 32 pads for None."""
         norm, project = embed.children()
-        given = [part.to(self.device) for part in parts if part is not None]
+        given = [part for part in parts if part is not None]
         tokens: list[Tensor] = []
         if given:
             # the norm comes before the cast, as for captions of a text-to-image call
-            embedded = project(norm(torch.cat(given)).to(self.dtype))
+            whole = torch.cat([part.to(given[0].device) for part in given]).to(self.device)
+            embedded = project(norm(whole).to(self.dtype))
             tokens = list(embedded.split([len(part) for part in given]))
         padded = []
         for part in parts:

@@ -52,18 +52,18 @@ class OmniBlock(TransformerBlock):
 
 def _modulated(norm: RMSNorm, x: Tensor, scales: Pair, noisy: int, branch: nn.Module) -> Tensor:
     """`norm_modulate` with one scale for the first `noisy` tokens and another for the others."""
-    if is_plain(norm):
-        parts = zip(_parts(x, noisy), scales, strict=True)
-        return joined([norm_modulate(norm, part, scale, branch) for part, scale in parts])
-    return norm(x) * (1 + _spread(x, scales, noisy))  # type: ignore[no-any-return]
+    if not is_plain(norm):
+        return norm(x) * (1 + _spread(x, scales, noisy))  # type: ignore[no-any-return]
+    pairs = zip(_parts(x, noisy), scales, strict=True)
+    return joined((norm_modulate(norm, part, scale, branch) for part, scale in pairs), len(x))
 
 
 def _residual(norm: RMSNorm, x: Tensor, branch: Tensor, gates: Pair, noisy: int, factor: float) -> Tensor:
     """`norm_residual` with one gate for the first `noisy` tokens and another for the others."""
-    if is_plain(norm):
-        parts = zip(_parts(x, noisy), _parts(branch, noisy), gates, strict=True)
-        return torch.cat([norm_residual(norm, part, b, gate, factor) for part, b, gate in parts])
-    return norm_residual(norm, x, branch, _spread(x, gates, noisy), factor)
+    if not is_plain(norm):
+        return norm_residual(norm, x, branch, _spread(x, gates, noisy), factor)
+    parts = zip(_parts(x, noisy), _parts(branch, noisy), gates, strict=True)
+    return joined((norm_residual(norm, part, b, gate, factor) for part, b, gate in parts), len(x))
 
 
 def _parts(x: Tensor, noisy: int) -> Pair:

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from zimage_core.quant.int8 import Int8Rows
 
 
-def joined(parts: Sequence[Tensor | Int8Rows]) -> Tensor:
+def joined(parts: Iterable[Tensor | Int8Rows], rows: int) -> Tensor:
     """The rows of several [L, D], one part behind the other; of int8 rows with their scales.
 
+    Each part is copied before the next one is made, so that one of an iterator is held at a time.
+
+    Args:
+        parts: At least one; all of them int8 rows, or none.
+        rows: Number of their rows.
+
     Returns:
-        [sum of L, D], or an `Int8Rows` where every part is one, which a layer takes as it takes floats.
+        [rows, D], or an `Int8Rows`, which a layer takes as it takes floats.
     """
-    rows = [part for part in parts if isinstance(part, Int8Rows)]
-    if len(rows) < len(parts):
-        return torch.cat([part.dequantize() if isinstance(part, Int8Rows) else part for part in parts])
-    values, scale = torch.cat([part.values for part in rows]), torch.cat([part.scale for part in rows])
-    return Int8Rows(values, scale, (len(values),), rows[0].dtype, rows[0].rotation)  # type: ignore[return-value]
+    out, start = None, 0
+    for part in parts:
+        if out is None:
+            out = _empty(part, rows)
+        own = slice(start, start + part.shape[0])
+        if isinstance(part, Tensor):
+            out[own] = part  # type: ignore[index]
+        elif isinstance(out, Int8Rows):
+            out.values[own], out.scale[own] = part.values, part.scale
+        start = own.stop
+        del part
+    return out  # type: ignore[return-value]
+
+
+def _empty(like: Tensor | Int8Rows, rows: int) -> Tensor | Int8Rows:
+    if isinstance(like, Int8Rows):
+        both = like.values.new_empty(rows, like.shape[-1]), like.scale.new_empty(rows)
+        return Int8Rows(*both, (rows,), like.dtype, like.rotation)
+    return like.new_empty(rows, *like.shape[1:])

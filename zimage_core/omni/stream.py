@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zimage_core.errors import Unsupported
-from zimage_core.models.omni import OmniPrepared, OmniTransformer, Reference
+from zimage_core.models.omni import OmniPrepared, OmniTransformer
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.layers import has_hooks
 from zimage_core.omni.references import References
@@ -30,12 +30,7 @@ class OmniStream:
         self.transformer, self.positions = transformer, references.positions
         self._images = len(references.pictures)
         self._captions: Sequence[Sequence[Tensor]] = ()
-        moved = {key: self._moved(each) for key, each in references.clean.items()}
-        self._of = [tuple(moved[id(each)] for each in member) for member in references.pictures]
-
-    def _moved(self, reference: Reference) -> Reference:
-        device = self.transformer.device
-        return Reference(*(None if each is None else each.to(device) for each in reference))
+        self._of = [references.of(image) for image in range(self._images)]
 
     def prepare(
         self, captions: Sequence[Sequence[Tensor]], times: Sequence[float], size: tuple[int, int]

@@ -1,7 +1,7 @@
 """Is a memory budget kept? Planned, allocated, reserved and given by the driver, phase by phase.
 
     budget.py [--vram 6GiB] [--spare BYTES] [--files FOLDER] [--pixels 1024] [--compute int8] [--controlnet F]
-              [--lora F]
+              [--lora F] [--references N]
 
 The card has the budget's memory and that of the driver's context, and nothing more; with --spare that much
 more. Copies move nothing, so that device memory needs none of the host's.
@@ -55,12 +55,13 @@ def record_phases():
     return rows
 
 
-def budget_of(pipe, vram, pixels):
+def budget_of(pipe, vram, pixels, references):
     """Bytes of a budget; of "least", what the plan says."""
     if vram != "least":
         return parse_bytes("vram", vram)
     tokens = len(prompt_ids(pipe.tokenizer, project.PROMPT))
-    return pipe.plan(pixels, pixels, 1, tokens, guidance=False, steps=STEPS).floor
+    more = {"steps": STEPS, "references": references}
+    return pipe.plan(pixels, pixels, 1, tokens, **more).floor
 
 
 def run(pipe, pixels, rows, words, **more):
@@ -102,20 +103,27 @@ def main():
     parser.add_argument("--compute", default="exact", help="in which numbers blocks multiply; default: exact")
     parser.add_argument("--controlnet", help="a ControlNet that follows an image, from which the run begins")
     parser.add_argument("--lora", help="a LoRA of the transformer")
+    parser.add_argument(
+        "--references", type=int, default=0, help="images of the same size that an Omni folder takes"
+    )
     args = parser.parse_args()
     project.patch_out()
     rows = record_phases()
-    pipe = project.open_pipeline(args.files, device="cpu", dtype="bfloat16", compute=args.compute)
+    tower = {"siglip": args.files / "siglip"} if args.references else {}
+    pipe = project.open_pipeline(args.files, device="cpu", dtype="bfloat16", compute=args.compute, **tower)
     more = {}
+    if args.references:
+        size = (args.pixels or pipe.sample_size,) * 2
+        more["reference_images"] = [Image.new("RGB", size, n) for n in range(args.references)]
     if args.lora:
         pipe.load_lora(args.lora)
     if args.controlnet:
         pipe.load_controlnet(args.controlnet)
         picture = Image.new("RGB", (64, 64))
-        more = {"control_image": picture, "image": picture}
+        more |= {"control_image": picture, "image": picture}
     project.read_nothing()
     pixels = args.pixels or pipe.sample_size
-    vram = budget_of(pipe, args.vram, pixels)
+    vram = budget_of(pipe, args.vram, pixels, args.references)
     spare = 0 if args.spare == "0" else parse_bytes("spare", args.spare)
     fake_cuda.set_memory(vram + (int(os.environ["FAKE_CONTEXT_MB"]) << 20) + spare)
     pipe.limit_memory(vram=args.vram, device="cuda")
