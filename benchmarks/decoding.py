@@ -1,20 +1,21 @@
 """Tokens a second of a language model on a CPU by mode of `few_rows`, beside llama.cpp in the same run.
 
-    python -m benchmarks.decoding FILE.gguf [MORE.gguf] --peer PYTHON [--threads 1 2] [--rounds 7]
-    python -m benchmarks.decoding --wide FOLDER --peer PYTHON
+    python -m benchmarks.decoding FILE.gguf [MORE.gguf] --wide FOLDER --greedy FILE.gguf --peer PYTHON
 
 PYTHON is one that has llama_cpp; without it only our own modes are measured. Every mode and llama.cpp read
-the same few tokens one by one, round after round in turn. One thread is measured by its CPU time, which other
-programs disturb less; more threads by the wall clock. --wide writes random Qwen3-4B files in the types of
-Q4_K_M with 2 and 6 layers and the whole head, so that the time of 36 layers can be told from the difference.
-With --greedy FILE, 100 tokens after each of three prompts are compared with those of float32 instead. Writes
-results/decoding_cpu.json and keeps what it has of other files.
+the same few tokens one by one, round after round in turn. One thread is measured by its CPU time, which
+other programs disturb less; more threads (--threads 1 2) by the wall clock, with llama.cpp's threads asleep
+while it waits. --wide writes random Qwen3-4B files in the types of Q4_K_M with 2 and 6 layers and the whole
+head, so that the time of 36 layers can be told from the difference. With --greedy FILE, 100 tokens after each
+of three prompts are compared with those of float32 as well. Writes results/decoding_cpu.json anew, from this
+run alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -83,7 +84,9 @@ class Ours:
 def peer(python: str, path: Path, threads: int, facts: dict[str, Any]) -> Iterator[tuple[Ask, Seconds]]:
     """llama.cpp in a process of its own, which has read the prompt: to ask it, and to measure it."""
     command = [python, str(Path(__file__).with_name("decoding_peer.py")), str(path), str(threads)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    quiet = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # threads that wait would spin on our cores
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=quiet) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         send, answers = process.stdin, process.stdout
@@ -252,14 +255,19 @@ def tables(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _speed(report: Mapping[str, Any]) -> str:
-    rows, one = [], {name: found["1 threads"] for name, found in report["files"].items()}
-    for name in sorted(name for name in one if "layers" not in name):
-        rows += [[name.split(".")[0], *row] for row in _rows(one[name])]
-    few, more = (next((one[n] for n in one if f"_{count}_layers" in n), None) for count in WIDE)
-    if few is not None and more is not None:
-        rows += [["Qwen3-4B Q4_K_M, 36 layers from 2 and 6", *row] for row in _rows(_whole(few, more))]
+    rows = []
+    for key in dict.fromkeys(key for found in report["files"].values() for key in found):
+        own = {name: found[key] for name, found in report["files"].items() if key in found}
+        threads = key.split()[0]
+        for name in sorted(name for name in own if "layers" not in name):
+            rows += [[name.split(".")[0], threads, *row] for row in _rows(own[name])]
+        few, more = (next((own[n] for n in own if f"_{count}_layers" in n), None) for count in WIDE)
+        if few is not None and more is not None:
+            whole = _rows(_whole(few, more))
+            rows += [["Qwen3-4B Q4_K_M, 36 layers from 2 and 6", threads, *row] for row in whole]
     return markdown(
-        "file | mode | tokens/s | GB/s of weights | times llama.cpp | CPU seconds to prepare | GB beside",
+        "file | threads | mode | tokens/s | GB/s of weights | times llama.cpp | CPU seconds to prepare "
+        "| GB beside",
         rows,
     )
 
@@ -315,25 +323,23 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--wide", type=Path, metavar="FOLDER", help="write and measure random Qwen3-4B files")
     parser.add_argument("--peer", metavar="PYTHON", help="a Python that has llama_cpp")
-    parser.add_argument("--threads", nargs="*", type=int, default=[1, 2])
+    parser.add_argument("--threads", nargs="*", type=int, default=[1])
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=8, help="tokens of a round")
-    parser.add_argument("--greedy", type=Path, metavar="FILE", help="compare tokens, measure nothing")
+    parser.add_argument("--greedy", type=Path, metavar="FILE", help="compare its tokens too")
     args = parser.parse_args()
-    facts: dict[str, Any] = {"files": {}} | (json.loads(args.out.read_text()) if args.out.exists() else {})
-    facts.pop("machine", None)
-    facts |= {"cpu": features(), "one_row": vars(rates_of_one_row())}
-    if args.greedy:
-        facts.setdefault("greedy", {})[args.greedy.name] = greedy(args.greedy, args.peer)
-        print(json.dumps(facts["greedy"], indent=1))
-        write(args.out, facts)
-        return
-    for path in [*args.files, *(wide_files(args.wide) if args.wide else [])]:
-        for threads in args.threads:
+    facts: dict[str, Any] = {"cpu": features(), "one_row": vars(rates_of_one_row()), "files": {}}
+    paths = [*args.files, *(wide_files(args.wide) if args.wide else [])]
+    for threads in args.threads:
+        facts[f"load before {threads} threads"] = [round(load, 2) for load in os.getloadavg()]
+        for path in paths:
             found = facts["files"].setdefault(path.name, {})
             found[f"{threads} threads"] = measure(path, args, threads, facts)
-            write(args.out, facts)
+    if args.greedy:
+        torch.set_num_threads(max(args.threads))
+        facts["greedy"] = {args.greedy.name: greedy(args.greedy, args.peer)}
+    write(args.out, facts)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from zimage_core.run.referenced import EDITING
 from zimage_core.run.references import MOST
 from zimage_core.run.request import Request
 from zimage_core.run.result import ZImageResult
+
+Self = TypeVar("Self", bound="ZImageOmniPipeline")
 
 
 class ZImageOmniPipeline(ZImagePipeline):
@@ -58,9 +60,9 @@ class ZImageOmniPipeline(ZImagePipeline):
             prompt: One prompt or several.
             height: Height in pixels; default: that of the last reference, else the checkpoint's own.
             width: Width in pixels, with the same default.
-            num_inference_steps: Number of steps; default: the checkpoint's own, 50.
+            num_inference_steps: Number of steps; default: the checkpoint's own, see docs/omni.md.
             sigmas: Noise levels before the shift.
-            guidance_scale: Guidance scale; default: the checkpoint's own, 4 (diffusers' is 5).
+            guidance_scale: Guidance scale, with such a default (diffusers' is 5).
             cfg_normalization: Largest norm of the guided prediction.
             cfg_truncation: Guidance is off while 1 - sigma is above this.
             negative_prompt: Prompt to move away from; its side sees the same references.
@@ -110,6 +112,11 @@ class ZImageOmniPipeline(ZImagePipeline):
             **more,
         )
         return self._run(request, return_dict)
+
+    @classmethod
+    def from_default(cls: type[Self], *, omni: bool = True, **options: Any) -> Self:
+        """`ZImagePipeline.from_default` with the embedded model's Omni sibling, unless `omni` is False."""
+        return super().from_default(omni=omni, **options)
 
     def encode_prompt(  # type: ignore[override]  # the order and the lists are those of diffusers
         self,

@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-from functools import partialmethod
 
 import pytest
 
@@ -56,6 +55,12 @@ def test_options_are_those_of_the_library(zimage, model, tmp_path):
         assert (found["tokens"], found["thought"]) == (24, "")
 
 
+def test_a_file_of_instructions_that_cannot_be_read_is_not_taken_for_the_text(zimage, model, tmp_path):
+    words = ("enhance", "a cat", "--model", model, *SHORT, "--instructions")
+    assert "no such file" in zimage(*words, tmp_path / "tolt.txt").error
+    assert "directory" in zimage(*words, tmp_path).error
+
+
 def test_what_is_written_is_shown_as_it_comes(zimage, model):
     outcome = zimage("enhance", "a cat", "--model", model, *SHORT, "--verbose", "--quiet", "--no-think")
     assert outcome.err.startswith(outcome.out)
@@ -89,11 +94,10 @@ def test_a_limit_of_memory_needs_the_whole_model(zimage, model):
     assert zimage(*words, "--model", model).out == shown(expected(model)) + "\n"
 
 
-def test_generate_shows_what_was_written_and_keeps_both_prompts(zimage, model, tmp_path, monkeypatch):
-    short = partialmethod(ZImagePipeline.enhance_prompt, max_new_tokens=24)
-    monkeypatch.setattr(ZImagePipeline, "enhance_prompt", short)
+def test_generate_shows_what_was_written_and_keeps_both_prompts(zimage, model, tmp_path):
     words = ("--model", model, "-W", 32, "-H", 32, "--steps", 1, "--seed", 6, "-n", 2, "--device", "cpu")
-    outcome = zimage("generate", "a cat", "--enhance", *words, "-o", tmp_path / "a.png")
+    writing = ("--enhance", "--max-new-tokens", 24)
+    outcome = zimage("generate", "a cat", *writing, *words, "-o", tmp_path / "a.png")
     assert outcome.status == 0, outcome.err
     settings = [read_metadata(tmp_path / f"a-{i}.png").settings for i in (1, 2)]
     want = expected(model, seed=6)
@@ -101,6 +105,19 @@ def test_generate_shows_what_was_written_and_keeps_both_prompts(zimage, model, t
         assert (each["prompt"], each["original_prompt"]) == (want, "a cat")
         assert each["enhanced"]["seed"] == 6
     assert outcome.err.count("prompt: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--no-think",), "--no-think: it says how --enhance writes"),
+        (("--top-p", 0.5), "--top-p: it says how --enhance writes"),
+        (("--enhance", "--top-p", 2), "--top-p: got 2"),
+        (("--enhance", "--no-think", "--keep-thought"), "--keep-thought: without thinking"),
+    ],
+)
+def test_generate_checks_how_to_write_before_it_loads(zimage, words, message):
+    assert message in zimage("generate", "a cat", "--model", "nowhere", *words).error
 
 
 def test_the_embedded_model_cannot_write(zimage):

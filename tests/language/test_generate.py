@@ -10,6 +10,7 @@ from tests.models.test_language_model import model
 from zimage_core.errors import BadArgument
 from zimage_core.language.generate import TextStream, generate, stop_ids
 from zimage_core.language.sampling import Sampling
+from zimage_core.text.byte_pairs import byte_alphabet
 
 START = TOKENIZER.encode("go")
 
@@ -84,6 +85,27 @@ def test_characters_cut_between_tokens_come_whole(text):
     if "\ufffd" not in text:
         assert "\ufffd" not in "".join(pieces)
         assert "".join(pieces) == text
+
+
+@given(st.lists(st.sampled_from([65, 0x80, 0xC3, 0xA9, 0xE4, 0xBD, 0xA0, 0xF0, 0x9F, 0x98, 0xFF, 32])))
+def test_any_bytes_give_the_text_that_they_are_at_once(raw):
+    ids = [list(byte_alphabet().values()).index(byte) for byte in raw]
+    stream = TextStream(TOKENIZER)
+    assert "".join([*map(stream.add, ids), stream.end()]) == bytes(raw).decode("utf-8", "replace")
+
+
+def test_a_long_text_is_not_decoded_for_each_token():
+    class Counting:
+        most = 0
+
+        def decode(self, ids):
+            self.most = max(self.most, len(ids))
+            return TOKENIZER.decode(ids)
+
+    counting = Counting()
+    stream = TextStream(counting)
+    assert "".join(stream.add(token) for token in TOKENIZER.encode("a猫" * 50)) == "a猫" * 50
+    assert counting.most <= 5
 
 
 def test_a_character_that_never_ends_is_shown_as_such():

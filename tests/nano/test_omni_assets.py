@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 from PIL import Image
 
@@ -75,3 +77,12 @@ def test_it_needs_few_steps_and_no_guidance_unlike_a_checkpoint_that_states_noth
     silent = ZImagePipeline(transformer=pipe.transformer, vae=pipe.vae)
     assert (silent.limits.steps, silent.limits.guidance) == (50, 4.0)
     assert silent.limits.defaults(shift=3.0).steps == 8
+
+
+def test_a_plan_of_references_without_a_model_is_for_it_too(capsys):
+    call = ["plan", "--vram", "1GiB", "--json"]
+    seconds = []
+    for words in ([], ["--references", "1"], ["--references", "2"]):
+        assert main([*call, *words]) == 0
+        seconds.append(json.loads(capsys.readouterr().out)["seconds"])
+    assert seconds == sorted(set(seconds))

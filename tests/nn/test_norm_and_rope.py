@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from zimage_core.errors import BadShape
-from zimage_core.nn.layers import RMSNorm, rotate_half, rotation
+from zimage_core.nn.layers import RMSNorm, for_halves, rotate_half, rotation
 
 
 def test_rotation_has_the_golden_values_of_position_33_5_7():
@@ -27,7 +27,7 @@ def test_rotate_half_turns_each_pair_by_its_angle():
     )
     want = torch.view_as_real(turned).transpose(-1, -2).flatten(-2)
     # float32 cosines of angles to 7
-    torch.testing.assert_close(rotate_half(x, turn).double(), want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(rotate_half(x, for_halves(turn)).double(), want, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -99,6 +99,8 @@ def test_a_text_only_checkpoint_says_what_it_lacks():
         Unsupported, match=r"siglip_embedder, siglip_refiner and siglip_pad_token; get an Omni"
     ):
         tiny.pipeline()("a", reference_images=[A])
+    with pytest.raises(BadArgument, match=r"image: got 2 .*Omni checkpoint are reference_images="):
+        tiny.pipeline()("a", image=[A, A])
     with pytest.raises(Unsupported, match="takes text alone"):
         ZImageOmniPipeline.from_pipe(tiny.pipeline())(A, "a")
 

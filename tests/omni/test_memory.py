@@ -9,7 +9,7 @@ from tests.helpers import omni
 from tests.helpers.live_bytes import LiveBytes, as_the_kernels, meta, on_meta
 from tests.helpers.omni import picture
 from zimage_core.config import TransformerConfig, VisionConfig
-from zimage_core.errors import OverBudget
+from zimage_core.errors import OverBudget, Unsupported
 from zimage_core.memory.activations import denoise_bytes
 from zimage_core.memory.references import References
 from zimage_core.memory.tower import Tower
@@ -89,6 +89,15 @@ def test_a_run_in_a_budget_gives_the_same_image(folder, guidance):
     assert [phase.name for phase in pipe._placement.report().plan.phases] == ["encode", "denoise", "decode"]
 
 
+def test_a_tower_that_is_added_to_a_budget_is_refused(folder):
+    pipe = open_with(folder, siglip=None, ram="64GiB")
+    pipe.siglip = omni.tower()
+    with pytest.raises(Unsupported, match=r"siglip: it was replaced or added .*call limit_memory again"):
+        omni.draw(pipe, image=SHOWN)
+    pipe.limit_memory(ram="64GiB")
+    assert omni.draw(pipe, image=SHOWN).shape == (1, 16, 8, 8)
+
+
 def test_the_tower_is_streamed_layer_by_layer_where_it_does_not_fit(folder, monkeypatch):
     call = {"image": SHOWN, "height": 32, "width": 48}
     wanted, pipe = omni.draw(open_with(folder), **call), open_with(folder, ram="64GiB")
@@ -166,7 +175,10 @@ def test_the_verb_plan_counts_references(folder, capsys):
     assert "vision" not in plain
     assert "vision" in shown
     assert "the vision tower" in shown
+    parts = [f"--{name.replace('_', '-')}={folder / name}" for name in ("transformer", "text_encoder", "vae")]
+    assert main(["plan", *parts, "--references", "1", "--vram", "4GiB"]) == 0
+    assert "vision tower is not counted; give --siglip" in capsys.readouterr().out
     assert main(["plan", "--model", str(folder), "--siglip", "nothing", "--vram", "4GiB"])
     assert "--siglip: it sees reference images" in capsys.readouterr().err
-    assert main(["plan", "--references", "2", "--vram", "4GiB"])
+    assert main(["plan", "--model", "default", "--references", "2", "--vram", "4GiB"])
     assert "takes text alone" in capsys.readouterr().err

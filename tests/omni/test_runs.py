@@ -42,6 +42,10 @@ def test_a_prompt_can_be_encoded_before_its_run(pipe, shown):
     assert torch.equal(draw(other, None, **given, **call), draw(other, "a", negative_prompt="b", **call))
 
 
+def test_the_default_of_the_omni_class_sees_references():
+    assert ZImageOmniPipeline.from_default().siglip is not None
+
+
 def test_prompts_share_the_references_of_one_list(pipe):
     both = draw(pipe, ["a", "b"], reference_images=[A, B])
     assert both.shape == (2, 16, 6, 4), "the size is that of the last reference"

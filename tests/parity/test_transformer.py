@@ -110,7 +110,7 @@ def _pads_dropped(monkeypatch):
 def _half_split_rotation(monkeypatch):
     def qk_norm_rope(q, k, q_weight, k_weight, eps, *turn):
         normed = rms_norm_modulate(q, q_weight, eps), rms_norm_modulate(k, k_weight, eps)
-        return tuple(layers.rotate_half(x, turn) for x in normed)
+        return tuple(layers.rotate_half(x, layers.for_halves(turn)) for x in normed)
 
     monkeypatch.setattr(block_norms, "qk_norm_rope", qk_norm_rope)
 

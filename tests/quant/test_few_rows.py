@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.blocks import every_format
-from zimage_core.cpu import capability, int4
+from zimage_core.cpu import capability, int4, packed_int8
 from zimage_core.errors import BadArgument
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.quant import few_rows, int8, ops
@@ -239,3 +239,20 @@ def test_rates_are_measured_once() -> None:
     assert found.float32 > 0
     assert found.int4 >= 0
     assert found is capability.rates_of_one_row()
+
+
+@pytest.mark.skipif(
+    packed_int8.ENGINE not in torch.backends.quantized.supported_engines, reason="this torch has no FBGEMM"
+)
+@pytest.mark.parametrize("fmt", ["Q6_K", "Q8_0"])
+def test_rows_are_packed_piece_by_piece_with_the_same_product(
+    fmt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_rows, "packed_int8_pays", lambda: True)
+    weight = weight_of(FORMATS[fmt])
+    whole, x = prepared(weight, "int8"), rows_of(3, weight.shape[1])
+    monkeypatch.setattr(packed_int8, "ROWS", 16)
+    pieces = prepared(weight, "int8")
+    assert len(pieces.product.rows) > len(whole.product.rows) == 1
+    assert torch.equal(pieces(x), whole(x))
+    assert pieces(torch.full_like(x, float("nan"))).isnan().all()

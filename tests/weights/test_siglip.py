@@ -99,7 +99,7 @@ def test_the_projector_in_an_mmproj_is_ignored(tmp_path):
     assert not card.cautions
 
 
-@pytest.mark.parametrize("size", [(patch, side) for patch, side in FIXED_GRIDS if patch < 32], ids=str)
+@pytest.mark.parametrize("size", [*FIXED_GRIDS - {(32, 8)}, (14, 27), (14, 64)], ids=str)
 def test_an_mmproj_of_siglip_1_is_refused_by_name(tmp_path, size):
     config = replace(CONFIG, patch_size=size[0], num_patches=size[1] ** 2)
     content = mmproj_content("F16", "mmproj conv", config)
@@ -115,6 +115,12 @@ def test_a_siglip_1_of_transformers_is_refused_by_name(tmp_path, prefix):
     path = write_safetensors(tmp_path / "x.safetensors", stored(shapes))
     with pytest.raises(WrongModel, match="convolution of 14 x 14 and a table of 64 positions: SigLIP 1"):
         load_siglip(path)
+
+
+def test_an_mmproj_of_qwen_vl_is_none_of_siglip(tmp_path):
+    content = mmproj_content("F16", "mmproj conv")
+    content.tensors |= stored({"v.patch_embd.weight.1": (48, 3, 4, 4)}).tensors
+    assert card_of(write_gguf(tmp_path / "m.gguf", content, mmproj_keys()), None).kind == "other"
 
 
 def test_a_clip_tower_is_none_of_siglip(tmp_path):

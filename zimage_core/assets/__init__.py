@@ -11,6 +11,14 @@ NANO = Path(__file__).parent / "nano"
 OMNI = Path(__file__).parent / "omni"
 """The folder of its Omni sibling, a transformer and a vision tower; the other networks are NANO's."""
 
+
+def embedded_files(omni: bool = False) -> dict[str, Path]:
+    """Component -> file of the embedded model, or of its Omni sibling."""
+    files = {"transformer": (OMNI if omni else NANO) / "transformer.gguf"}
+    files |= {"text_encoder": NANO / "text_encoder.gguf", "vae": NANO / "vae.safetensors"}
+    return {**files, "siglip": OMNI / "siglip.gguf"} if omni else files
+
+
 DEFAULT = "default"
 """The name of the embedded model, wherever a folder is wanted; a file or folder of this name comes first."""
 

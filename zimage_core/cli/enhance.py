@@ -6,13 +6,13 @@ import argparse
 import json
 import secrets
 import sys
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from zimage_core.cli.hardware import device_options
 from zimage_core.cli.messages import say
-from zimage_core.cli.model_options import add_model, given, read_prompt, read_text
+from zimage_core.cli.model_options import add_model, given, read_prompt
+from zimage_core.cli.writing import add_writing, read_writing
 from zimage_core.errors import BadArgument
 
 if TYPE_CHECKING:
@@ -37,27 +37,8 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("text", metavar="PROMPT", help="what to draw; - reads it from standard input")
     add_model(parser, without=("transformer", "vae"))
-    writing = parser.add_argument_group("writing")
-    writing.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn, and printed)")
-    writing.add_argument(
-        "--temperature", type=float, metavar="X",
-        help="0 takes the most likely token each time (default: 0.6, without thinking 0.7)",
-    )  # fmt: skip
-    writing.add_argument(
-        "--top-p", type=float, metavar="X",
-        help="share of the probability to choose from (default: 0.95, without thinking 0.8)",
-    )  # fmt: skip
-    writing.add_argument("--top-k", type=int, metavar="N", help="tokens to choose from (default: 20)")
-    writing.add_argument("--min-p", type=float, metavar="X", help="least probability, by the most likely one")
-    writing.add_argument(
-        "--max-new-tokens", type=int, default=1024, metavar="N",
-        help="most tokens to write, thought included (default: 1024)",
-    )  # fmt: skip
-    writing.add_argument("--no-think", action="store_true", help="answer without a thought")
-    writing.add_argument("--keep-thought", action="store_true", help="put the thought before the prompt")
-    writing.add_argument(
-        "--instructions", metavar="TEXT", help="what to do with the prompt, or a file that says it"
-    )
+    parser.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn, and printed)")
+    add_writing(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--verbose", action="store_true", help="show on stderr what is written, as it comes")
     output.add_argument("--json", action="store_true", help="print prompt, thought and settings as JSON")
@@ -69,11 +50,10 @@ def run(args: argparse.Namespace) -> int:
     """Check, load, write, print."""
     from zimage_core.language.enhance import Wish
 
-    prompt, told = read_prompt(args.text), _instructions(args.instructions)
+    prompt = read_prompt(args.text)
     if args.seed is None:
         args.seed = secrets.randbelow(2**32)
-    names = ("seed", "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "keep_thought")
-    call = {**given(args, names), "think": not args.no_think, "instructions": told}
+    call = {**read_writing(args), "seed": args.seed}
     Wish.of(prompt, **call)
     pipeline = _load(args)
     start = perf_counter()
@@ -91,17 +71,6 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         say(f"seed {args.seed}: {found.tokens} tokens in {seconds:.1f} s")
     return 0
-
-
-def _instructions(given_text: str | None) -> str | None:
-    """The text of --instructions, or that of the file that it names."""
-    if given_text is None:
-        return None
-    try:
-        is_file = Path(given_text).is_file()
-    except (OSError, ValueError):  # a text that no file can be named
-        is_file = False
-    return read_text(given_text) if is_file else given_text
 
 
 def _load(args: argparse.Namespace) -> ZImagePipeline:

@@ -26,6 +26,7 @@ from zimage_core.cli.model_options import (
 )
 from zimage_core.cli.progress import Progress
 from zimage_core.cli.references import add_references, check_references
+from zimage_core.cli.writing import add_writing, read_writing, refuse_writing
 from zimage_core.errors import BadArgument, printable
 from zimage_core.files.atomic import check_destination, write_atomically
 from zimage_core.files.units import in_bytes
@@ -69,6 +70,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="with a limit: write a page of HTML that shows when weights moved",
     )
+    add_writing(parser)
     image = add_image(parser)
     image.add_argument("--seed", type=int, metavar="N", help="0 to 2^64-1 (default: drawn, and printed)")
     image.add_argument(
@@ -142,6 +144,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args, len(prompts))
     _check_editing(args, call)
     check_references(args, call)
+    writing = _writing(args, prompts)
     loras, nets = read_loras(args.lora), read_controlnets(args, call)
     names = _names(args, len(prompts) * args.count)
     for name in names:
@@ -150,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
 
     records: list[dict[str, Any]] = []
     try:
-        _make(args, prompts, call, names, records, loras, nets)
+        _make(args, prompts, call, names, records, loras, nets, writing)
     finally:  # what was written before a failure is reported too
         if args.json:
             sys.stdout.write(json.dumps(records, indent=2) + "\n")
@@ -165,6 +168,7 @@ def _make(
     records: list[dict[str, Any]],
     loras: list[tuple[str, float]],
     nets: list[str | Path],
+    writing: dict[str, Any],
 ) -> None:
     """Load the model, draw image after image, write each before the next and add its record."""
     progress = Progress(quiet=args.quiet)
@@ -184,7 +188,7 @@ def _make(
     for number, path in enumerate(names):
         if args.enhance and number % args.count == 0:
             prompts[number // args.count] = _enhanced(
-                pipeline, prompts[number // args.count], args.seed, progress
+                pipeline, prompts[number // args.count], writing, progress
             )
         progress.start(f"image {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
         call["seed"] = (args.seed + number) % 2**64
@@ -203,10 +207,23 @@ def _make(
                 progress.say(line)
 
 
-def _enhanced(pipeline: ZImagePipeline, prompt: str, seed: int, progress: Progress) -> str:
+def _writing(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
+    """The arguments of `enhance_prompt`, checked; none without --enhance, which they then need."""
+    if not args.enhance:
+        refuse_writing(args)
+        return {}
+    from zimage_core.language.enhance import Wish
+
+    writing = {**read_writing(args), "seed": args.seed}
+    for prompt in prompts:
+        Wish.of(prompt, **writing)
+    return writing
+
+
+def _enhanced(pipeline: ZImagePipeline, prompt: str, writing: dict[str, Any], progress: Progress) -> str:
     """The prompt that the text encoder writes; it is shown, since it is what is drawn."""
     progress.start("writing the prompt")
-    found = pipeline.enhance_prompt(prompt, seed=seed)
+    found = pipeline.enhance_prompt(prompt, **writing)
     progress.finish()
     progress.say(f"prompt: {printable(found, 10 * len(found))}")
     return found

@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-from zimage_core.assets import DEFAULT, embedded_part
+from zimage_core.assets import DEFAULT, embedded_files, embedded_part
 from zimage_core.cli.model_options import add_compute
 from zimage_core.config import COMPONENTS, AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, OverBudget, WrongModel
@@ -123,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
 
     def plan(limit: int | None) -> Plan:
         found = plan_beside(job, beside_it, limit, ram, cpu)
+        if shown is not None and tower is None:
+            return replace(found, reasons=(*found.reasons, "the vision tower is not counted; give --siglip"))
         return found if tower is None else tower.shown(job, found)
 
     around = beside(job.sizes) if cpu else 0
@@ -167,8 +169,11 @@ def _references(
     samples = args.count * (2 if args.guidance else 1)
     shown = References.usual(args.references, height // factor, width // factor, args.caption, samples)
     opened = None if args.siglip is None else open_component(args.siglip, "siglip")
-    if opened is None and args.model is not None and Path(args.model).is_dir():
-        opened = open_optional(args.model, "siglip", variant=args.variant)
+    if opened is None and args.model is not None:
+        from zimage_core.run.locate import locate
+
+        place, _ = locate(args.model, variant=args.variant)
+        opened = open_optional(place, "siglip", variant=args.variant)
     if opened is None:
         return shown, None
     try:
@@ -208,6 +213,10 @@ def _paths(args: argparse.Namespace) -> dict[str, str | Opened]:
     given = {name: getattr(args, name) for name in COMPONENTS if getattr(args, name) is not None}
     if len(given) == len(COMPONENTS):
         return given
+    if args.model is None and not given and args.references:
+        files = embedded_files(omni=True)
+        args.siglip = args.siglip or str(files.pop("siglip"))
+        return {name: str(path) for name, path in files.items()}
     if args.model is None and given:
         missing = " and ".join(f"--{n.replace('_', '-')}" for n in COMPONENTS if n not in given)
         raise BadArgument(f"a plan needs all three networks: give {missing} too, or --model FOLDER")

@@ -191,7 +191,8 @@ def _one_row_product(kind: str, rows: int, depth: int) -> tuple[Callable[[Tensor
         )
     if kind == "packed_int8":  # the largest integers, whose sums saturate on some CPUs
         values = torch.full((rows, depth), 127, dtype=torch.int8)
-        packed = packed_int8.pack(values, torch.full((rows,), 2 / 127))
+        scale = torch.full((rows,), 2 / 127)
+        packed = packed_int8.pack(lambda start, stop: (values[start:stop], scale[start:stop]), rows)
         return (lambda x, _: packed_int8.multiply(x, packed)), values
     scales = torch.ones(depth // 32, rows, 2, dtype=torch.bfloat16)
     codes = torch.full((rows, depth), 9, dtype=torch.int32)

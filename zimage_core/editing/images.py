@@ -329,7 +329,9 @@ def expand(values: Tensor, count: int, name: str) -> Tensor:
         BadArgument: B does not divide `count`.
     """
     if count % len(values):
+        others = "; images beside the prompt of an Omni checkpoint are reference_images=" * (name == "image")
         raise BadArgument(
             f"{name}: got {len(values)} for a run of {count} images, wanted one, or a number that divides it"
+            + others
         )
     return values.repeat_interleave(count // len(values), dim=0)

@@ -163,7 +163,13 @@ class TextStream:
     def add(self, token: int) -> str:
         """The text that is complete with this token and was not given before."""
         self._ids.append(token)
-        return self._new(self._tokenizer.decode(self._ids).rstrip("\ufffd"))
+        text = self._tokenizer.decode(self._ids)
+        whole = text.rstrip("\ufffd")
+        found = self._new(whole)
+        if whole == text:  # the next tokens need this one alone, so that a long text is not decoded each time
+            self._ids = [token]
+            self._shown = len(self._tokenizer.decode(self._ids))
+        return found
 
     def end(self) -> str:
         """What is left: parts of characters that never became whole, as U+FFFD."""

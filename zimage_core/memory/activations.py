@@ -116,11 +116,11 @@ def encode_bytes(config: TextEncoderConfig, tokens: int, dtype: str, captions: i
     base = hidden * (stream + item)
     # its second version, the attention's branch, then gate and up and what becomes of them
     feed_forward = hidden * (stream + item) + 3 * inner * item
-    # rotation of q beside q, k and v: its float32 copy, two halves, the whole
+    # rotation of q beside q, k and v: its float32 copy, the one with halves exchanged, a product
     attention = q * (item + 3 * FLOAT32) + 2 * k * item
     norm = hidden * (2 * stream + 2 * FLOAT32 + 2 * item)
     live = max(base + max(feed_forward, attention), norm)
-    rotation = config.head_dim * FLOAT32
+    rotation = 2 * config.head_dim * FLOAT32
     features = (captions - 1) * hidden * stream
     return tokens * (live + rotation + features)
 

@@ -1,4 +1,4 @@
-"""ControlNets, adapters, the vision tower and a language model in a budget.
+"""ControlNets, adapters and the vision tower in a budget.
 
 ControlNets are on the device in the phase of the steps alone: whole where that leaves enough for the
 transformer, else block by block as its own blocks are.
@@ -16,11 +16,8 @@ from torch import nn
 
 from zimage_core.memory.activations import image_tokens, padded
 from zimage_core.memory.attach import blocks_of, stream_model, unstream
-from zimage_core.memory.job import Job
 from zimage_core.memory.nets import Net
-from zimage_core.memory.plan import Plan
 from zimage_core.memory.references import References
-from zimage_core.memory.residency import place
 from zimage_core.memory.sizes import Matrix, Sizes
 from zimage_core.memory.stream import Stream
 from zimage_core.memory.tower import Tower
@@ -64,30 +61,6 @@ def tower_of(network: Any, references: References) -> Tower:
     net, dtype = weighed(network), str(network.dtype).removeprefix("torch.")
     scratch = max((matrix.scratch(dtype) for matrix in net.matrices), default=0)
     return Tower(network.config, net.always, net.blocks, max(references.features), dtype, scratch)
-
-
-def repeated(job: Job, plan: Plan) -> Plan:
-    """The plan of a language model, which reads its text encoder anew for each token that it writes.
-
-    As many layers stay on the device as fit there without the other networks.
-    """
-    part, room = plan.component("text_encoder"), plan.vram
-    if part.kept or room is None:
-        return plan
-    encode = replace(plan.phase("encode"), others=0, slots=0)
-    blocks = place(job.encoder.block_bytes, room - encode.peak)
-    if blocks is None:
-        return plan
-    encode = replace(
-        encode, weights=encode.weights + blocks.resident_bytes, slots=blocks.slots * blocks.slot_bytes
-    )
-    staying = replace(
-        part, resident=part.resident + blocks.resident_bytes, streamed=blocks.streamed_bytes,
-        slots=blocks.slots, slot_bytes=blocks.slot_bytes, resident_blocks=blocks.resident,
-    )  # fmt: skip
-    others = (replace(each, kept=False) for each in plan.components if each is not part)
-    rest = (each for each in plan.phases if each.name != "encode")
-    return replace(plan, components=(staying, *others), phases=(encode, *rest))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -161,6 +161,7 @@ class PhaseManager:
         self, *, width: int, height: int, images: int, caption_tokens: int, guidance: bool, steps: int,
         image: bool = False, controlnets: tuple[nn.Module, ...] = (), control_images: int = 0,
         references: References | None = None, beside_encoder: int = 0,
+        revise: Callable[[Job, Plan], Plan] | None = None,
     ) -> Plan:  # fmt: skip
         """Plan a run and follow that plan from now on.
 
@@ -176,6 +177,7 @@ class PhaseManager:
             control_images: Images that they follow.
             references: Reference images, which the network "siglip" sees; None for a run without.
             beside_encoder: Bytes on the device beside the text encoder, as a language model takes them.
+            revise: Changes the plan that was found, within the same budget.
 
         Raises:
             OverBudget: The budget does not hold the least that this image needs.
@@ -206,14 +208,12 @@ class PhaseManager:
         else:
             room = self._vram(job)
             if self.budget.vram == "least":
-                room += nets.least(job)
-                room = max(room, 0 if tower is None else tower.need(job, streamed=True))
+                room = max(room + nets.least(job), 0 if tower is None else tower.need(job, streamed=True))
             found = nets.planned(job, lambda taken: plan_job(job, max(0, room - taken), ram))
         plan, self._taken, self._stream_beside = found
         if tower is not None:
             plan = tower.shown(job, plan)
-        if beside_encoder:
-            plan = beside.repeated(job, plan)
+        plan = plan if revise is None else revise(job, plan)
         self._tower = tower
         self._plan, self._job, self._beside, self._controlnets = plan, job, nets, controlnets
         parts = {"text_encoder": job.encoder, "transformer": job.net}
@@ -323,13 +323,13 @@ class PhaseManager:
         """Refuse a pipeline whose networks are not those of this budget any more.
 
         Raises:
-            Unsupported: A network was replaced by another.
+            Unsupported: A network was replaced by another, or added.
         """
-        for name, network in self._networks.items():
-            if networks.get(name) is not network:
+        for name in {**self._networks, **networks}:
+            if networks.get(name) is not self._networks.get(name):
                 raise Unsupported(
-                    f"{name}: it was replaced after the memory budget was set; call limit_memory again, with "
-                    "the same vram= and ram="
+                    f"{name}: it was replaced or added after the memory budget was set; call limit_memory "
+                    "again, with the same vram= and ram="
                 )
 
     @property

@@ -65,7 +65,8 @@ class Phase:
         activations: Tensors of the computation, latents and images; before the first step the context
             refiner where it does not stay.
         scratch: Dense weights, one matrix at a time.
-        planes: Copies of weights in the layout of the fused kernel.
+        planes: Copies of weights in the layout of the fused kernel; on a CPU, forms that a language model
+            multiplies one token by, and what making them takes.
         workspace: What libraries take.
         gaps: What torch's allocator leaves unused between temporary tensors; none on a CPU.
         small: What it takes for small tensors; none on a CPU.

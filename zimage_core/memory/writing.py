@@ -3,6 +3,9 @@
 What it takes beside the encoder is planned with it: the last layer, the final norm, the head, the keys and
 values of all tokens, and the logits. A tied head is the table of tokens, which a run keeps on the host, so a
 GPU gets a copy of it while the model writes.
+
+On a CPU the weights also get the forms of `nn.decoding`, in what the budget leaves in this phase. If that is
+not enough for all of them, the text encoder is alone in its phase, whole if it fits.
 """
 
 from __future__ import annotations
@@ -10,16 +13,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from zimage_core.errors import OverBudget
 from zimage_core.files.units import in_bytes
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
 from zimage_core.memory.attach import forbid_planes, load, maps_of
 from zimage_core.memory.device import Ring, device_for
+from zimage_core.memory.job import Job
 from zimage_core.memory.phases import OUTSIDE_A_RUN, PhaseManager
+from zimage_core.memory.plan import Component, Plan
+from zimage_core.memory.residency import place
 from zimage_core.memory.sizes import Matrix
 from zimage_core.models.kv_cache import cache_bytes
 from zimage_core.models.language_model import LanguageModel
+from zimage_core.nn.decoding import PAYS_FROM, forms_bytes, mode_of, ready_for_decoding
 from zimage_core.weights import names
 from zimage_core.weights.language import parts_of
 from zimage_core.weights.opened import Opened
@@ -44,8 +52,16 @@ def writing(
     """
     dtype = str(model.encoder.dtype).removeprefix("torch.")
     extra = beside_encoder(opened, tokens, dtype, memory.device.type == "cpu")
+    on_cpu, mode = memory.device.type == "cpu", mode_of(model.encoder)
+    pays = on_cpu and tokens - prompt >= PAYS_FROM
+    wanted, making = forms_bytes(model, mode) if pays else (0, 0)
+    run = {**OUTSIDE_A_RUN, "caption_tokens": prompt}
+
+    def revise(job: Job, plan: Plan) -> Plan:
+        return with_forms(job, plan, wanted, making) if on_cpu else repeated(job, plan)
+
     try:
-        plan = memory.begin(**{**OUTSIDE_A_RUN, "caption_tokens": prompt}, beside_encoder=extra)
+        plan = memory.begin(**run, beside_encoder=extra, revise=revise)
     except OverBudget as error:
         found = str(error).partition("; ")[0]  # what follows speaks of images
         raise OverBudget(
@@ -56,11 +72,69 @@ def writing(
         model.tie()  # to the table where it lies now
         ring = Ring(device_for(memory.device), plan.ring)
         moved = load(model.ending.modules(), ring, maps_of(opened.file))
+        # bytes of streamed layers pass for each token, whatever is made
+        streamed = plan.component("text_encoder").slots > 0
+        room = plan.phase("encode").planes - making if pays else 0
         try:
-            forbid_planes(model.ending)
-            yield
+            if not on_cpu:
+                forbid_planes(model.ending)
+            with ready_for_decoding(model.ending if streamed else model, mode, room):
+                yield
         finally:
             moved.restore()
+
+
+def repeated(job: Job, plan: Plan) -> Plan:
+    """The plan of a language model, which reads its text encoder anew for each token that it writes.
+
+    As many layers stay on the device as fit there without the other networks.
+    """
+    part, room = plan.component("text_encoder"), plan.vram
+    if part.kept or room is None:
+        return plan
+    encode = replace(plan.phase("encode"), others=0, slots=0)
+    blocks = place(job.encoder.block_bytes, room - encode.peak)
+    if blocks is None:
+        return plan
+    encode = replace(
+        encode, weights=encode.weights + blocks.resident_bytes, slots=blocks.slots * blocks.slot_bytes
+    )
+    staying = replace(
+        part, resident=part.resident + blocks.resident_bytes, streamed=blocks.streamed_bytes,
+        slots=blocks.slots, slot_bytes=blocks.slot_bytes, resident_blocks=blocks.resident,
+    )  # fmt: skip
+    others = (replace(each, kept=False) for each in plan.components if each is not part)
+    rest = (each for each in plan.phases if each.name != "encode")
+    return replace(plan, components=(staying, *others), phases=(encode, *rest))
+
+
+def with_forms(job: Job, plan: Plan, wanted: int, making: int) -> Plan:
+    """The same plan with forms of weights in the phase of the text encoder, as far as its budget allows.
+
+    Args:
+        job: What was planned.
+        plan: The plan of a run on a CPU with a limit.
+        wanted: Bytes of all forms.
+        making: Bytes beside them while one is made.
+    """
+    if not wanted or plan.vram is None:
+        return plan
+    room, phase = plan.vram, plan.phase("encode")
+    if plan.component("text_encoder").slots or phase.peak + wanted + making > room:
+        part = job.encoder
+        own = part.nbytes - part.host
+        alone = job.phase("encode", own, 0, job.encode_live)
+        if alone.peak + making < room:
+            whole = Component(
+                part.name, own, 0, part.host, 0, 0, len(part.blocks), tuple(range(len(part.blocks))), False
+            )
+            others = [replace(each, kept=False) for each in plan.components if each.name != part.name]
+            phase, plan = alone, replace(plan, components=(whole, *others))
+    planes = min(wanted + making, room - phase.peak)
+    if planes <= making:
+        return plan
+    phases = [replace(phase, planes=planes) if each.name == "encode" else each for each in plan.phases]
+    return replace(plan, phases=tuple(phases))
 
 
 def beside_encoder(opened: Opened, tokens: int, dtype: str, on_cpu: bool) -> int:

@@ -16,7 +16,7 @@ from zimage_core.models.block_source import RESIDENT, BlockSource
 from zimage_core.models.kv_cache import KVCache, LayerCache
 from zimage_core.models.ported import Network
 from zimage_core.nn.attention import attention
-from zimage_core.nn.layers import RMSNorm, Rotation, rotate_half, rotation
+from zimage_core.nn.layers import RMSNorm, Rotation, for_halves, rotate_half, rotation
 from zimage_core.nn.linear import Embedding, Linear, ready
 
 FP16_SCALE = 2.0**-7
@@ -170,7 +170,7 @@ class TextEncoder(Network):
         return x
 
     def rotation(self, length: int, start: int = 0) -> Rotation:
-        """Angles of positions start .. start + length - 1."""
+        """Angles of positions start .. start + length - 1, as `rotate_half` takes them."""
         positions = torch.arange(start, start + length).unsqueeze(1)
-        cos, sin = rotation(positions, (self.config.head_dim,), self.config.rope_theta)
+        cos, sin = for_halves(rotation(positions, (self.config.head_dim,), self.config.rope_theta))
         return cos.to(self.device), sin.to(self.device)

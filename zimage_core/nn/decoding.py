@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from zimage_core.cpu.pool import MAX_WORKERS
 from zimage_core.nn.linear import Linear
 from zimage_core.quant.few_rows import Shared, form_of, prepare, stack, stacks_with
 from zimage_core.quant.tensor import QuantTensor
@@ -17,6 +20,8 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 PAYS_FROM = 8
 """Tokens from which on the forms pay; to make them takes the time of about five tokens without them."""
+MAKING = 64 << 20
+"""Most bytes that a thread takes while it makes a form: some rows as codes or int8, and what decodes them."""
 
 Product = Callable[[Tensor], Tensor]
 Group = dict[QuantTensor, list[Linear]]
@@ -47,8 +52,7 @@ class ReadyWeights:
         self.nbytes = 0
         """Bytes of the forms."""
         self._made: list[tuple[Linear, QuantTensor, Product]] = []
-        costs = [(group, [form_of(weight, self.mode) for weight in group]) for group in groups]
-        wanted = [(sum(form.nbytes for form in forms if form), group) for group, forms in costs if all(forms)]
+        wanted = _costs(groups, mode)
         for nbytes, group in sorted(wanted, key=lambda each: (each[0] / _size(each[1]), -_size(each[1]))):
             if nbytes > budget - self.nbytes:
                 continue
@@ -97,6 +101,30 @@ def ready_for_decoding(
     """
     with ReadyWeights(network, mode, budget).bound() as ready:
         yield ready
+
+
+def mode_of(encoder: Any) -> str:
+    """The mode that a text encoder's `compute=` means, one of `few_rows.MODES`."""
+    asked: str = getattr(encoder, "asked", encoder.compute)
+    return "bfloat16" if asked == "exact" and encoder.dtype == torch.bfloat16 else asked
+
+
+def forms_bytes(network: nn.Module, mode: str) -> tuple[int, int]:
+    """Bytes of all forms of a network, and the most beside them while one is made.
+
+    Raises:
+        BadArgument: There is no such mode.
+    """
+    found = _costs(_groups(network), mode)
+    stacked = (sum(weight.nbytes for weight in group) for _, group in found if len(group) > 1)
+    making = (1 + min(torch.get_num_threads(), MAX_WORKERS)) * MAKING + max(stacked, default=0)
+    return sum(nbytes for nbytes, _ in found), making if found else 0
+
+
+def _costs(groups: Sequence[Group], mode: str) -> list[tuple[int, Group]]:
+    """Groups whose weights all have a form, with the bytes of these."""
+    costs = [(group, [form_of(weight, mode) for weight in group]) for group in groups]
+    return [(sum(form.nbytes for form in forms if form), group) for group, forms in costs if all(forms)]
 
 
 def _groups(network: nn.Module) -> list[Group]:

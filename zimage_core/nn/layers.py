@@ -46,11 +46,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., size] -> [..., size]."""
-        if x.shape[-1] != self.weight.shape[0]:
-            raise BadShape(f"RMSNorm: got rows of {x.shape[-1]}, the weight has {self.weight.shape[0]}")
+        weight: Tensor = self.weight
+        if x.shape[-1] != weight.shape[0]:
+            raise BadShape(f"RMSNorm: got rows of {x.shape[-1]}, the weight has {weight.shape[0]}")
+        if x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu":
+            # the same operations in one call, a quarter less time for one token
+            return nn.functional.rms_norm(x, weight.shape, weight, self.eps)
         wide = x.float()
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * inverse).to(x.dtype) * self.weight.to(x.dtype)
+        return (wide * inverse).to(x.dtype) * weight.to(x.dtype)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -79,12 +83,23 @@ def rotation(positions: Tensor, dims: Sequence[int], theta: float) -> Rotation:
     return angle.cos(), angle.sin()
 
 
+def for_halves(angles: Rotation) -> Rotation:
+    """What `rotate_half` takes, made once for all layers: the cosine twice, the sine negated and plain.
+
+    Shape:
+        [L, D / 2] each -> [L, D] each.
+    """
+    cos, sin = angles
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
 def rotate_half(x: Tensor, angles: Rotation) -> Tensor:
     """Rotate channels (j, j + D / 2) by angle j; computed in float32, returned in x's dtype.
 
     Shape:
-        x [..., L, H, D], angles [L, D / 2] -> [..., L, H, D].
+        x [..., L, H, D], angles `for_halves` [L, D] -> [..., L, H, D].
     """
     cos, sin = (t.unsqueeze(-2) for t in angles)
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    wide = x.float()
+    turned = wide.roll(wide.shape[-1] // 2, -1)
+    return turned.mul_(sin).add_(wide * cos).to(x.dtype)

@@ -34,7 +34,7 @@ from zimage_core.cpu.capability import (
     packed_int8_pays,
 )
 from zimage_core.cpu.int8 import LARGEST, LEAST, multiply_into
-from zimage_core.cpu.rotation import hadamard, rotate
+from zimage_core.cpu.rotation import rotate
 from zimage_core.errors import BadArgument, printable
 from zimage_core.quant import int8
 from zimage_core.quant.tensor import QuantTensor
@@ -199,9 +199,10 @@ def _prepare(weight: QuantTensor, form: Form) -> FewRows:
     if "int8" in form.kind:
         given = int8.is_int8(weight)
         rotation = weight.rotation if given else min(int8.rotation_of(weight, rotated=True), ROTATION)
-        rows = weight if given else int8.quantize_weight(weight, rotation)
-        row_scale = torch.ones(1) if rows.scale is None else rows.scale
-        product = (_PackedInt8 if form.kind == "packed int8" else _Int8)(rows, row_scale, rotation)
+        if form.kind == "packed int8":
+            product = _PackedInt8(weight, rotation)
+        else:
+            product = _Int8(weight if given else int8.quantize_weight(weight, rotation), rotation)
         return FewRows(product, shape, form.mode, form.nbytes)
     if form.kind == "bytes":
         product = _Bytes(weight)
@@ -237,22 +238,23 @@ class _Bytes:
         return torch._weight_int8pack_mm(x.to(torch.bfloat16), self.rows, self.ones)
 
 
-def _rotated(x: Tensor, group: int) -> Tensor:
-    """`rotate`, for a small block in one product."""
-    if not 1 < group <= ROTATION:
-        return rotate(x, group)
-    return torch.mm(x.reshape(-1, group), hadamard(group, x.device)).view(x.shape)
+def _values(rows: QuantTensor) -> tuple[Tensor, Tensor]:
+    """int8 [N, K] and float32 [N] of int8 rows."""
+    scale = torch.ones(1) if rows.scale is None else rows.scale.view(-1)
+    return rows.packed.view(torch.int8), scale.expand(rows.shape[0])
 
 
 class _PackedInt8:
     """int8 rows in the order of FBGEMM, one row of x at a time."""
 
-    def __init__(self, rows: QuantTensor, scale: Tensor, rotation: int) -> None:
-        self.rows = packed_int8.pack(rows.packed.view(torch.int8), scale.view(-1).expand(rows.shape[0]))
-        self.rotation = rotation
+    def __init__(self, weight: QuantTensor, rotation: int) -> None:
+        def rows(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            return _values(int8.quantize_weight(weight.rows(start, stop), rotation))
+
+        self.rows, self.rotation = packed_int8.pack(rows, weight.shape[0]), rotation
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = _rotated(x.float(), self.rotation)
+        wide = rotate(x.float(), self.rotation)
         rows = torch.split(wide, 1) if len(wide) > 1 else (wide,)
         results = [packed_int8.multiply(row, self.rows) for row in rows]
         return torch.cat(results) if len(results) > 1 else results[0]
@@ -261,12 +263,12 @@ class _PackedInt8:
 class _Int8:
     """int8 rows, as `int8.linear` multiplies them, without what many rows need."""
 
-    def __init__(self, rows: QuantTensor, scale: Tensor, rotation: int) -> None:
-        self.values, self.rotation = rows.packed.view(torch.int8), rotation
-        self.scale = scale.view(-1).expand(rows.shape[0])
+    def __init__(self, rows: QuantTensor, rotation: int) -> None:
+        self.values, self.scale = _values(rows)
+        self.rotation = rotation
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = _rotated(x.float(), self.rotation)
+        wide = rotate(x.float(), self.rotation)
         scale = wide.abs().amax(1, keepdim=True).clamp_(min=LEAST).div_(LARGEST)
         sums = torch.empty(len(x), len(self.values), dtype=torch.int32)
         multiply_into(sums, (wide / scale).round_().to(torch.int8), self.values)

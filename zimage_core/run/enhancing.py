@@ -15,7 +15,7 @@ import torch
 
 from zimage_core.assets import NANO
 from zimage_core.errors import BadArgument, Busy, Unsupported, WrongModel, ZImageError
-from zimage_core.run.components import require
+from zimage_core.run.components import networks, require
 from zimage_core.run.placement import Placement
 from zimage_core.run.sharing import note_run
 from zimage_core.sampling.noise import fresh_seed
@@ -143,18 +143,17 @@ class Enhancing:
             from zimage_core.language.enhance import CLOSED
             from zimage_core.memory.writing import writing
 
+            memory.check_networks(networks(pipe))
             prompt, most = len(wish.ids(pipe.tokenizer)), wish.max_new_tokens
             tokens = min(prompt + most + len(pipe.tokenizer.encode(CLOSED)), model.max_positions)
             with writing(memory, model, opened, prompt, tokens):
                 yield
             return
         from zimage_core.memory.int8_rows import free_for_rows
-        from zimage_core.nn.decoding import PAYS_FROM, ready_for_decoding
+        from zimage_core.nn.decoding import PAYS_FROM, mode_of, ready_for_decoding
 
         model.share()
-        asked = getattr(encoder, "asked", encoder.compute)
-        mode = "bfloat16" if asked == "exact" and encoder.dtype == torch.bfloat16 else asked
         pays = encoder.device.type == "cpu" and wish.max_new_tokens >= PAYS_FROM
         room = free_for_rows([encoder], encoder.device, 0)[0] if pays else 0
-        with self._placement.phase("encode", encoder), ready_for_decoding(model, mode, room):
+        with self._placement.phase("encode", encoder), ready_for_decoding(model, mode_of(encoder), room):
             yield

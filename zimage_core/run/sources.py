@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_core.assets import NANO, OMNI
+from zimage_core.assets import embedded_files
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, BadFile, printable
 from zimage_core.run.checks import read_path
@@ -44,10 +44,7 @@ class Sources:
 
 def embedded(omni: bool = False) -> Sources:
     """Sources of the model inside the package, or of its Omni sibling."""
-    paths = {"transformer": (OMNI if omni else NANO) / "transformer.gguf"}
-    paths |= {"text_encoder": NANO / "text_encoder.gguf", "vae": NANO / "vae.safetensors"}
-    if omni:
-        paths[SIGLIP] = OMNI / "siglip.gguf"
+    paths = embedded_files(omni)
     for path in paths.values():
         if not path.is_file():
             fault = "the embedded model is not installed"

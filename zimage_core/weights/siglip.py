@@ -41,13 +41,16 @@ UNUSED = ("head.", "text_model.", "logit_scale", "logit_bias", "mm.", "resampler
 _FOREIGN = (
     "embeddings.class_embedding", "pre_layrnorm.weight", "v.class_embd", "v.pre_ln.weight",
     "v.blk.0.attn_q_norm.weight", "v.blk.0.ls1.weight", "v.blk.0.ffn_gate.weight",
-    "embeddings.token_embedding.weight",
+    "v.patch_embd.weight.1", "embeddings.token_embedding.weight",
 )  # fmt: skip
-"""Tensors of other encoders, such as CLIP (for images and for text), InternViT and Pixtral."""
+"""Tensors of other encoders, such as CLIP (for images and for text), InternViT,
+Pixtral and Qwen-VL."""
 
-FIXED_GRIDS = {(14, 16), (14, 24), (14, 27), (14, 32), (16, 14), (16, 24), (16, 32), (32, 8)}
-"""(patch size, side of the position table) of towers for images of one size: SigLIP 1, and SigLIP2 without
-NaFlex. At 16 pixels a patch and a table of 16 x 16 the tensors of a GGUF cannot tell them apart."""
+FIXED_PATCH = 14
+FIXED_GRIDS = {(16, 14), (16, 24), (16, 32), (32, 8)}
+"""Patch size, or patch size and side of the position table, of towers for images of one size: SigLIP 1, such
+as Gemma 3's of 14 x 14 pixels and 64 x 64 positions, and SigLIP2 without NaFlex. At 16 pixels and a table of
+16 x 16 the tensors of a GGUF cannot tell them apart."""
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 16}
 """Width -> attention heads of the released towers."""
@@ -85,7 +88,7 @@ def find(inside: Mapping[str, infer.Shape], layout: str) -> Found | None:
     side = isqrt(rows[0]) if rows else 0
     conv = len(patch) == 4
     where = f"a table of {rows[0] if rows else 'no'} positions"
-    if conv and (hf or (patch[-1], side) in FIXED_GRIDS):
+    if conv and (hf or patch[-1] == FIXED_PATCH or (patch[-1], side) in FIXED_GRIDS):
         return Found(layout, f"a convolution of {patch[-1]} x {patch[-1]} and {where}")
     if hf:
         return Found(layout)
