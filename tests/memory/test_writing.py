@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from tests.helpers.live_bytes import LiveBytes
+from tests.helpers.model_headers import full_size
 from tests.weights.test_language_files import gguf, whole
 from zimage_core.language.generate import generate
 from zimage_core.memory import phases
 from zimage_core.memory.activations import encode_bytes
+from zimage_core.memory.job import Job
 from zimage_core.memory.phases import OUTSIDE_A_RUN
-from zimage_core.memory.writing import beside_encoder, writing
+from zimage_core.memory.planner import plan_job
+from zimage_core.memory.writing import beside_encoder, repeated, writing
 from zimage_core.models.kv_cache import CHUNK
 from zimage_core.nn import decoding
 from zimage_core.nn.linear import tensors_of
@@ -121,3 +124,20 @@ def test_forms_take_what_a_budget_leaves_and_no_more(ours, memory, monkeypatch):
 def test_a_few_tokens_are_written_without_forms(ours, memory, monkeypatch):
     _, made = write(ours, memory, monkeypatch, new=2)
     assert not made.nbytes
+
+
+@pytest.mark.parametrize(("gib", "stay"), [(1.5, 0.1), (2, 0.4), (4, 1), (6, 1)])
+def test_layers_stay_on_a_gpu_as_far_as_they_fit_without_the_transformer(gib, stay):
+    job, room = Job(full_size(), 16, 16, caption_tokens=300), int(gib * (1 << 30))
+    plan = repeated(job, plan_job(job, room))
+    part, blocks = plan.component("text_encoder"), job.encoder.block_bytes
+    assert plan.phase("encode").peak <= room
+    assert part.resident + part.streamed == job.encoder.always + sum(blocks)
+    assert len(part.resident_blocks) >= stay * len(blocks)
+    assert not plan.component("transformer").kept
+
+
+def test_a_plan_that_keeps_everything_is_not_changed():
+    job = Job(full_size(), 16, 16, caption_tokens=300)
+    plan = plan_job(job, 24 << 30)
+    assert repeated(job, plan) is plan
