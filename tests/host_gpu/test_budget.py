@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 
 from tests.host_gpu import driven
-from tests.host_gpu.sparse_models import write_controlnet
+from tests.host_gpu.sparse_models import write_controlnet, write_omni
 
 pytestmark = pytest.mark.fake_cuda
 
@@ -96,3 +96,41 @@ def test_a_budget_holds_with_a_lora_and_a_controlnet():
     found = driven.run("budget", "--controlnet", "edges", "--lora", "outline")
     assert [r["error"] for r in found["runs"]] == [None, None]
     assert given(found) <= found["vram"]
+
+
+@pytest.fixture(scope="module")
+def omni(tmp_path_factory):
+    return write_omni(tmp_path_factory.mktemp("omni"))
+
+
+def with_references(folder, vram, count, *more):
+    arguments = ("--vram", vram, "--spare", EXACT, "--pixels", 1024, "--runs", 1, "--references", count)
+    return driven.run("budget", "--files", folder, *arguments, *more)
+
+
+@pytest.mark.parametrize(
+    ("vram", "count", "compute"), [("6GiB", 1, "exact"), ("12GiB", 3, "int8"), ("14GiB", 20, "exact")]
+)
+def test_a_budget_holds_with_reference_images(omni, vram, count, compute):
+    """Streamed, as int8 rows, and a stream of 86,000 tokens."""
+    found = with_references(omni, vram, count, "--compute", compute)
+    assert [r["error"] for r in found["runs"]] == [None]
+    assert [phase["phase"] for phase in found["runs"][0]["phases"]][1:4] == ["image", "vision", "denoise"]
+    assert given(found) <= found["vram"]
+    assert (found["retries"], found["ooms"]) == (0, 0)
+
+
+def test_twenty_references_are_refused_before_memory_is_taken(omni):
+    found = with_references(omni, "8GiB", 20)
+    assert "with 20 reference images need at least" in found["runs"][0]["error"]
+    assert not found["runs"][0]["phases"]
+
+
+@pytest.mark.parametrize(("vram", "streamed"), [("4GiB", False), ("2GiB", True)])
+def test_a_budget_holds_for_a_language_model_that_writes(models, vram, streamed):
+    """It reads its layers for each token, so they stay on the device where they fit."""
+    found = driven.run("enhance", "--files", models("Q4_K_M"), "--vram", vram, "--runs", 1)
+    assert [(r["error"], r["tokens"]) for r in found["runs"]] == [(None, 24)]
+    assert all(r["given"] <= r["planned"] <= found["vram"] for r in found["runs"])
+    assert [r["moved"] > 0 for r in found["runs"]] == [streamed]
+    assert (found["retries"], found["ooms"]) == (0, 0)

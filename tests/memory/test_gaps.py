@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,9 @@ from tests.helpers.live_bytes import as_the_kernels, meta, on_meta
 from tests.helpers.model_headers import full_size
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.memory.job import AT_ONCE, Job
+from zimage_core.memory.references import References
 from zimage_core.models.autoencoder import Autoencoder
+from zimage_core.models.omni import OmniTransformer, Reference
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 
@@ -65,6 +69,38 @@ def test_denoising_fits_its_segment(net, width, height, caption, more):
     high, room = run(net, job), arena(job, "denoise", job.denoise_live)
     assert high <= room
     assert room <= 1.08 * high or room - high < 20 << 20, "no more is taken than needed"
+
+
+@pytest.fixture(scope="module")
+def omni():
+    return on_meta(lambda: OmniTransformer(TransformerConfig(n_layers=6, siglip_feat_dim=1152)))
+
+
+@pytest.mark.parametrize(
+    ("side", "caption", "references", "more"),
+    [(1024, 32, 0, {}), (1024, 32, 1, {}), (1024, 32, 1, {"guidance": True}), (1024, 32, 2, {}),
+     (1024, 300, 5, {"guidance": True, "steps": 28}), (1024, 32, 20, {}), (512, 77, 1, {}), (256, 77, 3, {})],
+)  # fmt: skip
+def test_denoising_with_references_fits_its_segment(omni, side, caption, references, more):
+    """Of two segments, noisy and clean; six blocks are enough, since each takes what the one before did."""
+    count, config = 2 if more.get("guidance") else 1, omni.config
+    planned = References.usual(references, side // 8, side // 8, caption, count)
+    net = replace(SIZES.transformer, config=replace(config, n_layers=SIZES.transformer.config.n_layers))
+    job = Job(replace(SIZES, transformer=net), side, side, 1, caption, references=planned, **more)
+    with BestFit() as count:
+        count.ignore(*omni.parameters())
+        count.place("scratch", job.scratch["denoise"])
+        latent = meta(16, job.rows, job.cols)
+        shown = [Reference(meta(16, *size), meta(16, 16, 1152)) for size in planned.sizes]
+        captions = [[meta(n, config.cap_feat_dim) for n in planned.pieces] for _ in range(job.captions)]
+        prepared = omni.prepare_omni(
+            captions, [shown] * job.captions, [0.1] * job.steps, (job.rows, job.cols)
+        )
+        for sample in range(job.captions):
+            omni.step_omni(latent, prepared, 0, sample)
+    room = arena(job, "denoise", job.denoise_live)
+    assert count.high <= room
+    assert room <= 1.25 * count.high, "no more is taken than needed"
 
 
 @pytest.mark.parametrize("side", [256, 512, 1024, 1536])

@@ -40,7 +40,7 @@ def test_the_stream_of_a_run_is_counted(count, dtype, monkeypatch):
             net.step_omni(latent, prepared, 0, sample)
     stream = planned.stream(CONFIG, rows, cols)
     formula = denoise_bytes(CONFIG, *stream, dtype, 1, 2, 8) + planned.beside(CONFIG, rows, cols, dtype)
-    assert 1 <= formula / counted.peak <= 1.15, (formula, counted.peak)
+    assert 1 <= formula / counted.peak <= 1.2, (formula, counted.peak)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -76,5 +76,7 @@ class References:
         rotations = (2 * (target + images) + rest) * config.head_dim * FLOAT32
         own = item * config.dim * (images + rest) + rotations
         given = self.kept[0] * config.in_channels + self.kept[1] * (config.siglip_feat_dim or 0)
+        # norms are made part by part, and where the first was, a gap stays
+        gap = item * config.dim * target if self.sizes else 0
         # given ones are kept as they were encoded, and in the dtype of the transformer
-        return self.samples * own + item * config.dim * target + given * (FLOAT32 + item)
+        return self.samples * own + gap + given * (FLOAT32 + item)

@@ -18,11 +18,12 @@ from dataclasses import replace
 from zimage_core.errors import OverBudget
 from zimage_core.files.units import in_bytes
 from zimage_core.memory.activations import FLOAT32, ITEMSIZE
-from zimage_core.memory.attach import load, maps_of
+from zimage_core.memory.attach import forbid_planes, load, maps_of
 from zimage_core.memory.device import Ring, device_for
 from zimage_core.memory.job import Job
 from zimage_core.memory.phases import OUTSIDE_A_RUN, PhaseManager
 from zimage_core.memory.plan import Component, Plan
+from zimage_core.memory.residency import place
 from zimage_core.memory.sizes import Matrix
 from zimage_core.models.kv_cache import cache_bytes
 from zimage_core.models.language_model import LanguageModel
@@ -55,10 +56,12 @@ def writing(
     pays = on_cpu and tokens - prompt >= PAYS_FROM
     wanted, making = forms_bytes(model, mode) if pays else (0, 0)
     run = {**OUTSIDE_A_RUN, "caption_tokens": prompt}
+
+    def revise(job: Job, plan: Plan) -> Plan:
+        return with_forms(job, plan, wanted, making) if on_cpu else repeated(job, plan)
+
     try:
-        plan = memory.begin(
-            **run, beside_encoder=extra, revise=lambda job, plan: with_forms(job, plan, wanted, making)
-        )
+        plan = memory.begin(**run, beside_encoder=extra, revise=revise)
     except OverBudget as error:
         found = str(error).partition("; ")[0]  # what follows speaks of images
         raise OverBudget(
@@ -69,15 +72,40 @@ def writing(
         model.tie()  # to the table where it lies now
         ring = Ring(device_for(memory.device), plan.ring)
         moved = load(model.ending.modules(), ring, maps_of(opened.file))
-        streamed = (
-            plan.component("text_encoder").slots > 0
-        )  # their bytes pass for each token, whatever is made
-        room = plan.phase("encode").planes - making
+        # bytes of streamed layers pass for each token, whatever is made
+        streamed = plan.component("text_encoder").slots > 0
+        room = plan.phase("encode").planes - making if pays else 0
         try:
+            if not on_cpu:
+                forbid_planes(model.ending)
             with ready_for_decoding(model.ending if streamed else model, mode, room):
                 yield
         finally:
             moved.restore()
+
+
+def repeated(job: Job, plan: Plan) -> Plan:
+    """The plan of a language model, which reads its text encoder anew for each token that it writes.
+
+    As many layers stay on the device as fit there without the other networks.
+    """
+    part, room = plan.component("text_encoder"), plan.vram
+    if part.kept or room is None:
+        return plan
+    encode = replace(plan.phase("encode"), others=0, slots=0)
+    blocks = place(job.encoder.block_bytes, room - encode.peak)
+    if blocks is None:
+        return plan
+    encode = replace(
+        encode, weights=encode.weights + blocks.resident_bytes, slots=blocks.slots * blocks.slot_bytes
+    )
+    staying = replace(
+        part, resident=part.resident + blocks.resident_bytes, streamed=blocks.streamed_bytes,
+        slots=blocks.slots, slot_bytes=blocks.slot_bytes, resident_blocks=blocks.resident,
+    )  # fmt: skip
+    others = (replace(each, kept=False) for each in plan.components if each is not part)
+    rest = (each for each in plan.phases if each.name != "encode")
+    return replace(plan, components=(staying, *others), phases=(encode, *rest))
 
 
 def with_forms(job: Job, plan: Plan, wanted: int, making: int) -> Plan:

@@ -55,6 +55,8 @@ def write(pipe, prompt, new):
         found["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     if report := pipe._placement.report():
         found["planned"] = report.plan.phase("encode").peak
+        found["streamed"] = report.plan.component("text_encoder").streamed
+        found["moved"] = sum(each.bytes_moved for each in report.traffic.values())
     peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     return {**found, **peaks, "given": fake_cuda.most(), "left": torch.cuda.memory_allocated()}
 
@@ -73,15 +75,20 @@ def main():
     project.read_nothing()
     context, vram = int(os.environ["FAKE_CONTEXT_MB"]) << 20, None
     if args.vram:
-        vram = parse_bytes("vram", args.vram)
-        fake_cuda.set_memory(vram + context)
+        vram = None if args.vram == "least" else parse_bytes("vram", args.vram)
+        if vram:
+            fake_cuda.set_memory(vram + context)
         pipe.limit_memory(vram=args.vram, device="cuda")
     else:
         pipe.to("cuda")
     runs = []
     for _ in range(args.runs):
         runs.append(write(pipe, prompt, args.new))
-        figures = {name: n if n is None else round(n / project.MIB) for name, n in runs[-1].items() if name not in ("error", "tokens")}
+        figures = {
+            name: n if n is None else round(n / project.MIB)
+            for name, n in runs[-1].items()
+            if name not in ("error", "tokens")
+        }
         print(runs[-1]["error"], runs[-1]["tokens"], figures, file=sys.stderr)
     stats = torch.cuda.memory_stats()
     project.answer(
