@@ -40,7 +40,8 @@ def check_call(args: argparse.Namespace, call: Mapping[str, Any], prompts: Seque
     scheduler = None
     if args.model is not None:
         parts, _, scheduler = find_components(args.model, parts, None, None, False, args.variant, {})
-    opened: dict[str, Opened] = open_pipeline(parts or embedded(bool(args.reference_images)).paths)
+    omni = bool(getattr(args, "reference_images", None))
+    opened: dict[str, Opened] = open_pipeline(parts or embedded(omni).paths)
     try:
         net, vae = opened["transformer"].card.config, opened["vae"].card.config
         if not isinstance(net, TransformerConfig) or not isinstance(vae, AutoencoderConfig):
