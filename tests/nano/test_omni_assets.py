@@ -46,14 +46,14 @@ def test_it_is_the_embedded_model_with_eyes():
 
 
 def test_open_colours_come_from_the_reference():
-    """docs/nano.md says 66 % of 200; a guess is right once in seven times."""
+    """docs/nano.md says 80 % of 200; a guess is right once in seven times."""
     pipe, rng, hits = ZImagePipeline.from_default(omni=True), np.random.default_rng(1), 0
     for k, task in enumerate(tasks("colour open", 8)):
         call = {"seed": k, "num_inference_steps": 8, "guidance_scale": 0.0}
         shown = Image.fromarray(draw(task.reference, rng))
         made = pipe(task.prompt(rng, chinese=bool(k % 2)), reference_images=shown, **call)
         hits += read(np.asarray(made.images[0])).colour == task.scene.colour
-    assert hits >= 3
+    assert hits >= 4
 
 
 def test_a_reference_on_the_command_line_takes_it(tmp_path):
