@@ -32,6 +32,16 @@ HEAD_AXES = (32, 48, 48)
 PAD_MULTIPLE = 32
 """Caption and image tokens are each padded to a multiple of this with learned tokens (SEQ_MULTI_OF)."""
 
+POSITIONS = ("trained", "diffusers")
+"""How pieces of a caption are numbered in an Omni stream.
+
+trained    Every row of a piece has its own number, as ComfyUI numbers them too.
+diffusers  As diffusers 0.42 does: it numbers all rows of a piece, appends (0, 0, 0) for its pads once more,
+           joins the pieces and cuts the end off. From the second piece on, numbers lie beside rows that are
+           not theirs (huggingface/diffusers#13574). The same as "trained" for one piece, or where each but
+           the last is a multiple of 32 long.
+"""
+
 MIN_TILE = 16
 """Side in latents of the smallest tile for decoding. Smaller tiles save nothing, because the maps of the
 whole image are then far larger than a tile."""

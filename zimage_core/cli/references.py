@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from zimage_core.assets import DEFAULT
-from zimage_core.config import COMPONENTS
+from zimage_core.config import COMPONENTS, POSITIONS
 from zimage_core.errors import BadArgument
 
 
@@ -27,7 +27,7 @@ def add_references(parser: argparse.ArgumentParser, model: argparse._ArgumentGro
     )
     group.add_argument(
         "--positions",
-        choices=("trained", "diffusers"),
+        choices=POSITIONS,
         help="how their places are numbered: trained (default), or as diffusers does",
     )
 

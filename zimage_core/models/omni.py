@@ -88,7 +88,7 @@ class OmniTransformer(ZImageTransformer):
 
     block_class = OmniBlock
     positions = "trained"
-    """How pieces of a caption are numbered, where a call does not say; see `omni_sequence.POSITIONS`."""
+    """How pieces of a caption are numbered, where a call does not say; see `config.POSITIONS`."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
@@ -129,7 +129,7 @@ class OmniTransformer(ZImageTransformer):
             image_noise_mask: Per sample 1 for each noisy image and 0 for each clean one. A piece of the
                 caption and the features have the flag of their image; pieces beyond the list are noisy.
                 None: the target alone is noisy.
-            positions: One of `omni_sequence.POSITIONS`; None for the attribute.
+            positions: One of `config.POSITIONS`; None for the attribute.
             others: As for `ZImageTransformer.forward`.
 
         Returns:
@@ -182,7 +182,7 @@ class OmniTransformer(ZImageTransformer):
                 target's are pads.
             times: Network times of the steps, each a float32 value.
             size: Height and width of the target's latents.
-            positions: One of `omni_sequence.POSITIONS`; None for the attribute.
+            positions: One of `config.POSITIONS`; None for the attribute.
 
         Raises:
             BadShape, BadArgument: As for `forward`.

@@ -53,7 +53,7 @@ class OmniBlock(TransformerBlock):
 def _modulated(norm: RMSNorm, x: Tensor, scales: Pair, noisy: int, branch: nn.Module) -> Tensor:
     """`norm_modulate` with one scale for the first `noisy` tokens and another for the others."""
     if not is_plain(norm):
-        return norm(x) * (1 + _spread(x, scales, noisy))  # type: ignore[no-any-return]
+        return norm_modulate(norm, x, _spread(x, scales, noisy), branch)
     pairs = zip(_parts(x, noisy), scales, strict=True)
     return joined((norm_modulate(norm, part, scale, branch) for part, scale in pairs), len(x))
 

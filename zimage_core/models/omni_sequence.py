@@ -15,19 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zimage_core.config import PAD_MULTIPLE, TransformerConfig
+from zimage_core.config import PAD_MULTIPLE, POSITIONS, TransformerConfig
 from zimage_core.errors import BadArgument, printable
 from zimage_core.models.sequence import image_positions, pad_count
-
-POSITIONS = ("trained", "diffusers")
-"""How pieces of a caption are numbered.
-
-trained    Every row of a piece has its own number, as ComfyUI numbers them too.
-diffusers  As diffusers 0.42 does: it numbers all rows of a piece, appends (0, 0, 0) for its pads once more,
-           joins the pieces and cuts the end off. From the second piece on, numbers lie beside rows that are
-           not theirs (huggingface/diffusers#13574). The same as "trained" for one piece, or where each but
-           the last is a multiple of 32 long.
-"""
 
 Size = tuple[int, int]
 """Rows and columns."""

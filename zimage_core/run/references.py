@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from zimage_core.config import POSITIONS
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.run import checks
 from zimage_core.run.batch import Batch
@@ -15,8 +16,6 @@ from zimage_core.run.batch import Batch
 if TYPE_CHECKING:
     from zimage_core.omni.references import References
 
-POSITIONS = ("trained", "diffusers")
-"""Position ids of the pieces of a prompt: in step with their features, or as diffusers numbers them."""
 MOST = 256
 """Most reference images of a prompt; each takes four positions of the 1,536 that the transformer knows."""
 LACKS = "it has no siglip_embedder, siglip_refiner and siglip_pad_token"
