@@ -4,8 +4,8 @@
 
 The exit status is 1 if a cell does not compile, spills, exceeds the card's shared memory, or multiplies
 without tensor cores. A whole matrix is written to results/compile_matrix.csv, of which `python -m
-benchmarks.tables` makes the table in docs/kernels.md. Compilers run in processes of their own: one that
-crashes takes only its process along.
+benchmarks.tables` makes the table in docs/explanation/kernels.md. Compilers run in processes of their own:
+one that crashes takes only its process along.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks.compute_modes [--exam 60 --compared 12] [--parts modes layers products]
 
 Results go to benchmarks/results/compute_modes.json as they come; what is there is not measured again. At the
-end the tables in docs/quality.md are made from it, unless --out is another file.
+end the tables in docs/benchmarks/quality.md are made from it, unless --out is another file.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def main() -> None:
         if "modes" in args.parts:
             modes(source, args, report.setdefault("modes", {}), save)
     if args.out == RESULTS / "compute_modes.json":
-        fill_tables(ROOT / "docs/quality.md", compute_tables(report))
+        fill_tables(ROOT / "docs/benchmarks/quality.md", compute_tables(report))
 
 
 if __name__ == "__main__":

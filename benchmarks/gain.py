@@ -208,7 +208,7 @@ def main() -> None:
                 print(fmt, name, {k: round(v, 4) for k, v in rows[name].items()}, flush=True)
                 args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if args.out == RESULTS / "gain.json":
-        fill_tables(ROOT / "docs/quality.md", {"gain": tables.gain(report)})
+        fill_tables(ROOT / "docs/benchmarks/quality.md", {"gain": tables.gain(report)})
 
 
 if __name__ == "__main__":

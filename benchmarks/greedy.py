@@ -1,4 +1,4 @@
-"""Write the table of greedy tokens in docs/numerics.md.
+"""Write the table of greedy tokens in docs/explanation/numerics.md.
 
     python -m benchmarks.greedy
 
@@ -69,7 +69,9 @@ def main() -> None:
     where = (
         f"transformers {on['packages']['transformers']}, float32, on a CPU with {' '.join(on['features'])}."
     )
-    fill_tables(ROOT / "docs/numerics.md", {"greedy": f"Against {where}\n\n{markdown(head, rows)}"})
+    fill_tables(
+        ROOT / "docs/explanation/numerics.md", {"greedy": f"Against {where}\n\n{markdown(head, rows)}"}
+    )
 
 
 if __name__ == "__main__":

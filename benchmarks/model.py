@@ -1,4 +1,4 @@
-"""Figures that docs/kernels.md calls a model: from byte counts, assumed rates and instruction counts.
+"""Figures that docs/explanation/kernels.md calls a model: from byte counts and assumed rates.
 
 Run as `python -m benchmarks.model`. Nothing is measured; `step_model.py` has the model.
 """

@@ -1,4 +1,4 @@
-"""Write the parity table of docs/numerics.md.
+"""Write the parity table of docs/explanation/numerics.md.
 
     python -m benchmarks.parity
 
@@ -78,7 +78,7 @@ def main() -> None:
     rows = [[name, f"{each['largest']} of 255", f"{each['share']:.2%}"] for name, each in shares.items()]
     resized = markdown("image | largest difference of a byte | share of bytes that differ", rows)
     tables = {"parity": f"{where}\n\n{table(found)}", "resizes": resized}
-    fill_tables(ROOT / "docs/numerics.md", tables)
+    fill_tables(ROOT / "docs/explanation/numerics.md", tables)
 
 
 if __name__ == "__main__":

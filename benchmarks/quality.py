@@ -4,8 +4,8 @@
 
 Every encoder, without and with an importance matrix, on all matrices of all blocks that it divides; a file is
 written, opened and drawn from like any other. Results go to benchmarks/results/quality.json as they come, and
-what is there is not measured again. At the end docs/images/quality.png and the tables in docs/quality.md are
-made from it, unless --out is another file.
+what is there is not measured again. At the end docs/images/quality.png and the tables in
+docs/benchmarks/quality.md are made from it, unless --out is another file.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def main() -> None:
             reference.close()
         if args.out == RESULTS / "quality.json":
             sheet(judge.folder, report["results"])
-            fill_tables(ROOT / "docs/quality.md", {"nano": nano(report), "full": full(report)})
+            fill_tables(ROOT / "docs/benchmarks/quality.md", {"nano": nano(report), "full": full(report)})
 
 
 if __name__ == "__main__":

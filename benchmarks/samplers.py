@@ -5,7 +5,8 @@
 errors: distance of the final latents from a solution by 200 Euler steps, for each sampler without noise and
 each schedule. images: share of right images for all samplers. variety: distance between images of one prompt
 and share of right images. Results go to benchmarks/results/samplers.json; a part that is there is not
-measured again. At the end the tables in docs/sampling.md are made from it, unless --out is another file.
+measured again. At the end the tables in docs/guides/sampling.md are made from it, unless --out is another
+file.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def variety(pipe: ZImagePipeline, prompts: list[str], count: int) -> dict[str, A
 
 
 def tables(report: Mapping[str, Any]) -> dict[str, str]:
-    """The tables of docs/sampling.md."""
+    """The tables of docs/guides/sampling.md."""
     found = {(r["sampler"], r["schedule"], r["steps"]): r["error"] for r in report["errors"]["rows"]}
     pairs = list(dict.fromkeys((sampler, schedule) for sampler, schedule, _ in found))
     percents = [[f"{100 * found[(*pair, steps)]:.1f} %" for steps in STEPS] for pair in pairs]
@@ -147,7 +148,7 @@ def main() -> None:
             report[part] = PARTS[part](pipe, prompts, args.exam)
             write(out, report)
     if out == RESULTS / "samplers.json":
-        fill_tables(ROOT / "docs/sampling.md", tables(report))
+        fill_tables(ROOT / "docs/guides/sampling.md", tables(report))
 
 
 if __name__ == "__main__":

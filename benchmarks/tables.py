@@ -2,7 +2,7 @@
 
     python -m benchmarks.tables
 
-This measures nothing. The table of docs/numerics.md is written by `python -m benchmarks.parity`.
+This measures nothing. The table of docs/explanation/numerics.md is written by `python -m benchmarks.parity`.
 """
 
 from __future__ import annotations
@@ -382,11 +382,11 @@ def _sampling() -> dict[str, str]:
 
 
 PAGES: dict[Path, Callable[[], dict[str, str]]] = {
-    ROOT / "docs/kernels.md": _kernels,
-    ROOT / "docs/quality.md": _quality,
-    ROOT / "docs/quantizing.md": _quantizing,
-    ROOT / "docs/sampling.md": _sampling,
-    ROOT / "docs/decoding.md": lambda: decoding.tables(read("decoding_cpu.json")),
+    ROOT / "docs/explanation/kernels.md": _kernels,
+    ROOT / "docs/benchmarks/quality.md": _quality,
+    ROOT / "docs/guides/quantizing.md": _quantizing,
+    ROOT / "docs/guides/sampling.md": _sampling,
+    ROOT / "docs/explanation/decoding.md": lambda: decoding.tables(read("decoding_cpu.json")),
     ROOT / "benchmarks/README.md": lambda: {
         "standing": standing.table(standing.load()),
         "cpu": cpu_products(read("cpu_products.json")),

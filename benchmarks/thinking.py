@@ -363,7 +363,7 @@ def parser() -> argparse.ArgumentParser:
     add("--size", type=int, help="height and width")
     add("--dtype", default="float32")
     add("--device", default="cpu")
-    add("--page", type=Path, default=ROOT / "docs/thinking.md", help="whose tables are made anew")
+    add("--page", type=Path, default=ROOT / "docs/explanation/thinking.md", help="whose tables are made anew")
     add("--report", type=Path, help="folder for a page and a contact sheet of each way")
     return found
 
@@ -400,7 +400,7 @@ def real_encoder() -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print the tables; those of the embedded model go into docs/thinking.md."""
+    """Measure and print the tables; those of the embedded model go into docs/explanation/thinking.md."""
     args = parser().parse_args(arguments)
     usual = not (args.model or args.transformer or args.text_encoder or args.prompt)
     pipe = opened(args)

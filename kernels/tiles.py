@@ -17,7 +17,7 @@ ORDER = 8
 SPLITS = 16
 """Most programs along K."""
 TABLE = Path(__file__).parent / "tiles.json"
-"""File of the tiles: written from the analysis in docs/kernels.md, then by `python -m benchmarks.tune`."""
+"""File of the tiles: written from the analysis in docs/explanation/kernels.md, then by `python -m benchmarks.tune`."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 This is the layout only: how many weights a block holds and what its bytes mean. The arithmetic is in
 `reference/` (NumPy, slow, readable) and in `cpu/` (torch, fast), and property tests compare the two. Offsets,
-row sizes, structured dtypes, test strategies and the table in docs/formats.md all derive from the descriptors
-below.
+row sizes, structured dtypes, test strategies and the table in docs/explanation/formats.md all derive from the
+descriptors below.
 
 Source: ggml/src/ggml-common.h (the block structs) and ggml/include/ggml.h (the type numbers).
 """

@@ -60,7 +60,7 @@ class ZImageOmniPipeline(ZImagePipeline):
             prompt: One prompt or several.
             height: Height in pixels; default: that of the last reference, else the checkpoint's own.
             width: Width in pixels, with the same default.
-            num_inference_steps: Number of steps; default: the checkpoint's own, see docs/omni.md.
+            num_inference_steps: Number of steps; default: the checkpoint's own, see docs/guides/omni.md.
             sigmas: Noise levels before the shift.
             guidance_scale: Guidance scale, with such a default (diffusers' is 5).
             cfg_normalization: Largest norm of the guided prediction.

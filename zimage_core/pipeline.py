@@ -212,23 +212,24 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Enhan
                 with True.
             prompt_template: Text that contains `{prompt}` once, instead of Qwen3's chat template.
             debug: Check the output of every block for NaN and infinity as it runs; slower.
-            sampler: Name of the method that follows the velocity; default "euler". docs/sampling.md has all.
+            sampler: Name of the method that follows the velocity; default "euler". docs/guides/sampling.md
+                has all.
             schedule: Name of the noise levels' grid; default "linear", that of the checkpoints.
             variety: How far the prompt's embedding is moved for each seed, since Turbo's images of one prompt
                 are alike; 0 is not at all, 0.1 a usual value.
-            image: Image to begin from: a path, a Pillow image, an array or a tensor; docs/editing.md.
+            image: Image to begin from: a path, a Pillow image, an array or a tensor; docs/guides/editing.md.
             mask_image: Where to paint anew, white on black; the rest of `image` stays as it is.
             strength: Share of the noise levels that `image` goes through, 0 to 1; default 0.6, or 1 with a
                 mask.
             mask_blur: Width in pixels over which the mask's edge is blended.
             outpaint: Pixels by which `image` grows at the left, top, right and bottom.
-            control_image: Image, or several, that the loaded ControlNets follow; docs/control.md.
+            control_image: Image, or several, that the loaded ControlNets follow; docs/guides/control.md.
             controlnet_conditioning_scale: Strength of the control, one for each image or for all.
             control_guidance_start: Share of the steps after which the control begins, in the same form.
             control_guidance_end: Share of the steps after which it ends, in the same form.
-            reference_images: Images that the prompt speaks of, for an Omni checkpoint: any number for all
-                prompts, or a list for each; docs/omni.md. `image` without strength and mask means the same
-                where the pipeline has a `siglip`.
+            reference_images: Images that the prompt speaks of, for an Omni checkpoint: any number for
+                all prompts, or a list for each; docs/guides/omni.md. `image` without strength and mask means
+                the same where the pipeline has a `siglip`.
             positions: How their places are numbered: "trained" (the default) or "diffusers".
 
         Returns:

@@ -1,7 +1,8 @@
 """The flow of the ControlNets' trainer in plain torch functions, from its formulae; nothing of the library.
 
-Weights are state dicts by diffusers' names; everything is float64. docs/control.md has the formulae: a stack
-of control blocks begins with before_proj(c) + x, each block continues from c, and its hint is after_proj(c).
+Weights are state dicts by diffusers' names; everything is float64. docs/guides/control.md has the formulae: a
+stack of control blocks begins with before_proj(c) + x, each block continues from c, and its hint is
+after_proj(c).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of docs/formats.md, from the descriptors. `python -m tests.helpers.format_table` rewrites it."""
+"""The table of docs/explanation/formats.md, from the descriptors; run as a module, it rewrites the page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from zimage_core.formats import FORMATS, BlockFormat
 from zimage_core.reference.dequantize import DEQUANTIZERS
 
-PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
+PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "formats.md"
 BEGIN, END = "<!-- table: begin (generated) -->", "<!-- table: end -->"
 
 

@@ -22,7 +22,7 @@ UNITS = {
     "IQ3_XXS": 1 / 4,
     "IQ3_S": 1,
 }
-"""A sub-block's step is d * unit * (1 + 2 * level); the formulas of docs/formats.md with 2 taken out."""
+"""A sub-block's step is d * unit * (1 + 2 * level); docs/explanation/formats.md with 2 taken out."""
 LEVELS = {name: 8 if name.startswith("IQ1") else 16 for name in UNITS}
 EVEN = ("IQ2_XXS", "IQ2_XS", "IQ3_XXS")
 """Formats that store seven signs of eight."""

@@ -1,7 +1,8 @@
 """Tiny random networks made by diffusers and transformers beside ours, and how far the two are apart.
 
-Used by tests/parity (which asserts) and benchmarks/parity.py (which writes the table of docs/numerics.md).
-Every comparison runs twice: in float64, where a difference is a difference of formulas, and in float32.
+Used by tests/parity (which asserts) and benchmarks/parity.py (which writes the table of
+docs/explanation/numerics.md). Every comparison runs twice: in float64, where a difference is a difference of
+formulas, and in float32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Writes what the driver gave under budgets to budgets.json, and prints it as a table for docs/memory.md.
+"""Writes what the driver gave under budgets to budgets.json, and prints it as a table for
+docs/guides/memory.md.
 
 python -m tests.host_gpu.budgets
 """

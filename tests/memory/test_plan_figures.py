@@ -107,7 +107,7 @@ def test_short_host_memory_reads_from_disk_and_too_little_is_refused():
 @pytest.mark.parametrize("table", [card_table, floor_table, rows_table])
 def test_a_table_in_the_documentation_is_what_the_plan_says(table):
     """`python -m tests.helpers.model_headers` prints them."""
-    assert "\n".join(table()) in (ROOT / "docs" / "memory.md").read_text("utf-8")
+    assert "\n".join(table()) in (ROOT / "docs" / "guides" / "memory.md").read_text("utf-8")
 
 
 def test_a_plan_becomes_json():

@@ -65,7 +65,7 @@ def test_the_image_shows_the_prompt(pipe: ZImagePipeline, prompt: str, wanted: t
 
 @pytest.mark.slow  # sixty images
 def test_the_first_prompts_of_the_exam_are_drawn_right(pipe: ZImagePipeline):
-    """docs/nano.md says 98.8 % of 500; another torch rounds otherwise, which may turn a few of the 60."""
+    """docs/explanation/nano.md says 98.8 % of 500; another rounding may turn a few of the 60."""
     asked = [
         (k, s, p) for k, (s, p) in enumerate(zip(*exam(60), strict=True)) if fonts_installed() or not s.glyph
     ]

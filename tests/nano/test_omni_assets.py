@@ -46,7 +46,7 @@ def test_it_is_the_embedded_model_with_eyes():
 
 
 def test_open_colours_come_from_the_reference():
-    """docs/nano.md says 80 % of 200; a guess is right once in seven times."""
+    """docs/explanation/nano.md says 80 % of 200; a guess is right once in seven times."""
     pipe, rng, hits = ZImagePipeline.from_default(omni=True), np.random.default_rng(1), 0
     for k, task in enumerate(tasks("colour open", 8)):
         call = {"seed": k, "num_inference_steps": 8, "guidance_scale": 0.0}

@@ -85,7 +85,7 @@ def test_a_pipeline_of_the_embedded_text_encoder_warns():
 
 
 def test_the_page_has_all_words():
-    page = (ROOT / "docs" / "nano.md").read_text("utf-8")
+    page = (ROOT / "docs" / "explanation" / "nano.md").read_text("utf-8")
     for kind, found in learned().items():
         row = next(line for line in page.splitlines() if line.startswith(f"| {kind} "))
         assert all(word in row for word in found if kind != "glyphs"), kind

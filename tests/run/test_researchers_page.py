@@ -1,4 +1,4 @@
-"""Every snippet of docs/researchers.md runs, twice as in a notebook, and gives what the page says."""
+"""Every snippet of docs/guides/researchers.md runs, twice as in a notebook, and gives what the page says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 
 from tests.helpers.tree import ROOT
 
-FIRST, *SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/researchers.md").read_text(), re.DOTALL)
+FIRST, *SNIPPETS = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs/guides/researchers.md").read_text(), re.DOTALL
+)
 
 
 def run(*snippets):

@@ -70,5 +70,5 @@ def remark(prompt: str) -> str:
     return (
         f"the embedded model never learned {fault}; it draws one {', '.join(singular)}, letter, digit or "
         f'Chinese character in {", ".join(colours)} on a background, such as "a small red circle on the left '
-        'of a blue background"; docs/nano.md has all its words'
+        'of a blue background"; docs/explanation/nano.md has all its words'
     )

@@ -20,7 +20,9 @@ EDGES = "edges"
 
 def add_control(parser: argparse.ArgumentParser) -> None:
     """The options; those that may be repeated belong together in their order."""
-    group = parser.add_argument_group("control", "Follow an image, such as edges; docs/control.md has more.")
+    group = parser.add_argument_group(
+        "control", "Follow an image, such as edges; docs/guides/control.md has more."
+    )
     group.add_argument(
         "--control", dest="control_image", action="append", metavar="FILE", help="image to follow; repeatable"
     )

@@ -101,7 +101,9 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _add_editing(parser: argparse.ArgumentParser) -> None:
-    editing = parser.add_argument_group("editing", "Begin from an image; docs/editing.md has examples.")
+    editing = parser.add_argument_group(
+        "editing", "Begin from an image; docs/guides/editing.md has examples."
+    )
     editing.add_argument("--image", metavar="FILE", help="image to begin from")
     editing.add_argument(
         "--strength", type=float, metavar="X",

@@ -16,7 +16,7 @@ def add_references(parser: argparse.ArgumentParser, model: argparse._ArgumentGro
         "--siglip", metavar="FILE", help="vision tower of an Omni checkpoint (default: that of the folder)"
     )
     group = parser.add_argument_group(
-        "references", "Show images to an Omni checkpoint beside the prompt; docs/omni.md has more."
+        "references", "Show images to an Omni checkpoint beside the prompt; docs/guides/omni.md has more."
     )
     group.add_argument(
         "--reference",

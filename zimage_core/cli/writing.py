@@ -14,7 +14,9 @@ NUMBERS = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens")
 
 def add_writing(parser: argparse.ArgumentParser) -> None:
     """Add the options; one that is not given is None, or False."""
-    writing = parser.add_argument_group("writing", "How a prompt is written anew; docs/enhance.md has more.")
+    writing = parser.add_argument_group(
+        "writing", "How a prompt is written anew; docs/guides/enhance.md has more."
+    )
     writing.add_argument(
         "--temperature", type=float, metavar="X",
         help="0 takes the most likely token each time (default: 0.6, without thinking 0.7)",

@@ -1,8 +1,8 @@
 """Runs ControlNets beside the base model: their hints are added to its tokens, layer by layer.
 
 The control blocks depend on the base model only where they begin, so each runs when its hint is wanted, and
-of the hints only one exists at a time. Source of the flow: VideoX-Fun's trainer; docs/control.md has the
-formulae.
+of the hints only one exists at a time. Source of the flow: VideoX-Fun's trainer; docs/guides/control.md has
+the formulae.
 """
 
 from __future__ import annotations

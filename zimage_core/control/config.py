@@ -1,6 +1,7 @@
 """Sizes of a ControlNet, found from its tensors, and the layers of the base model that it steers.
 
-The files are those of VideoX-Fun's trainer ("Fun-Controlnet-Union"); docs/control.md lists the variants.
+The files are those of VideoX-Fun's trainer ("Fun-Controlnet-Union"); docs/guides/control.md lists the
+variants.
 """
 
 from __future__ import annotations

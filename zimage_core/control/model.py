@@ -2,7 +2,7 @@
 
 Module names are those of the files, and of diffusers' ZImageControlNetModel. What it shares with the base
 model (timestep embedder, rotations, captions, pad token) it does not have. Source: VideoX-Fun's
-ZImageControlTransformer2DModel; the formulae are in docs/control.md.
+ZImageControlTransformer2DModel; the formulae are in docs/guides/control.md.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def largest_transformer(
 
     The other memory of a step is counted as in `memory.plan`: activations, one dense matrix at a time, and
     the workspace of libraries. The text encoder and the VAE are not in memory at the same time
-    (docs/memory.md).
+    (docs/guides/memory.md).
 
     Args:
         path: The checkpoint of a transformer, in any type: only the sizes of its network are used.

@@ -182,7 +182,7 @@ def enhance(
 
 
 def with_thought(thought: str, prompt: str) -> str:
-    """A prompt with a thought before it, as Qwen3 writes the two; docs/enhance.md says what it does."""
+    """A prompt with a thought before it, as Qwen3 writes the two; docs/guides/enhance.md says why."""
     return f"{THINK}\n{thought}\n{END_THINK}\n\n{prompt}"
 
 

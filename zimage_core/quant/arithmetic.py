@@ -5,9 +5,9 @@
     int8       both operands as int8 with a scale for each row, exact int32 sums (reference/int8.py)
     auto       int8 for a large transformer with packed weights if the device gains over 1.5 times, else exact
 
-This is the one place that says which layers take part and which of them rotate; docs/quality.md has the
-errors behind it. Embedders, final layer and adaptive norms stay exact: they are 1 per cent of the work, and
-err as much as a whole kind of layer of the blocks.
+This is the one place that says which layers take part and which of them rotate; docs/benchmarks/quality.md
+has the errors behind it. Embedders, final layer and adaptive norms stay exact: they are 1 per cent of the
+work, and err as much as a whole kind of layer of the blocks.
 """
 
 from __future__ import annotations

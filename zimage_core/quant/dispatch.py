@@ -76,10 +76,10 @@ class Architecture:
 
 
 # Assumed, not measured: rates are a usual fraction of the peak in data sheets; efficiencies are estimated
-# from the kernel's instructions and the time that its tensor-core work leaves for them (docs/kernels.md).
-# int8: the peak without sparsity, times 0.62 for Hopper's asynchronous products without TMA, 0.5 for AMD and
-# for sm_100, whose product by torch nobody has measured, 0.65 for A100, 0.75 elsewhere: there a product takes
-# five times as long as what is issued around it.
+# from the kernel's instructions and the time that its tensor-core work leaves for them
+# (docs/explanation/kernels.md). int8: the peak without sparsity, times 0.62 for Hopper's asynchronous
+# products without TMA, 0.5 for AMD and for sm_100, whose product by torch nobody has measured, 0.65 for A100,
+# 0.75 elsewhere: there a product takes five times as long as what is issued around it.
 ARCHITECTURES = {
     "sm_50": Architecture(8e12, 0.3e12, 0),  # no tensor cores, no Triton: float16 at the rate of float32
     "sm_70": Architecture(80e12, 0.75e12, 0),  # no tensor cores for int8

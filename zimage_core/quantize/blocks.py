@@ -1,7 +1,7 @@
 """Helpers of the encoders: their signature, packing of bits into bytes and of fields into blocks.
 
 They are the inverse of reference/bits.py and reference/blocks.py, in torch and on any device. Codes are uint8
-[n, count], one row per block; docs/formats.md explains the layouts `planes` and `consecutive`.
+[n, count], one row per block; docs/explanation/formats.md explains the layouts `planes` and `consecutive`.
 """
 
 from __future__ import annotations

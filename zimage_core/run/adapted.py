@@ -49,7 +49,7 @@ class Adapted:
         """Load a LoRA, or another adapter, beside those that are active.
 
         Weights stay as they are, packed or dense: small products are computed beside those of the layers. See
-        docs/lora.md for the kinds and the programs whose names of tensors are known.
+        docs/guides/lora.md for the kinds and the programs whose names of tensors are known.
 
         Args:
             path: A file (safetensors or GGUF), a folder that holds one, tensors by name, or "outline", the

@@ -45,7 +45,7 @@ class Controlled:
         hints: str = "trainer",
         mmap: bool = True,
     ) -> ControlNet:
-        """Load a ControlNet, which `control_image` of a call then steers the run with; see docs/control.md.
+        """Load a ControlNet, which a call's `control_image` then steers with; docs/guides/control.md.
 
         Args:
             controlnet: A GGUF or safetensors file, or a ControlNet that `zimage_core.load_controlnet` made.

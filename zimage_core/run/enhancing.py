@@ -54,7 +54,7 @@ class Enhancing:
         """Let the text encoder, which is a language model, write a prompt anew.
 
         Nothing is loaded but the last layer and the final norm of the text encoder's own file, and its head
-        if it has one. Adapters of the text encoder count. docs/enhance.md has examples.
+        if it has one. Adapters of the text encoder count. docs/guides/enhance.md has examples.
 
         Args:
             prompt: What is to be drawn. Control tokens in it, such as <|im_end|>, are read as text here.

@@ -68,7 +68,7 @@ class Opening:
             compute: In which numbers the blocks multiply: "exact" (the default), "bfloat16", "int8", or
                 "auto": int8 for a large transformer with packed weights if the device gains over 1.5 times,
                 else exact. A dict gives one for "transformer", "text_encoder" and "default".
-                docs/quality.md shows what it costs.
+                docs/benchmarks/quality.md shows what it costs.
             device: Device of the computation.
             mmap: Use the weights in place; the files must then not change. False reads them into memory.
             vram: Limit of GPU memory, such as "6GiB" or "auto"; see `limit_memory`.
@@ -164,7 +164,8 @@ class Opening:
     ) -> Self:
         """Build a pipeline with the nano model inside the package: small images of shapes and letters.
 
-        With `omni` it is the model's Omni sibling, which takes colours from reference images; docs/nano.md.
+        With `omni` it is the model's Omni sibling, which takes colours from reference images;
+        docs/explanation/nano.md.
         """
         paths = sources.embedded(omni).paths
         scheduler = FlowMatchEulerScheduler()  # stated, because this is a distilled model

@@ -79,7 +79,7 @@ def batch_of(batch: Batch, shown: References) -> Batch:
             if len(member) != wanted:
                 raise BadArgument(
                     f"{name}: got {len(member)} tensors for a prompt with {count} reference images, wanted "
-                    f"{wanted}, one for each piece (docs/omni.md)"
+                    f"{wanted}, one for each piece (docs/guides/omni.md)"
                 )
     return replace(batch, references=tuple(counts))
 

@@ -227,7 +227,8 @@ def collect_imatrix(
 
     Args:
         pipe: The model, with weights as close to the original ones as possible.
-        prompts: Prompts that are typical of the model's use; some dozens are enough (docs/quantizing.md).
+        prompts: Prompts that are typical of the model's use; some dozens are enough
+            (docs/guides/quantizing.md).
         seed: Seed of the first image; each next image has the next seed.
         components: "transformer", "text_encoder", or both; without the transformer nothing is denoised.
         dataset: Name of the source of the prompts, for the file.

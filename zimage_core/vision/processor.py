@@ -2,7 +2,7 @@
 
 An image keeps its aspect and gets as many patches as fit into `max_num_patches`; small images are enlarged.
 The resize is Pillow's, as in transformers without torchvision. With torchvision, transformers resizes by
-torch's kernel for bytes, which gives some bytes otherwise; docs/numerics.md has the share.
+torch's kernel for bytes, which gives some bytes otherwise; docs/explanation/numerics.md has the share.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Finds, opens and identifies the components of a pipeline in files and in folders of any layout.
 
-docs/files.md states the rules for users.
+docs/guides/files.md states the rules for users.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Recognise ControlNets of Z-Image by their tensors, and tell their variants apart.
 
-Source: the files of VideoX-Fun's trainer ("Fun-Controlnet-Union"); docs/control.md lists them.
+Source: the files of VideoX-Fun's trainer ("Fun-Controlnet-Union"); docs/guides/control.md lists them.
 """
 
 from __future__ import annotations

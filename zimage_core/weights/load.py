@@ -79,7 +79,7 @@ def load_transformer(
         device: Device of the model.
         mmap: Use the weights in place; the file must not change meanwhile. False reads it into memory.
         compute: In which numbers the blocks multiply: "exact", "bfloat16", "int8", or "auto" for int8 where
-            weights are packed and the device gains; see docs/quality.md.
+            weights are packed and the device gains; see docs/benchmarks/quality.md.
 
     Raises:
         BadFile, UnknownFormat: The file cannot be opened.
