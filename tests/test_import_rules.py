@@ -45,6 +45,9 @@ ALLOWED: dict[str, set[str]] = {
     "omni_pipelines": {"pipeline", "run"},
     "preview": {"config", "models", "run", "weights"},
     "control_pipelines": {"control", "pipeline", "run"},
+    "parallel": {"config", "files", "memory", "models", "nn", "run"},
+    "batch": {"assets", "config", "files", "memory", "pipeline", "run", "weights"},
+    "parity": {"config", "files", "formats", "models", "nn", "pipeline", "quant", "run", "text", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {
         "assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "vision", "weights",

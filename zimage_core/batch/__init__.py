@@ -1,0 +1,1 @@
+"""Many prompts from a table: rows in, datasets out."""

@@ -1,0 +1,1 @@
+"""A checkpoint compared with diffusers, block by block."""
