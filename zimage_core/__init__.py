@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from zimage_core.errors import (
         BadArgument,
         BadFile,
+        BadRows,
         BadShape,
         BadWeights,
         Busy,
@@ -56,6 +57,7 @@ __all__ = [
     "FORMATS",
     "BadArgument",
     "BadFile",
+    "BadRows",
     "BadShape",
     "BadWeights",
     "Busy",

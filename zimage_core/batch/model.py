@@ -12,6 +12,7 @@ from zimage_core.assets import DEFAULT
 from zimage_core.config import COMPONENTS, NATIVE_SIZE, AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, WrongModel
 from zimage_core.memory.rates import step_flops
+from zimage_core.weights.opened import open_weights
 
 if TYPE_CHECKING:
     from zimage_core.pipeline import ZImagePipeline
@@ -100,7 +101,9 @@ class Model:
         from zimage_core.run.checks import read_device
 
         where = read_device("auto")
-        limits = {"vram": "auto"} if where.type == "cuda" and self.vram is None and self.ram is None else {}
+        limits: dict[str, Any] = (
+            {"vram": "auto"} if where.type == "cuda" and self.vram is None and self.ram is None else {}
+        )
         return replace(self, device=str(where), **limits)
 
     def load(self) -> ZImagePipeline:
@@ -145,9 +148,10 @@ class Model:
         parts: Mapping[str, Any] = {
             name: value for name, value in self._parts().items() if name in COMPONENTS
         }
-        scheduler = None
+        scheduler, tower = None, self.siglip
         if self.model is not None:
             parts, _, scheduler = find_components(self.model, parts, None, None, False, self.variant, {})
+            tower = tower or parts.get("siglip")
             parts = {name: value for name, value in parts.items() if name in COMPONENTS}
         paths = parts or {n: p for n, p in embedded(self.omni).paths.items() if n in COMPONENTS}
         opened = open_pipeline(paths)
@@ -163,6 +167,8 @@ class Model:
         finally:
             for part in opened.values():
                 part.file.close()
+        if tower is not None:
+            files["siglip"] = hash_of(tower)
         return Survey(limits, files, is_small(net, limits))
 
 
@@ -185,6 +191,19 @@ def is_small(config: TransformerConfig, limits: Limits) -> bool:
     """Whether a step at the model's own size is too small for a second thread."""
     side = limits.sample_size // limits.factor
     return step_flops(config, side, side, 128) < SMALL_STEP
+
+
+def hash_of(file: Any) -> dict[str, Any]:
+    """Size and hash of a file of weights, as in an image's settings; it may be open already.
+
+    Raises:
+        BadFile: It is no file of weights.
+    """
+    opened = getattr(file, "file", None) or open_weights(file, mmap=False)
+    try:
+        return {name: value for name, value in opened.identity().items() if name != "name"}
+    finally:
+        opened.close()
 
 
 def _absolute(path: str) -> str:

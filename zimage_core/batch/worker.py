@@ -112,8 +112,7 @@ class Worker:
         Raises:
             DeviceFault: The GPU failed, which lasts until the process ends.
         """
-        drawn = self.draw(row)
-        return drawn if isinstance(drawn, Failed) else self.encode(row, drawn)
+        return self.finish(row, self.draw(row))
 
     def draw(self, row: Row) -> ZImageResult | Failed:
         """The first half: the run itself, in the thread that called.
@@ -133,8 +132,10 @@ class Worker:
         except Exception as error:  # noqa: BLE001  one row that fails does not cost the others
             return Failed(row, f"internal error, {type(error).__name__}: {printable(error)}")
 
-    def encode(self, row: Row, result: ZImageResult) -> Done | Failed:
+    def finish(self, row: Row, result: ZImageResult | Failed) -> Done | Failed:
         """The second half: the PNG, which another thread can make while the next row is drawn."""
+        if isinstance(result, Failed):
+            return result
         try:
             settings = result.metadata()
             data = png.encode(cast(Any, result.images)[0], settings if self.spec.metadata else None)
