@@ -22,9 +22,7 @@ NOT_YET = {
     "docs/guides/enhance.md",
     "docs/guides/files.md",
     "docs/guides/lora.md",
-    "docs/guides/memory.md",
     "docs/guides/omni.md",
-    "docs/guides/quantizing.md",
     "docs/guides/researchers.md",
     "docs/guides/sampling.md",
 }

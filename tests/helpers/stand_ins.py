@@ -36,7 +36,7 @@ def make(folder: Path) -> Path:
     ZImagePipeline.from_default(omni=True).save_pretrained(folder / "Z-Image-Omni-Base", **dense)
     convert_file(folder / "Z-Image-Turbo", folder / "turbo.safetensors")
     for file in CONTROLNETS:
-        save_file(dense_control_net(), folder / file)
+        save_file(dense_control_net(), folder / file, {"places": "0"})
     for style in ("style", "outline"):
         shutil.copy(PARTS["outline"], folder / f"{style}.safetensors")
     (folder / "prompts.txt").write_text(PROMPTS, "utf-8")
@@ -48,7 +48,8 @@ def make(folder: Path) -> Path:
 def dense_control_net() -> dict[str, torch.Tensor]:
     """The tensors of the embedded ControlNet as plain numbers."""
     net = load_controlnet(PARTS["edges"])
-    tensors = {name: value.clone() for name, value in net.state_dict().items()}
+    kept = {name: value for name, value in net.state_dict().items() if not name.endswith(".packed")}
+    tensors = {name: value.clone() for name, value in kept.items()}
     for name, layer in net.named_modules():
         if isinstance(getattr(layer, "weight", None), QuantTensor):
             tensors[f"{name}.weight"] = layer.weight.dequantize(torch.float32)
