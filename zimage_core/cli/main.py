@@ -84,6 +84,7 @@ def build_parser() -> Parser:
         generate,
         imatrix,
         inspect,
+        parity,
         plan,
         quantize,
         sensitivity,
@@ -101,7 +102,19 @@ def build_parser() -> Parser:
     common.add_argument(
         "--debug", dest="traceback", action="store_true", help="show the traceback of an error"
     )
-    for verb in (generate, enhance, inspect, plan, quantize, convert, imatrix, sensitivity, compare, doctor):
+    for verb in (
+        generate,
+        enhance,
+        inspect,
+        plan,
+        quantize,
+        convert,
+        imatrix,
+        sensitivity,
+        compare,
+        parity,
+        doctor,
+    ):
         verb.add_parser(verbs, common)
     for each in verbs.choices.values():
         each.set_defaults(options=option_names(each))
