@@ -20,8 +20,6 @@ from zimage_core.weights.opened import Opened
 
 LEAST = 4 * 2.0**-24
 """Least tolerance, relative to the largest number of a value: four roundings of it to float32."""
-PLAIN = {"F64", "F32", "F16", "BF16"}
-"""Types that need no decoding."""
 Values = Mapping[str, Tensor]
 
 
@@ -52,7 +50,7 @@ def compare_network(name: str, pair: Pair, opened: Opened, ours: nn.Module, floa
         name=name,
         peer=pair.peer,
         weights=", ".join(kind for kind, _ in types.most_common()),
-        quantised=not PLAIN.issuperset(types),
+        quantised=not all(tensor.format.is_float for tensor in opened.file.tensors.values()),
         inputs=pair.inputs,
         blocks=blocks,
         problem=problem,
