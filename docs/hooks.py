@@ -1,8 +1,8 @@
 """What mkdocs does beside rendering: files from outside docs/ become pages, and links to them lead there.
 
 The pages of docs/ have links that work on GitHub, such as `../../benchmarks/README.md` or
-`../../reference/int8.py`. In the site, a Markdown file in PAGES is a page of its own, a Python file is a page
-that shows it, and any other file (raw data) is copied. Everything is found from the links, beginning at docs/.
+`../../reference/int8.py`. In the site, a Markdown file in PAGES is a page of its own, a Python file is a
+page that shows it, and any other file (raw data) is copied. All are found from the links, beginning at docs/.
 """
 
 from __future__ import annotations

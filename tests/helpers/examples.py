@@ -173,7 +173,7 @@ def run_zimage(words: Sequence[str], stdin: str, settings: dict[str, str]) -> st
         for stream in streams:
             stack.enter_context(stream)
         stack.enter_context(mock.patch.dict(os.environ, settings))
-        stack.enter_context(mock.patch("sys.stdin", io.StringIO(stdin)))
+        stack.enter_context(mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")))
         try:
             status: Any = main(list(words))
         except SystemExit as leaving:
