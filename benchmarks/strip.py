@@ -1,6 +1,6 @@
 """The strip of README.md: eight images of the embedded model in a row, at a seed fixed before they were seen.
 
-    python -m benchmarks.strip      # writes docs/images/strip.png
+python -m benchmarks.strip      # writes docs/images/strip.png
 """
 
 from __future__ import annotations

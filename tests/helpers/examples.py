@@ -26,7 +26,7 @@ REASONS = ("needs a GPU", "needs the network", "takes minutes", "output")
 
 SKIPPED = ("pip", "hf", "git", "docker", "torchrun", "cd", "source", ".")
 """Programs whose lines install or fetch something, or start processes of their own; they do not run."""
-SKIPPED_MODULES = ("venv", "pip", "mkdocs", "torch.distributed.run")
+SKIPPED_MODULES = ("venv", "pip", "pytest", "mkdocs", "torch.distributed.run")
 """The same for `python -m MODULE`."""
 SHELL = ("echo", "printf", "cat", "mkdir", "ls", "cp", "head", "tail", "rm")
 """Programs that a shell runs as they are."""
