@@ -1,4 +1,6 @@
-"""The tables of docs/benchmarks/index.md, from the committed results; `python -m benchmarks.tables` fills the page.
+"""The tables of docs/benchmarks/index.md, from the committed results.
+
+`python -m benchmarks.tables` fills the page.
 
 The page is a summary. Each table names the machine of its figures, and each row the file that has them.
 """
