@@ -105,19 +105,10 @@ class Stream:
         self._tokens: list[Tokens] = []
 
     def prepare(self, captions: Sequence[Tensor], times: Sequence[float], size: tuple[int, int]) -> Prepared:
-        """Compute what the steps share; each rank refines the captions and keeps its tokens of them.
-
-        Raises:
-            BadArgument: The image has fewer rows of patches than there are ranks.
-        """
+        """Compute what the steps share; each rank refines the captions and keeps its tokens of them."""
         whole = self.transformer.prepare(captions, times, size)
         rows, columns = (side // self.transformer.config.patch_size for side in size)
         ranks, rank = self.group.size, self.group.rank
-        if rows < ranks:
-            raise BadArgument(
-                f"parallel: {ranks} ranks for an image of {rows} rows of patches (16 pixels each), of which "
-                f"each needs one; use {rows} ranks or fewer, or a higher image"
-            )
 
         def own(text: Tensor, rotation: Rotation) -> tuple[Tensor, Rotation]:
             image = len(rotation[0]) - len(text)
@@ -190,7 +181,7 @@ class Ulysses:
 
         Raises:
             Unsupported: The run has reference images, or the transformer hooks or a compiled call.
-            BadArgument: There are more ranks than heads.
+            BadArgument: There are more ranks than heads, or than rows of patches.
         """
         if run.references is not None:
             raise Unsupported("parallel: reference images are for one rank alone; leave parallelize out")
@@ -199,10 +190,16 @@ class Ulysses:
                 "parallel: the transformer's own call is hooked or compiled, and ranks call its blocks; put "
                 "hooks on its blocks, and compile them by compile_repeated_blocks"
             )
-        heads, ranks = transformer.config.n_heads, self.sequence.size
+        config, ranks = transformer.config, self.sequence.size
+        heads, rows = config.n_heads, run.latents.shape[-2] // config.patch_size
         if heads < ranks:
             raise BadArgument(
                 f"parallel: {ranks} ranks for {heads} heads, of which each needs one; use {heads} or fewer"
+            )
+        if rows < ranks:
+            raise BadArgument(
+                f"parallel: {ranks} ranks for an image of {rows} rows of patches (16 pixels each), of which "
+                f"each needs one; use {rows} ranks or fewer, or a higher image"
             )
         return Stream(self.sequence, transformer, list({each.net: None for each in run.controls}))
 
