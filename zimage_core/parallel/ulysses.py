@@ -107,18 +107,9 @@ class Stream:
     def prepare(
         self, captions: Sequence[Any], times: Sequence[float], size: tuple[int, int]
     ) -> Prepared | OmniPrepared:
-        """Compute what the steps share; each rank refines the captions and keeps its tokens of them.
-
-        Raises:
-            BadArgument: The image has fewer rows of patches than there are ranks.
-        """
+        """Compute what the steps share; each rank refines the captions and keeps its tokens of them."""
         ranks, patch = self.group.size, self.transformer.config.patch_size
         rows, columns = (side // patch for side in size)
-        if rows < ranks:
-            raise BadArgument(
-                f"parallel: {ranks} ranks for an image of {rows} rows of patches (16 pixels each), of which "
-                f"each needs one; use {rows} ranks or fewer, or a higher image"
-            )
         self._tokens = []
         whole: Prepared | OmniPrepared = self.alone.prepare(captions, times, size)
         if isinstance(whole, OmniPrepared):
@@ -217,18 +208,24 @@ class Ulysses:
 
         Raises:
             Unsupported: The transformer has hooks or a compiled call.
-            BadArgument: There are more ranks than heads.
+            BadArgument: There are more ranks than heads, or than rows of patches.
         """
         stream = Stream(self.sequence, alone, list({each.net: None for each in run.controls}))
-        transformer, ranks = stream.transformer, self.sequence.size
-        if has_hooks(transformer) or getattr(transformer, "dynamo_ctx", None) is not None:
+        if has_hooks(stream.transformer) or getattr(stream.transformer, "dynamo_ctx", None) is not None:
             raise Unsupported(
                 "parallel: the transformer's own call is hooked or compiled, and ranks call its blocks; put "
                 "hooks on its blocks, and compile them by compile_repeated_blocks"
             )
-        if (heads := transformer.config.n_heads) < ranks:
+        config, ranks = stream.transformer.config, self.sequence.size
+        heads, rows = config.n_heads, run.latents.shape[-2] // config.patch_size
+        if heads < ranks:
             raise BadArgument(
                 f"parallel: {ranks} ranks for {heads} heads, of which each needs one; use {heads} or fewer"
+            )
+        if rows < ranks:
+            raise BadArgument(
+                f"parallel: {ranks} ranks for an image of {rows} rows of patches (16 pixels each), of which "
+                f"each needs one; use {rows} ranks or fewer, or a higher image"
             )
         return stream
 
