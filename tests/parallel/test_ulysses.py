@@ -13,6 +13,7 @@ from tests.helpers import tiny
 from tests.helpers.ulysses import Case, cases, cases_of_two, drawn, guided_apart, heads_30, on_ranks
 from tests.run.test_memory import least_ram
 from zimage_core.errors import BadArgument, Unsupported
+from zimage_core.models.transformer import Attention
 from zimage_core.parallel.ulysses import Ulysses, evenly, image_tokens, text_tokens
 
 CLOSE = 1e-5
@@ -97,6 +98,10 @@ def test_what_ranks_cannot_share_is_one_sentence():
     hooked.transformer.register_forward_hook(lambda *_: None)
     with pytest.raises(Unsupported, match="hooked or compiled"):
         drawn(Case(lambda: hooked, {"prompt": "a"}), ranks(2))
+    other = tiny.pipeline()
+    other.transformer.layers[1].attention.__class__ = type("Mine", (Attention,), {})
+    with pytest.raises(Unsupported, match="attention of another class"):
+        drawn(Case(lambda: other, {"prompt": "a"}), ranks(2))
 
 
 def test_after_an_error_in_a_step_a_run_without_ranks_is_what_it_was():

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.models.omni import OmniPrepared, OmniSample
-from zimage_core.models.transformer import After, Predict, Prepared, ZImageTransformer
+from zimage_core.models.transformer import After, Attention, Predict, Prepared, ZImageTransformer
 from zimage_core.nn.attention import attention
 from zimage_core.nn.layers import Rotation, has_hooks
 from zimage_core.parallel.group import Group
@@ -96,12 +96,21 @@ class Stream:
         group: The ranks.
         alone: What has these methods on one rank: the transformer, or an `OmniStream` of it.
         nets: ControlNets beside it.
+
+    Raises:
+        Unsupported: The attention of a block was replaced by another class.
     """
 
     def __init__(self, group: Group, alone: Any, nets: Sequence[Any] = ()) -> None:
         self.group, self.alone = group, alone
         self.transformer: ZImageTransformer = getattr(alone, "transformer", alone)
-        self._attentions = [block.attention for net in (self.transformer, *nets) for block in net.blocks]
+        blocks = [block for net in (self.transformer, *nets) for block in net.blocks]
+        self._attentions = [m for block in blocks for m in block.modules() if type(m) is Attention]
+        if len(self._attentions) != len(blocks):
+            raise Unsupported(
+                "parallel: a block has an attention of another class, which would see the tokens of one rank "
+                "alone; put the original back, or wrap it"
+            )
         self._tokens: list[Tokens] = []
 
     def prepare(
@@ -207,7 +216,7 @@ class Ulysses:
             run: The checked arguments of the call.
 
         Raises:
-            Unsupported: The transformer has hooks or a compiled call.
+            Unsupported: The transformer has hooks or a compiled call, or a block another attention.
             BadArgument: There are more ranks than heads, or than rows of patches.
         """
         stream = Stream(self.sequence, alone, list({each.net: None for each in run.controls}))
