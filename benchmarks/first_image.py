@@ -1,4 +1,4 @@
-"""Seconds from a fresh checkout to the first image, by the command of README.md, and what pip downloads for it.
+"""Seconds from a fresh checkout to the first image, by the command of README.md, and what pip installs.
 
     python -m benchmarks.first_image
 

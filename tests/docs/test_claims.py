@@ -6,7 +6,9 @@ from benchmarks.report import read
 from tests.helpers import examples
 from tests.helpers.tree import ROOT
 
-PAGES = [path for path in ("explanation/claims.md", "zh/claims.md") if (ROOT / "docs" / path).exists()]
+PAGES = [
+    path for path in ("explanation/claims.md", "zh/explanation/claims.md") if (ROOT / "docs" / path).exists()
+]
 
 
 @pytest.mark.parametrize("page", PAGES)
