@@ -77,6 +77,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """The parser of all verbs."""
     from zimage_core.cli import (
+        batch,
         compare,
         convert,
         doctor,
@@ -103,18 +104,9 @@ def build_parser() -> Parser:
         "--debug", dest="traceback", action="store_true", help="show the traceback of an error"
     )
     for verb in (
-        generate,
-        enhance,
-        inspect,
-        plan,
-        quantize,
-        convert,
-        imatrix,
-        sensitivity,
-        compare,
-        parity,
+        generate, batch, enhance, inspect, plan, quantize, convert, imatrix, sensitivity, compare, parity,
         doctor,
-    ):
+    ):  # fmt: skip
         verb.add_parser(verbs, common)
     for each in verbs.choices.values():
         each.set_defaults(options=option_names(each))

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store
 
 from zimage_core.errors import BadArgument, RankFailed, Unsupported, printable
+from zimage_core.parallel.store import LimitedStore
 
 TIMEOUT = 60.0
 """Seconds that a rank waits for the others, where `timeout` and ZIMAGE_RANK_TIMEOUT do not say."""
@@ -30,10 +31,11 @@ VARIABLE = "ZIMAGE_RANK_TIMEOUT"
 FIRST = 10
 """How many times longer ranks wait for each other at the start of a run: they load at different speeds."""
 ANSWER = 3.0
-"""Seconds in which a rank that still runs says so, after an exchange failed."""
-STORE_LOST = "the rank that holds the store of the process group has ended; start all ranks anew"
-_counts: dict[tuple[int, ...], int] = {}
-"""Links that were made in this process for these ranks; it is the same number on each of them."""
+"""Seconds in which a rank that still runs says so, after an exchange failed, where several are missing."""
+STORE_LOST = (
+    "the process that holds the store of the process group, rank 0 or torchrun, ended or does not answer; "
+    "start all ranks anew"
+)
 
 
 def read_timeout(timeout: float | None) -> float:
@@ -109,14 +111,14 @@ class Link:
     Args:
         ranks: Their numbers in the world, rising.
         timeout: Seconds to wait for the others during a run.
+        number: How many links these ranks had before; the same on each of them.
     """
 
-    def __init__(self, ranks: Sequence[int], timeout: float) -> None:
-        self.ranks, self.timeout = tuple(ranks), timeout
+    def __init__(self, ranks: Sequence[int], timeout: float, number: int = 0) -> None:
+        self.ranks, self.timeout, self.number = tuple(ranks), timeout, number
         self.rank = dist.get_rank()
-        number = _counts[self.ranks] = _counts.get(self.ranks, 0) + 1
         name = f"zimage/{'-'.join(map(str, self.ranks))}/{number}"
-        self._store = PrefixStore(name, _get_default_store())
+        self._store = LimitedStore(_get_default_store(), name, timeout)
         self._round = 0
         self._groups: list[Any] = []
         self._process = os.getpid()
@@ -133,33 +135,39 @@ class Link:
         """
         self.check()
         limit = self.timeout * (FIRST if first else 1)
-        keys = [self._key(rank) for rank in self.ranks]
+        keys = [f"round/{self._round}/{rank}" for rank in self.ranks]
         try:
-            self._store.set(self._key(self.rank), message)
-            if not self._come(keys, limit):
-                raise self._lost(f"did not come within {limit:g} s", wait=0.0)
-            said = [self._store.get(key).decode() for key in keys]
-            self._round += 1
-            if self._round > 1:  # all ranks have read the round before the one that they have just read
-                self._store.delete_key(f"round/{self._round - 2}/{self.rank}")
+            self._store.set(f"round/{self._round}/{self.rank}", message)
+            if missing := self._missing(keys, limit):
+                raise self._failed(missing, f"did not come within {limit:g} s")
+            said = self._store.all(keys)
+            if self._round:  # all ranks have read the round before the one that they have just written
+                self._store.delete(f"round/{self._round - 1}/{self.rank}")
         except RuntimeError:
             raise RankFailed(self.failure() or STORE_LOST) from None
+        self._round += 1
         return said
 
-    def _come(self, keys: list[str], limit: float) -> bool:
-        """Wait until all keys are in the store; False if they are not within the limit.
+    def _missing(self, keys: Sequence[str], limit: float, fewest: int = 0) -> list[int]:
+        """Wait for the key of each rank; the ranks whose keys are still missing after the limit.
 
-        The store has such a wait itself, but writes warnings of its own, and does not end if a rank fails.
+        Args:
+            keys: A key of each rank.
+            limit: Seconds.
+            fewest: Number of missing ranks at which the wait ends.
+
+        Raises:
+            RankFailed: A rank has said that it failed.
         """
         end, pause = time.monotonic() + limit, 1e-4
-        while not self._store.check(keys):
-            if time.monotonic() > end:
-                return False
+        while not self._store.check(*keys):
+            self.check()
+            missing = [r for r, key in zip(self.ranks, keys, strict=True) if not self._store.check(key)]
+            if len(missing) <= fewest or time.monotonic() > end:
+                return missing
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
-            if pause > 0.005:
-                self.check()
-        return True
+        return []
 
     def check(self) -> None:
         """Refuse to go on where a rank has failed before.
@@ -170,7 +178,7 @@ class Link:
         """
         if os.getpid() != self._process:
             raise Unsupported(
-                "parallel: this process was forked from a rank, which alone can speak to the others"
+                "parallel: this process was forked from a rank; only that one can run with others"
             )
         reason = self.failure()
         if reason is not None:
@@ -179,11 +187,9 @@ class Link:
     def failure(self) -> str | None:
         """Why these ranks cannot work together any more; None while they can."""
         try:
-            if self._store.check(["failed"]):
-                return self._store.get("failed").decode()
+            return self._store.get("failed") if self._store.check("failed") else None
         except RuntimeError:
             return STORE_LOST
-        return None
 
     def fail(self, reason: str) -> None:
         """Tell the other ranks that this one failed, so that they raise `RankFailed` and do not wait."""
@@ -191,8 +197,10 @@ class Link:
 
     def _post(self, reason: str) -> str:
         """Make this the reason of all ranks, unless there is one already; the reason that counts then."""
-        with suppress(RuntimeError):  # the store is lost with the rank that held it, as the others will see
-            reason = self._store.compare_set("failed", "", reason).decode()
+        try:
+            reason = self._store.first("failed", reason)
+        except RuntimeError:
+            reason = STORE_LOST
         for group in self._groups:  # wakes those who wait for a tensor
             group.abort()
         self._groups.clear()
@@ -200,35 +208,21 @@ class Link:
 
     def lost(self, error: RuntimeError) -> RankFailed:
         """The error to raise after an exchange of tensors failed with `error`."""
-        slow = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-        text = printable(str(error).partition("\n")[0])
-        what = f"does not answer for {self.timeout:g} s" if slow else "ended"
-        return self._lost(what, wait=ANSWER, text=text)
-
-    def _lost(self, what: str, wait: float, text: str = "") -> RankFailed:
-        """Find the ranks that are missing: those which do not say within `wait` seconds that they run."""
-        end = time.monotonic() + wait
-        missing = list(self.ranks)
+        text = str(error).lower()
+        slow = "timed out" in text or "timeout" in text
         try:
             self._store.set(f"here/{self.rank}", "")
-            while (reason := self.failure()) is None and time.monotonic() < end:
-                time.sleep(0.05)
-            if reason is None:
-                said = "here/{}" if wait else f"round/{self._round}/{{}}"
-                missing = [rank for rank in self.ranks if not self._store.check([said.format(rank)])]
+            missing = self._missing([f"here/{rank}" for rank in self.ranks], ANSWER, fewest=1)
+        except RankFailed as failed:
+            return RankFailed(self._post(str(failed)))
         except RuntimeError:
-            reason = self.failure()
-        if reason is None:
-            who = " and ".join(f"rank {rank}" for rank in missing if rank != self.rank)
-            reason = (
-                f"{who} {what}; see what became of its process, then start all ranks anew"
-                if who
-                else f"the connection between the ranks broke ({text}); start all ranks anew"
-            )
-        return RankFailed(self._post(reason))
+            return RankFailed(self._post(STORE_LOST))
+        what = f"does not answer for {self.timeout:g} s" if slow else "ended, or its connection broke"
+        return self._failed(missing, what if missing else printable(text.partition("\n")[0]))
 
-    def _key(self, rank: int) -> str:
-        return f"round/{self._round}/{rank}"
+    def _failed(self, missing: Sequence[int], what: str) -> RankFailed:
+        who = " and ".join(f"rank {rank}" for rank in missing) or "the exchange between the ranks"
+        return RankFailed(self._post(f"{who} {what}; see what became of it, then start all ranks anew"))
 
     def process_group(self, ranks: Sequence[int]) -> Any:
         """A process group of some of these ranks, with the limit as its timeout; None for one rank alone."""
@@ -242,6 +236,20 @@ class Link:
             raise self.lost(error) from None
         self._groups.append(group)
         return group
+
+
+_links: dict[tuple[int, ...], Link] = {}
+"""The latest link of these ranks in this process."""
+
+
+def link_of(ranks: Sequence[int], timeout: float) -> Link:
+    """The link between these ranks: the one that they have, or a new one where it failed."""
+    key = tuple(ranks)
+    old = _links.get(key)
+    if old is None or old.failure() is not None:
+        _links[key] = Link(key, timeout, 0 if old is None else old.number + 1)
+    _links[key].timeout = timeout
+    return _links[key]
 
 
 class Group:
