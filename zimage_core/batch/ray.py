@@ -128,12 +128,14 @@ def _drawn(
     """The results of Ray Data, without the rows that were lost."""
     from ray import data
 
-    context = data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.max_errored_blocks = MOST_LOST
-    context.max_consecutive_actor_init_deaths = TRIES
-    with data.DataContext.current(context), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # retries of a task are set by an argument that is to be renamed
+    with warnings.catch_warnings(), contextlib.ExitStack() as exits:
+        # Ray warns of names of its own settings, and of the argument for retries, which has no other name
+        warnings.simplefilter("ignore")
+        context = data.DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.max_errored_blocks = MOST_LOST
+        context.max_consecutive_actor_init_deaths = TRIES
+        exits.enter_context(data.DataContext.current(context))
         results = data.from_items(
             [{"row": row} for row in window], override_num_blocks=len(window)
         ).map_batches(
