@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -75,6 +74,7 @@ def generate_dataset(
     format: str = "png",
     shard_size: int = SHARD_SIZE,
     ray: bool | str | None = None,
+    workers: int | None = None,
     threads: int | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
@@ -105,7 +105,9 @@ def generate_dataset(
         format: "png" for a folder of PNG files, "webdataset" for tar shards, "parquet" for Parquet files with
             the bytes of images. Each has index.jsonl, a line an image.
         shard_size: Images of a shard.
-        ray: True to draw on the machines of a Ray cluster that is started here, or its address.
+        ray: True to draw by workers of a Ray that is started here, or RAY_ADDRESS if that is set; else the
+            address of a cluster: "HOST:PORT", or "auto" on one of its machines.
+        workers: With `ray`: how many workers. Default: as many as the cluster has GPUs, or CPUs for.
         threads: Threads of torch on a CPU, which are part of what decides the last bits of an image. Default:
             OMP_NUM_THREADS if it is set; 1 for a small network such as the embedded one; else one a core.
         limit: Draw no more than the first rows of the table.
@@ -143,7 +145,7 @@ def generate_dataset(
     if limit is not None:
         good = good[: checks.whole("limit", limit, 1, 1 << 60)]
     spec = Spec(_fitting(described, good) if pipe is None else described, count, metadata)
-    with _Here(spec, pipe) if ray is None or ray is False else _on_ray(spec, ray) as crew:
+    with _Here(spec, pipe) if ray is None or ray is False else _on_ray(spec, ray, workers) as crew:
         good = sealed(good, identity_of(crew.spec.model, pipe, count))
         return _run(good, faults, Path(out), format, shard_size, crew, on_progress)
 
@@ -243,9 +245,10 @@ class _Here:
             torch.set_num_threads(before)
 
 
-def _on_ray(spec: Spec, address: bool | str) -> Crew:
-    pool = import_module("zimage_core.batch.ray").Pool
-    return pool(spec, address)  # type: ignore[no-any-return]
+def _on_ray(spec: Spec, address: bool | str, workers: int | None) -> Crew:
+    from zimage_core.batch.ray import Pool
+
+    return Pool(spec, address, workers if workers is None else checks.whole("workers", workers, 1, 1 << 20))
 
 
 def _read(rows: Rows, context: Context) -> tuple[list[Row], Faults]:
