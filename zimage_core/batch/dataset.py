@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -11,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zimage_core.batch.identity import context_of, identity_of, threads_of
+from zimage_core.batch.identity import context_of, identity_of, survey_of, threads_of
 from zimage_core.batch.model import EDGES, Model
 from zimage_core.batch.rows import Context, Faults, read_rows, sealed
 from zimage_core.batch.saving import Finish, Saver
@@ -19,7 +20,7 @@ from zimage_core.batch.shards import FORMATS, PARQUET
 from zimage_core.batch.tables import given_rows, import_parquet, read_table
 from zimage_core.batch.worker import Done, Failed, Row, Spec, Worker
 from zimage_core.batch.writer import Writer
-from zimage_core.errors import BadArgument, BadRows
+from zimage_core.errors import BadArgument, BadFile, BadRows
 from zimage_core.run import checks
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Report:
         failed: These rows with the reasons, when the run has ended; also in failures.jsonl.
         bad: Number and reason of rows that were left out because of `skip_bad`, up to 1000.
         bad_count: How many were left out.
-        seconds: Time of the run, without the loading of the model.
+        seconds: Time of the run, with the loading of the model.
     """
 
     out: Path
@@ -136,16 +137,24 @@ def generate_dataset(
     if format == PARQUET:
         import_parquet()
     described = Model.of(model)
-    count = threads_of(described, pipe, threads)
-    good, faults = _read(rows, context_of(described, pipe, defaults, keep))
+    known = described.survey() if pipe is None else survey_of(pipe)
+    count = threads_of(known, threads)
+    good, faults = _read(rows, context_of(described, known, pipe, defaults, keep))
+    if not good and not faults.count:
+        raise BadFile(
+            _name(rows), "there is no row in it", "write a prompt a line, or one JSON object a line"
+        )
     if faults.count and not skip_bad:
         raise BadRows(_name(rows), faults.listed, faults.count)
     if limit is not None:
         good = good[: checks.whole("limit", limit, 1, 1 << 60)]
     spec = Spec(_fitting(described, good) if pipe is None else described, count, metadata)
     with _Here(spec, pipe) if ray is None or ray is False else _on_ray(spec, ray) as crew:
-        good = sealed(good, identity_of(crew.spec.model, pipe, count))
+        good = sealed(good, identity_of(crew.spec, known, pipe))
         return _run(good, faults, Path(out), format, shard_size, crew, on_progress)
+
+
+Results = Generator[Finish | Done | Failed, None, None]
 
 
 class Crew(Protocol):
@@ -161,7 +170,7 @@ class Crew(Protocol):
 
     def __exit__(self, *_: object) -> None: ...
 
-    def results(self, rows: Sequence[Row]) -> Iterator[Finish | Done | Failed]:
+    def results(self, rows: Sequence[Row]) -> Results:
         """An outcome of each row, or what gives it, in any order."""
 
 
@@ -195,10 +204,11 @@ def _run(
 
         saver = Saver(save)
         try:
-            for result in crew.results(wanted) if wanted else ():
-                saver.put(result)
-                if on_progress is not None:
-                    on_progress(so_far())
+            with closing(crew.results(wanted)) as results:
+                for result in results:
+                    saver.put(result)
+                    if on_progress is not None:
+                        on_progress(so_far())
         finally:
             saver.close()
         writer.finish()
@@ -228,8 +238,10 @@ class _Here:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def results(self, rows: Sequence[Row]) -> Iterator[Finish | Done | Failed]:
+    def results(self, rows: Sequence[Row]) -> Results:
         """The last part of the work on each row, in their order."""
+        if not rows:
+            return
         import torch
 
         before = torch.get_num_threads()
