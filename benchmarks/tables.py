@@ -62,6 +62,17 @@ def full(report: Mapping[str, Any]) -> str:
     return markdown("type | bits | 6B file | Gaussian | Student's t", rows)
 
 
+def choice(report: Mapping[str, Any]) -> str:
+    """A row a type that one would choose: its size in the 6B model, and its errors."""
+    rows = []
+    for fmt in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ3_S", "Q3_K", "IQ3_XXS", "Q2_K"):
+        shapes, drawn = report["random"][fmt], report["results"][f"{fmt}+imatrix"]
+        errors = (shapes["student"], drawn["velocity"], drawn["right"] / drawn["of"])
+        shown = (f"{100 * error:.3g} %" for error in errors)
+        rows.append([fmt, f"{bits(fmt):.4g}", f"{shapes['bytes'] / 1e9:.2f} GB", *shown])
+    return markdown("type | bits | 6B file | weights | velocity | right", rows)
+
+
 def errors(rows: Rows) -> str:
     """A row a type: error of each kind of weights and the ratio to ggml's, without and with importance."""
     found = {(r["format"], r["weights"], r["importance"]): r for r in rows}
@@ -365,14 +376,17 @@ def _quality() -> dict[str, str]:
     }
 
 
-def _quantizing() -> dict[str, str]:
+def _encoders() -> dict[str, str]:
     measured = read("quantize_errors.json")["errors"]
     return {
         "errors": errors(measured),
         "ones": ones(measured),
         "speed": speed(read("quantize_speed.json")["speed"]),
-        "recipes": recipes(read("recipe_search.json")),
     }
+
+
+def _recipes() -> dict[str, str]:
+    return {"choice": choice(read("quality.json")), "recipes": recipes(read("recipe_search.json"))}
 
 
 def _sampling() -> dict[str, str]:
@@ -384,7 +398,8 @@ def _sampling() -> dict[str, str]:
 PAGES: dict[Path, Callable[[], dict[str, str]]] = {
     ROOT / "docs/explanation/kernels.md": _kernels,
     ROOT / "docs/benchmarks/quality.md": _quality,
-    ROOT / "docs/guides/quantizing.md": _quantizing,
+    ROOT / "docs/explanation/encoders.md": _encoders,
+    ROOT / "docs/guides/recipes.md": _recipes,
     ROOT / "docs/guides/sampling.md": _sampling,
     ROOT / "docs/explanation/decoding.md": lambda: decoding.tables(read("decoding_cpu.json")),
     ROOT / "benchmarks/README.md": lambda: {

@@ -99,6 +99,10 @@ class DeviceFault(ZImageError):
     """A GPU or its driver failed during a run."""
 
 
+class RankFailed(ZImageError):
+    """Another rank of a parallel run failed, ended or does not answer; the message has its reason."""
+
+
 class OutOfMemory(ZImageError):
     """A GPU has too little memory for a run.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 from zimage_core.batch.identity import context_of, identity_of, survey_of, threads_of
 from zimage_core.batch.model import EDGES, Model
@@ -76,6 +76,7 @@ def generate_dataset(
     format: str = "png",
     shard_size: int = SHARD_SIZE,
     ray: bool | str | None = None,
+    workers: int | None = None,
     threads: int | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
@@ -106,7 +107,9 @@ def generate_dataset(
         format: "png" for a folder of PNG files, "webdataset" for tar shards, "parquet" for Parquet files with
             the bytes of images. Each has index.jsonl, a line an image.
         shard_size: Images of a shard.
-        ray: True to draw on the machines of a Ray cluster that is started here, or its address.
+        ray: True to draw by workers of a Ray that is started here, or RAY_ADDRESS if that is set; else the
+            address of a cluster: "HOST:PORT", or "auto" on one of its machines.
+        workers: With `ray`: how many workers. Default: as many as the cluster has GPUs, or CPUs for.
         threads: Threads of torch on a CPU, which are part of what decides the last bits of an image. Default:
             OMP_NUM_THREADS if it is set; 1 for a small network such as the embedded one; else one a core.
         limit: Draw no more than the first rows of the table.
@@ -149,12 +152,9 @@ def generate_dataset(
     if limit is not None:
         good = good[: checks.whole("limit", limit, 1, 1 << 60)]
     spec = Spec(_fitting(described, good) if pipe is None else described, count, metadata)
-    with _Here(spec, pipe) if ray is None or ray is False else _on_ray(spec, ray) as crew:
+    with _Here(spec, pipe) if ray is None or ray is False else _on_ray(spec, ray, workers) as crew:
         good = sealed(good, identity_of(crew.spec, known, pipe))
         return _run(good, faults, Path(out), format, shard_size, crew, on_progress)
-
-
-Results = Generator[Finish | Done | Failed, None, None]
 
 
 class Crew(Protocol):
@@ -170,7 +170,7 @@ class Crew(Protocol):
 
     def __exit__(self, *_: object) -> None: ...
 
-    def results(self, rows: Sequence[Row]) -> Results:
+    def results(self, rows: Sequence[Row]) -> Iterator[Finish | Done | Failed]:
         """An outcome of each row, or what gives it, in any order."""
 
 
@@ -204,11 +204,10 @@ def _run(
 
         saver = Saver(save)
         try:
-            with closing(crew.results(wanted)) as results:
-                for result in results:
-                    saver.put(result)
-                    if on_progress is not None:
-                        on_progress(so_far())
+            for result in crew.results(wanted) if wanted else ():
+                saver.put(result)
+                if on_progress is not None:
+                    on_progress(so_far())
         finally:
             saver.close()
         writer.finish()
@@ -231,33 +230,29 @@ class _Here:
     def __init__(self, spec: Spec, pipe: ZImagePipeline | None) -> None:
         self.spec = spec if pipe is not None else replace(spec, model=spec.model.placed())
         self._pipe = pipe
+        self._worker: Worker | None = None
+        self._threads = torch.get_num_threads()
 
     def __enter__(self) -> _Here:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        torch.set_num_threads(self._threads)
+        if self._worker is not None:
+            self._worker.close()
 
-    def results(self, rows: Sequence[Row]) -> Results:
+    def results(self, rows: Sequence[Row]) -> Iterator[Finish | Done | Failed]:
         """The last part of the work on each row, in their order."""
-        if not rows:
-            return
-        import torch
-
-        before = torch.get_num_threads()
-        worker = Worker(self.spec, self._pipe)
-        try:
-            for row in rows:
-                drawn = worker.draw(row)
-                yield partial(worker.finish, row, drawn)
-        finally:
-            worker.close()
-            torch.set_num_threads(before)
+        self._worker = worker = Worker(self.spec, self._pipe)
+        for row in rows:
+            drawn = worker.draw(row)
+            yield partial(worker.finish, row, drawn)
 
 
-def _on_ray(spec: Spec, address: bool | str) -> Crew:
-    pool = import_module("zimage_core.batch.ray").Pool
-    return pool(spec, address)  # type: ignore[no-any-return]
+def _on_ray(spec: Spec, address: bool | str, workers: int | None) -> Crew:
+    from zimage_core.batch.ray import Pool
+
+    return Pool(spec, address, workers if workers is None else checks.whole("workers", workers, 1, 1 << 20))
 
 
 def _read(rows: Rows, context: Context) -> tuple[list[Row], Faults]:

@@ -55,6 +55,10 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         help="draw on a Ray cluster: the one at ADDRESS, or a new one on this machine",
     )  # fmt: skip
     parser.add_argument(
+        "--workers", type=int, metavar="N",
+        help="workers on Ray (default: one a GPU of the cluster; without GPUs, as many as it has CPUs for)",
+    )  # fmt: skip
+    parser.add_argument(
         "--threads", type=int, metavar="N",
         help="threads on a CPU; their number changes the last bits of an image (default: OMP_NUM_THREADS; "
         "1 for a small model; else one a core)",
@@ -98,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
                 format=args.format,
                 shard_size=args.shard_size,
                 ray=args.ray,
+                workers=args.workers,
                 threads=args.threads,
                 limit=args.limit,
                 skip_bad=args.skip_bad,

@@ -85,6 +85,7 @@ def build_parser() -> Parser:
         generate,
         imatrix,
         inspect,
+        parity,
         plan,
         quantize,
         sensitivity,
@@ -103,7 +104,8 @@ def build_parser() -> Parser:
         "--debug", dest="traceback", action="store_true", help="show the traceback of an error"
     )
     for verb in (
-        generate, batch, enhance, inspect, plan, quantize, convert, imatrix, sensitivity, compare, doctor,
+        generate, batch, enhance, inspect, plan, quantize, convert, imatrix, sensitivity, compare, parity,
+        doctor,
     ):  # fmt: skip
         verb.add_parser(verbs, common)
     for each in verbs.choices.values():

@@ -89,18 +89,19 @@ class Controls:
         acting = [(i, member) for i, member in enumerate(self._members) if member.acts(step)]
         if not acting:
             return None
+        count = len(prepared.rotations[caption][0]) - len(prepared.texts[caption])
         states = [
-            _State(member, self._embedded(i, image), self._modulation(member.net, prepared, step))
+            _State(member, self._embedded(i, image, count), self._modulation(member.net, prepared, step))
             for i, member in acting
         ]
         return _Pass(self._transformer, prepared, step, caption, states)
 
-    def _embedded(self, number: int, image: int) -> Tensor:
+    def _embedded(self, number: int, image: int, count: int) -> Tensor:
         member = self._members[number]
         image = image if len(member.latents) > 1 else 0
         if (number, image) not in self._tokens:
             latents = member.latents[image].to(member.net.device)
-            self._tokens[number, image] = member.net.embed(latents, self._transformer.x_pad_token)
+            self._tokens[number, image] = member.net.embed(latents, self._transformer.x_pad_token, count)
         return self._tokens[number, image]
 
     def _modulation(self, net: ControlNet, prepared: Prepared, step: int) -> Tensor:

@@ -94,11 +94,11 @@ class ControlNet(Network):
         found: Any = self.control_all_x_embedder[self._key]
         return found.bias  # type: ignore[no-any-return]
 
-    def embed(self, latents: Tensor, pad: Tensor) -> Tensor:
-        """Control latents [channels, h, w] and the base's pad token [1, dim] -> tokens [padded, dim]."""
+    def embed(self, latents: Tensor, pad: Tensor, count: int) -> Tensor:
+        """Control latents [channels, h, w] and the base's pad token [1, dim] -> tokens [count, dim]."""
         patch = self.config.blocks.patch_size
         found = self.control_all_x_embedder[self._key](sequence.patchify(latents.to(self.dtype), patch))
-        return torch.cat((found, pad.to(found).expand(sequence.pad_count(len(found)), -1)))
+        return torch.cat((found, pad.to(found).expand(count - len(found), -1)))
 
     def modulate(self, temb: Tensor) -> Tensor:
         """Timestep embeddings of the base model [S, adaln_dim] -> [S, blocks, 4 * dim] float32."""

@@ -79,6 +79,9 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.head_dim, QK_NORM_EPS)
         self.norm_k = RMSNorm(config.head_dim, QK_NORM_EPS)
 
+    attend: Callable[..., Tensor] | None = None
+    """What is called instead of `attention`, with the same arguments: see `parallel.ulysses`."""
+
     @property
     def readers(self) -> tuple[Linear, ...]:
         """The layers that read x."""
@@ -91,7 +94,8 @@ class Attention(nn.Module):
         q, k = self.to_q(x).unflatten(-1, per_head), self.to_k(x).unflatten(-1, per_head)
         q, k = norms_rope(self.norm_q, self.norm_k, q, k, QK_NORM_EPS, rope)
         v = self.to_v(x if scale == 1.0 else x * scale).unflatten(-1, per_head)
-        out: Tensor = self.to_out[0](attention(q, k, v, in_int8=multiplies_int8(self.to_k)))
+        attend = self.attend or attention
+        out: Tensor = self.to_out[0](attend(q, k, v, in_int8=multiplies_int8(self.to_k)))
         return out
 
 

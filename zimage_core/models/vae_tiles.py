@@ -15,7 +15,7 @@ as the latents.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,9 @@ def _spans(length: int, tile: int) -> list[tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def decode_tiled(decoder: Decoder, z: Tensor, tile: int, keep: torch.device | None = None) -> Tensor:
+def decode_tiled(
+    decoder: Decoder, z: Tensor, tile: int, keep: torch.device | None = None, strip: Any = None
+) -> Tensor:
     """Compute `decoder(z)` up to rounding, one image and one tile at a time.
 
     Maps are changed in place, so there are no gradients.
@@ -101,28 +103,31 @@ def decode_tiled(decoder: Decoder, z: Tensor, tile: int, keep: torch.device | No
         tile: Side of a tile in latents, at least 1.
         keep: Device of the maps of the whole image; default: that of z. With "cpu", a decoder on a GPU needs
             little more GPU memory than for a tile, and each map is copied a few times.
+        strip: The rows that this rank computes, where several share the image; see `parallel.vae`.
 
     Shape:
         z [B, latent_channels, h, w] -> [B, 3, 8 h, 8 w].
     """
-    tiles = layout(z.shape[2], z.shape[3], tile)
-    if len(tiles) == 1:
+    tiles = layout(z.shape[2], z.shape[3], tile) if strip is None else strip.tiles
+    if len(tiles) == 1 and strip is None:
         images = [decoder(z[i : i + 1]) for i in range(len(z))]
     else:
-        images = [_decode_one(decoder, z[i : i + 1], tiles, keep or z.device) for i in range(len(z))]
+        images = [_decode_one(decoder, z[i : i + 1], tiles, keep or z.device, strip) for i in range(len(z))]
     return torch.cat(images) if len(images) > 1 else images[0]
 
 
-def _decode_one(decoder: Decoder, z: Tensor, tiles: list[Tile], keep: torch.device) -> Tensor:
+def _decode_one(decoder: Decoder, z: Tensor, tiles: list[Tile], keep: torch.device, strip: Any) -> Tensor:
     coarse = decoder.mid_block(decoder.conv_in(z)).to(keep, memory_format=torch.channels_last)
-    x = _Map(coarse, z.device)
+    if strip is not None:
+        coarse = strip.part(coarse)
+    x = _Map(coarse, z.device, strip=strip)
     del coarse
     for i, block in enumerate(cast(list[UpBlock], decoder.up_blocks), 2):
         for resnet in block.resnets:
             x = _residual(cast(ResnetBlock, resnet), x, tiles)
         for up in block.upsamplers:
             tiles = [t.times(2) for t in tiles]
-            x = _Map(x.data, z.device, cast(Upsample, up))
+            x = _Map(x.data, z.device, cast(Upsample, up), strip)
             if i < len(decoder.up_blocks):
                 x = _whole_map(x, tiles)
     out = z.new_empty((1, decoder.conv_out.out_channels, *x.size))
@@ -130,7 +135,7 @@ def _decode_one(decoder: Decoder, z: Tensor, tiles: list[Tile], keep: torch.devi
     for t in tiles:
         rows, columns = t.new
         out[..., rows, columns] = _inner(decoder.conv_out(_framed(x.read(t, 1), t, scale, shift)), t)
-    return out
+    return out if strip is None else cast(Tensor, strip.whole(out))
 
 
 @torch.no_grad()
@@ -201,10 +206,13 @@ class _Map:
         data: The map itself; with `up`, the map before upsampling.
         device: Device that tiles are read to.
         up: The module that upsamples `data`; None for no upsampling.
+        strip: The rows that this rank computes, where the map is one of several ranks' strips.
     """
 
-    def __init__(self, data: Tensor, device: torch.device, up: Upsample | None = None) -> None:
-        self.data, self.device, self.up = data, device, up
+    def __init__(
+        self, data: Tensor, device: torch.device, up: Upsample | None = None, strip: Any = None
+    ) -> None:
+        self.data, self.device, self.up, self.strip = data, device, up, strip
 
     @property
     def size(self) -> tuple[int, int]:
@@ -218,7 +226,13 @@ class _Map:
             (1, channels, *self.size),
             dtype=self.data.dtype, device=self.data.device, memory_format=torch.channels_last,
         )  # fmt: skip
-        return _Map(data, self.device)
+        return _Map(data, self.device, strip=self.strip)
+
+    def finish(self) -> _Map:
+        """This map, all of whose tiles were written, with the rows of neighbouring strips beside them."""
+        if self.strip is not None:
+            self.strip.fill(self.data)
+        return self
 
     def read(self, t: Tile, rim: int) -> Tensor:
         """The tile with `rim` more rows and columns around it, as far as the map reaches."""
@@ -269,7 +283,7 @@ def _whole_map(x: _Map, tiles: list[Tile]) -> _Map:
     for t in tiles:
         rows, columns = t.new
         out.data[..., rows, columns] = x.read(t, 0)[..., t.skip_rows :, t.skip_columns :]
-    return out
+    return out.finish()
 
 
 def _residual(block: ResnetBlock, x: _Map, tiles: list[Tile]) -> _Map:
@@ -291,13 +305,14 @@ def _residual(block: ResnetBlock, x: _Map, tiles: list[Tile]) -> _Map:
         del part
         between.data[..., rows, columns] = _inner(block.conv1(framed), t)
         del framed
+    between.finish()
     scale, shift = _affine(block.norm2, between, tiles)
     for t in tiles:
         rows, columns = t.new
         change = _inner(block.conv2(_framed(between.read(t, 1), t, scale, shift)), t)
         out.data[..., rows, columns] += change.to(out.data.device)
         del change
-    return out
+    return out.finish()
 
 
 def _affine(norm: nn.GroupNorm, x: _Map, tiles: list[Tile]) -> tuple[Tensor, Tensor]:
@@ -313,8 +328,11 @@ def _affine(norm: nn.GroupNorm, x: _Map, tiles: list[Tile]) -> tuple[Tensor, Ten
         found.append(torch.stack(torch.var_mean(groups, dim=(0, 2, 3, 4), correction=0)))
         del part, groups
     sizes = [(t.bottom - t.top - t.skip_rows) * (t.right - t.left - t.skip_columns) for t in tiles]
-    weight = torch.tensor(sizes, dtype=torch.float64)[:, None] / sum(sizes)
-    variances, means = torch.stack(found).cpu().double().unbind(1)
+    every, count = torch.stack(found).cpu().double(), torch.tensor(sizes, dtype=torch.float64)
+    if x.strip is not None:
+        every, count = x.strip.statistics(every, sizes)
+    weight = count[:, None] / count.sum()
+    variances, means = every.unbind(1)
     mean = (weight * means).sum(0)
     variance = (weight * (variances + (means - mean).square())).sum(0)
     width = norm.num_channels // norm.num_groups

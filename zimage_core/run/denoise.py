@@ -33,6 +33,7 @@ class Denoiser:
         negative: Caption features of the negative prompts; empty without guidance.
         run: The checked arguments of the call: noise levels and guidance.
         predict: Function to call instead of `transformer.predict`, such as a replayed graph.
+        parallel: The `parallel.ulysses.Ulysses` of a run on several ranks.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Denoiser:
         negative: Sequence[Any],
         run: Run,
         predict: Predict | None = None,
+        parallel: Any = None,
     ) -> None:
         self.transformer = transformer
         self.captions: dict[str, list[Any]] = {
@@ -52,12 +54,17 @@ class Denoiser:
         self.estimate: Tensor | None = None
         self._run, self._predict = run, predict
         self._prepared: Prepared | None = None
+        self._stream: Any = transformer
+        self._sides: Any = map
+        controls = run.controls
+        if parallel is not None:
+            self._stream, self._sides = parallel.stream(transformer, run), parallel.sides
+            controls = self._stream.controls(controls)
         self._controls = None
-        if run.controls:
+        if controls:
             from zimage_core.control.apply import Controls
 
-            self._controls = Controls(transformer, run.controls)
-        self._stream: Any = transformer
+            self._controls = Controls(transformer, controls)
         if run.references is not None:
             from zimage_core.omni.stream import OmniStream
 
@@ -123,18 +130,22 @@ class Denoiser:
         def side(first: int) -> list[Tensor]:
             return [one(member, i, first + i).float() for i, member in enumerate(members)]
 
-        out, scale = side(0), scale_at(float(time), self.scale, run.cfg_truncation)
-        if scale > 0:
-            pairs = zip(out, side(count), strict=True)
+        scale = scale_at(float(time), self.scale, run.cfg_truncation)
+        out, *others = self._sides(side, (0, count) if scale > 0 else (0,))
+        for negative in others:
+            pairs = zip(out, negative, strict=True)
             out = [guide(pos, neg, scale, run.cfg_normalization) for pos, neg in pairs]
         return torch.stack(out)
 
     def again(self) -> None:
-        """Repeat the latest call without prepared values or graphs, to find where NaN or infinity appears."""
+        """Repeat the latest call without prepared values, graphs and ranks, to find a NaN or infinity."""
         if self.last is not None:
-            self._prepared = self._predict = None
+            self._prepared = None
+            positive, negative = self.captions.values()
+            plain = Denoiser(self.transformer, positive, negative, self._run)
+            plain.scale = self.scale
             with self._watching():
-                self._estimate(*self.last)
+                plain._estimate(*self.last)
 
     def _watching(self, *networks: tuple[nn.Module, str]) -> ExitStack:
         """Context in which these networks and the run's ControlNets are watched for NaN and infinity."""
