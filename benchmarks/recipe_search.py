@@ -5,7 +5,7 @@
 On the embedded model, K types for both. Costs are measured on prompts of the training set, all is judged on
 held-out prompts of the exam: velocity where the original was, PSNR and SSIM of the images, and the share of
 prompts that the checker finds right in everything. Both sides use the same importance matrix. The table of
-docs/guides/quantizing.md is made from the results by `python -m benchmarks.tables`.
+docs/guides/recipes.md is made from the results by `python -m benchmarks.tables`.
 """
 
 from __future__ import annotations

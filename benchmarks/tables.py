@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decoding, standing
+from benchmarks import decoding, standing, ulysses, ulysses_model
 from benchmarks.predictions import text
 from benchmarks.report import ROOT, compiled_rows, fill_tables, markdown, read
 from benchmarks.step_model import Range
@@ -60,6 +60,17 @@ def full(report: Mapping[str, Any]) -> str:
         for fmt, row in sorted(report["random"].items(), key=lambda item: (-bits(item[0]), item[0]))
     )
     return markdown("type | bits | 6B file | Gaussian | Student's t", rows)
+
+
+def choice(report: Mapping[str, Any]) -> str:
+    """A row a type that one would choose: its size in the 6B model, and its errors."""
+    rows = []
+    for fmt in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ3_S", "Q3_K", "IQ3_XXS", "Q2_K"):
+        shapes, drawn = report["random"][fmt], report["results"][f"{fmt}+imatrix"]
+        errors = (shapes["student"], drawn["velocity"], drawn["right"] / drawn["of"])
+        shown = (f"{100 * error:.3g} %" for error in errors)
+        rows.append([fmt, f"{bits(fmt):.4g}", f"{shapes['bytes'] / 1e9:.2f} GB", *shown])
+    return markdown("type | bits | 6B file | weights | velocity | right", rows)
 
 
 def errors(rows: Rows) -> str:
@@ -365,14 +376,17 @@ def _quality() -> dict[str, str]:
     }
 
 
-def _quantizing() -> dict[str, str]:
+def _encoders() -> dict[str, str]:
     measured = read("quantize_errors.json")["errors"]
     return {
         "errors": errors(measured),
         "ones": ones(measured),
         "speed": speed(read("quantize_speed.json")["speed"]),
-        "recipes": recipes(read("recipe_search.json")),
     }
+
+
+def _recipes() -> dict[str, str]:
+    return {"choice": choice(read("quality.json")), "recipes": recipes(read("recipe_search.json"))}
 
 
 def _sampling() -> dict[str, str]:
@@ -384,9 +398,14 @@ def _sampling() -> dict[str, str]:
 PAGES: dict[Path, Callable[[], dict[str, str]]] = {
     ROOT / "docs/explanation/kernels.md": _kernels,
     ROOT / "docs/benchmarks/quality.md": _quality,
-    ROOT / "docs/guides/quantizing.md": _quantizing,
+    ROOT / "docs/explanation/encoders.md": _encoders,
+    ROOT / "docs/guides/recipes.md": _recipes,
     ROOT / "docs/guides/sampling.md": _sampling,
     ROOT / "docs/explanation/decoding.md": lambda: decoding.tables(read("decoding_cpu.json")),
+    ROOT / "docs/guides/parallel.md": lambda: {
+        "ulysses": ulysses.table(read("ulysses.json")),
+        "ulysses model": ulysses_model.table(read("ulysses_model.json")),
+    },
     ROOT / "benchmarks/README.md": lambda: {
         "standing": standing.table(standing.load()),
         "cpu": cpu_products(read("cpu_products.json")),

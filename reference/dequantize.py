@@ -1,6 +1,6 @@
 """Packed bytes to float32 with plain NumPy: the specification that every fast path must match.
 
-It is written to be read, not to be fast. Only tests and tools import it.
+It is written to be read, not to be fast. Only tests, tools and `parity` import it.
 """
 
 from __future__ import annotations

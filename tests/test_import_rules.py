@@ -48,11 +48,14 @@ ALLOWED: dict[str, set[str]] = {
     "preview": {"config", "models", "run", "weights"},
     "control_pipelines": {"control", "pipeline", "run"},
     "parallel": {"models", "nn", "run", "sampling"},
-    "batch": {"assets", "config", "files", "memory", "pipeline", "run", "weights"},
-    "parity": {"config", "files", "formats", "models", "nn", "pipeline", "quant", "run", "text", "weights"},
+    "batch": {"assets", "config", "editing", "files", "memory", "pipeline", "run", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {
         "assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "vision", "weights",
+    },
+    "parity": {
+        "config", "cpu", "export", "files", "memory", "models", "nn", "pipeline", "quant", "reference", "run",
+        "sampling", "weights",
     },
     "study": {
         "export", "files", "formats", "models", "nn", "pipeline", "quant", "quantize", "run", "sampling",

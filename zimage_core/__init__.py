@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from zimage_core.errors import (
         BadArgument,
         BadFile,
+        BadRows,
         BadShape,
         BadWeights,
         Busy,
@@ -57,6 +58,7 @@ __all__ = [
     "FORMATS",
     "BadArgument",
     "BadFile",
+    "BadRows",
     "BadShape",
     "BadWeights",
     "Busy",

@@ -5,6 +5,7 @@ A message is one sentence with four parts: where, what was found, what was wante
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,24 @@ class BadFile(ZImageError):
 
 class WrongModel(BadFile):
     """A sound file that holds another model than the one asked for."""
+
+
+class BadRows(BadFile):
+    """Rows of a table cannot be drawn.
+
+    Args:
+        path: The table.
+        rows: Number and reason of the first ones.
+        count: How many there are.
+    """
+
+    def __init__(self, path: str | PathLike[str], rows: Sequence[tuple[int, str]], count: int) -> None:
+        self.rows = rows
+        self.count = count
+        number, reason = rows[0]
+        more = f" (and {count - 1} more rows)" if count > 1 else ""
+        hint = "correct the table, or leave such rows out with --skip-bad (skip_bad=True)"
+        super().__init__(path, f"row {number}: {reason}{more}", hint)
 
 
 class BadWeights(ZImageError):

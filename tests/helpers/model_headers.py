@@ -108,6 +108,24 @@ def floor_table() -> list[str]:
     return rows
 
 
+def stay_table() -> list[str]:
+    """Markdown: what stays on a card in the steps of 1024 x 1024 px."""
+    rows = [
+        f"| memory for the run | {' | '.join(QUANTISATIONS)} |",
+        "|" + "---|" * (len(QUANTISATIONS) + 1),
+    ]
+    for gib in (4, 6, 8, 10, 12, 16, 24):
+        cells = []
+        for rule in QUANTISATIONS.values():
+            plan = make_plan(full_size(rule), 1024, 1024, vram=gib << 30)
+            part = plan.component("transformer")
+            stay = len(part.resident_blocks)
+            whole = "all" if all(found.kept for found in plan.components) else "steps"
+            cells.append(whole if stay == part.blocks else f"{stay}/{part.blocks}")
+        rows.append(f"| {gib} GiB | {' | '.join(cells)} |")
+    return rows
+
+
 def rows_table() -> list[str]:
     """Markdown: blocks that a CPU keeps as int8 rows under a limit of host memory."""
     sizes = full_size(dtype="float32")
@@ -122,4 +140,5 @@ def rows_table() -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join([*card_table(), "", *floor_table(), "", *rows_table()]))
+    tables = (card_table, floor_table, stay_table, rows_table)
+    print("\n\n".join("\n".join(table()) for table in tables))

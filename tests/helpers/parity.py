@@ -8,12 +8,9 @@ formulas, and in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +18,7 @@ from zimage_core.config import AutoencoderConfig, TextEncoderConfig, Transformer
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
+from zimage_core.parity.precision import FLOAT32, NARROW, WIDE, apart, in_float64
 
 CAPTION_LENGTHS = (1, 5, 32, 70)
 SIDES = {"15 tokens, 17 pads": (6, 10), "32 tokens, no pads": (8, 16), "48 tokens, 16 pads": (12, 16)}
@@ -33,51 +31,6 @@ TRANSFORMER: dict[str, Any] = {
 }  # fmt: skip
 
 
-FLOAT32 = torch.float32
-"""The real one; `in_float64` gives its name to another."""
-
-WIDE = 1e-10
-"""Largest absolute difference allowed in float64.
-
-Values are 2 to 12, so one sum in another order is off by eps = 2e-16 of that, and the most sensitive case
-(guidance 4 at shift 6, eight steps) multiplies it by 200. The worst found is 3.7e-13 with AVX2 (AMD EPYC) and
-3.0e-13 held to SSE4. A single float32 rounding left on one side would be up to 6e-8 of the value before it is
-multiplied. 1e-10 lies between, a factor of 200 and more from either, so that neither another order of sums
-fails nor another formula passes.
-"""
-
-NARROW = 16
-"""In float32 the two may differ by this many times what float32 moves diffusers or transformers itself.
-
-That is the distance of their float32 result from their float64 result on the same CPU: no constant, so a CPU
-that sums in another order moves the limit along. If our rounding were as theirs, the two would differ by at
-most twice the distance; both are the largest of as few as 32 numbers, which is luck of another factor of 2 or
-3. Found: 2.7 at most, of the VAE at 8 x 8 pixels; 1.1 of the transformer. A single rounding to half precision
-is 8192 times one to float32, so 16 leaves no room for one.
-"""
-
-
-@contextmanager
-def in_float64() -> Iterator[None]:
-    """Inside, whatever asks for float32 by name gets float64, in this library and in the others.
-
-    Casts of rotary angles, times, norms, latents, noise levels and guidance are lifted on both sides alike,
-    so that no rounding hides a difference of formulas. Networks must be made inside or be given to `widen`:
-    buffers are computed at construction. What was drawn or written in float32 keeps its values.
-    """
-    default = torch.get_default_dtype()
-    with (
-        mock.patch.multiple(torch, float32=torch.float64, float=torch.float64, complex64=torch.complex128),
-        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
-        mock.patch.object(np, "float32", np.float64),
-    ):
-        torch.set_default_dtype(torch.float64)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(default)
-
-
 def widen(module: nn.Module) -> None:
     """Turn a network of theirs or ours that was read from a file, and is in float32, into one in float64."""
     module.double()
@@ -85,14 +38,6 @@ def widen(module: nn.Module) -> None:
         for part in module.modules():
             if getattr(part, "rotary_emb", None) is not None:  # frequencies, computed when it was made
                 part.rotary_emb = type(part.rotary_emb)(part.config)
-
-
-def apart(a: Any, b: Any) -> float:
-    """Largest absolute difference of two tensors or arrays of one shape."""
-    a, b = (torch.as_tensor(x).to(torch.float64) for x in (a, b))
-    if a.shape != b.shape:
-        raise AssertionError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
-    return float((a - b).abs().max())
 
 
 @dataclass(frozen=True)

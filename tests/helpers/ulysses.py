@@ -145,6 +145,9 @@ def cases_of_two(ram: int) -> dict[str, Case]:
         ),
         "memory limit": Case(partial(embedded, ram=ram), small),
         "embedded int8": Case(partial(embedded, compute="int8"), drawn),
+        "reference images": Case(
+            partial(embedded, omni=True), {**drawn, "reference_images": [picture(), picture(2)]}
+        ),
     }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""Writes what the driver gave under budgets to budgets.json, and prints it as a table for
-docs/guides/memory.md.
+"""Writes what the driver gave under budgets to budgets.json, and prints the table of
+docs/explanation/streaming.md.
 
 python -m tests.host_gpu.budgets
 """

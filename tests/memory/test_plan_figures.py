@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import tiny
-from tests.helpers.model_headers import card_table, floor_table, full_size, plain, q3_k_s, q4_k_m, rows_table
+from tests.helpers.model_headers import (
+    card_table,
+    floor_table,
+    full_size,
+    plain,
+    q3_k_s,
+    q4_k_m,
+    rows_table,
+    stay_table,
+)
 from tests.helpers.tree import ROOT
 from zimage_core.config import AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, OverBudget, Unsupported
@@ -104,10 +113,18 @@ def test_short_host_memory_reads_from_disk_and_too_little_is_refused():
         make_plan(Q3_K_S, 1024, 1024, vram=2 * GIB, ram=GIB // 2)
 
 
-@pytest.mark.parametrize("table", [card_table, floor_table, rows_table])
-def test_a_table_in_the_documentation_is_what_the_plan_says(table):
+@pytest.mark.parametrize(
+    ("table", "page"),
+    [
+        (card_table, "explanation/streaming.md"),
+        (floor_table, "guides/memory.md"),
+        (stay_table, "guides/recipes.md"),
+        (rows_table, "guides/int8.md"),
+    ],
+)
+def test_a_table_in_the_documentation_is_what_the_plan_says(table, page):
     """`python -m tests.helpers.model_headers` prints them."""
-    assert "\n".join(table()) in (ROOT / "docs" / "guides" / "memory.md").read_text("utf-8")
+    assert "\n".join(table()) in (ROOT / "docs" / page).read_text("utf-8")
 
 
 def test_a_plan_becomes_json():

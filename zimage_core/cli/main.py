@@ -84,6 +84,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """The parser of all verbs."""
     from zimage_core.cli import (
+        batch,
         compare,
         convert,
         doctor,
@@ -91,6 +92,7 @@ def build_parser() -> Parser:
         generate,
         imatrix,
         inspect,
+        parity,
         plan,
         quantize,
         sensitivity,
@@ -108,7 +110,10 @@ def build_parser() -> Parser:
     common.add_argument(
         "--debug", dest="traceback", action="store_true", help="show the traceback of an error"
     )
-    for verb in (generate, enhance, inspect, plan, quantize, convert, imatrix, sensitivity, compare, doctor):
+    for verb in (
+        generate, batch, enhance, inspect, plan, quantize, convert, imatrix, sensitivity, compare, parity,
+        doctor,
+    ):  # fmt: skip
         verb.add_parser(verbs, common)
     for name, each in verbs.choices.items():
         each.set_defaults(options=option_names(each), verb=name)

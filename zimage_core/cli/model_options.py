@@ -167,19 +167,11 @@ def call_arguments(args: argparse.Namespace, prompts: Sequence[str]) -> dict[str
     """
     # these import torch, which a parser does not wait for
     from zimage_core.run import checks
+    from zimage_core.run.beforehand import check_numbers
     from zimage_core.run.request import Request
-    from zimage_core.sampling.schedule import MAX_STEPS, FlowMatchEulerScheduler
-    from zimage_core.text.prompt import MAX_LENGTH
 
     call = given(args, (field.name for field in fields(Request)))
-    checks.seed(call.get("seed"), None)
-    checks.guidance(call.get("guidance_scale"), call.get("cfg"), 0.0)
-    FlowMatchEulerScheduler(call.get("shift", 3.0))
-    if "num_inference_steps" in call:
-        checks.whole("num_inference_steps", call["num_inference_steps"], 1, MAX_STEPS)
-    if "max_sequence_length" in call:
-        checks.whole("max_sequence_length", call["max_sequence_length"], 1, MAX_LENGTH)
-    checks.real("variety", call.get("variety", 0.0), 0, checks.MAX_VARIETY)
+    check_numbers(call)
     for prompt in (*prompts, call.get("negative_prompt", "")):
         checks.prompts("prompt", prompt)
     return call

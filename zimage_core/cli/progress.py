@@ -62,6 +62,10 @@ class Progress:
         text = f"{self._label} {in_count(done)} of {in_count(total)} weights"
         self._draw(done, total, text, f", {left:.0f} s left  {name[-40:]}")
 
+    def count(self, done: int, total: int, text: str, rest: str) -> None:
+        """Show a text of the caller's, and on a terminal `rest` behind it."""
+        self._draw(done, total, text, rest)
+
     def finish(self) -> None:
         """Clear the bar for what is written next."""
         if self._terminal:

@@ -26,7 +26,7 @@ examples:
   zimage quantize turbo.safetensors turbo.gguf --size 3.5GB --imatrix turbo.imatrix.gguf
   zimage quantize turbo.safetensors turbo.gguf --fit 6GiB --sensitivity turbo.json
 
-An interrupted run leaves OUT as it was. docs/guides/quantizing.md has the recipes.
+An interrupted run leaves OUT as it was. docs/guides/recipes.md has the recipes.
 """
 
 

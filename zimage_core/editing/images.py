@@ -134,6 +134,22 @@ def open_images(value: Any, name: str, gray: bool = False) -> Pictures:
     return Pictures(tuple(members), gray, tuple(hashes))
 
 
+def probe(path: str, name: str) -> str:
+    """Check an image file by its header alone, without decoding it.
+
+    Args:
+        path: The file.
+        name: Name of the argument, for messages.
+
+    Returns:
+        SHA-256 of the file in hexadecimal, as in `Pictures`.
+
+    Raises:
+        BadFile: It is missing, no image, or claims more than `MAX_PIXELS`.
+    """
+    return _file(path, name, gray=False, decode=False)[1]
+
+
 def _size(member: Picture) -> tuple[int, int]:
     if isinstance(member, Image.Image):
         return member.height, member.width
@@ -168,7 +184,7 @@ def _hash(*parts: Any) -> str:
 # --- files and Pillow images ---
 
 
-def _file(path: Any, name: str, gray: bool) -> tuple[list[Picture], str]:
+def _file(path: Any, name: str, gray: bool, decode: bool = True) -> tuple[list[Picture], str]:
     place = os.fspath(path)
     if not isinstance(place, str) or not place or "\0" in place:
         raise BadArgument(f"{name}: got {printable(repr(place), 60)}, wanted the path of an image")
@@ -179,7 +195,7 @@ def _file(path: Any, name: str, gray: bool) -> tuple[list[Picture], str]:
     try:
         with Path(place).open("rb") as file:
             image = _decoded(
-                lambda: Image.open(file, formats=kinds), gray, lambda fault: BadFile(place, fault)
+                lambda: Image.open(file, formats=kinds), gray, lambda fault: BadFile(place, fault), decode
             )
             file.seek(0)
             found = hashlib.sha256()
@@ -191,9 +207,15 @@ def _file(path: Any, name: str, gray: bool) -> tuple[list[Picture], str]:
 
 
 def _decoded(
-    source: Callable[[], Image.Image], gray: bool, fault: Callable[[str], ZImageError]
+    source: Callable[[], Image.Image],
+    gray: bool,
+    fault: Callable[[str], ZImageError],
+    decode: bool = True,
 ) -> Image.Image:
-    """The image of a source in mode 1, L or RGB; `fault` makes an error of a sentence's end."""
+    """The image of a source in mode 1, L or RGB, or as it is without `decode`.
+
+    `fault` makes an error of a sentence's end.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below, and sooner
@@ -206,7 +228,7 @@ def _decoded(
                     f"claims {width} x {height} pixels, wanted at most {MAX_PIXELS / 1e6:.0f} million; "
                     "make it smaller first"
                 )
-            return _flat(image, 0 if gray else 255)
+            return _flat(image, 0 if gray else 255) if decode else image
     except ZImageError:
         raise
     except Image.DecompressionBombError:  # Pillow's own limit, checked before the size is known here

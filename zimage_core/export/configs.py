@@ -47,14 +47,7 @@ def new_config(
         stated: An older config.json of the same sizes, whose other fields are kept; or None.
         facts: What `weights.facts` reads again: image size and schedule.
     """
-    if stated is not None:
-        found = dict(stated)
-    elif isinstance(config, TransformerConfig):
-        found = _transformer(config)
-    elif isinstance(config, VisionConfig):
-        found = _vision(config)
-    else:
-        found = _text_encoder(config) if isinstance(config, TextEncoderConfig) else _autoencoder(config)
+    found = of_sizes(config) if stated is None else dict(stated)
     if facts:
         found[FIELD] = dict(facts)
     weights: Counter[str] = Counter()
@@ -67,6 +60,15 @@ def new_config(
     if isinstance(config, TextEncoderConfig):
         found["tie_word_embeddings"] = all(job.target.name != HEAD for job in jobs)
     return found
+
+
+def of_sizes(config: Config) -> dict[str, Any]:
+    """The config.json that diffusers or transformers builds a network of these sizes from."""
+    if isinstance(config, TransformerConfig):
+        return _transformer(config)
+    if isinstance(config, VisionConfig):
+        return _vision(config)
+    return _text_encoder(config) if isinstance(config, TextEncoderConfig) else _autoencoder(config)
 
 
 def _vision(c: VisionConfig) -> dict[str, Any]:

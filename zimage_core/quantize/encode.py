@@ -41,8 +41,8 @@ def encode(weights: Tensor, fmt: BlockFormat | str, importance: Tensor | None = 
 
     The encoder searches for bytes that make sum(importance * (weights - decoded)^2) small. Without
     importance, the legacy formats (Q4_0 to Q8_0), TQ1_0, TQ2_0, MXFP4 and plain floats are not searched: they
-    have the bytes of `gguf.quants.quantize` (docs/guides/quantizing.md). Magnitudes beyond the largest value
-    of a block are encoded as that value.
+    have the bytes of `gguf.quants.quantize` (docs/explanation/encoders.md). Magnitudes beyond the largest
+    value of a block are encoded as that value.
 
     Args:
         weights: Floats of any type, [..., K], on any device; they are converted to float32 first.

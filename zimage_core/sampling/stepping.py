@@ -30,7 +30,7 @@ CONFIG_FILE = "scheduler_config.json"
 class StepOutput(NamedTuple):
     """The result of a step.
 
-    Args:
+    Attributes:
         prev_sample: The sample at the next noise level, in the dtype of the model's output.
     """
 

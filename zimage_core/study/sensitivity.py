@@ -3,7 +3,7 @@
 One tensor at a time is stored in one type at a time, while all others are unchanged, and the transformer
 repeats calls that were recorded while images were generated. The cost is the squared error of the velocity
 divided by its square. Costs of several tensors add up if their errors are independent and small;
-docs/guides/quantizing.md shows how well that holds.
+docs/guides/recipes.md shows how well that holds.
 """
 
 from __future__ import annotations

@@ -1,0 +1,244 @@
+"""Many images from a table: `generate_dataset`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from zimage_core.batch.identity import context_of, threads_of
+from zimage_core.batch.model import EDGES, Model
+from zimage_core.batch.rows import Context, Faults, read_rows
+from zimage_core.batch.saving import Finish, Saver
+from zimage_core.batch.shards import FORMATS, PARQUET
+from zimage_core.batch.tables import given_rows, import_parquet, read_table
+from zimage_core.batch.worker import Done, Failed, Row, Spec, Worker
+from zimage_core.batch.writer import Writer
+from zimage_core.errors import BadArgument, BadRows
+from zimage_core.run import checks
+
+if TYPE_CHECKING:
+    from zimage_core.pipeline import ZImagePipeline
+
+SHARD_SIZE = 1000
+"""Images of a shard: 1 to 2 GB at 1024 x 1024."""
+Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run made.
+
+    Args:
+        out: The dataset's folder.
+        rows: Rows of the table that can be drawn.
+        made: Images made in this run.
+        skipped: Rows that were done before, or that repeat another row.
+        failed: Rows that gave no image, with the reasons; also in failures.jsonl.
+        bad: Number and reason of rows that were left out because of `skip_bad`, up to 1000.
+        bad_count: How many were left out.
+        seconds: Time of the run, without the loading of the model.
+    """
+
+    out: Path
+    rows: int
+    made: int = 0
+    skipped: int = 0
+    failed: Sequence[Failed] = ()
+    bad: Sequence[tuple[int, str]] = ()
+    bad_count: int = 0
+    seconds: float = 0.0
+
+    @property
+    def images_per_hour(self) -> float:
+        """Images made in an hour."""
+        return 3600 * self.made / self.seconds if self.seconds else 0.0
+
+    @property
+    def left(self) -> int:
+        """Rows that are neither made nor skipped nor failed."""
+        return self.rows - self.made - self.skipped - len(self.failed)
+
+
+def generate_dataset(
+    rows: Rows,
+    out: str | os.PathLike[str],
+    *,
+    pipe: ZImagePipeline | None = None,
+    format: str = "png",
+    shard_size: int = SHARD_SIZE,
+    ray: bool | str | None = None,
+    threads: int | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    keep: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    metadata: bool = True,
+    on_progress: Callable[[Report], None] | None = None,
+    **model: Any,
+) -> Report:
+    """Make an image of every row of a table, and write them as a dataset.
+
+    A row has any arguments of the pipeline's call, under their names or those of the options of
+    `zimage generate`, and `lora`, a file or "FILE:WEIGHT" or a list of these. It needs a prompt. Without a
+    seed it gets one that follows from its content. All rows are checked before a model is loaded.
+
+    The image of a row is, to the byte of its PNG, what `pipe(...)` and `result.save` give with the same
+    settings, device and number of threads. A row that was done before is skipped; it is known by the
+    arguments, the contents of the images it names, its adapters, the model's files and how it computes. So a
+    run that was interrupted, or killed, is started again with the same call, and nothing that was finished is
+    made again.
+
+    Args:
+        rows: A table: JSON lines, CSV, Parquet or text with a prompt a line; or dicts. Paths in a table are
+            relative to its folder.
+        out: Folder of the dataset; new, empty, or that of an earlier run with the same format.
+        pipe: A pipeline that draws; its active adapters and its ControlNets are used. Default: the one of
+            the arguments in `model`.
+        format: "png" for a folder of PNG files, "webdataset" for tar shards, "parquet" for Parquet files with
+            the bytes of images. Each has index.jsonl, a line an image.
+        shard_size: Images of a shard.
+        ray: True to draw on the machines of a Ray cluster that is started here, or its address.
+        threads: Threads of torch on a CPU, which are part of what decides the last bits of an image. Default:
+            OMP_NUM_THREADS if it is set; 1 for a small network such as the embedded one; else one a core.
+        limit: Draw no more than the first rows of the table.
+        skip_bad: Leave rows out that cannot be drawn, and draw the others.
+        keep: Columns that are no arguments, and go into the index as they are.
+        defaults: Arguments for rows that do not give them.
+        metadata: Write the settings into each PNG.
+        on_progress: f(report so far), called after each image.
+        model: Which model, as for `zimage generate`: model, variant, transformer, text_encoder, vae,
+            tokenizer, siglip, dtype, compute, device, vram, ram, controlnets. Default: the embedded model.
+
+    Returns:
+        What was made. Rows that failed are listed there and do not end the run.
+
+    Raises:
+        BadRows: Rows cannot be drawn, and `skip_bad` is off; nothing was computed.
+        BadArgument: An argument is out of range, or not known.
+        BadFile: The table cannot be read, or the folder cannot be used or written to.
+        Unsupported: A package is missing, or a network of `pipe` came from no file, so that an image could
+            not be told from one of another model.
+        DeviceFault: The GPU failed; what was finished is kept.
+        KeyboardInterrupt: What was finished is kept.
+    """
+    checks.choice("format", format, FORMATS)
+    checks.whole("shard_size", shard_size, 1, 1_000_000)
+    if pipe is not None and (model or ray):
+        raise BadArgument("pipe: a pipeline is in this process, and has its model; leave the others out")
+    if format == PARQUET:
+        import_parquet()
+    described = Model.of(model) if ray else Model.of(model).placed()
+    count = threads_of(described, pipe, threads)
+    context = context_of(described, pipe, count, defaults, keep)
+    good, faults = _read(rows, context)
+    if faults.count and not skip_bad:
+        raise BadRows(_name(rows), faults.listed, faults.count)
+    if limit is not None:
+        good = good[: checks.whole("limit", limit, 1, 1 << 60)]
+    spec = Spec(_fitting(described, good), count, metadata)
+    engine = partial(_here, pipe=pipe) if not ray else _ray(ray)
+    return _run(good, faults, Path(out), format, shard_size, spec, engine, on_progress)
+
+
+Engine = Callable[[Spec, Sequence[Row]], Iterator[Finish]]
+"""(description of workers, rows) -> the last part of the work on each row, in any order."""
+
+
+def _run(
+    rows: Sequence[Row],
+    faults: Faults,
+    out: Path,
+    form: str,
+    shard_size: int,
+    spec: Spec,
+    engine: Engine,
+    on_progress: Callable[[Report], None] | None,
+) -> Report:
+    """Draw the rows that are not done yet, and write each image as soon as it is finished."""
+    writer = Writer(out, form, shard_size)
+    made = 0
+    try:
+        wanted = writer.begin(rows)
+        report = Report(
+            out, len(rows), skipped=len(rows) - len(wanted), bad=faults.listed, bad_count=faults.count
+        )
+        began = perf_counter()
+
+        def save(outcome: Done | Failed) -> None:
+            nonlocal made
+            writer.add(outcome)
+            made += isinstance(outcome, Done)
+
+        def so_far() -> Report:
+            return replace(report, made=made, failed=tuple(writer.failures), seconds=perf_counter() - began)
+
+        saver = Saver(save)
+        try:
+            for finish in engine(spec, wanted) if wanted else ():
+                saver.put(finish)
+                if on_progress is not None:
+                    on_progress(so_far())
+        finally:
+            saver.close()
+        writer.finish()
+        report = so_far()
+    finally:
+        writer.close()
+    if on_progress is not None:
+        on_progress(report)
+    return report
+
+
+def _here(spec: Spec, rows: Sequence[Row], pipe: ZImagePipeline | None) -> Iterator[Finish]:
+    """The loop in this process: one row after the other is drawn, in this thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    worker = Worker(spec, pipe)
+    try:
+        for row in rows:
+            drawn = worker.draw(row)
+            yield partial(worker.finish, row, drawn)
+    finally:
+        worker.close()
+        torch.set_num_threads(before)
+
+
+def _ray(address: bool | str) -> Engine:
+    from zimage_core.batch.ray import engine  # type: ignore[import-not-found]
+
+    return engine(None if address is True else str(address))  # type: ignore[no-any-return]
+
+
+def _read(rows: Rows, context: Context) -> tuple[list[Row], Faults]:
+    if isinstance(rows, (str, os.PathLike)):
+        table = Path(rows)
+        folder = Path.cwd() if str(rows) == "-" else table.absolute().parent
+        return read_rows(read_table(table, context.keep), replace(context, folder=folder))
+    return read_rows(given_rows(rows), replace(context, folder=Path.cwd()))
+
+
+def _name(rows: Rows) -> str:
+    if not isinstance(rows, (str, os.PathLike)):
+        return "rows"
+    return "standard input" if str(rows) == "-" else str(rows)
+
+
+def _fitting(model: Model, rows: Sequence[Row]) -> Model:
+    """The embedded model with its ControlNet, or its Omni sibling, where the rows need them."""
+    if not model.embedded:
+        return model
+    shown = sum("reference_images" in row.call for row in rows)
+    if 0 < shown < len(rows):
+        raise BadArgument(
+            "reference_images: the embedded model that takes them is another one than that for text alone; "
+            "put these rows into a table of their own"
+        )
+    if any("control_image" in row.call for row in rows) and not model.controlnets:
+        model = replace(model, controlnets=(EDGES,))
+    return replace(model, omni=bool(shown))

@@ -1,0 +1,106 @@
+"""What tells images of one model, computed in one way, from those of another: a part of every row's key."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zimage_core.assets import embedded_files, embedded_part
+from zimage_core.batch.columns import argument, read_cell
+from zimage_core.batch.model import EDGES, Model, hash_of, is_small
+from zimage_core.batch.rows import Context
+from zimage_core.config import COMPONENTS
+from zimage_core.errors import BadArgument, Unsupported
+from zimage_core.run import checks
+from zimage_core.weights.load import opened_file
+
+if TYPE_CHECKING:
+    from zimage_core.pipeline import ZImagePipeline
+
+THREADS = "OMP_NUM_THREADS"
+NO_CONTROL = "control_image: it needs a ControlNet for this model; give --controlnet FILE (controlnets=)"
+NO_VISION = (
+    "reference_images: this transformer takes text alone; it needs an Omni checkpoint and its vision tower"
+)
+
+
+def threads_of(model: Model, pipe: ZImagePipeline | None, threads: int | None) -> int:
+    """Threads of torch: those asked for, else by a rule that does not depend on who calls the workers."""
+    if threads is not None:
+        return checks.whole("threads", threads, 1, 4096)
+    stated = os.environ.get(THREADS, "")
+    if stated.isdecimal() and 0 < int(stated) <= 4096:
+        return int(stated)
+    small = model.survey().small if pipe is None else is_small(pipe.transformer.config, pipe.limits)
+    return 1 if small else os.cpu_count() or 1
+
+
+def context_of(
+    model: Model,
+    pipe: ZImagePipeline | None,
+    threads: int,
+    defaults: Mapping[str, Any] | None,
+    keep: Collection[str],
+) -> Context:
+    """What rows are checked and named by.
+
+    Raises:
+        BadArgument: A default is no argument of a call.
+        Unsupported: A network of the pipeline came from no file.
+    """
+    usual: dict[str, Any] = {}
+    for name, value in (defaults or {}).items():
+        target = argument(name)
+        if target in ("prompt", "seed", "lora") or target.endswith(("image", "images")):
+            raise BadArgument(f"defaults: {name} belongs into a row")
+        if value is not None:
+            usual[target] = read_cell(target, value, False, Path())
+    if pipe is not None:
+        return Context(pipe.limits, *_of_pipe(pipe, threads), defaults=usual, keep=keep)
+    survey = model.survey()
+    files = {name: _hash(survey.files[name]) for name in COMPONENTS}
+    device = model.device.partition(":")[0]
+    identity = _identity(files, model.dtype, model.compute, device, threads)
+    extras: dict[str, Any] = {}
+    nets = [embedded_part(net) or net for net in model.controlnets or ((EDGES,) if model.embedded else ())]
+    extras["control_image"] = [hash_of(net) for net in nets] if nets else NO_CONTROL
+    if model.embedded:
+        extras["reference_images"] = [hash_of(path) for path in embedded_files(omni=True).values()]
+    else:
+        extras["reference_images"] = survey.files.get("siglip", {}) if survey.limits.vision else NO_VISION
+    return Context(survey.limits, identity, extras, usual, keep=keep)
+
+
+def _of_pipe(pipe: ZImagePipeline, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Identity and extras of a pipeline that is loaded."""
+    found = {name: file.identity() for name, file in pipe.files().items()}
+    if missing := [name for name in COMPONENTS if name not in found]:
+        raise Unsupported(
+            f"pipe: its {' and '.join(missing)} came from no file, so that images could not be told from "
+            "those of another model; save it, and load it from there"
+        )
+    files = {name: _hash(found[name]) for name in COMPONENTS}
+    dtype = str(pipe.dtype).removeprefix("torch.")
+    identity = _identity(files, dtype, pipe.compute, pipe.device.type, threads)
+    if active := [(_hash(lora.file) or lora.name, lora.weight) for lora in pipe.loras if lora.weight]:
+        identity["loras"] = active
+    nets = [opened_file(net) for net in pipe.controlnets.values()]
+    extras: dict[str, Any] = {
+        "control_image": [net and _hash(net.file.identity()) for net in nets] if nets else NO_CONTROL,
+        "reference_images": _hash(found.get("siglip", {})) if pipe.limits.vision else NO_VISION,
+    }
+    return identity, extras
+
+
+def _identity(
+    files: Mapping[str, Any], dtype: str, compute: str, device: str, threads: int
+) -> dict[str, Any]:
+    found = {"files": dict(files), "dtype": dtype, "compute": compute, "device": device}
+    return {**found, "threads": threads} if device == "cpu" else found
+
+
+def _hash(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Size and hash of a file, without its name."""
+    return {name: value for name, value in identity.items() if name != "name"}
