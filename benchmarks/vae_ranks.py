@@ -2,9 +2,9 @@
 
     python -m benchmarks.vae_ranks [--pixels 512] [--rounds 3]
 
-The VAE has the full size and random weights. In a round, rank 0 decodes alone while rank 1 waits, whole and in
-tiles, then both decode their strips together. CPU times are of all threads of a process, and do not change where
-other programs run beside; that of two ranks is that of the busier one.
+The VAE has the full size and random weights. In a round, rank 0 decodes alone while rank 1 waits, whole and
+in tiles, then both decode their strips together. CPU times are of all threads of a process, and do not change
+where other programs run beside; that of two ranks is that of the busier one.
 """
 
 from __future__ import annotations

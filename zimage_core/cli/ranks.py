@@ -27,6 +27,8 @@ SHARED = ("generate",)
 """Verbs that several ranks run together."""
 PATIENCE = 5.0
 """Seconds in which rank 0 shows an error of another rank, before that rank shows it itself."""
+PARTING = 2.0
+"""Seconds in which the other ranks read why rank 0 ends, as it may hold what they read that from."""
 _link: Link | None = None
 
 
@@ -81,11 +83,20 @@ def speaks_for(error: Exception) -> bool:
         _link.note("shown")
         return True
     end = time.monotonic() + PATIENCE
-    while time.monotonic() < end and "rank 0" not in str(error):
-        if _link.noted("shown"):
-            return False
+    while not _link.noted("shown") and time.monotonic() < end and "rank 0" not in str(error):
         time.sleep(0.05)
-    return not _link.noted("shown") and _link.note("shown")
+    shown = _link.noted("shown")
+    _link.note(f"left {_link.rank}")
+    return not shown and _link.note("shown")
+
+
+def part() -> None:
+    """Let rank 0 of a failed command wait for the others to have read why."""
+    if _link is None or not first():
+        return
+    end, others = time.monotonic() + PARTING, [f"left {rank}" for rank in _link.ranks[1:]]
+    while time.monotonic() < end and not all(map(_link.noted, others)):
+        time.sleep(0.05)
 
 
 def share(value: Callable[[], Any]) -> Any:
