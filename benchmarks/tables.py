@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decoding, standing, ulysses, ulysses_model
+from benchmarks import decoding, overview, standing, ulysses, ulysses_model
 from benchmarks.predictions import text
 from benchmarks.report import ROOT, compiled_rows, fill_tables, markdown, read
 from benchmarks.step_model import Range
@@ -397,6 +397,7 @@ def _sampling() -> dict[str, str]:
 
 PAGES: dict[Path, Callable[[], dict[str, str]]] = {
     ROOT / "docs/explanation/kernels.md": _kernels,
+    ROOT / "docs/benchmarks/index.md": overview.tables,
     ROOT / "docs/benchmarks/quality.md": _quality,
     ROOT / "docs/explanation/encoders.md": _encoders,
     ROOT / "docs/guides/recipes.md": _recipes,

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from zimage_core.batch.identity import context_of, threads_of
+from zimage_core.batch.identity import context_of, identity_of, threads_of
 from zimage_core.batch.model import EDGES, Model
-from zimage_core.batch.rows import Context, Faults, read_rows
+from zimage_core.batch.rows import Context, Faults, read_rows, sealed
 from zimage_core.batch.saving import Finish, Saver
 from zimage_core.batch.shards import FORMATS, PARQUET
 from zimage_core.batch.tables import given_rows, import_parquet, read_table
@@ -38,7 +39,8 @@ class Report:
         rows: Rows of the table that can be drawn.
         made: Images made in this run.
         skipped: Rows that were done before, or that repeat another row.
-        failed: Rows that gave no image, with the reasons; also in failures.jsonl.
+        failed_count: Rows that gave no image.
+        failed: These rows with the reasons, when the run has ended; also in failures.jsonl.
         bad: Number and reason of rows that were left out because of `skip_bad`, up to 1000.
         bad_count: How many were left out.
         seconds: Time of the run, without the loading of the model.
@@ -48,6 +50,7 @@ class Report:
     rows: int
     made: int = 0
     skipped: int = 0
+    failed_count: int = 0
     failed: Sequence[Failed] = ()
     bad: Sequence[tuple[int, str]] = ()
     bad_count: int = 0
@@ -61,7 +64,7 @@ class Report:
     @property
     def left(self) -> int:
         """Rows that are neither made nor skipped nor failed."""
-        return self.rows - self.made - self.skipped - len(self.failed)
+        return self.rows - self.made - self.skipped - self.failed_count
 
 
 def generate_dataset(
@@ -132,21 +135,34 @@ def generate_dataset(
         raise BadArgument("pipe: a pipeline is in this process, and has its model; leave the others out")
     if format == PARQUET:
         import_parquet()
-    described = Model.of(model) if ray else Model.of(model).placed()
+    described = Model.of(model)
     count = threads_of(described, pipe, threads)
-    context = context_of(described, pipe, count, defaults, keep)
-    good, faults = _read(rows, context)
+    good, faults = _read(rows, context_of(described, pipe, defaults, keep))
     if faults.count and not skip_bad:
         raise BadRows(_name(rows), faults.listed, faults.count)
     if limit is not None:
         good = good[: checks.whole("limit", limit, 1, 1 << 60)]
-    spec = Spec(_fitting(described, good), count, metadata)
-    engine = partial(_here, pipe=pipe) if not ray else _ray(ray)
-    return _run(good, faults, Path(out), format, shard_size, spec, engine, on_progress)
+    spec = Spec(_fitting(described, good) if pipe is None else described, count, metadata)
+    with _Here(spec, pipe) if ray is None or ray is False else _on_ray(spec, ray) as crew:
+        good = sealed(good, identity_of(crew.spec.model, pipe, count))
+        return _run(good, faults, Path(out), format, shard_size, crew, on_progress)
 
 
-Engine = Callable[[Spec, Sequence[Row]], Iterator[Finish]]
-"""(description of workers, rows) -> the last part of the work on each row, in any order."""
+class Crew(Protocol):
+    """Who draws: this process, or workers of Ray.
+
+    Attributes:
+        spec: The description of a worker, with its device decided.
+    """
+
+    spec: Spec
+
+    def __enter__(self) -> Crew: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def results(self, rows: Sequence[Row]) -> Iterator[Finish | Done | Failed]:
+        """An outcome of each row, or what gives it, in any order."""
 
 
 def _run(
@@ -155,13 +171,12 @@ def _run(
     out: Path,
     form: str,
     shard_size: int,
-    spec: Spec,
-    engine: Engine,
+    crew: Crew,
     on_progress: Callable[[Report], None] | None,
 ) -> Report:
     """Draw the rows that are not done yet, and write each image as soon as it is finished."""
     writer = Writer(out, form, shard_size)
-    made = 0
+    made = failed = 0
     try:
         wanted = writer.begin(rows)
         report = Report(
@@ -170,23 +185,24 @@ def _run(
         began = perf_counter()
 
         def save(outcome: Done | Failed) -> None:
-            nonlocal made
+            nonlocal made, failed
             writer.add(outcome)
             made += isinstance(outcome, Done)
+            failed += isinstance(outcome, Failed)
 
         def so_far() -> Report:
-            return replace(report, made=made, failed=tuple(writer.failures), seconds=perf_counter() - began)
+            return replace(report, made=made, failed_count=failed, seconds=perf_counter() - began)
 
         saver = Saver(save)
         try:
-            for finish in engine(spec, wanted) if wanted else ():
-                saver.put(finish)
+            for result in crew.results(wanted) if wanted else ():
+                saver.put(result)
                 if on_progress is not None:
                     on_progress(so_far())
         finally:
             saver.close()
         writer.finish()
-        report = so_far()
+        report = replace(so_far(), failed=writer.failures())
     finally:
         writer.close()
     if on_progress is not None:
@@ -194,25 +210,42 @@ def _run(
     return report
 
 
-def _here(spec: Spec, rows: Sequence[Row], pipe: ZImagePipeline | None) -> Iterator[Finish]:
-    """The loop in this process: one row after the other is drawn, in this thread."""
-    import torch
+class _Here:
+    """The crew in this process: one row after the other is drawn, in this thread.
 
-    before = torch.get_num_threads()
-    worker = Worker(spec, pipe)
-    try:
-        for row in rows:
-            drawn = worker.draw(row)
-            yield partial(worker.finish, row, drawn)
-    finally:
-        worker.close()
-        torch.set_num_threads(before)
+    Args:
+        spec: The description.
+        pipe: A pipeline that is loaded already.
+    """
+
+    def __init__(self, spec: Spec, pipe: ZImagePipeline | None) -> None:
+        self.spec = spec if pipe is not None else replace(spec, model=spec.model.placed())
+        self._pipe = pipe
+
+    def __enter__(self) -> _Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def results(self, rows: Sequence[Row]) -> Iterator[Finish | Done | Failed]:
+        """The last part of the work on each row, in their order."""
+        import torch
+
+        before = torch.get_num_threads()
+        worker = Worker(self.spec, self._pipe)
+        try:
+            for row in rows:
+                drawn = worker.draw(row)
+                yield partial(worker.finish, row, drawn)
+        finally:
+            worker.close()
+            torch.set_num_threads(before)
 
 
-def _ray(address: bool | str) -> Engine:
-    from zimage_core.batch.ray import engine  # type: ignore[import-not-found]
-
-    return engine(None if address is True else str(address))  # type: ignore[no-any-return]
+def _on_ray(spec: Spec, address: bool | str) -> Crew:
+    pool = import_module("zimage_core.batch.ray").Pool
+    return pool(spec, address)  # type: ignore[no-any-return]
 
 
 def _read(rows: Rows, context: Context) -> tuple[list[Row], Faults]:

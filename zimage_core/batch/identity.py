@@ -40,15 +40,14 @@ def threads_of(model: Model, pipe: ZImagePipeline | None, threads: int | None) -
 def context_of(
     model: Model,
     pipe: ZImagePipeline | None,
-    threads: int,
     defaults: Mapping[str, Any] | None,
     keep: Collection[str],
 ) -> Context:
-    """What rows are checked and named by.
+    """What rows are checked by.
 
     Raises:
         BadArgument: A default is no argument of a call.
-        Unsupported: A network of the pipeline came from no file.
+        BadFile, WrongModel: A file of the model cannot be used.
     """
     usual: dict[str, Any] = {}
     for name, value in (defaults or {}).items():
@@ -57,48 +56,50 @@ def context_of(
             raise BadArgument(f"defaults: {name} belongs into a row")
         if value is not None:
             usual[target] = read_cell(target, value, False, Path())
+    extras: dict[str, Any] = {"control_image": NO_CONTROL, "reference_images": NO_VISION}
     if pipe is not None:
-        return Context(pipe.limits, *_of_pipe(pipe, threads), defaults=usual, keep=keep)
+        if nets := [opened_file(net) for net in pipe.controlnets.values()]:
+            extras["control_image"] = [net and _hash(net.file.identity()) for net in nets]
+        if pipe.limits.vision:
+            extras["reference_images"] = _hash(pipe.files()["siglip"].identity()) if pipe.siglip else {}
+        return Context(pipe.limits, extras, usual, keep=keep)
     survey = model.survey()
-    files = {name: _hash(survey.files[name]) for name in COMPONENTS}
-    device = model.device.partition(":")[0]
-    identity = _identity(files, model.dtype, model.compute, device, threads)
-    extras: dict[str, Any] = {}
-    nets = [embedded_part(net) or net for net in model.controlnets or ((EDGES,) if model.embedded else ())]
-    extras["control_image"] = [hash_of(net) for net in nets] if nets else NO_CONTROL
+    nets_named = model.controlnets or ((EDGES,) if model.embedded else ())
+    if nets_named:
+        extras["control_image"] = [hash_of(embedded_part(net) or net) for net in nets_named]
     if model.embedded:
         extras["reference_images"] = [hash_of(path) for path in embedded_files(omni=True).values()]
+    elif survey.limits.vision:
+        extras["reference_images"] = survey.files.get("siglip", {})
+    return Context(survey.limits, extras, usual, keep=keep)
+
+
+def identity_of(model: Model, pipe: ZImagePipeline | None, threads: int) -> dict[str, Any]:
+    """What tells this model and its arithmetic from others; the device must be decided.
+
+    Raises:
+        Unsupported: A network of the pipeline came from no file.
+    """
+    if pipe is None:
+        files = model.survey().files
+        dtype, compute, device = model.dtype, model.compute, model.device.partition(":")[0]
     else:
-        extras["reference_images"] = survey.files.get("siglip", {}) if survey.limits.vision else NO_VISION
-    return Context(survey.limits, identity, extras, usual, keep=keep)
-
-
-def _of_pipe(pipe: ZImagePipeline, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Identity and extras of a pipeline that is loaded."""
-    found = {name: file.identity() for name, file in pipe.files().items()}
-    if missing := [name for name in COMPONENTS if name not in found]:
+        files = {name: file.identity() for name, file in pipe.files().items()}
+        dtype, compute = str(pipe.dtype).removeprefix("torch."), pipe.compute
+        device = pipe.device.type
+    if missing := [name for name in COMPONENTS if name not in files]:
         raise Unsupported(
             f"pipe: its {' and '.join(missing)} came from no file, so that images could not be told from "
             "those of another model; save it, and load it from there"
         )
-    files = {name: _hash(found[name]) for name in COMPONENTS}
-    dtype = str(pipe.dtype).removeprefix("torch.")
-    identity = _identity(files, dtype, pipe.compute, pipe.device.type, threads)
-    if active := [(_hash(lora.file) or lora.name, lora.weight) for lora in pipe.loras if lora.weight]:
-        identity["loras"] = active
-    nets = [opened_file(net) for net in pipe.controlnets.values()]
-    extras: dict[str, Any] = {
-        "control_image": [net and _hash(net.file.identity()) for net in nets] if nets else NO_CONTROL,
-        "reference_images": _hash(found.get("siglip", {})) if pipe.limits.vision else NO_VISION,
-    }
-    return identity, extras
-
-
-def _identity(
-    files: Mapping[str, Any], dtype: str, compute: str, device: str, threads: int
-) -> dict[str, Any]:
-    found = {"files": dict(files), "dtype": dtype, "compute": compute, "device": device}
-    return {**found, "threads": threads} if device == "cpu" else found
+    hashes = {name: _hash(files[name]) for name in COMPONENTS}
+    found: dict[str, Any] = {"files": hashes, "dtype": dtype, "compute": compute, "device": device}
+    if device == "cpu":
+        found["threads"] = threads
+    loras = () if pipe is None else pipe.loras
+    if active := [(_hash(lora.file) or lora.name, lora.weight) for lora in loras if lora.weight]:
+        found["loras"] = active
+    return found
 
 
 def _hash(identity: Mapping[str, Any]) -> dict[str, Any]:

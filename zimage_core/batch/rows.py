@@ -1,8 +1,8 @@
 """Rows of a table as checked calls with keys, before a model is loaded.
 
 The key of a row is a hash of all that decides its image: the arguments, the contents of the images that it
-names, its adapters, the model's files, and how it computes. A row that was done is known by its key, wherever
-it stands in the table; a model or an image that was changed makes another key.
+names, its adapters, and, added by `sealed`, the model's files and how it computes. A row that was done is known
+by its key, wherever it stands in the table; a model or an image that was changed makes another key.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,6 @@ class Context:
 
     Args:
         limits: Limits of the model.
-        identity: What tells the model and its arithmetic from others; part of every key.
         extras: Argument -> identity of files that only rows with this argument use, such as ControlNets; or a
             sentence that says why this model cannot take the argument.
         defaults: Arguments for rows that do not give them.
@@ -66,7 +65,6 @@ class Context:
     """
 
     limits: Limits
-    identity: Mapping[str, Any]
     extras: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = field(default_factory=Path)
@@ -81,7 +79,7 @@ def read_rows(raws: Iterable[Raw], context: Context) -> tuple[list[Row], Faults]
         context: What they are checked by.
 
     Returns:
-        The good rows in the table's order, and the bad ones.
+        The good rows in the table's order, and the bad ones. The keys lack the model.
 
     Raises:
         BadArgument: There are more rows than `MAX_ROWS`.
@@ -106,7 +104,6 @@ class _Reader:
         self._seen: Counter[bytes] = Counter()
         self._hashes: dict[tuple[str, str], str | ZImageError] = {}
         self._columns: dict[tuple[str, ...], dict[str, str]] = {}
-        self._model = _json(context.identity)
 
     def read(self, raw: Raw) -> Row:
         """One row, checked.
@@ -128,7 +125,7 @@ class _Reader:
             if isinstance(each, str):
                 raise BadArgument(each)
         parts = ({**decisive, **self._files(call)}, self._adapters(loras), extras)
-        key = hashlib.sha256(_json(parts) + b"\n" + self._model).hexdigest()
+        key = hashlib.sha256(_json(parts)).hexdigest()
         kept = {name: _plain(raw.cells[name]) for name in self._context.keep if name in raw.cells}
         return Row(raw.number, key, call, loras, kept)
 
@@ -190,6 +187,23 @@ class _Reader:
         if isinstance(found, ZImageError):
             raise found
         return found
+
+
+def sealed(rows: Iterable[Row], identity: Mapping[str, Any]) -> list[Row]:
+    """The rows with their final keys.
+
+    Args:
+        rows: Rows of `read_rows`.
+        identity: What tells the model and its arithmetic from others.
+    """
+    model = hashlib.sha256(_json(identity))
+
+    def key(row: Row) -> str:
+        found = model.copy()
+        found.update(row.key.encode())
+        return found.hexdigest()
+
+    return [replace(row, key=key(row)) for row in rows]
 
 
 def _json(value: Any) -> bytes:

@@ -24,19 +24,19 @@ class Saver:
 
     def __init__(self, write: Callable[[Done | Failed], None]) -> None:
         self._write = write
-        self._queue: queue.Queue[Finish | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[Finish | Done | Failed | None] = queue.Queue(WAITING)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="zimage-batch-saver", daemon=True)
         self._thread.start()
 
-    def put(self, finish: Finish) -> None:
-        """Queue the last part of the work on a row.
+    def put(self, result: Finish | Done | Failed) -> None:
+        """Queue the outcome of a row, or the last part of the work on it.
 
         Raises:
             BadFile: An earlier image could not be saved.
         """
         self._raise()
-        self._queue.put(finish)
+        self._queue.put(result)
 
     def close(self) -> None:
         """Wait until everything is saved.
@@ -54,10 +54,10 @@ class Saver:
             raise self._error
 
     def _run(self) -> None:
-        while (finish := self._queue.get()) is not None:
+        while (result := self._queue.get()) is not None:
             if self._error is not None:
                 continue  # the queue is emptied, so that nobody waits for a place in it
             try:
-                self._write(finish())
+                self._write(result if isinstance(result, (Done, Failed)) else result())
             except BaseException as error:  # noqa: BLE001  raised again in the thread that puts
                 self._error = error

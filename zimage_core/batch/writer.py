@@ -96,17 +96,16 @@ class Writer:
             path = self.folder.out / "failures.jsonl"
             if self._failed:
                 lines = ({"row": f.row.number, "key": f.row.key, "reason": f.reason, "call": dict(f.row.call)}
-                         for f in self.failures)  # fmt: skip
+                         for f in self.failures())  # fmt: skip
                 write_atomically(path, (as_json(line) + b"\n" for line in lines), overwrite=True)
             else:
                 path.unlink(missing_ok=True)
         finally:
             self.folder.close()
 
-    @property
-    def failures(self) -> list[Failed]:
+    def failures(self) -> tuple[Failed, ...]:
         """Rows that failed, by their number."""
-        return sorted(self._failed.values(), key=lambda failed: failed.row.number)
+        return tuple(sorted(self._failed.values(), key=lambda failed: failed.row.number))
 
     # --- one image ---
 

@@ -134,10 +134,10 @@ class _Show:
 
     def __call__(self, report: Report) -> None:
         self.made = report.made
-        tried = report.made + len(report.failed)
+        tried = report.made + report.failed_count
         pace = f"{report.images_per_hour:.0f} images an hour" if report.made else "drawing"
         left = report.seconds / tried * report.left if tried else 0.0
-        failed = f", {len(report.failed)} failed" if report.failed else ""
+        failed = f", {report.failed_count} failed" if report.failed_count else ""
         text = f"{report.rows - report.left}/{report.rows} images, {pace}{failed}"
         self._progress.count(report.rows - report.left, report.rows, text, f", {_span(left)} left")
 
