@@ -92,17 +92,14 @@ def share(value: Callable[[], Any]) -> Any:
     """What rank 0 gets from a function, on every rank: texts, numbers and lists of them."""
     if _link is None:
         return value()
-    said = _link.agree(json.dumps(value()) if first() else "", first=True)
-    return json.loads(said[0])
+    mine = value() if first() else None
+    said = _link.agree(json.dumps(mine), first=True)
+    return mine if first() else json.loads(said[0])
 
 
 def parallelize(pipeline: ZImagePipeline, args: argparse.Namespace) -> None:
     """Let the ranks make each image together, half of them each side of guidance where that is possible."""
     if _link is None:
-        if args.guidance_ranks is not None:
-            raise BadArgument(
-                "--guidance-ranks goes with torchrun --nproc-per-node N -m zimage_core generate"
-            )
         return
     sides = args.guidance_ranks
     if sides is None:
@@ -124,8 +121,12 @@ def threads() -> int | None:
     """
     if not launched() or os.environ.get("OMP_NUM_THREADS", "1") != "1" or "MKL_NUM_THREADS" in os.environ:
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device(wanted: str) -> str:
