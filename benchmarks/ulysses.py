@@ -20,7 +20,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping
-from functools import partial
 from itertools import pairwise
 from operator import truediv
 from pathlib import Path
@@ -61,7 +60,11 @@ def drawn(pipe: ZImagePipeline, pixels: int, parallel: Ulysses | None) -> tuple[
     """Medians over the steps but the first: seconds, and seconds of CPU time of this process."""
     width = pipe.transformer.config.cap_feat_dim
     caption = torch.randn(CAPTION, width, generator=torch.Generator().manual_seed(1))
-    pipeline.Denoiser = partial(Denoiser, parallel=parallel)  # type: ignore[misc, assignment]
+
+    def made(*given: Any) -> Denoiser:
+        return Denoiser(*given[:-1], parallel)
+
+    pipeline.Denoiser = made  # type: ignore[misc, assignment]
     marks: list[float] = []
 
     def note(*_: Any) -> None:

@@ -302,7 +302,7 @@ class ZImagePipeline(Parallel, ImageCalls, Adapted, Opening, Controlled, Referen
                 )
             with torch.no_grad():
                 try:
-                    result = self._together(request)
+                    result = (self._generate if self._ranks is None else self._together)(request)
                     return result if return_dict else (result.images,)
                 except RuntimeError as error:
                     fault = self._explained(error)

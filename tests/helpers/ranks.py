@@ -49,14 +49,19 @@ def start(
     return [
         subprocess.Popen(
             [sys.executable, *words], env={**environment(rank, size, port), **(more or {})}, cwd=folder,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
         )
         for rank in range(size)
     ]  # fmt: skip
 
 
-def ended(ranks: list[subprocess.Popen[str]], but: int | None = None) -> list[tuple[int, str, str]]:
+def ended(
+    ranks: list[subprocess.Popen[str]], but: int | None = None, text: str = ""
+) -> list[tuple[int, str, str]]:
     """Exit status, stdout and stderr of each rank; rank `but` is killed once the others have ended.
+
+    Rank 0 gets `text` as standard input, and all others get none.
 
     Raises:
         subprocess.TimeoutExpired: A rank hangs.
@@ -65,7 +70,7 @@ def ended(ranks: list[subprocess.Popen[str]], but: int | None = None) -> list[tu
         found = {}
         for number, rank in enumerate(ranks):
             if number != but:
-                out, err = rank.communicate(timeout=100)
+                out, err = rank.communicate(text if number == 0 else "", timeout=100)
                 found[number] = (rank.returncode, out, err)
     finally:
         for rank in ranks:

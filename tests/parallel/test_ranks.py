@@ -131,9 +131,7 @@ def test_what_a_rank_raises_is_raised_on_the_others(place, tmp_path):
     assert (first[0], second[0]) == (1, 1)
     assert first[1].startswith("RankFailed: rank 1 failed: ValueError a fault\n"), first
     assert second[1].startswith("ValueError: a fault\n"), second
-    again = first[1].splitlines()[1]
-    # before the steps, all ranks are at the same place, and can go on
-    assert again.startswith("RankFailed: rank 1 failed") == (place != "text"), again
+    assert first[1].splitlines()[1].startswith("RankFailed: rank 1 failed"), "the ranks cannot go on"
 
 
 @pytest.mark.parametrize(
@@ -160,13 +158,13 @@ def test_a_rank_that_ended_or_hangs_is_an_error_on_the_others(fault, wanted, tmp
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_in_a_step_is_an_error_on_the_others_even_if_it_holds_the_store(tmp_path):
-    for stopped in (0, 2):
+    for stopped in (0, 1):
         stop = "lambda *_: os.kill(os.getpid(), signal.SIGSTOP)"
         plant = f"pipe.transformer.layers[1].register_forward_hook({stop})"
         program = (
             FAIL.replace("rank == 1", f"rank == {stopped}").replace("FAULT", "pass").replace("PLANT", plant)
         )
-        found = helper.run(program, 3, tmp_path, but=stopped, more=LIMIT)
+        found = helper.run(program, 2, tmp_path, but=stopped, more=LIMIT)
         for number, (code, out, _) in enumerate(found):
             if number != stopped:
                 assert code == 1

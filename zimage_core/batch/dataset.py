@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zimage_core.batch.identity import context_of, identity_of, threads_of
+import torch
+
+from zimage_core.batch.identity import context_of, identity_of, survey_of, threads_of
 from zimage_core.batch.model import EDGES, Model
 from zimage_core.batch.rows import Context, Faults, read_rows, sealed
 from zimage_core.batch.saving import Finish, Saver
@@ -19,7 +20,7 @@ from zimage_core.batch.shards import FORMATS, PARQUET
 from zimage_core.batch.tables import given_rows, import_parquet, read_table
 from zimage_core.batch.worker import Done, Failed, Row, Spec, Worker
 from zimage_core.batch.writer import Writer
-from zimage_core.errors import BadArgument, BadRows
+from zimage_core.errors import BadArgument, BadFile, BadRows
 from zimage_core.run import checks
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Report:
         failed: These rows with the reasons, when the run has ended; also in failures.jsonl.
         bad: Number and reason of rows that were left out because of `skip_bad`, up to 1000.
         bad_count: How many were left out.
-        seconds: Time of the run, without the loading of the model.
+        seconds: Time of the run, with the loading of the model.
     """
 
     out: Path
@@ -75,6 +76,7 @@ def generate_dataset(
     format: str = "png",
     shard_size: int = SHARD_SIZE,
     ray: bool | str | None = None,
+    workers: int | None = None,
     threads: int | None = None,
     limit: int | None = None,
     skip_bad: bool = False,
@@ -105,7 +107,9 @@ def generate_dataset(
         format: "png" for a folder of PNG files, "webdataset" for tar shards, "parquet" for Parquet files with
             the bytes of images. Each has index.jsonl, a line an image.
         shard_size: Images of a shard.
-        ray: True to draw on the machines of a Ray cluster that is started here, or its address.
+        ray: True to draw by workers of a Ray that is started here, or RAY_ADDRESS if that is set; else the
+            address of a cluster: "HOST:PORT", or "auto" on one of its machines.
+        workers: With `ray`: how many workers. Default: as many as the cluster has GPUs, or CPUs for.
         threads: Threads of torch on a CPU, which are part of what decides the last bits of an image. Default:
             OMP_NUM_THREADS if it is set; 1 for a small network such as the embedded one; else one a core.
         limit: Draw no more than the first rows of the table.
@@ -136,15 +140,20 @@ def generate_dataset(
     if format == PARQUET:
         import_parquet()
     described = Model.of(model)
-    count = threads_of(described, pipe, threads)
-    good, faults = _read(rows, context_of(described, pipe, defaults, keep))
+    known = described.survey() if pipe is None else survey_of(pipe)
+    count = threads_of(known, threads)
+    good, faults = _read(rows, context_of(described, known, pipe, defaults, keep))
+    if not good and not faults.count:
+        raise BadFile(
+            _name(rows), "there is no row in it", "write a prompt a line, or one JSON object a line"
+        )
     if faults.count and not skip_bad:
         raise BadRows(_name(rows), faults.listed, faults.count)
     if limit is not None:
         good = good[: checks.whole("limit", limit, 1, 1 << 60)]
     spec = Spec(_fitting(described, good) if pipe is None else described, count, metadata)
-    with _Here(spec, pipe) if ray is None or ray is False else _on_ray(spec, ray) as crew:
-        good = sealed(good, identity_of(crew.spec.model, pipe, count))
+    with _Here(spec, pipe) if ray is None or ray is False else _on_ray(spec, ray, workers) as crew:
+        good = sealed(good, identity_of(crew.spec, known, pipe))
         return _run(good, faults, Path(out), format, shard_size, crew, on_progress)
 
 
@@ -221,31 +230,29 @@ class _Here:
     def __init__(self, spec: Spec, pipe: ZImagePipeline | None) -> None:
         self.spec = spec if pipe is not None else replace(spec, model=spec.model.placed())
         self._pipe = pipe
+        self._worker: Worker | None = None
+        self._threads = torch.get_num_threads()
 
     def __enter__(self) -> _Here:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        torch.set_num_threads(self._threads)
+        if self._worker is not None:
+            self._worker.close()
 
     def results(self, rows: Sequence[Row]) -> Iterator[Finish | Done | Failed]:
         """The last part of the work on each row, in their order."""
-        import torch
-
-        before = torch.get_num_threads()
-        worker = Worker(self.spec, self._pipe)
-        try:
-            for row in rows:
-                drawn = worker.draw(row)
-                yield partial(worker.finish, row, drawn)
-        finally:
-            worker.close()
-            torch.set_num_threads(before)
+        self._worker = worker = Worker(self.spec, self._pipe)
+        for row in rows:
+            drawn = worker.draw(row)
+            yield partial(worker.finish, row, drawn)
 
 
-def _on_ray(spec: Spec, address: bool | str) -> Crew:
-    pool = import_module("zimage_core.batch.ray").Pool
-    return pool(spec, address)  # type: ignore[no-any-return]
+def _on_ray(spec: Spec, address: bool | str, workers: int | None) -> Crew:
+    from zimage_core.batch.ray import Pool
+
+    return Pool(spec, address, workers if workers is None else checks.whole("workers", workers, 1, 1 << 20))
 
 
 def _read(rows: Rows, context: Context) -> tuple[list[Row], Faults]:

@@ -277,6 +277,8 @@ def _check(args: argparse.Namespace, prompts: int) -> None:
     from zimage_core.run.checks import whole
 
     whole("count", args.count, 1, MAX_COUNT)
+    if args.guidance_ranks is not None and not ranks.launched():
+        raise BadArgument("--guidance-ranks goes with torchrun --nproc-per-node N -m zimage_core generate")
     if args.profile is not None:
         if args.vram is None and args.ram is None:
             raise BadArgument("--profile: without --vram or --ram nothing is moved; give one of them")

@@ -37,6 +37,7 @@ def process() -> NoReturn:
         status = status or 1
     if status and ranks.launched():  # a thread of torch's that waits for another rank would keep the process
         sys.stderr.flush()
+        ranks.part()
         os._exit(status)
     sys.exit(status)
 

@@ -27,6 +27,8 @@ SHARED = ("generate",)
 """Verbs that several ranks run together."""
 PATIENCE = 5.0
 """Seconds in which rank 0 shows an error of another rank, before that rank shows it itself."""
+PARTING = 2.0
+"""Seconds in which the other ranks read why rank 0 ends, as it may hold what they read that from."""
 _link: Link | None = None
 
 
@@ -81,28 +83,34 @@ def speaks_for(error: Exception) -> bool:
         _link.note("shown")
         return True
     end = time.monotonic() + PATIENCE
-    while time.monotonic() < end and "rank 0" not in str(error):
-        if _link.noted("shown"):
-            return False
+    while not _link.noted("shown") and time.monotonic() < end and "rank 0" not in str(error):
         time.sleep(0.05)
-    return not _link.noted("shown") and _link.note("shown")
+    shown = _link.noted("shown")
+    _link.note(f"left {_link.rank}")
+    return not shown and _link.note("shown")
+
+
+def part() -> None:
+    """Let rank 0 of a failed command wait for the others to have read why."""
+    if _link is None or not first():
+        return
+    end, others = time.monotonic() + PARTING, [f"left {rank}" for rank in _link.ranks[1:]]
+    while time.monotonic() < end and not all(map(_link.noted, others)):
+        time.sleep(0.05)
 
 
 def share(value: Callable[[], Any]) -> Any:
     """What rank 0 gets from a function, on every rank: texts, numbers and lists of them."""
     if _link is None:
         return value()
-    said = _link.agree(json.dumps(value()) if first() else "", first=True)
-    return json.loads(said[0])
+    mine = value() if first() else None
+    said = _link.agree(json.dumps(mine), first=True)
+    return mine if first() else json.loads(said[0])
 
 
 def parallelize(pipeline: ZImagePipeline, args: argparse.Namespace) -> None:
     """Let the ranks make each image together, half of them each side of guidance where that is possible."""
     if _link is None:
-        if args.guidance_ranks is not None:
-            raise BadArgument(
-                "--guidance-ranks goes with torchrun --nproc-per-node N -m zimage_core generate"
-            )
         return
     sides = args.guidance_ranks
     if sides is None:
@@ -124,8 +132,12 @@ def threads() -> int | None:
     """
     if not launched() or os.environ.get("OMP_NUM_THREADS", "1") != "1" or "MKL_NUM_THREADS" in os.environ:
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device(wanted: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from zimage_core.errors import Busy
+from zimage_core.errors import Busy, Unsupported
 from zimage_core.sampling import noise
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ class Parallel:
         return self._ranks
 
     def _together(self, request: Request) -> ZImageResult:
-        """Run a request, on all ranks where there are several."""
+        """Run a request on all ranks."""
         if self._ranks is None:
-            return self._generate(request)
+            raise Unsupported("parallel: this pipeline has no ranks; call parallelize first")
         with self._ranks.run(self, request) as same:
             return self._generate(same)
 

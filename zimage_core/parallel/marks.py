@@ -43,7 +43,8 @@ def mark(value: Any) -> str:
 
 def _add(digest: Any, value: Any) -> None:
     """Add a value to a hash, each kind with its name before it."""
-    digest.update(type(value).__name__.encode() + b":")
+    kind = str if isinstance(value, str) else type(value)  # a prompt that was written is a text with more
+    digest.update(kind.__name__.encode() + b":")
     if isinstance(value, torch.Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

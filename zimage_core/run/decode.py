@@ -74,8 +74,10 @@ def decode(
 
     strip = None if ranks is None else ranks.strip(*latents.shape[2:], vae.tile)
 
+    share = {} if strip is None else {"strip": strip}
+
     def one(z: torch.Tensor, way: DecodeWay) -> torch.Tensor:
-        image = checked(vae, "VAE", partial(vae.decode, z, way.tile, way.keep, strip=strip), debug)
+        image = checked(vae, "VAE", partial(vae.decode, z, way.tile, way.keep, **share), debug)
         return image.cpu()  # finished images would split the memory that the next one needs
 
     left = [z[None] for z in latents / config.scaling_factor + config.shift_factor]
