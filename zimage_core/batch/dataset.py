@@ -212,12 +212,12 @@ def _run(
                     on_progress(so_far())
         finally:
             saver.close()
+            if on_progress is not None:  # also of a run that ends here: what waited was saved meanwhile
+                on_progress(so_far())
         writer.finish()
         report = replace(so_far(), failed=writer.failures())
     finally:
         writer.close()
-    if on_progress is not None:
-        on_progress(report)
     return report
 
 
