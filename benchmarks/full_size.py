@@ -1,9 +1,10 @@
-"""Draw from a full-size model on the CPU, or quantise one: times, and memory from /proc.
+"""Draw from a full-size model on the CPU, quantise one, or compare one: times, and memory from /proc.
 
     python -m benchmarks.make_full_size FOLDER
     python -m benchmarks.full_size FOLDER [--size 256 --steps 2] [--ram 4GiB] [--compute int8]
     python -m benchmarks.make_full_size FOLDER --bf16
     python -m benchmarks.full_size FOLDER --quantize Q4_K_M
+    python -m benchmarks.full_size FOLDER --parity
 
 Anonymous memory is what was allocated, file-backed memory is the mapped files. torch is imported late, since
 its import is part of the cold start.
@@ -126,8 +127,35 @@ def quantise(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare the transformer with diffusers', block by block."""
+    import torch
+
+    from zimage_core.cpu.capability import features
+    from zimage_core.parity import compare_with
+
+    path, watch, begin = args.folder / "transformer.gguf", MemoryWatch(), time.perf_counter()
+    watch.start()
+    needs: list[str] = []
+    report = compare_with(path, parts=["transformer"], on_part=needs.append)
+    watch.done.set()
+    watch.join()
+    blocks = report.components[0].blocks
+    return {
+        "cpu": features(),
+        "threads": torch.get_num_threads(),
+        "file_bytes": path.stat().st_size,
+        "said_before": needs,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "bytes": watch.peaks,
+        "passes": report.passes,
+        "largest_share_of_tolerance": max(block.error / block.tolerance for block in blocks),
+        "report": report.to_json(),
+    }
+
+
 def main() -> None:
-    """Write the figures of one of the two."""
+    """Write the figures of one of the three."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -138,14 +166,15 @@ def main() -> None:
     parser.add_argument("--compute", default="exact", help="in which numbers the blocks multiply")
     parser.add_argument("--prompt", default="a lighthouse on a cliff at dusk, oil painting, 黄昏的灯塔")
     parser.add_argument("--quantize", metavar="MIX", help="quantise bf16.safetensors instead of drawing")
-    parser.add_argument("--out", type=Path, help="default full_size_cpu.json or quantize_full_size.json")
+    parser.add_argument("--parity", action="store_true", help="compare transformer.gguf with diffusers")
+    parser.add_argument("--out", type=Path, help="default: by what was done, in benchmarks/results")
     args = parser.parse_args()
-    figures = quantise(args) if args.quantize else draw(args)
+    figures = quantise(args) if args.quantize else compare(args) if args.parity else draw(args)
     print(json.dumps(figures, indent=1))
     from benchmarks.report import write
 
-    name = "quantize_full_size.json" if args.quantize else "full_size_cpu.json"
-    write(args.out or RESULTS / name, figures)
+    name = "quantize_full_size" if args.quantize else "parity_full_size" if args.parity else "full_size_cpu"
+    write(args.out or RESULTS / f"{name}.json", figures)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decoding, standing
+from benchmarks import decoding, overview, standing, ulysses, ulysses_model
 from benchmarks.predictions import text
 from benchmarks.report import ROOT, compiled_rows, fill_tables, markdown, read
 from benchmarks.step_model import Range
@@ -397,11 +397,16 @@ def _sampling() -> dict[str, str]:
 
 PAGES: dict[Path, Callable[[], dict[str, str]]] = {
     ROOT / "docs/explanation/kernels.md": _kernels,
+    ROOT / "docs/benchmarks/index.md": overview.tables,
     ROOT / "docs/benchmarks/quality.md": _quality,
     ROOT / "docs/explanation/encoders.md": _encoders,
     ROOT / "docs/guides/recipes.md": _recipes,
     ROOT / "docs/guides/sampling.md": _sampling,
     ROOT / "docs/explanation/decoding.md": lambda: decoding.tables(read("decoding_cpu.json")),
+    ROOT / "docs/guides/parallel.md": lambda: {
+        "ulysses": ulysses.table(read("ulysses.json")),
+        "ulysses model": ulysses_model.table(read("ulysses_model.json")),
+    },
     ROOT / "benchmarks/README.md": lambda: {
         "standing": standing.table(standing.load()),
         "cpu": cpu_products(read("cpu_products.json")),

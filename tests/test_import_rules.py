@@ -40,12 +40,14 @@ ALLOWED: dict[str, set[str]] = {
         "adapters", "assets", "config", "control", "editing", "files", "language", "memory", "models", "nn",
         "omni", "quant", "sampling", "text", "vision", "weights",
     },
-    "pipeline": {"config", "files", "memory", "models", "nn", "run", "sampling", "text", "weights"},
+    "pipeline": {
+        "config", "files", "memory", "models", "nn", "parallel", "run", "sampling", "text", "weights",
+    },
     "image_pipelines": {"pipeline", "run"},
     "omni_pipelines": {"pipeline", "run"},
     "preview": {"config", "models", "run", "weights"},
     "control_pipelines": {"control", "pipeline", "run"},
-    "parallel": {"config", "files", "memory", "models", "nn", "run"},
+    "parallel": {"models", "nn", "run", "sampling"},
     "batch": {"assets", "config", "editing", "files", "memory", "pipeline", "run", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {

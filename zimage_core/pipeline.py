@@ -24,6 +24,7 @@ from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
 from zimage_core.nn.compute import set_compute
+from zimage_core.parallel.calls import Parallel
 from zimage_core.run.adapted import Adapted
 from zimage_core.run.batch import Batch, Encoding
 from zimage_core.run.checks import (
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 Self = TypeVar("Self", bound="ZImagePipeline")
 
 
-class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Enhancing, Ported):
+class ZImagePipeline(Parallel, ImageCalls, Adapted, Opening, Controlled, Referenced, Enhancing, Ported):
     """Z-Image text to image. The call and its argument names are those of diffusers' ZImagePipeline.
 
     One object serves one run at a time: a second call, from another thread or from the callback, gets `Busy`.
@@ -301,7 +302,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Enhan
                 )
             with torch.no_grad():
                 try:
-                    result = self._generate(request)
+                    result = (self._generate if self._ranks is None else self._together)(request)
                     return result if return_dict else (result.images,)
                 except RuntimeError as error:
                     fault = self._explained(error)
@@ -349,10 +350,13 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Enhan
             run = self._with_control_latents(run)
         if run.references is not None:
             run = self._with_encoded_references(run)
+        parallel = None
+        if self._ranks is not None:
+            run, parallel = self._ranks.ready(run, self.transformer), self._ranks.ulysses
         encoded = clock.lap()
         with self._placement.phase("denoise", self.transformer):
             predict = self._placement.predict(self.transformer, run, longest)
-            denoiser = Denoiser(self.transformer, *captions, run, predict)
+            denoiser = Denoiser(self.transformer, *captions, run, predict, parallel)
             images: Any = denoise(self, denoiser, run, clock.step, clock.lap).cpu()
             del predict, denoiser, captions  # frees what they hold before the decoder needs the memory
         steps = clock.steps()
@@ -365,7 +369,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Enhan
             sigmas=run.sigmas,
             timings=timings,
             peak_memory=peak_memory(self.device),
-            settings=settings_of(run, self.dtype, networks(self)),
+            settings=settings_of(run, self.dtype, networks(self), self._ranks),
             interrupted=self._interrupt,
             memory=self._placement.report(),
             files=identities,
@@ -376,7 +380,7 @@ class ZImagePipeline(ImageCalls, Adapted, Opening, Controlled, Referenced, Enhan
         """Latents [B, C, h, w] of a run as images of an output type."""
         with self._placement.phase("decode", self.vae):
             keep = None if self._placement.memory is None else self._placement.memory.keep
-            pixels = decode(self.vae, latents.to(self.vae.device), debug, keep)
+            pixels = decode(self.vae, latents.to(self.vae.device), debug, keep, self._ranks)
             return to_output(pixels, output_type, edit)
 
     def _with_image(self, run: Run) -> Run:

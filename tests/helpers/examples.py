@@ -26,7 +26,7 @@ REASONS = ("needs a GPU", "needs the network", "takes minutes", "output")
 
 SKIPPED = ("pip", "hf", "git", "docker", "torchrun", "cd", "source", ".")
 """Programs whose lines install or fetch something, or start processes of their own; they do not run."""
-SKIPPED_MODULES = ("venv", "pip", "mkdocs", "torch.distributed.run")
+SKIPPED_MODULES = ("venv", "pip", "pytest", "mkdocs", "torch.distributed.run")
 """The same for `python -m MODULE`."""
 SHELL = ("echo", "printf", "cat", "mkdir", "ls", "cp", "head", "tail", "rm")
 """Programs that a shell runs as they are."""
@@ -173,7 +173,7 @@ def run_zimage(words: Sequence[str], stdin: str, settings: dict[str, str]) -> st
         for stream in streams:
             stack.enter_context(stream)
         stack.enter_context(mock.patch.dict(os.environ, settings))
-        stack.enter_context(mock.patch("sys.stdin", io.StringIO(stdin)))
+        stack.enter_context(mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")))
         try:
             status: Any = main(list(words))
         except SystemExit as leaving:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 
+from zimage_core.cli.plan import SIGNS, _lines
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
 from zimage_core.files.units import in_bytes, in_seconds
 from zimage_core.formats import FORMATS
@@ -139,6 +140,32 @@ def rows_table() -> list[str]:
     return rows
 
 
+SIX_GB = "sm_75"
+"""The architecture of the RTX 2060, a card of 6 GB; a driver and a screen leave 5 GiB of it."""
+
+
+def six_gb_table() -> list[str]:
+    """Markdown: images on a card of 6 GB."""
+    rules = {"Q3_K_S": q3_k_s, "Q4_K_M": q4_k_m, "Q8_0": plain("Q8_0")}
+    rows = [f"| image | {' | '.join(rules)} |", "|" + "---|" * (len(rules) + 1)]
+    for side in (512, 768, 1024, 1536):
+        cells = []
+        for rule in rules.values():
+            plan = make_plan(full_size(rule, dtype="float16"), side, side, vram=5 << 30, rates=known(SIX_GB))
+            part, times = plan.component("transformer"), plan.times
+            stay = f"{len(part.resident_blocks)}/{part.blocks}"
+            cells.append(f"{stay}, {in_seconds(times.transfer)} in {in_seconds(times.step)}")
+        rows.append(f"| {side} px | {' | '.join(cells)} |")
+    return rows
+
+
+def six_gb_plan() -> list[str]:
+    """What `zimage plan --architecture sm_75 --vram 5GiB --compute exact` prints for files of Q8_0."""
+    sizes = full_size(plain("Q8_0"), dtype="float16")
+    plan = make_plan(sizes, 1024, 1024, vram=5 << 30, rates=known(SIX_GB))
+    return _lines(plan, SIGNS, 0)
+
+
 if __name__ == "__main__":
-    tables = (card_table, floor_table, stay_table, rows_table)
+    tables = (card_table, floor_table, stay_table, rows_table, six_gb_table, six_gb_plan)
     print("\n\n".join("\n".join(table()) for table in tables))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.helpers import tiny
 from tests.helpers.tree import ROOT
 from zimage_core import QuantTensor, ZImagePipeline, convert_file, load_controlnet
 from zimage_core.assets import PARTS, embedded_files
@@ -35,6 +37,7 @@ def make(folder: Path) -> Path:
     ZImagePipeline.from_default().save_pretrained(folder / "Z-Image-Turbo", **dense)
     ZImagePipeline.from_default(omni=True).save_pretrained(folder / "Z-Image-Omni-Base", **dense)
     convert_file(folder / "Z-Image-Turbo", folder / "turbo.safetensors")
+    writer(folder / "Z-Image")
     for file in CONTROLNETS:
         save_file(dense_control_net(), folder / file, {"places": "0"})
     for style in ("style", "outline"):
@@ -43,6 +46,12 @@ def make(folder: Path) -> Path:
     images(folder)
     (folder / "docs").symlink_to(ROOT / "docs")
     return folder
+
+
+def writer(folder: Path) -> None:
+    """A random model whose text encoder can write, as the embedded one cannot; 8 steps keep pages quick."""
+    config = tiny.folder(folder) / "transformer" / "config.json"
+    tiny.write_json(config, {**json.loads(config.read_text("utf-8")), "_zimage": {"sample_size": 64}})
 
 
 def dense_control_net() -> dict[str, torch.Tensor]:

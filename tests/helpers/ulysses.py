@@ -145,6 +145,9 @@ def cases_of_two(ram: int) -> dict[str, Case]:
         ),
         "memory limit": Case(partial(embedded, ram=ram), small),
         "embedded int8": Case(partial(embedded, compute="int8"), drawn),
+        "reference images": Case(
+            partial(embedded, omni=True), {**drawn, "reference_images": [picture(), picture(2)]}
+        ),
     }  # fmt: skip
 
 
@@ -159,7 +162,10 @@ def guided_apart() -> dict[str, Case]:
 
 def drawn(case: Case, parallel: Ulysses | None = None) -> torch.Tensor | str:
     """The latents of a run, or the message of its error."""
-    made = partial(Denoiser, parallel=parallel)
+
+    def made(*given: Any) -> Denoiser:
+        return Denoiser(*given[:-1], parallel)
+
     call = {**SIZE, "num_inference_steps": 4, "seed": 3, "output_type": "latent", **case.call}
     with warnings.catch_warnings(), patch.object(pipeline, "Denoiser", made):
         warnings.simplefilter("ignore")

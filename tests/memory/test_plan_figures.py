@@ -19,6 +19,8 @@ from tests.helpers.model_headers import (
     q3_k_s,
     q4_k_m,
     rows_table,
+    six_gb_plan,
+    six_gb_table,
     stay_table,
 )
 from tests.helpers.tree import ROOT
@@ -120,6 +122,8 @@ def test_short_host_memory_reads_from_disk_and_too_little_is_refused():
         (floor_table, "guides/memory.md"),
         (stay_table, "guides/recipes.md"),
         (rows_table, "guides/int8.md"),
+        (six_gb_table, "start/six-gb.md"),
+        (six_gb_plan, "start/six-gb.md"),
     ],
 )
 def test_a_table_in_the_documentation_is_what_the_plan_says(table, page):

@@ -13,7 +13,8 @@ from tests.helpers import tiny
 from tests.helpers.ulysses import Case, cases, cases_of_two, drawn, guided_apart, heads_30, on_ranks
 from tests.run.test_memory import least_ram
 from zimage_core.errors import BadArgument, Unsupported
-from zimage_core.parallel.ulysses import Tokens, Ulysses, evenly
+from zimage_core.models.transformer import Attention
+from zimage_core.parallel.ulysses import Ulysses, evenly, image_tokens, text_tokens
 
 CLOSE = 1e-5
 """Largest difference of latents, which are of order 4; found are 5e-6."""
@@ -21,7 +22,7 @@ ROUNDED = {"float16": 2e-2, "bfloat16": 0.1, "embedded int8": 0.3, "Q4_K int8": 
 """The same where numbers are rounded coarsely; float16 is found to differ by 2e-3, int8 by 6e-2."""
 QUICK = {
     2: ("ControlNet 2.0", "guidance of some steps", "Q4_K int8", "NaN", "memory limit", "LoRA and ControlNet",
-        "sides apart", "sides apart, none in some steps"),
+        "reference images", "sides apart", "sides apart, none in some steps"),
     3: ("one row of patches a rank", "batch of two", "guidance", "heun", "dpmpp_2m_sde", "inpainting",
         "Q4_K exact", "float64"),
 }  # fmt: skip
@@ -72,14 +73,13 @@ def test_shares_are_as_even_as_they_can_be():
     assert evenly(30, 4) == [8, 8, 7, 7]
     for ranks in (1, 2, 3, 5, 6, 7, 30):
         for rows, columns, text in ((64, 64, 128), (31, 17, 32), (30, 64, 512)):
-            pads = -rows * columns % 32
-            tokens = Tokens.over(ranks, rows, columns, pads, text)
-            assert sum(tokens.image) == rows * columns + pads
-            assert sum(tokens.text) == text
-            assert min(tokens.text) >= 1
-            assert sum(tokens.joint) == rows * columns + pads + text
-    assert Tokens.over(3, 64, 64, 0, 128).joint == [1409, 1408, 1407], "22 rows and a token of text"
-    assert set(Tokens.over(2, 32, 32, 0, 96).joint) == {560}
+            image = image_tokens(ranks, rows, columns, pads=-rows * columns % 32)
+            words = text_tokens(image, text)
+            assert sum(image) == rows * columns + -rows * columns % 32
+            assert sum(words) == text
+            assert min(words) >= 1, "else a rank cannot tell its image from its joint sequence"
+    image = image_tokens(3, 64, 64, 0)
+    assert text_tokens(image, 128) == [1, 64, 63], "22, 21 and 21 rows of 64"
 
 
 def ranks(size: int) -> Ulysses:
@@ -98,6 +98,10 @@ def test_what_ranks_cannot_share_is_one_sentence():
     hooked.transformer.register_forward_hook(lambda *_: None)
     with pytest.raises(Unsupported, match="hooked or compiled"):
         drawn(Case(lambda: hooked, {"prompt": "a"}), ranks(2))
+    other = tiny.pipeline()
+    other.transformer.layers[1].attention.__class__ = type("Mine", (Attention,), {})
+    with pytest.raises(Unsupported, match="attention of another class"):
+        drawn(Case(lambda: other, {"prompt": "a"}), ranks(2))
 
 
 def test_after_an_error_in_a_step_a_run_without_ranks_is_what_it_was():

@@ -60,15 +60,15 @@ def argument(name: str) -> str:
     Raises:
         BadArgument: There is none; the message names the nearest.
     """
-    found = ALIASES.get(name.replace("-", "_"), name)
+    plain = name.replace("-", "_")
+    found = ALIASES.get(plain, plain)
     if found in KINDS or found == LORA:
         return found
     known = (*KINDS, *ALIASES, LORA)
     near = get_close_matches(name.lower(), known, 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join((*KINDS, LORA))}"
     raise BadArgument(
-        f"column {printable(name, 60)!r} is no argument of a call; {hint} A column that goes into the index "
-        "as it is has to be named by --keep (keep=)"
+        f"column {printable(name, 60)!r} is no argument of a call; {hint} (keep names columns for the index)"
     )
 
 

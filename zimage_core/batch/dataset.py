@@ -10,7 +10,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zimage_core.batch.identity import context_of, identity_of, threads_of
+import torch
+
+from zimage_core.batch.identity import context_of, identity_of, survey_of, threads_of
 from zimage_core.batch.model import EDGES, Model
 from zimage_core.batch.rows import Context, Faults, read_rows, sealed
 from zimage_core.batch.saving import Finish, Saver
@@ -18,7 +20,7 @@ from zimage_core.batch.shards import FORMATS, PARQUET
 from zimage_core.batch.tables import given_rows, import_parquet, read_table
 from zimage_core.batch.worker import Done, Failed, Row, Spec, Worker
 from zimage_core.batch.writer import Writer
-from zimage_core.errors import BadArgument, BadRows
+from zimage_core.errors import BadArgument, BadFile, BadRows
 from zimage_core.run import checks
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class Report:
         failed: These rows with the reasons, when the run has ended; also in failures.jsonl.
         bad: Number and reason of rows that were left out because of `skip_bad`, up to 1000.
         bad_count: How many were left out.
-        seconds: Time of the run, without the loading of the model.
+        seconds: Time of the run, with the loading of the model.
     """
 
     out: Path
@@ -135,18 +137,25 @@ def generate_dataset(
     checks.whole("shard_size", shard_size, 1, 1_000_000)
     if pipe is not None and (model or ray):
         raise BadArgument("pipe: a pipeline is in this process, and has its model; leave the others out")
+    if workers is not None and not ray:
+        raise BadArgument("workers: it goes with ray; one process draws one image at a time")
     if format == PARQUET:
         import_parquet()
     described = Model.of(model)
-    count = threads_of(described, pipe, threads)
-    good, faults = _read(rows, context_of(described, pipe, defaults, keep))
+    known = described.survey() if pipe is None else survey_of(pipe)
+    count = threads_of(known, threads)
+    good, faults = _read(rows, context_of(described, known, pipe, defaults, keep))
+    if not good and not faults.count:
+        raise BadFile(
+            _name(rows), "there is no row in it", "write a prompt a line, or one JSON object a line"
+        )
     if faults.count and not skip_bad:
         raise BadRows(_name(rows), faults.listed, faults.count)
     if limit is not None:
         good = good[: checks.whole("limit", limit, 1, 1 << 60)]
     spec = Spec(_fitting(described, good) if pipe is None else described, count, metadata)
     with _Here(spec, pipe) if ray is None or ray is False else _on_ray(spec, ray, workers) as crew:
-        good = sealed(good, identity_of(crew.spec.model, pipe, count))
+        good = sealed(good, identity_of(crew.spec, known, pipe))
         return _run(good, faults, Path(out), format, shard_size, crew, on_progress)
 
 
@@ -203,12 +212,12 @@ def _run(
                     on_progress(so_far())
         finally:
             saver.close()
+            if on_progress is not None:  # also of a run that ends here: what waited was saved meanwhile
+                on_progress(so_far())
         writer.finish()
         report = replace(so_far(), failed=writer.failures())
     finally:
         writer.close()
-    if on_progress is not None:
-        on_progress(report)
     return report
 
 
@@ -223,26 +232,23 @@ class _Here:
     def __init__(self, spec: Spec, pipe: ZImagePipeline | None) -> None:
         self.spec = spec if pipe is not None else replace(spec, model=spec.model.placed())
         self._pipe = pipe
+        self._worker: Worker | None = None
+        self._threads = torch.get_num_threads()
 
     def __enter__(self) -> _Here:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        torch.set_num_threads(self._threads)
+        if self._worker is not None:
+            self._worker.close()
 
     def results(self, rows: Sequence[Row]) -> Iterator[Finish | Done | Failed]:
         """The last part of the work on each row, in their order."""
-        import torch
-
-        before = torch.get_num_threads()
-        worker = Worker(self.spec, self._pipe)
-        try:
-            for row in rows:
-                drawn = worker.draw(row)
-                yield partial(worker.finish, row, drawn)
-        finally:
-            worker.close()
-            torch.set_num_threads(before)
+        self._worker = worker = Worker(self.spec, self._pipe)
+        for row in rows:
+            drawn = worker.draw(row)
+            yield partial(worker.finish, row, drawn)
 
 
 def _on_ray(spec: Spec, address: bool | str, workers: int | None) -> Crew:

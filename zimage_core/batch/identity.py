@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.assets import embedded_files, embedded_part
 from zimage_core.batch.columns import argument, read_cell
-from zimage_core.batch.model import EDGES, Model, hash_of, is_small
+from zimage_core.batch.model import EDGES, Model, Survey, hash_of, is_small
 from zimage_core.batch.rows import Context
+from zimage_core.batch.worker import Spec
 from zimage_core.config import COMPONENTS
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.run import checks
@@ -26,19 +27,25 @@ NO_VISION = (
 )
 
 
-def threads_of(model: Model, pipe: ZImagePipeline | None, threads: int | None) -> int:
+def survey_of(pipe: ZImagePipeline) -> Survey:
+    """What is known of a pipeline that is loaded."""
+    files = {name: file.identity() for name, file in pipe.files().items()}
+    return Survey(pipe.limits, files, is_small(pipe.transformer.config, pipe.limits))
+
+
+def threads_of(known: Survey, threads: int | None) -> int:
     """Threads of torch: those asked for, else by a rule that does not depend on who calls the workers."""
     if threads is not None:
         return checks.whole("threads", threads, 1, 4096)
     stated = os.environ.get(THREADS, "")
     if stated.isdecimal() and 0 < int(stated) <= 4096:
         return int(stated)
-    small = model.survey().small if pipe is None else is_small(pipe.transformer.config, pipe.limits)
-    return 1 if small else os.cpu_count() or 1
+    return 1 if known.small else os.cpu_count() or 1
 
 
 def context_of(
     model: Model,
+    known: Survey,
     pipe: ZImagePipeline | None,
     defaults: Mapping[str, Any] | None,
     keep: Collection[str],
@@ -47,7 +54,7 @@ def context_of(
 
     Raises:
         BadArgument: A default is no argument of a call.
-        BadFile, WrongModel: A file of the model cannot be used.
+        BadFile, WrongModel: A ControlNet cannot be read.
     """
     usual: dict[str, Any] = {}
     for name, value in (defaults or {}).items():
@@ -58,44 +65,38 @@ def context_of(
             usual[target] = read_cell(target, value, False, Path())
     extras: dict[str, Any] = {"control_image": NO_CONTROL, "reference_images": NO_VISION}
     if pipe is not None:
-        if nets := [opened_file(net) for net in pipe.controlnets.values()]:
-            extras["control_image"] = [net and _hash(net.file.identity()) for net in nets]
-        if pipe.limits.vision:
-            extras["reference_images"] = _hash(pipe.files()["siglip"].identity()) if pipe.siglip else {}
-        return Context(pipe.limits, extras, usual, keep=keep)
-    survey = model.survey()
-    nets_named = model.controlnets or ((EDGES,) if model.embedded else ())
-    if nets_named:
-        extras["control_image"] = [hash_of(embedded_part(net) or net) for net in nets_named]
-    if model.embedded:
+        nets = [opened_file(net) for net in pipe.controlnets.values()]
+        hashes = [net and _hash(net.file.identity()) for net in nets]
+    else:
+        named = model.controlnets or ((EDGES,) if model.embedded else ())
+        hashes = [hash_of(embedded_part(net) or net) for net in named]
+    if hashes:
+        extras["control_image"] = hashes
+    if known.limits.vision:
+        extras["reference_images"] = _hash(known.files.get("siglip", {}))
+    elif pipe is None and model.embedded:
         extras["reference_images"] = [hash_of(path) for path in embedded_files(omni=True).values()]
-    elif survey.limits.vision:
-        extras["reference_images"] = survey.files.get("siglip", {})
-    return Context(survey.limits, extras, usual, keep=keep)
+    return Context(known.limits, extras, usual, keep=keep)
 
 
-def identity_of(model: Model, pipe: ZImagePipeline | None, threads: int) -> dict[str, Any]:
+def identity_of(spec: Spec, known: Survey, pipe: ZImagePipeline | None) -> dict[str, Any]:
     """What tells this model and its arithmetic from others; the device must be decided.
 
     Raises:
         Unsupported: A network of the pipeline came from no file.
     """
-    if pipe is None:
-        files = model.survey().files
-        dtype, compute, device = model.dtype, model.compute, model.device.partition(":")[0]
-    else:
-        files = {name: file.identity() for name, file in pipe.files().items()}
-        dtype, compute = str(pipe.dtype).removeprefix("torch."), pipe.compute
-        device = pipe.device.type
-    if missing := [name for name in COMPONENTS if name not in files]:
+    if missing := [name for name in COMPONENTS if name not in known.files]:
         raise Unsupported(
             f"pipe: its {' and '.join(missing)} came from no file, so that images could not be told from "
             "those of another model; save it, and load it from there"
         )
-    hashes = {name: _hash(files[name]) for name in COMPONENTS}
+    hashes = {name: _hash(known.files[name]) for name in COMPONENTS}
+    device, dtype, compute = spec.model.device.partition(":")[0], spec.model.dtype, spec.model.compute
+    if pipe is not None:
+        device, dtype, compute = pipe.device.type, str(pipe.dtype).removeprefix("torch."), pipe.compute
     found: dict[str, Any] = {"files": hashes, "dtype": dtype, "compute": compute, "device": device}
     if device == "cpu":
-        found["threads"] = threads
+        found["threads"] = spec.threads
     loras = () if pipe is None else pipe.loras
     if active := [(_hash(lora.file) or lora.name, lora.weight) for lora in loras if lora.weight]:
         found["loras"] = active

@@ -1,8 +1,8 @@
 """Rows of a table as checked calls with keys, before a model is loaded.
 
 The key of a row is a hash of all that decides its image: the arguments, the contents of the images that it
-names, its adapters, and, added by `sealed`, the model's files and how it computes. A row that was done is known
-by its key, wherever it stands in the table; a model or an image that was changed makes another key.
+names, its adapters, and, added by `sealed`, the model's files and how it computes. A row that was done is
+known by its key, wherever it stands in the table; a model or an image that was changed makes another key.
 """
 
 from __future__ import annotations
@@ -114,11 +114,11 @@ class _Reader:
         if raw.fault:
             raise BadArgument(raw.fault)
         own, loras = self._own(raw)
-        content = _json({"call": {**own, **self._files(own)}, "loras": self._adapters(loras)})
-        if "seed" not in own:
-            own["seed"] = self._seed(content)
         call = self._with_defaults(own)
         check_call(call, self._context.limits)
+        if "seed" not in call:
+            content = {"call": {**own, **self._files(own)}, "loras": self._adapters(loras)}
+            call["seed"] = self._seed(_json(content))
         decisive = {name: value for name, value in call.items() if value != DEFAULTS[name]}
         extras = {name: each for name, each in self._context.extras.items() if name in call}
         for each in extras.values():
@@ -176,14 +176,13 @@ class _Reader:
         return [[self._hash(LORA, path), weight] for path, weight in loras]
 
     def _hash(self, name: str, path: str) -> str:
-        kind = LORA if name == LORA else "image"
-        found = self._hashes.get((kind, path))
+        found = self._hashes.get((name, path))
         if found is None:
             try:
                 found = str(hash_of(path)) if name == LORA else probe(path, name)
             except ZImageError as error:
                 found = error
-            self._hashes[kind, path] = found
+            self._hashes[name, path] = found
         if isinstance(found, ZImageError):
             raise found
         return found

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -65,6 +66,10 @@ def read_table(source: str | Path, keep: Collection[str] = ()) -> Iterator[Raw]:
         return
     path = Path(source)
     try:
+        if path.is_fifo():  # such as the <(...) of a shell
+            with path.open("rb") as file:
+                yield from _lines_or_json(path, file)
+            return
         if not path.is_file():
             fault = "is a folder or a device" if path.exists() else "there is no such file"
             raise BadFile(path, fault, "give a table: .jsonl, .csv, .parquet or .txt")
@@ -78,7 +83,7 @@ def read_table(source: str | Path, keep: Collection[str] = ()) -> Iterator[Raw]:
             elif ending in CSV:
                 yield from _csv(path, file, keep)
             elif ending in JSON_LINES:
-                yield from _json_lines(path, file)
+                yield from _json_lines(path, _lines(path, file))
             else:
                 yield from _lines_or_json(path, file)
     except OSError as error:
@@ -112,11 +117,15 @@ NOT_TEXT = "is not text in UTF-8 (or holds NUL bytes, as UTF-16 does); save the 
 
 
 def _lines_or_json(path: str | Path, file: BinaryIO) -> Iterator[Raw]:
-    head = file.peek(64)[:64].removeprefix(b"\xef\xbb\xbf").lstrip()  # type: ignore[attr-defined]
-    if head.startswith(b"{"):
-        yield from _json_lines(path, file)
+    lines = _lines(path, file)
+    first = next(((number, line) for number, line in lines if line.strip()), None)
+    if first is None:
         return
-    for number, line in _lines(path, file):
+    lines = chain((first,), lines)
+    if first[1].lstrip().startswith(b"{"):
+        yield from _json_lines(path, lines)
+        return
+    for number, line in lines:
         text = _decoded(line)
         if text is None:
             yield Raw(number, {}, NOT_TEXT)
@@ -127,8 +136,8 @@ def _lines_or_json(path: str | Path, file: BinaryIO) -> Iterator[Raw]:
 # --- JSON lines ---
 
 
-def _json_lines(path: str | Path, file: BinaryIO) -> Iterator[Raw]:
-    for number, line in _lines(path, file):
+def _json_lines(path: str | Path, lines: Iterable[tuple[int, bytes]]) -> Iterator[Raw]:
+    for number, line in lines:
         text = _decoded(line)
         if text is None:
             yield Raw(number, {}, NOT_TEXT)
@@ -177,11 +186,11 @@ def _object(number: int, text: str) -> Raw:
 
 
 def _csv(path: Path, file: BinaryIO, keep: Collection[str]) -> Iterator[Raw]:
-    first = file.peek(4096)[:4096].partition(b"\n")[0].decode("latin-1")  # type: ignore[attr-defined]
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(DELIMITERS, key=first.count)
     # a byte that is no UTF-8 becomes a surrogate, so that the fault is told of its row
     texts = (line.decode("utf-8", "surrogateescape") for _, line in _lines(path, file))
-    records = csv.reader(texts, delimiter=delimiter, strict=True)
+    first = next(texts)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(DELIMITERS, key=first.count)
+    records = csv.reader(chain((first,), texts), delimiter=delimiter, strict=True)
     header = _next(records)
     if isinstance(header, str) or not header:
         raise BadFile(path, f"has no header: {header or 'the first row is empty'}", "name the columns in it")

@@ -102,6 +102,7 @@ class Worker:
 
         self.spec = spec
         self.pipe = spec.model.load() if pipe is None else pipe
+        self._lent = pipe is not None
         if self.pipe.device.type == "cpu":
             torch.set_num_threads(spec.threads)
         self._loras = Switch(self.pipe)
@@ -145,4 +146,5 @@ class Worker:
 
     def close(self) -> None:
         """Give a pipeline that was lent its own adapters back."""
-        self._loras.restore()
+        if self._lent:
+            self._loras.restore()

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_core.cli.messages import in_options, line, say
+from zimage_core.cli.messages import line, say
 from zimage_core.cli.model_options import add_image, add_model, check_model, given
 from zimage_core.cli.progress import Progress
 from zimage_core.errors import BadRows, printable
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             )
     except BadRows as error:
         for number, reason in error.rows[:SHOWN]:
-            say(line(f"row {number}: {in_options(reason, args.options)}"))
+            say(line(f"row {number}: {reason}"))
         say(
             f"error: {printable(args.table)}: {error.count} rows cannot be drawn, nothing was computed; "
             "correct them, or leave them out with --skip-bad"
@@ -177,7 +177,7 @@ def _tell(args: argparse.Namespace, report: Report) -> None:
         ("failed", [(failed.row.number, failed.reason) for failed in report.failed], len(report.failed)),
     ):
         for number, reason in rows[:SHOWN]:
-            say(line(f"row {number} {what}: {in_options(reason, args.options)}"))
+            say(line(f"row {number} {what}: {reason}"))
         if count > SHOWN:
             say(f"{count - SHOWN} more rows {what}")
     if not args.quiet:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from zimage_core.cli import ranks
 from zimage_core.cli.adapters import add_lora, load_loras, read_loras
 from zimage_core.cli.control import add_control, load_controlnets, read_controlnets
 from zimage_core.cli.model_options import (
@@ -65,6 +66,11 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     model = add_model(parser)
     add_lora(model)
+    model.add_argument(
+        "--guidance-ranks", type=int, choices=(1, 2), metavar="N",
+        help="under torchrun: 2 gives each half of the ranks one side of guidance, 1 all ranks both "
+        "(default: 2 with guidance and an even number of ranks)",
+    )  # fmt: skip
     model.add_argument(
         "--profile",
         metavar="FILE",
@@ -139,25 +145,22 @@ def _margins(text: str) -> tuple[int, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Check what can be checked, load, draw, write."""
-    prompts = _prompts(args)
+    prompts = ranks.share(lambda: _prompts(args))
     if args.seed is None:
-        args.seed = secrets.randbelow(2**32)
+        args.seed = ranks.share(lambda: secrets.randbelow(2**32))
     call = call_arguments(args, prompts)
     _check(args, len(prompts))
     _check_editing(args, call)
     check_references(args, call)
     writing = _writing(args, prompts)
     loras, nets = read_loras(args.lora), read_controlnets(args, call)
-    names = _names(args, len(prompts) * args.count)
-    for name in names:
-        check_destination(name, overwrite=args.force)
-    _check_preview(args, names)
+    names = [Path(name) for name in ranks.share(lambda: _checked_names(args, len(prompts) * args.count))]
 
     records: list[dict[str, Any]] = []
     try:
         _make(args, prompts, call, names, records, loras, nets, writing)
     finally:  # what was written before a failure is reported too
-        if args.json:
+        if args.json and ranks.first():
             sys.stdout.write(json.dumps(records, indent=2) + "\n")
     return 0
 
@@ -175,7 +178,8 @@ def _make(
     """Load the model, draw image after image, write each before the next and add its record."""
     progress = Progress(quiet=args.quiet)
     pipeline = load_pipeline(args, fit=True)
-    show = _previewer(args, pipeline)
+    ranks.parallelize(pipeline, args)
+    show = _previewer(args, pipeline) if ranks.first() else None
 
     def on_step(pipe: Any, step: int, _timestep: object, tensors: dict[str, Any]) -> None:
         progress.step(step + 1, pipe.num_timesteps)
@@ -189,13 +193,14 @@ def _make(
     call["callback_on_step_end_tensor_inputs"] = ("denoised",) if show is not None else ()
     for number, path in enumerate(names):
         if args.enhance and number % args.count == 0:
-            prompts[number // args.count] = _enhanced(
-                pipeline, prompts[number // args.count], writing, progress
-            )
+            written = partial(_enhanced, pipeline, prompts[number // args.count], writing, progress)
+            prompts[number // args.count] = ranks.share(written)
         progress.start(f"image {number + 1}/{len(names)}" if len(names) > 1 else "drawing")
         call["seed"] = (args.seed + number) % 2**64
         result = cast("ZImageResult", draw(prompts[number // args.count], **call))
         progress.finish()
+        if not ranks.first():
+            continue
         result.save(path, force=args.force, metadata=not args.no_metadata)
         if args.profile is not None and result.memory is not None:
             result.memory.save_timeline(args.profile, overwrite=args.force)
@@ -272,6 +277,8 @@ def _check(args: argparse.Namespace, prompts: int) -> None:
     from zimage_core.run.checks import whole
 
     whole("count", args.count, 1, MAX_COUNT)
+    if args.guidance_ranks is not None and not ranks.launched():
+        raise BadArgument("--guidance-ranks goes with torchrun --nproc-per-node N -m zimage_core generate")
     if args.profile is not None:
         if args.vram is None and args.ram is None:
             raise BadArgument("--profile: without --vram or --ram nothing is moved; give one of them")
@@ -302,6 +309,15 @@ def _check_editing(args: argparse.Namespace, call: dict[str, Any]) -> None:
             from zimage_core.editing.images import open_images
 
             open_images(call[name], f"--{name.partition('_')[0]}")
+
+
+def _checked_names(args: argparse.Namespace, count: int) -> list[str]:
+    """Where the images go, in order, once all that is written is known to be allowed."""
+    names = _names(args, count)
+    for name in names:
+        check_destination(name, overwrite=args.force)
+    _check_preview(args, names)
+    return [str(name) for name in names]
 
 
 def _names(args: argparse.Namespace, count: int) -> list[Path]:

@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
+from zimage_core.cli import ranks
 from zimage_core.cli.messages import say
 from zimage_core.errors import printable
 
@@ -39,15 +40,16 @@ def device_options(args: argparse.Namespace, fit: bool) -> dict[str, Any]:
         fit: Whether weights that a GPU of our own choice has no memory for may be streamed.
     """
     options = {name: value for name in ("vram", "ram") if (value := getattr(args, name)) is not None}
+    wanted = ranks.device(args.device)
     if args.device != "auto":
-        return {"device": args.device, **options}
+        return {"device": wanted, **options}
     from zimage_core.run.checks import read_device
 
-    where = read_device("auto")
+    where = read_device(wanted)
     if where.type == "cuda":
         import torch
 
-        count = torch.cuda.device_count()
+        count = 1 if ranks.launched() else torch.cuda.device_count()
         others = f", the first of {count}; --device cuda:1 takes another" if count > 1 else ""
         if not args.quiet:
             say(f"device: {where} ({printable(torch.cuda.get_device_name(where))}{others})")
@@ -62,8 +64,12 @@ def settle_threads(pipeline: ZImagePipeline, args: argparse.Namespace) -> None:
 
     from zimage_core.memory.rates import step_flops
 
-    if pipeline.device.type != "cpu" or any(name in os.environ for name in THREADS):
+    share = ranks.threads()
+    chosen = share is None and any(name in os.environ for name in THREADS)
+    if pipeline.device.type != "cpu" or chosen:
         return
+    if share is not None:
+        torch.set_num_threads(share)
     limits = pipeline.limits
     height, width = (getattr(args, side) or limits.sample_size for side in ("height", "width"))
     latents = (height // limits.factor, width // limits.factor)

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from zimage_core import __version__
+from zimage_core.cli import ranks
 from zimage_core.cli.hardware import wait_passively
 from zimage_core.cli.messages import in_options, line, option_names, say, warnings_as_lines
 from zimage_core.errors import BadArgument, OverBudget, ZImageError, printable
@@ -25,6 +26,8 @@ def process() -> NoReturn:
     """The installed command: a process of its own, with its own signals, streams and threads."""
     _handle_signals()
     _open_streams()
+    if not ranks.first():
+        ranks.keep_silent()
     wait_passively()
     status = main(own_process=True)
     try:
@@ -32,6 +35,10 @@ def process() -> NoReturn:
     except OSError:
         _drop_output()
         status = status or 1
+    if status and ranks.launched():  # a thread of torch's that waits for another rank would keep the process
+        sys.stderr.flush()
+        ranks.part()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -52,7 +59,7 @@ def main(argv: Sequence[str] | None = None, own_process: bool = False) -> int:
     args.own_process = own_process
     try:
         with warnings_as_lines(args.options):
-            return int(args.run(args))
+            return ranks.run(args) if ranks.launched() else int(args.run(args))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -71,7 +78,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the command and leave with status 2."""
-        self.exit(2, f"error: {printable(message, 400)}; see `{self.prog} --help`\n")
+        text = f"error: {printable(message, 400)}; see `{self.prog} --help`\n"
+        self.exit(2, text if ranks.first() else "")
 
 
 def build_parser() -> Parser:
@@ -108,8 +116,8 @@ def build_parser() -> Parser:
         doctor,
     ):  # fmt: skip
         verb.add_parser(verbs, common)
-    for each in verbs.choices.values():
-        each.set_defaults(options=option_names(each))
+    for name, each in verbs.choices.items():
+        each.set_defaults(options=option_names(each), verb=name)
     return parser
 
 
@@ -133,7 +141,8 @@ def _report(error: Exception, args: argparse.Namespace) -> int:
     elif not isinstance(error, (OSError, RecursionError)):
         hint = "" if args.traceback else " (run it with --debug to see where)"
         text = f"internal error, {type(error).__name__}: {text}{hint}"
-    say(f"error: {line(text)}")
+    if not ranks.launched() or ranks.speaks_for(error):
+        say(f"error: {line(text)}")
     return 2 if isinstance(error, BadArgument) else 1
 
 
@@ -150,6 +159,8 @@ def _handle_signals() -> None:
             clean = getattr(sys.modules.get("zimage_core.files.atomic"), "remove_unfinished", None)
             if clean is not None:
                 clean()
+            if number == signal.SIGTERM and ranks.launched() and ranks.first():
+                os.write(2, b"error: ended by SIGTERM, which torchrun sends where another rank has ended\n")
             # past Python's buffers, which may be in use below us
             if os.isatty(2):
                 os.write(2, b"\n")

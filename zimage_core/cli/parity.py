@@ -42,7 +42,7 @@ def add_parser(verbs: Any, common: argparse.ArgumentParser) -> None:
         help="compare this part; may be given several times (default: all that there are)",
     )
     parser.add_argument(
-        "--float64", action="store_true", help="compare formulas, too, in float64; twice the time"
+        "--float64", action="store_true", help="compare formulas, too, in float64; takes longer"
     )
     parser.add_argument(
         "--steps", type=int, default=2, metavar="N", help="steps whose latents are compared (default: 2)"

@@ -129,6 +129,7 @@ class Autoencoder(Network):
         keep: torch.device | None = None,
         return_dict: bool = True,
         generator: torch.Generator | None = None,
+        strip: Any = None,
     ) -> Any:
         """z [B, latent_channels, h, w], not scaled -> image [B, 3, 8 h, 8 w] about [-1, 1], not clamped.
 
@@ -140,6 +141,7 @@ class Autoencoder(Network):
             keep: Device of the maps of the whole image, if there are tiles; see `vae_tiles.decode_tiled`.
             return_dict: False returns (image,), as in diffusers.
             generator: Has no effect, as in diffusers.
+            strip: The rows that this rank computes, where several share the image; see `parallel.vae`.
 
         Raises:
             BadShape: z has another shape.
@@ -153,7 +155,10 @@ class Autoencoder(Network):
             )
         z = z.to(self.dtype).contiguous(memory_format=_layout(z))
         tile = tile or self.tile
-        out: Tensor = self.decoder(z) if tile is None else decode_tiled(self.decoder, z, tile, keep)
+        if tile is None and strip is None:
+            out: Tensor = self.decoder(z)
+        else:
+            out = decode_tiled(self.decoder, z, tile or TILE, keep, strip)
         if not return_dict:
             return (out,)
         image = out.view_as(out)  # with an attribute that holds itself a tensor would never be freed

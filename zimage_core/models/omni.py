@@ -219,7 +219,8 @@ class OmniTransformer(ZImageTransformer):
         """
         one = prepared.samples[sample]
         noisy, clean = prepared.blocks[i].unbind(), prepared.clean_blocks.unbind()
-        target = self._embedded(latent)
+        beside = len(one.images[0]) + len(one.images[1])
+        target = self._embedded(latent, len(one.image_rotation[0]) - beside)
         order = (target, *one.images) if one.noisy else (one.images[0], target, one.images[1])
         split = len(one.images[0]) + (len(target) if one.noisy else 0)
         x = torch.cat(order)
@@ -294,14 +295,18 @@ class OmniTransformer(ZImageTransformer):
             self.rotation(torch.cat((image_ids[0], rest_ids[0], image_ids[1], rest_ids[1]))),
         )
 
-    def _embedded(self, latent: Tensor | None) -> Tensor:
-        """Latent [in_channels, h, w] -> tokens with their pads [padded, dim]; 32 pads for a missing one."""
+    def _embedded(self, latent: Tensor | None, count: int | None = None) -> Tensor:
+        """Latent [in_channels, h, w] -> tokens and pads [count, dim]; 32 pads for a missing one.
+
+        By default `count` is the next multiple of 32.
+        """
         if latent is None:
             return self.x_pad_token.expand(PAD_MULTIPLE, -1)
         config = self.config
         patches = sequence.patchify(latent.to(self.device, self.dtype), config.patch_size)
         tokens = self.all_x_embedder[config.patch_key](patches)
-        return torch.cat((tokens, self.x_pad_token.expand(sequence.pad_count(len(tokens)), -1)))
+        pads = sequence.pad_count(len(tokens)) if count is None else count - len(tokens)
+        return torch.cat((tokens, self.x_pad_token.expand(pads, -1)))
 
     def _refined(
         self, parts: Sequence[Tensor | None], embed: nn.Module, pad: Tensor, blocks: nn.Module, ids: Tensor

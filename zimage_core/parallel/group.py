@@ -195,6 +195,20 @@ class Link:
         """Tell the other ranks that this one failed, so that they raise `RankFailed` and do not wait."""
         self._post(f"rank {self.rank} failed: {reason}")
 
+    def note(self, what: str) -> bool:
+        """Note something for all ranks; whether this rank is the first that did."""
+        try:
+            return self._store.first(f"note/{what}", str(self.rank)) == str(self.rank)
+        except RuntimeError:
+            return True
+
+    def noted(self, what: str) -> bool:
+        """Whether some rank noted it."""
+        try:
+            return self._store.check(f"note/{what}")
+        except RuntimeError:
+            return False
+
     def _post(self, reason: str) -> str:
         """Make this the reason of all ranks, unless there is one already; the reason that counts then."""
         try:

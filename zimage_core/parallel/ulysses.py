@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from zimage_core.errors import BadArgument, Unsupported
-from zimage_core.models.transformer import After, Predict, Prepared, ZImageTransformer
+from zimage_core.models.omni import OmniPrepared, OmniSample
+from zimage_core.models.transformer import After, Attention, Predict, Prepared, ZImageTransformer
 from zimage_core.nn.attention import attention
 from zimage_core.nn.layers import Rotation, has_hooks
 from zimage_core.parallel.group import Group
@@ -31,31 +32,29 @@ def evenly(count: int, ranks: int) -> list[int]:
     return [(count + ranks - 1 - rank) // ranks for rank in range(ranks)]
 
 
-class Tokens(NamedTuple):
-    """How many tokens of an image and its caption each rank has.
+def image_tokens(ranks: int, rows: int, columns: int, pads: int) -> list[int]:
+    """Tokens of an image for each rank: whole rows of patches; the last has the fewest, and the pads."""
+    *others, last = (count * columns for count in evenly(rows, ranks))
+    return [*others, last + pads]
 
-    Args:
-        image: Those of whole rows of patches; the last rank, which has the fewest, has the pads, too.
-        text: Those of the caption; one at least, which tells a rank's image from its joint sequence.
-    """
+
+def text_tokens(image: Sequence[int], text: int) -> list[int]:
+    """Tokens of a caption for each rank: one at least, and more where a rank has fewer of the image."""
+    own = [1] * len(image)
+    for _ in range(text - len(image)):
+        own[min(range(len(image)), key=lambda rank: image[rank] + own[rank])] += 1
+    return own
+
+
+def _sums(*counts: Sequence[int]) -> list[int]:
+    return [sum(each) for each in zip(*counts, strict=True)]
+
+
+class Tokens(NamedTuple):
+    """How many tokens each rank has, of the image alone and of the joint sequence, which is never as long."""
 
     image: list[int]
-    text: list[int]
-
-    @classmethod
-    def over(cls, ranks: int, rows: int, columns: int, pads: int, text: int) -> Tokens:
-        """Tokens of rows x columns patches, pads and a caption; the joint sequence as even as can be."""
-        image = [count * columns for count in evenly(rows, ranks)]
-        image[-1] += pads
-        texts = [1] * ranks
-        for _ in range(text - ranks):
-            texts[min(range(ranks), key=lambda rank: image[rank] + texts[rank])] += 1
-        return cls(image, texts)
-
-    @property
-    def joint(self) -> list[int]:
-        """Tokens of the joint sequence of each rank."""
-        return [image + text for image, text in zip(self.image, self.text, strict=True)]
+    joint: list[int]
 
 
 class Exchange:
@@ -95,47 +94,71 @@ class Stream:
 
     Args:
         group: The ranks.
-        transformer: The network.
+        alone: What has these methods on one rank: the transformer, or an `OmniStream` of it.
         nets: ControlNets beside it.
+
+    Raises:
+        Unsupported: The attention of a block was replaced by another class.
     """
 
-    def __init__(self, group: Group, transformer: ZImageTransformer, nets: Sequence[Any] = ()) -> None:
-        self.group, self.transformer = group, transformer
-        self._attentions = [block.attention for net in (transformer, *nets) for block in net.blocks]
+    def __init__(self, group: Group, alone: Any, nets: Sequence[Any] = ()) -> None:
+        self.group, self.alone = group, alone
+        self.transformer: ZImageTransformer = getattr(alone, "transformer", alone)
+        blocks = [block for net in (self.transformer, *nets) for block in net.blocks]
+        self._attentions = [m for block in blocks for m in block.modules() if type(m) is Attention]
+        if len(self._attentions) != len(blocks):
+            raise Unsupported(
+                "parallel: a block has an attention of another class, which would see the tokens of one rank "
+                "alone; put the original back, or wrap it"
+            )
         self._tokens: list[Tokens] = []
 
-    def prepare(self, captions: Sequence[Tensor], times: Sequence[float], size: tuple[int, int]) -> Prepared:
-        """Compute what the steps share; each rank refines the captions and keeps its tokens of them.
-
-        Raises:
-            BadArgument: The image has fewer rows of patches than there are ranks.
-        """
-        whole = self.transformer.prepare(captions, times, size)
-        rows, columns = (side // self.transformer.config.patch_size for side in size)
-        ranks, rank = self.group.size, self.group.rank
-        if rows < ranks:
-            raise BadArgument(
-                f"parallel: {ranks} ranks for an image of {rows} rows of patches (16 pixels each), of which "
-                f"each needs one; use {rows} ranks or fewer, or a higher image"
-            )
-
-        def own(text: Tensor, rotation: Rotation) -> tuple[Tensor, Rotation]:
-            image = len(rotation[0]) - len(text)
-            tokens = Tokens.over(ranks, rows, columns, image - rows * columns, len(text))
-            self._tokens.append(tokens)
-            parts = (torch.split(table, [*tokens.image, *tokens.text]) for table in rotation)
-            cos, sin = (torch.cat((part[rank], part[ranks + rank])) for part in parts)
-            return torch.split(text, tokens.text)[rank], (cos, sin)
-
+    def prepare(
+        self, captions: Sequence[Any], times: Sequence[float], size: tuple[int, int]
+    ) -> Prepared | OmniPrepared:
+        """Compute what the steps share; each rank refines the captions and keeps its tokens of them."""
+        ranks, patch = self.group.size, self.transformer.config.patch_size
+        rows, columns = (side // patch for side in size)
         self._tokens = []
-        pairs = [own(*pair) for pair in zip(whole.texts, whole.rotations, strict=True)]
-        texts, rotations = zip(*pairs, strict=True)
-        return whole._replace(texts=texts, rotations=rotations)
+        whole: Prepared | OmniPrepared = self.alone.prepare(captions, times, size)
+        if isinstance(whole, OmniPrepared):
+            return whole._replace(samples=tuple(self._sample(each, rows, columns) for each in whole.samples))
+        texts, rotations = [], []
+        for text, rotation in zip(whole.texts, whole.rotations, strict=True):
+            image = image_tokens(ranks, rows, columns, len(rotation[0]) - len(text) - rows * columns)
+            words = text_tokens(image, len(text))
+            texts.append(self._own(text, words))
+            rotations.append(self._turned(rotation, image, words))
+            self._tokens.append(Tokens(image, _sums(image, words)))
+        return whole._replace(texts=tuple(texts), rotations=tuple(rotations))
+
+    def _sample(self, sample: OmniSample, rows: int, columns: int) -> OmniSample:
+        """A sample with this rank's tokens of everything."""
+        ranks, parts = self.group.size, (*sample.images, *sample.rest)
+        # the last ranks, which have fewer rows of the target, have more of these; captions reach all ranks
+        noisy, clean, text, more = (evenly(len(part), ranks)[::-1] for part in parts)
+        pads = len(sample.image_rotation[0]) - len(parts[0]) - len(parts[1]) - rows * columns
+        target = image_tokens(ranks, rows, columns, pads)
+        self._tokens.append(Tokens(_sums(target, noisy, clean), _sums(target, noisy, clean, text, more)))
+        return sample._replace(
+            images=(self._own(parts[0], noisy), self._own(parts[1], clean)),
+            rest=(self._own(parts[2], text), self._own(parts[3], more)),
+            image_rotation=self._turned(sample.image_rotation, target, noisy, clean),
+            rotation=self._turned(sample.rotation, target, noisy, text, clean, more),
+        )
+
+    def _own(self, x: Tensor, *segments: list[int]) -> Tensor:
+        """This rank's rows of x, whose segments have so many rows for each rank."""
+        parts = torch.split(x, [count for segment in segments for count in segment])
+        return torch.cat(parts[self.group.rank :: self.group.size])
+
+    def _turned(self, rotation: Rotation, *segments: list[int]) -> Rotation:
+        return self._own(rotation[0], *segments), self._own(rotation[1], *segments)
 
     def step(
         self,
         latent: Tensor,
-        prepared: Prepared,
+        prepared: Any,
         i: int,
         caption: int = 0,
         predict: Predict | None = None,
@@ -145,7 +168,7 @@ class Stream:
         rows = self._rows(latent)
         with self._exchanging(self._tokens[caption]):
             own = torch.split(latent, rows, 1)[self.group.rank]
-            part = self.transformer.step(own, prepared, i, caption, after=after)
+            part = self.alone.step(own, prepared, i, caption, None, after)
         return self.group.gather(part.transpose(0, 1).contiguous(), rows).transpose(0, 1)
 
     def controls(self, members: Sequence[Any]) -> list[Any]:
@@ -185,26 +208,35 @@ class Ulysses:
     def __init__(self, sequence: Group, guidance: Group | None = None) -> None:
         self.sequence, self.guidance = sequence, guidance
 
-    def stream(self, transformer: ZImageTransformer, run: Any) -> Stream:
+    def stream(self, alone: Any, run: Any) -> Stream:
         """What computes the steps of a run.
 
+        Args:
+            alone: What computes them on one rank.
+            run: The checked arguments of the call.
+
         Raises:
-            Unsupported: The run has reference images, or the transformer hooks or a compiled call.
-            BadArgument: There are more ranks than heads.
+            Unsupported: The transformer has hooks or a compiled call, or a block another attention.
+            BadArgument: There are more ranks than heads, or than rows of patches.
         """
-        if run.references is not None:
-            raise Unsupported("parallel: reference images are for one rank alone; leave parallelize out")
-        if has_hooks(transformer) or getattr(transformer, "dynamo_ctx", None) is not None:
+        stream = Stream(self.sequence, alone, list({each.net: None for each in run.controls}))
+        if has_hooks(stream.transformer) or getattr(stream.transformer, "dynamo_ctx", None) is not None:
             raise Unsupported(
                 "parallel: the transformer's own call is hooked or compiled, and ranks call its blocks; put "
                 "hooks on its blocks, and compile them by compile_repeated_blocks"
             )
-        heads, ranks = transformer.config.n_heads, self.sequence.size
+        config, ranks = stream.transformer.config, self.sequence.size
+        heads, rows = config.n_heads, run.latents.shape[-2] // config.patch_size
         if heads < ranks:
             raise BadArgument(
                 f"parallel: {ranks} ranks for {heads} heads, of which each needs one; use {heads} or fewer"
             )
-        return Stream(self.sequence, transformer, list({each.net: None for each in run.controls}))
+        if rows < ranks:
+            raise BadArgument(
+                f"parallel: {ranks} ranks for an image of {rows} rows of patches (16 pixels each), of which "
+                f"each needs one; use {rows} ranks or fewer, or a higher image"
+            )
+        return stream
 
     def sides(self, side: Callable[[int], list[Tensor]], firsts: Sequence[int]) -> list[list[Tensor]]:
         """Estimates of the sides of guidance, of which this rank computes one where there are two.

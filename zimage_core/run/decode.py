@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -36,7 +37,11 @@ def ways_to_decode(h: int, w: int, tile: int | None) -> list[DecodeWay]:
 
 
 def decode(
-    vae: Autoencoder, latents: torch.Tensor, debug: bool = False, keep: torch.device | None = None
+    vae: Autoencoder,
+    latents: torch.Tensor,
+    debug: bool = False,
+    keep: torch.device | None = None,
+    ranks: Any = None,
 ) -> torch.Tensor:
     """Latents [B, C, h, w] -> pixels [B, 3, 8 h, 8 w] float32 about [-1, 1] on the CPU; one image at a time.
 
@@ -49,6 +54,7 @@ def decode(
         debug: Check every block.
         keep: Device of the maps of the whole image, as planned for a memory budget; no other way is then
             tried.
+        ranks: The `parallel.ranks.Ranks` that may share an image; those that do try no other way either.
 
     Raises:
         OutOfMemory: Not even the smallest tiles fit; the error has the latents.
@@ -66,11 +72,17 @@ def decode(
             latents.cpu(),
         )
 
+    strip = None if ranks is None else ranks.strip(*latents.shape[2:], vae.tile)
+
+    share = {} if strip is None else {"strip": strip}
+
     def one(z: torch.Tensor, way: DecodeWay) -> torch.Tensor:
-        image = checked(vae, "VAE", partial(vae.decode, z, way.tile, way.keep), debug)
+        image = checked(vae, "VAE", partial(vae.decode, z, way.tile, way.keep, **share), debug)
         return image.cpu()  # finished images would split the memory that the next one needs
 
     left = [z[None] for z in latents / config.scaling_factor + config.shift_factor]
+    if strip is not None and keep is None:
+        keep = vae.device  # ranks that chose smaller tiles one by one would wait for each other
     return torch.cat(_each(vae, one, left, latents.shape[2:], keep, f"decode {size}", failed, 7))
 
 

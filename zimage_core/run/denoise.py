@@ -55,20 +55,20 @@ class Denoiser:
         self._run, self._predict = run, predict
         self._prepared: Prepared | None = None
         self._stream: Any = transformer
+        if run.references is not None:
+            from zimage_core.omni.stream import OmniStream
+
+            self._stream = OmniStream(transformer, run.references)
         self._sides: Any = map
         controls = run.controls
         if parallel is not None:
-            self._stream, self._sides = parallel.stream(transformer, run), parallel.sides
+            self._stream, self._sides = parallel.stream(self._stream, run), parallel.sides
             controls = self._stream.controls(controls)
         self._controls = None
         if controls:
             from zimage_core.control.apply import Controls
 
             self._controls = Controls(transformer, controls)
-        if run.references is not None:
-            from zimage_core.omni.stream import OmniStream
-
-            self._stream = OmniStream(transformer, run.references)
 
     def replace(self, name: str, captions: list[Any]) -> None:
         """Use other caption features from now on; `name` is "prompt_embeds" or "negative_prompt_embeds"."""

@@ -15,7 +15,6 @@ from zimage_core.errors import BadArgument
 from zimage_core.run import checks
 from zimage_core.run.request import Limits, Request, prepare
 from zimage_core.run.result import Timings, ZImageResult
-from zimage_core.sampling import noise
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 
 MAX_SCALE = 8.0
@@ -35,6 +34,9 @@ class ImageCalls:
         raise NotImplementedError
 
     def _pixels(self, latents: torch.Tensor, output_type: str, debug: bool, edit: Any = None) -> Any:
+        raise NotImplementedError
+
+    def _fresh_seed(self) -> int:
         raise NotImplementedError
 
     def img2img(
@@ -138,7 +140,7 @@ class ImageCalls:
             if call.get(name) is not None:
                 raise BadArgument(f"hires: it makes its own image; leave {name} out")
         if all(call.get(name) is None for name in ("seed", "generator", "latents")):
-            call["seed"] = noise.fresh_seed()  # of both passes
+            call["seed"] = self._fresh_seed()  # of both passes
         output_type = call.pop("output_type", "pil")
         first = Request(prompt=prompt, output_type="latent", **call)
         rows, columns = _enlarged_size(limits, first, scale)

@@ -172,7 +172,9 @@ class ZImageResult:
         write_atomically(path, data, overwrite=force)
 
 
-def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+def settings_of(
+    run: Run, dtype: torch.dtype, networks: Mapping[str, Any], ranks: Any = None
+) -> tuple[dict[str, Any], ...]:
     """Settings of each image for its PNG; nothing in them differs between equal runs, as times would."""
     common: dict[str, Any] = {
         "program": "zimage_core",
@@ -191,6 +193,8 @@ def settings_of(run: Run, dtype: torch.dtype, networks: Mapping[str, Any]) -> tu
     encoder = networks.get("text_encoder")
     if encoder is not None and encoder.compute != common["compute"]:
         common["text_encoder_compute"] = encoder.compute
+    if ranks is not None:
+        common |= ranks.settings
     if run.guidance_scale > 0:
         common |= {"cfg_normalization": run.cfg_normalization, "cfg_truncation": run.cfg_truncation}
     if run.own_sigmas and run.steps <= MOST_SIGMAS:
