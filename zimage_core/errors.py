@@ -58,7 +58,7 @@ class BadRows(BadFile):
         self.rows = rows
         self.count = count
         number, reason = rows[0]
-        more = f" (and {count - 1} more rows)" if count > 1 else ""
+        more = f" (and {count - 1} more)" if count > 1 else ""
         hint = "correct the table, or leave such rows out with --skip-bad (skip_bad=True)"
         super().__init__(path, f"row {number}: {reason}{more}", hint)
 

@@ -183,7 +183,7 @@ def test_what_ends_the_run_keeps_what_was_finished(error, pipe, tmp_path, monkey
 def test_bad_rows_end_it_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(ZImagePipeline, "from_default", None)
     rows = [{"prompt": "a"}, {"seed": 3}, {"prompt": "a", "seed": -1}]
-    with pytest.raises(BadRows, match=r"row 2: prompt: it is missing or empty \(and 1 more rows\)") as caught:
+    with pytest.raises(BadRows, match=r"row 2: prompt: it is missing or empty \(and 1 more\)") as caught:
         generate_dataset(rows, tmp_path / "out")
     assert [number for number, _ in caught.value.rows] == [2, 3]
     assert not (tmp_path / "out").exists()

@@ -115,9 +115,10 @@ def run(args: argparse.Namespace) -> int:
     except BadRows as error:
         for number, reason in error.rows[:SHOWN]:
             say(line(f"row {number}: {reason}"))
+        count = "1 row" if error.count == 1 else f"{error.count} rows"
         say(
-            f"error: {printable(args.table)}: {error.count} rows cannot be drawn, nothing was computed; "
-            "correct them, or leave them out with --skip-bad"
+            f"error: {printable(args.table)}: {count} cannot be drawn, nothing was computed; "
+            "correct the table, or leave such rows out with --skip-bad"
         )
         return 2
     except KeyboardInterrupt:
