@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decoding, overview, standing, ulysses, ulysses_model
+from benchmarks import batch, decoding, overview, standing, ulysses, ulysses_model
 from benchmarks.predictions import text
 from benchmarks.report import ROOT, compiled_rows, fill_tables, markdown, read
 from benchmarks.step_model import Range
@@ -400,6 +400,7 @@ PAGES: dict[Path, Callable[[], dict[str, str]]] = {
     ROOT / "docs/benchmarks/index.md": overview.tables,
     ROOT / "docs/benchmarks/quality.md": _quality,
     ROOT / "docs/explanation/encoders.md": _encoders,
+    ROOT / "docs/guides/batch.md": lambda: batch.tables(read("batch.json")),
     ROOT / "docs/guides/recipes.md": _recipes,
     ROOT / "docs/guides/sampling.md": _sampling,
     ROOT / "docs/explanation/decoding.md": lambda: decoding.tables(read("decoding_cpu.json")),
