@@ -263,3 +263,40 @@ def test_settings_name_the_ranks():
         pickle.dumps(made)
     assert json.dumps(made.settings)
     assert group.FIRST > 1
+
+
+MESH = """
+from torch.distributed.device_mesh import init_device_mesh
+pipe = ZImagePipeline.from_default()
+def refused(function):
+    try:
+        function()
+    except ZImageError as error:
+        show(error)
+call = dict(seed=3, num_inference_steps=2, output_type="np", guidance_scale=2.0, negative_prompt="blue")
+pipe.parallelize(init_device_mesh("cpu", (2, 1), mesh_dim_names=("guidance", "sequence")))
+print(pipe.ranks)
+images = [pipe("a red circle", **call).images]
+refused(lambda: pipe.parallelize(init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))))
+refused(lambda: pipe.parallelize(guidance=3))
+refused(lambda: pipe.parallelize("all"))
+pipe.parallelize(init_device_mesh("cpu", (2,)))
+images.append(pipe("a red circle", **call).images)
+torch.save([torch.from_numpy(each) for each in images], f"{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_a_mesh_of_one_or_two_dimensions_says_what_each_rank_does(tmp_path):
+    out = helper.run(MESH, 2, tmp_path)
+    assert [code for code, _, _ in out] == [0, 0], out
+    lines = out[0][1].splitlines()
+    assert lines[0] == "Ranks(rank 0 of 2: ranks 1, guidance_ranks 2; cpu)"
+    assert "mesh: got 2 dimensions named ('a', 'b')" in lines[1]
+    assert "guidance: got 3 for 2 ranks" in lines[2]
+    assert "mesh: got 'all'" in lines[3]
+    call: dict[str, Any] = {"seed": 3, "num_inference_steps": 2, "output_type": "np"}
+    one = ZImagePipeline.from_default()("a red circle", guidance_scale=2.0, negative_prompt="blue", **call)
+    for rank in (0, 1):
+        for image in torch.load(tmp_path / f"{rank}.pt"):
+            assert np.abs(image.numpy() - one.images).max() < 1e-4

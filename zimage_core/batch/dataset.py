@@ -137,6 +137,8 @@ def generate_dataset(
     checks.whole("shard_size", shard_size, 1, 1_000_000)
     if pipe is not None and (model or ray):
         raise BadArgument("pipe: a pipeline is in this process, and has its model; leave the others out")
+    if workers is not None and not ray:
+        raise BadArgument("workers: it goes with ray; one process draws one image at a time")
     if format == PARQUET:
         import_parquet()
     described = Model.of(model)
@@ -210,12 +212,12 @@ def _run(
                     on_progress(so_far())
         finally:
             saver.close()
+            if on_progress is not None:  # also of a run that ends here: what waited was saved meanwhile
+                on_progress(so_far())
         writer.finish()
         report = replace(so_far(), failed=writer.failures())
     finally:
         writer.close()
-    if on_progress is not None:
-        on_progress(report)
     return report
 
 
