@@ -224,10 +224,34 @@ def test_too_little_memory_is_said_before_anything_runs(folder, monkeypatch):
 
 
 def test_parts_that_a_folder_lacks_are_named(folder, tmp_path):
-    (tmp_path / "transformer").symlink_to(folder / "transformer")
-    report = compare_with(tmp_path, parts=["transformer", "vae"])
-    assert [c.name for c in report.components] == ["transformer"]
-    assert "has no file that is FLUX.1's VAE" in report.left_out["vae"]
+    (tmp_path / "vae").symlink_to(folder / "vae")
+    report = compare_with(tmp_path)
+    assert [c.name for c in report.components] == ["vae"]
+    assert "has no file that is a Z-Image transformer" in report.left_out["transformer"]
+    assert any(line.startswith("text_encoder: not compared: ") for line in report.lines())
+    with pytest.raises(BadFile, match="has no file that is a Z-Image transformer"):
+        compare_with(tmp_path, parts=["transformer", "vae"])
+
+
+def test_a_broken_part_is_an_error_and_never_left_out(folder, tmp_path):
+    """Else a cut download would pass."""
+    (tmp_path / "vae").symlink_to(folder / "vae")
+    (tmp_path / "transformer").mkdir()
+    whole = next((folder / "transformer").glob("*.safetensors")).read_bytes()
+    cut = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    cut.write_bytes(whole[:-100])
+    with pytest.raises(BadFile):
+        compare_with(tmp_path)
+    cut.rename(tmp_path / "loose.safetensors")
+    (tmp_path / "transformer").rmdir()
+    with pytest.raises(BadFile, match="unreadable"):
+        compare_with(tmp_path)
+
+
+def test_a_file_must_have_the_parts_that_are_named(folder):
+    file = next((folder / "vae").glob("*.safetensors"))
+    with pytest.raises(Unsupported, match="wanted a file that has transformer, vae"):
+        compare_with(file, parts=["transformer", "vae"])
 
 
 def test_arguments_and_files_that_cannot_be_compared_are_refused(folder, tmp_path):

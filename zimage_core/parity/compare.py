@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from zimage_core.run.loading import class_of, stated_scheduler
 from zimage_core.run.locate import locate
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.weights.card import require
-from zimage_core.weights.components import open_component, open_parts
+from zimage_core.weights.components import UNREADABLE, open_component, open_parts
 from zimage_core.weights.facts import facts
+from zimage_core.weights.folder import component_folder
 from zimage_core.weights.load import load_network
 from zimage_core.weights.opened import Opened
 
@@ -74,7 +76,7 @@ def compare_with(
     """
     wanted = _checked(against, parts, steps)
     report = on_part or (lambda _: None)
-    opened, left_out = _open(checkpoint, wanted)
+    opened, left_out = _open(checkpoint, wanted, named=bool(parts))
     components: list[Component] = []
     try:
         pairs = {part: pair_of(part, each) for part, each in opened.items()}
@@ -107,33 +109,47 @@ def _checked(against: str, parts: Sequence[str] | None, steps: int) -> tuple[str
     return tuple(parts) if parts else PARTS
 
 
-def _open(checkpoint: str | PathLike[str], wanted: Sequence[str]) -> tuple[dict[str, Opened], dict[str, str]]:
-    """The components that a checkpoint has, and why others are not compared."""
+def _open(
+    checkpoint: str | PathLike[str], wanted: Sequence[str], named: bool
+) -> tuple[dict[str, Opened], dict[str, str]]:
+    """The components that a checkpoint has, and why others are not compared.
+
+    What the caller named must be there. What is there must be sound: a broken file is an error, never a part
+    that is left out.
+    """
     path, tag = locate(checkpoint)
     networks = [p for p in COMPONENTS if p in wanted or (p == "transformer" and "latents" in wanted)]
+    if not path.is_dir():
+        return _in_file(path, networks, named), {}
     opened: dict[str, Opened] = {}
     left_out: dict[str, BadFile] = {}
-    if path.is_dir():
-        for part in networks:
-            try:
-                opened |= open_parts(path, (part,), tag=tag)
-            except BadFile as error:
-                left_out[part] = error
-        if not opened:
-            raise next(iter(left_out.values()))
-    else:
-        whole = open_component(path)
-        kinds = (whole.card.kind, *whole.card.also)
-        opened = {part: open_component(whole, part) for part in networks if part in kinds}
-        if not opened:
-            whole.file.close()
-            raise Unsupported(
-                f"{printable(str(path))} is {whole.card.title}; zimage parity compares "
-                f"{', '.join(networks).replace('_', ' ')}"
-            )
+    for part in networks:
+        try:
+            opened |= open_parts(path, (part,), tag=tag)
+        except BadFile as error:
+            if named or component_folder(path, part) or UNREADABLE in error.fault:
+                raise
+            left_out[part] = error
+    if not opened:
+        raise next(iter(left_out.values()))
     for part, each in opened.items():
         require(each.card, part, each.file.path)
     return opened, {part: error.fault for part, error in left_out.items()}
+
+
+def _in_file(path: Path, networks: Sequence[str], named: bool) -> dict[str, Opened]:
+    """The components in one file."""
+    whole = open_component(path)
+    kinds = (whole.card.kind, *whole.card.also)
+    found = [part for part in networks if part in kinds]
+    if not found or (named and len(found) < len(networks)):
+        whole.file.close()
+        wish = ", ".join(networks).replace("_", " ")
+        raise Unsupported(f"{printable(str(path))} is {whole.card.title}; wanted a file that has {wish}")
+    opened = {part: open_component(whole, part) for part in found}
+    for part, each in opened.items():
+        require(each.card, part, each.file.path)
+    return opened
 
 
 def _compared(

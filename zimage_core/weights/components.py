@@ -35,6 +35,8 @@ from zimage_core.weights.storage import WAY_ROUND
 
 NAMING = "transformer=, text_encoder= and vae="
 MAX_CONFIG_BYTES = 1 << 20
+UNREADABLE = "unreadable"
+"""Word by which the message of a missing component says that a file in the folder could not be opened."""
 
 
 def open_component(
@@ -285,7 +287,7 @@ class _Survey:
             unknown = [identify_open(each.file) for each in self.opened if each.card.kind == "unknown"]
             packed = [each for each in unknown if each.card.problem.endswith(WAY_ROUND)]
             self.refused += [f"{printable(each.name, 60)} is {each.card.title}" for each in packed]
-            also = f" (unreadable: {self.refused[0]})" if self.refused else download.beside(self.folder)
+            also = f" ({UNREADABLE}: {self.refused[0]})" if self.refused else download.beside(self.folder)
             if (self.folder / "model_index.json").is_file():
                 hollow = next((self.folder / part for part in missing if (self.folder / part).is_dir()), None)
                 fault = f"has no folder {' and '.join(missing)}{also}"
