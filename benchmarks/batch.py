@@ -4,9 +4,9 @@
 
 Two models: the embedded one, and one of the width of Z-Image with six layers, a text encoder of two layers
 and a VAE of the real size, all of random weights, which is written into FOLDER if it is not there (2.9 GB;
-default: a folder that is removed). Each run is the command itself in a fresh process. Its images are timed by when their files
-appeared, so starting is told from drawing: the rate leaves out the first image of each worker. The ways take
-turns; ratios are within a turn. It takes no new turn after `--minutes`.
+default: a folder that is removed). Each run is the command itself in a fresh process. Its images are timed
+by when their files appeared, so starting is told from drawing: the rate leaves out the first image of each
+worker. The ways take turns; ratios are within a turn. It takes no new turn after `--minutes`.
 """
 
 from __future__ import annotations
