@@ -12,11 +12,8 @@ import pytest
 from tests.helpers import examples, stand_ins
 from tests.helpers.tree import ROOT
 
-SLOW: set[str] = {"docs/explanation/claims.md"}
+SLOW = {"docs/explanation/claims.md", "docs/guides/quantizing.md", "docs/guides/recipes.md"}
 """Pages, by their names from the root, that take longer than the default run can give them."""
-
-NOT_YET = {}
-"""Pages written before their examples ran: a failure is expected, and no page is added here."""
 
 
 def name(page: Path) -> str:
@@ -31,7 +28,6 @@ def with_examples() -> list:
         blocks = examples.blocks(page.read_text("utf-8"))
         if any(block.language in ("sh", "python") and block.not_run is None for block in blocks):
             marks = [pytest.mark.slow] if name(page) in SLOW else []
-            marks += [pytest.mark.xfail(strict=False)] if name(page) in NOT_YET else []
             found.append(pytest.param(page, id=name(page), marks=marks))
     return found
 

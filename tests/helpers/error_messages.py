@@ -22,6 +22,7 @@ import zimage_core
 from benchmarks.report import fill_tables
 from tests.helpers import stand_ins, tiny
 from tests.helpers.tree import ROOT
+from zimage_core.batch.dataset import generate_dataset
 from zimage_core.run.device_faults import explained
 
 PAGE = ROOT / "docs" / "reference" / "errors.md"
@@ -56,6 +57,14 @@ def _edited_file() -> None:
     tensors.pop("context_refiner.0.attention.out.weight")
     save_file({**tensors, "extra.weight": torch.zeros(2)}, "edited.safetensors")
     zimage_core.load_transformer("edited.safetensors")
+
+
+def _bad_rows() -> None:
+    rows = (
+        '{"prompt": "a red circle", "seed": 1}\n{"prompt": "a star", "seed": -1}\n{"prompt": "", "size": 3}\n'
+    )
+    Path("rows.jsonl").write_text(rows)
+    generate_dataset("rows.jsonl", "out")
 
 
 def _infinite_weight() -> None:
@@ -100,6 +109,7 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "pointer": ("BadFile", _pointer),
     "vae as transformer": ("WrongModel", lambda: zimage_core.load_transformer(VAE)),
     "other encoder": ("WrongModel", _other_encoder),
+    "rows": ("BadRows", _bad_rows),
     "edited file": ("BadWeights", _edited_file),
     "format": ("UnknownFormat", lambda: zimage_core.dequantize(torch.zeros(144, dtype=torch.uint8), "Q9_K")),
     "shape": ("BadShape", lambda: zimage_core.encode(torch.zeros(3, 100), "Q4_K")),
