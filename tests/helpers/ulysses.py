@@ -178,7 +178,7 @@ def drawn(case: Case, parallel: Ulysses | None = None) -> torch.Tensor | str:
 def _rank(rank: int, size: int, folder: Path, wanted: Mapping[str, Case]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    link, cpu = Link(range(size), 60.0), torch.device("cpu")
+    link, cpu = Link(range(size), 600.0), torch.device("cpu")
     every = Ulysses(Group(link, range(size), cpu))
     half = size // 2
     if size % 2 == 0:
