@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "omni_pipelines": {"pipeline", "run"},
     "preview": {"config", "models", "run", "weights"},
     "control_pipelines": {"control", "pipeline", "run"},
-    "parallel": {"models", "nn", "run", "sampling"},
+    "parallel": {"models", "nn", "run", "sampling", "weights"},
     "batch": {"assets", "config", "editing", "files", "memory", "pipeline", "run", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {

@@ -15,7 +15,7 @@ from tests.helpers import ranks as helper
 from tests.helpers.tiny import pipeline
 from zimage_core import BadArgument, Unsupported, ZImagePipeline
 from zimage_core.models.vae_tiles import layout
-from zimage_core.parallel import group
+from zimage_core.parallel import group, ranks
 from zimage_core.parallel.marks import mark, marks_of
 from zimage_core.parallel.ranks import Ranks
 from zimage_core.parallel.vae import Strip
@@ -26,6 +26,7 @@ LIMIT = {"ZIMAGE_RANK_TIMEOUT": "4"}
 AGREE = """
 from pathlib import Path
 import pickle
+import numpy as np
 pipe = ZImagePipeline.from_default()
 pipe.parallelize()
 print(pipe.ranks)
@@ -53,8 +54,17 @@ drawn = pipe("a red circle", output_type="np", num_inference_steps=2)
 small = pipe("a red circle", **call)
 large = pipe("a red circle", 256, 256, **{**call, "num_inference_steps": 1})
 two = pipe.hires("a red circle", scale=1.5, num_inference_steps=2, output_type="np")
+latents = torch.randn(1, 16, 10, 10, generator=torch.Generator().manual_seed(1))
+later = pipe("a red circle", latents=latents, sampler="euler_ancestral", output_type="np")
+def returned(pipe, step, timestep, tensors):
+    return tensors
+same = pipe("a red circle", **call, callback_on_step_end=returned if rank else None)
+print(np.array_equal(same.images, small.images))
+def changed(pipe, step, timestep, tensors):
+    return {"latents": tensors["latents"] * (1 + rank)}
+refused(lambda: pipe("a red circle", **call, callback_on_step_end=changed))
 print(stopped.interrupted, len(stopped.timings.steps), drawn.seed, two.seed, small.settings[0]["ranks"])
-Path(f"{rank}.pkl").write_bytes(pickle.dumps([each.images for each in (small, large, drawn, two)]))
+Path(f"{rank}.pkl").write_bytes(pickle.dumps([each.images for each in (small, large, drawn, two, later)]))
 pipe.parallelize(False)
 print(pipe.ranks)
 """
@@ -77,8 +87,10 @@ def test_two_ranks_agree_on_everything_and_refuse_what_they_cannot_share(tmp_pat
     assert (first[4], second[4]) == ("RankFailed: rank 1 failed: ValueError a fault", "ValueError: a fault")
     assert first[5].startswith("Unsupported: a pipeline on several ranks is not copied or pickled")
     assert first[6:] == second[6:]
-    stopped, steps, _, _, ranks = first[6].split()
-    assert (stopped, steps, ranks, first[7]) == ("True", "1", "2", "None")
+    assert first[6] == "True", "a callback that returns what it got changes nothing"
+    assert first[7].startswith("BadArgument: callback_on_step_end: rank 1 changed tensors")
+    stopped, steps, _, _, ranks = first[8].split()
+    assert (stopped, steps, ranks, first[9]) == ("True", "1", "2", "None")
     mine, theirs = (pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in (0, 1))
     for a, b in zip(mine, theirs, strict=True):
         assert np.array_equal(a, b)
@@ -232,7 +244,34 @@ def test_wrong_arguments_are_one_sentence(monkeypatch):
     monkeypatch.setenv("ZIMAGE_RANK_TIMEOUT", "soon")
     with pytest.raises(BadArgument, match="ZIMAGE_RANK_TIMEOUT: got 'soon'"):
         pipe.parallelize()
+    monkeypatch.delenv("ZIMAGE_RANK_TIMEOUT")
+    for name, value in {**helper.environment(0, 2, 1), "RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadArgument, match="RANK: got '2', wanted a whole number from 0 to 1"):
+        pipe.parallelize()
     assert pipe.ranks is None
+
+
+def test_marks_read_image_files_whose_names_may_mean_others_on_another_machine(tmp_path):
+    pipe, path = pipeline(), tmp_path / "a.png"
+    found = []
+    for contents in (b"1", b"2", b"2"):
+        path.write_bytes(contents)
+        found.append(marks_of(Request(prompt="a", reference_images=[str(path)]), pipe, {}))
+    assert found[0] != found[1] == found[2]
+
+
+def test_numbers_of_a_mesh_must_rise(monkeypatch):
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 0)
+
+    def grid(numbers):
+        names = ("guidance", "sequence")[-len(np.shape(numbers)) :]
+        return ranks._grid(SimpleNamespace(mesh=torch.tensor(numbers), mesh_dim_names=names), None)
+
+    assert grid([2, 0, 1]) == [[0, 1, 2]]
+    assert grid([[3, 1], [2, 0]]) == [[0, 2], [1, 3]]
+    with pytest.raises(BadArgument, match="wanted numbers of ranks that rise"):
+        grid([[0, 3], [1, 2]])
 
 
 @pytest.mark.parametrize("rows", [(33, 21), (5, 70), (64, 64)])
@@ -266,7 +305,7 @@ def test_settings_name_the_ranks():
 
 
 MESH = """
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 pipe = ZImagePipeline.from_default()
 def refused(function):
     try:
@@ -280,7 +319,7 @@ images = [pipe("a red circle", **call).images]
 refused(lambda: pipe.parallelize(init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))))
 refused(lambda: pipe.parallelize(guidance=3))
 refused(lambda: pipe.parallelize("all"))
-pipe.parallelize(init_device_mesh("cpu", (2,)))
+pipe.parallelize(DeviceMesh("cpu", [1, 0]))
 images.append(pipe("a red circle", **call).images)
 torch.save([torch.from_numpy(each) for each in images], f"{rank}.pt")
 """

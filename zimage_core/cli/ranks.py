@@ -132,7 +132,8 @@ def threads() -> int | None:
     """
     if not launched() or os.environ.get("OMP_NUM_THREADS", "1") != "1" or "MKL_NUM_THREADS" in os.environ:
         return None
-    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    own = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, cores() // max(1, int(own) if own.isdecimal() else 1))
 
 
 def cores() -> int:

@@ -43,7 +43,7 @@ class Parallel:
 
         Args:
             mesh: None for all ranks that torchrun started; a process group; a DeviceMesh of one dimension, or
-                of two named "guidance" and "sequence". False ends it.
+                of two named "guidance" and "sequence", with numbers that rise in both. False ends it.
             guidance: 2 lets each half of the ranks compute one side of guidance, which saves exchanges;
                 default 1.
             timeout: Seconds to wait for another rank during a run, ten times as many at its start; default:

@@ -53,22 +53,33 @@ def read_timeout(timeout: float | None) -> float:
     raise BadArgument(f"{name}: got {printable(repr(value), 60)}, wanted seconds above 0")
 
 
-def launched() -> bool:
-    """Whether this process is one of several that torchrun, or a program like it, started for one job."""
-    return os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
-
-
 def device_of_rank() -> torch.device:
     """The GPU of this rank, which is that of its number on this machine (LOCAL_RANK), or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    number = _number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else 0
+    count = torch.cuda.device_count()
     if number >= count:
         raise Unsupported(
             f"rank {os.environ.get('RANK', number)}: this machine has {count} GPU(s) and each rank takes "
             "one; start as many ranks as there are GPUs"
         )
     return torch.device("cuda", number)
+
+
+def _number(name: str, least: int, most: int = 10**6) -> int:
+    """A whole number of the environment.
+
+    Raises:
+        BadArgument: It is another text, or out of range.
+    """
+    text = os.environ[name]
+    if not (text.isdecimal() and len(text) < 8 and least <= int(text) <= most):
+        raise BadArgument(
+            f"{name}: got {printable(repr(text), 40)}, wanted a whole number from {least} to {most}, as "
+            "torchrun sets it"
+        )
+    return int(text)
 
 
 def join_world(timeout: float | None = None) -> None:
@@ -92,6 +103,9 @@ def join_world(timeout: float | None = None) -> None:
             f"parallelize: no process group, and {' and '.join(missing)} not in the environment; start "
             "the program with torchrun --nproc-per-node N, or call torch.distributed.init_process_group first"
         )
+    size = _number("WORLD_SIZE", 1)
+    _number("RANK", 0, size - 1)
+    _number("MASTER_PORT", 0, 65535)
     # without it a GPU that waits for a lost rank ends its process by SIGABRT, or never
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"

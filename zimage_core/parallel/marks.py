@@ -6,15 +6,21 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from zimage_core.run.loras import settings_of_adapters
 from zimage_core.run.request import Request
+from zimage_core.weights.load import opened_file
 
 OWN = {"callback_on_step_end", "callback_on_step_end_tensor_inputs"}
 """Arguments in which ranks may differ: one of them shows progress."""
+IMAGES = ("image", "mask_image", "control_image", "reference_images")
+"""Arguments that may be names of files."""
+MOST = 2**26
+"""Bytes of such a file that are compared."""
 
 
 def marks_of(request: Request, pipe: Any, networks: Mapping[str, Any]) -> dict[str, str]:
@@ -28,10 +34,26 @@ def marks_of(request: Request, pipe: Any, networks: Mapping[str, Any]) -> dict[s
     found = {each.name: getattr(request, each.name) for each in fields(request) if each.name not in OWN}
     found["model"] = {name: file.identity() for name, file in pipe.files().items()}
     found["adapters"] = settings_of_adapters(networks)
-    found["ControlNets"] = sorted(pipe.controlnets)
+    nets = {name: opened_file(net) for name, net in pipe.controlnets.items()}
+    found["ControlNets"] = {name: each and each.file.identity() for name, each in nets.items()}
+    # the same name may be another file on another machine
+    found["image files"] = [_bytes(found[name]) for name in IMAGES]
     found["scheduler"] = pipe.scheduler.shift
     found["dtype"], found["compute"] = str(pipe.dtype), pipe.compute
     return {name: mark(value) for name, value in found.items()}
+
+
+def _bytes(value: Any) -> Any:
+    """The contents of the files that an argument names."""
+    if isinstance(value, (list, tuple)):
+        return [_bytes(each) for each in value]
+    if not isinstance(value, (str, PathLike)):
+        return None
+    try:
+        with Path(value).open("rb") as file:
+            return file.read(MOST)
+    except (OSError, ValueError):  # an error of the run
+        return None
 
 
 def mark(value: Any) -> str:

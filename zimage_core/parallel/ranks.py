@@ -15,7 +15,7 @@ from torch import Tensor
 from zimage_core.errors import BadArgument, RankFailed, Unsupported, ZImageError, printable
 from zimage_core.models.vae_tiles import TILE
 from zimage_core.parallel.group import Group, join_world, link_of, read_timeout
-from zimage_core.parallel.marks import marks_of
+from zimage_core.parallel.marks import mark, marks_of
 from zimage_core.parallel.ulysses import Ulysses
 from zimage_core.parallel.vae import Strip, strips
 from zimage_core.run.components import networks
@@ -119,8 +119,13 @@ class Ranks:
                     f"parallel: rank {rank} has another {' and '.join(names)} than rank "
                     f"{self.link.ranks[0]}; call all ranks with the same arguments"
                 )
-        drawn = all(each is None for each in (request.seed, request.generator, request.latents))
-        return replace(request, seed=said[0]["seed"]) if drawn else request
+        seed = said[0]["seed"]
+        if request.seed is not None or request.generator is not None:
+            return request
+        if request.latents is None:
+            return replace(request, seed=seed)
+        # given latents have no seed; this is for what is drawn later
+        return replace(request, generator=torch.Generator().manual_seed(seed))
 
     def _tell(self, error: BaseException) -> None:
         """Tell the others why this rank ends the run."""
@@ -148,9 +153,19 @@ class Ranks:
 
     def _callback(self, own: Callable[..., Any] | None) -> Callable[..., Any]:
         def call(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> Any:
+            before = dict(tensors)
             out = None if own is None else own(pipe, step, timestep, tensors)
-            stops = self.link.agree("stop" if pipe._interrupt else "")
-            pipe._interrupt = any(stops)
+            changes = out.items() if isinstance(out, dict) else ()
+            changed = {name: value for name, value in changes if value is not before.get(name)}
+            message = json.dumps([bool(pipe._interrupt), mark([changed, pipe._guidance_scale])])
+            said = [json.loads(each) for each in self.link.agree(message)]
+            for rank, (_, other) in zip(self.link.ranks, said, strict=True):
+                if other != said[0][1]:
+                    raise BadArgument(
+                        f"callback_on_step_end: rank {rank} changed tensors or guidance otherwise than rank "
+                        f"{self.link.ranks[0]}; change the same on all ranks"
+                    )
+            pipe._interrupt = any(stop for stop, _ in said)
             return out
 
         return call
@@ -178,7 +193,11 @@ def _grid(mesh: Any, guidance: int | None) -> list[list[int]]:
     if dist.get_rank() not in ranks:
         raise BadArgument(f"mesh: rank {dist.get_rank()} is not in it; only its ranks may call parallelize")
     size = len(ranks) // sides
-    return [ranks[i : i + size] for i in range(0, len(ranks), size)]
+    # torch numbers the ranks of a group in rising order
+    grid = sorted(sorted(ranks[i : i + size]) for i in range(0, len(ranks), size))
+    if any(list(column) != sorted(column) for column in zip(*grid, strict=True)):
+        raise BadArgument(f"mesh: got {grid}, wanted numbers of ranks that rise in both dimensions")
+    return grid
 
 
 def _read_mesh(mesh: Any) -> tuple[list[int], int | None]:
