@@ -4,8 +4,9 @@ Rows go out in windows of `WINDOW` rows a worker, a row a task. Results come bac
 in the order in which they are finished. Ray Data starts no task whose result would find no room in the object
 store, so a slow writer slows the actors down.
 
-An actor whose process ends is started again, and its row is drawn again there, `TRIES` times in all; after
-that the row is a `Failed` and the others go on.
+An actor whose process ends is started again, and its row is drawn again there, `TRIES` times in all. Rows that
+are lost even so are drawn once more at the end of the window, one at a time for each actor; a row that is lost
+again is a `Failed`, and the others go on.
 """
 
 from __future__ import annotations
@@ -96,9 +97,13 @@ class Pool:
         for start in range(0, len(rows), WINDOW * workers):
             window = rows[start : start + WINDOW * workers]
             waiting = {row.number: row for row in window}
-            for result in _drawn(self.spec, window, resources, workers):
-                if waiting.pop(result.row.number, None) is not None:
-                    yield result
+            # a second task waits at each worker, since Ray takes 0.1 s to send one; where a row ends its
+            # worker, the one behind it loses a try too, so that lost rows are drawn again one at a time
+            for tasks in (2, 1):
+                rest = list(waiting.values())
+                for result in _drawn(self.spec, rest, resources, workers, tasks) if rest else ():
+                    if waiting.pop(result.row.number, None) is not None:
+                        yield result
             for row in waiting.values():
                 yield Failed(row, LOST)
 
@@ -123,9 +128,9 @@ class Pool:
 
 
 def _drawn(
-    spec: Spec, window: Sequence[Row], resources: Mapping[str, Any], workers: int
+    spec: Spec, window: Sequence[Row], resources: Mapping[str, Any], workers: int, tasks: int
 ) -> Iterator[Done | Failed]:
-    """The results of Ray Data, without the rows that were lost."""
+    """The results of Ray Data, with so many tasks at each worker, without the rows that were lost."""
     from ray import data
 
     with warnings.catch_warnings(), contextlib.ExitStack() as exits:
@@ -133,7 +138,7 @@ def _drawn(
         warnings.simplefilter("ignore")
         context = data.DataContext.get_current().copy()
         context.enable_progress_bars = False
-        context.max_errored_blocks = MOST_LOST
+        context.max_errored_blocks = MOST_LOST * tasks
         context.max_consecutive_actor_init_deaths = TRIES
         exits.enter_context(data.DataContext.current(context))
         results = data.from_items(
@@ -143,8 +148,9 @@ def _drawn(
             fn_constructor_args=(spec, __version__, socket.gethostname()),
             batch_size=1,
             batch_format="numpy",
-            # one task at a time: a row that waited behind one that ends the process would lose a try too
-            compute=data.ActorPoolStrategy(size=min(workers, len(window)), max_tasks_in_flight_per_actor=1),
+            compute=data.ActorPoolStrategy(
+                size=min(workers, len(window)), max_tasks_in_flight_per_actor=tasks
+            ),
             max_restarts=-1,
             max_task_retries=TRIES - 1,
             **resources,
