@@ -4,9 +4,9 @@ Rows go out in windows of `WINDOW` rows a worker, a row a task. Results come bac
 in the order in which they are finished. Ray Data starts no task whose result would find no room in the object
 store, so a slow writer slows the actors down.
 
-An actor whose process ends is started again, and its row is drawn again there, `TRIES` times in all. Rows that
-are lost even so are drawn once more at the end of the window, one at a time for each actor; a row that is lost
-again is a `Failed`, and the others go on.
+An actor whose process ends is started again, and its row is drawn again there, `TRIES` times in all. Rows
+that are lost even so are drawn once more at the end of the window, one at a time for each actor; a row that
+is lost again is a `Failed`, and the others go on.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ def _nodes() -> list[Mapping[str, float]]:
     """Resources of each node that is alive."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _resources(
