@@ -220,3 +220,10 @@ def test_the_model_counts():
 
 def test_a_row_tells_its_fault():
     assert read_rows([Raw(7, {}, "is broken")], Context(LIMITS))[1].listed == [(7, "is broken")]
+
+
+@pytest.mark.parametrize("seed", ["--5", "+-5", "+", "1_0", "5 5"])
+def test_text_that_is_no_number_is_a_fault_of_its_row(seed):
+    rows, faults = read([{"prompt": "a", "seed": seed}], text=True)
+    assert not rows
+    assert faults.listed[0][1].startswith("seed: got ")

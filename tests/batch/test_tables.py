@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -167,3 +168,18 @@ def test_a_large_table_is_read_row_by_row(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "_lines", lambda *a: (asked.append(n) or (n, line) for n, line in lines(*a)))
     next(iter(read_table(path)))
     assert asked == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "found"),
+    [
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}'), "is compressed by gzip"),
+        ("a.xlsx", b"PK\3\4" + bytes(9), "is a ZIP archive or a spreadsheet of Excel"),
+        ("a.csv", "prompt,seed\na,5\n".encode("utf-16"), "is text in UTF-16"),
+        ("a.txt", "a cat\n".encode("utf-16"), "is text in UTF-16"),
+        ("b.csv", b"pr\xffmpt,seed\na,5\n", "its header is not text in UTF-8"),
+    ],
+)
+def test_another_kind_of_file_is_named_once_and_not_row_by_row(tmp_path, name, data, found):
+    with pytest.raises(BadFile, match=found):
+        list(read_table(write(tmp_path / name, data)))

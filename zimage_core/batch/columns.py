@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -66,9 +67,12 @@ def argument(name: str) -> str:
         return found
     known = (*KINDS, *ALIASES, LORA)
     near = get_close_matches(name.lower(), known, 1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join((*KINDS, LORA))}"
+    short = {target: alias for alias, target in ALIASES.items()}
+    names = ", ".join(short.get(each, each) for each in (*KINDS, LORA))
+    hint = f"did you mean {near[0]}?" if near else f"known are {names}"
     raise BadArgument(
-        f"column {printable(name, 60)!r} is no argument of a call; {hint} (keep names columns for the index)"
+        f"column {printable(name, 60)!r} is no argument of a call; {hint} "
+        "(--keep, in Python keep=, names columns that only go into the index)"
     )
 
 
@@ -128,7 +132,7 @@ def _number(name: str, value: Any, whole: bool, text: bool) -> Any:
     """A number; spreadsheets write 5.0 for 5 in a column that has empty cells."""
     if text and isinstance(value, str):
         digits = value.strip()
-        if whole and len(digits) <= 40 and digits.lstrip("+-").isdecimal() and digits.isascii():
+        if whole and re.fullmatch("[+-]?[0-9]{1,40}", digits):
             return int(digits)
         try:
             value = float(digits) if "_" not in digits else value

@@ -133,6 +133,7 @@ def generate_dataset(
         DeviceFault: The GPU failed; what was finished is kept.
         KeyboardInterrupt: What was finished is kept.
     """
+    _check(rows, out, pipe, keep, defaults, on_progress)
     checks.choice("format", format, FORMATS)
     checks.whole("shard_size", shard_size, 1, 1_000_000)
     if pipe is not None and (model or ray):
@@ -157,6 +158,26 @@ def generate_dataset(
     with _Here(spec, pipe) if ray is None or ray is False else _on_ray(spec, ray, workers) as crew:
         good = sealed(good, identity_of(crew.spec, known, pipe))
         return _run(good, faults, Path(out), format, shard_size, crew, on_progress)
+
+
+def _check(rows: Any, out: Any, pipe: Any, keep: Any, defaults: Any, on_progress: Any) -> None:
+    """Refuse arguments of a wrong type before anything is read."""
+    from zimage_core.pipeline import ZImagePipeline
+
+    table = isinstance(rows, (str, os.PathLike))
+    text = os.fspath(out) if isinstance(out, (str, os.PathLike)) else ""
+    for name, value, right, wanted in (
+        ("rows", rows, table or (isinstance(rows, Iterable) and not isinstance(rows, (bytes, Mapping))),
+         "the path of a table, or dicts one after the other"),
+        ("out", out, isinstance(text, str) and text != "" and "\0" not in text, "the path of a folder"),
+        ("pipe", pipe, pipe is None or isinstance(pipe, ZImagePipeline), "a ZImagePipeline"),
+        ("keep", keep, isinstance(keep, Collection) and not isinstance(keep, (str, bytes)),
+         "a list of columns, such as ['id']"),
+        ("defaults", defaults, defaults is None or isinstance(defaults, Mapping), "a dict of arguments"),
+        ("on_progress", on_progress, on_progress is None or callable(on_progress), "a function"),
+    ):  # fmt: skip
+        if not right:
+            raise BadArgument(f"{name}: got {checks.shown(value)}, wanted {wanted}")
 
 
 class Crew(Protocol):

@@ -12,6 +12,7 @@ from zimage_core.assets import DEFAULT
 from zimage_core.config import COMPONENTS, NATIVE_SIZE, AutoencoderConfig, TransformerConfig
 from zimage_core.errors import BadArgument, WrongModel
 from zimage_core.memory.rates import step_flops
+from zimage_core.run.checks import shown
 from zimage_core.weights.opened import open_weights
 
 if TYPE_CHECKING:
@@ -76,8 +77,10 @@ class Model:
         found = {name: value for name, value in options.items() if value is not None}
         for name in PATHS:
             if name in found:
-                found[name] = _absolute(os.fspath(found[name]))
-        found["controlnets"] = tuple(_absolute(os.fspath(each)) for each in found.get("controlnets", ()))
+                found[name] = _absolute(name, found[name])
+        nets = found.get("controlnets", ())
+        nets = nets if isinstance(nets, (list, tuple)) else (nets,)
+        found["controlnets"] = tuple(_absolute("controlnets", each) for each in nets)
         model = cls(**found)
         parts = [name for name in COMPONENTS if getattr(model, name) is not None]
         if model.model is None and 0 < len(parts) < len(COMPONENTS):
@@ -206,6 +209,8 @@ def hash_of(file: Any) -> dict[str, Any]:
         opened.close()
 
 
-def _absolute(path: str) -> str:
+def _absolute(name: str, value: Any) -> str:
     """The absolute path of a file or folder that exists; any other name as it is, such as a repository."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(path := os.fspath(value), str):
+        raise BadArgument(f"{name}: got {shown(value)}, wanted a path or the name of a model")
     return str(Path(path).absolute()) if path and os.path.lexists(path) else path

@@ -26,6 +26,15 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 CSV = (".csv", ".tsv")
 PARQUET = (".parquet", ".pq")
 DELIMITERS = ",;\t"
+FOREIGN = {
+    b"\x1f\x8b": "compressed by gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"PK\3\4": "a ZIP archive or a spreadsheet of Excel",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+}
+"""First bytes -> what such a file is, where no row of it could be read."""
+HINT = "unpack it, or save it as CSV in UTF-8"
 PARQUET_ROWS = 256
 """Rows of a Parquet file that are in memory at a time."""
 
@@ -77,6 +86,8 @@ def read_table(source: str | Path, keep: Collection[str] = ()) -> Iterator[Raw]:
             head = file.peek(4)[:4]
             if not head:
                 raise BadFile(path, "the file is empty, rows were expected")
+            if found := next((what for begin, what in FOREIGN.items() if head.startswith(begin)), None):
+                raise BadFile(path, f"is {found}, a table as text or Parquet was expected", HINT)
             ending = path.suffix.lower()
             if ending in PARQUET or head == b"PAR1":
                 yield from _parquet(path, keep)
@@ -225,6 +236,8 @@ def _is_damaged(cell: str) -> bool:
 
 
 def _check_header(path: Path, names: list[str], keep: Collection[str]) -> None:
+    if any(map(_is_damaged, names)):
+        raise BadFile(path, f"its header {NOT_TEXT}")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise BadFile(path, f"has the column {printable(twice[0], 60)!r} twice", "rename one of them")
