@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 
 import pytest
@@ -227,3 +228,20 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(form, done, tmp_path, mon
     assert "\n" not in str(caught.value)
     fill(tmp_path, form, outcomes)
     assert [record["row"] for record in records(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["packing.json", "00000001-0.json"])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"file": 5, "names": 5, "key": 5}'])
+def test_a_damaged_file_of_the_work_folder_is_one_sentence(name, text, done, tmp_path):
+    fill(tmp_path / "a", "webdataset", [done(1)])
+    (tmp_path / "a" / folders.WORK / name).write_text(text)
+    with pytest.raises(BadFile, match="is damaged; this program wrote it"):
+        Writer(tmp_path / "a", "webdataset", 3)
+
+
+def test_an_index_that_is_no_regular_file_is_refused_and_does_not_block(done, tmp_path):
+    fill(tmp_path / "a", "webdataset", [done(1)])
+    (tmp_path / "a" / "index.jsonl").unlink()
+    os.mkfifo(tmp_path / "a" / "index.jsonl")
+    with pytest.raises(BadFile, match="is not a regular file"):
+        Writer(tmp_path / "a", "webdataset", 3)

@@ -136,6 +136,8 @@ class Folder:
         """Read the index; its last line may be torn, and what it names may have been removed."""
         path = self.out / INDEX
         if not path.is_file():
+            if os.path.lexists(path):  # a FIFO would block
+                raise BadFile(path, "is not a regular file", "remove it, or name a new folder")
             return
         there: dict[str, bool] = {}
         size = 0

@@ -184,7 +184,7 @@ class Writer:
     def _finish_packing(self) -> None:
         """Enter a shard that was written by a run that was killed before it wrote the index."""
         journal = self.folder.work / PACKING
-        note = _read(journal)
+        note = _read(journal, {"file": str, "names": list})
         if note is not None and (self.folder.out / note["file"]).is_file():
             samples = [self._sample(name) for name in note["names"]]
             self._enter([(sample, note["file"]) for sample in samples if sample is not None])
@@ -206,19 +206,21 @@ class Writer:
                 path.unlink()
 
     def _sample(self, name: str) -> Sample | None:
-        record = _read(self.folder.work / f"{name}.json")
+        record = _read(self.folder.work / f"{name}.json", {"key": str, "row": int, "settings": dict})
         png = self._png(name)
         return None if record is None or not png.is_file() else Sample(name, png, record)
 
 
-def _read(path: Path) -> Any:
-    """The JSON value of a file of ours; None if there is none."""
+def _read(path: Path, needs: Mapping[str, type]) -> Any:
+    """The JSON object of a file of ours, which has these keys; None if there is no file."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
-        raise BadFile(
-            path, "is damaged; this program wrote it", "remove it, its image is made again"
-        ) from None
-    return found if isinstance(found, Mapping) else None
+        found = None
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(key), each) for key, each in needs.items()
+    ):
+        raise BadFile(path, "is damaged; this program wrote it", "remove it, its image is made again")
+    return found
