@@ -1,16 +1,18 @@
 """`compare_with` passes where both programs agree, and names the first block where they do not."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.helpers import tiny
+from zimage_core.assets import embedded_files
 from zimage_core.errors import BadArgument, BadFile, OverBudget, Unsupported
 from zimage_core.parity import compare, compare_with, lending, peers
 from zimage_core.parity.precision import in_float32, in_float64
-from zimage_core.parity.report import Block
+from zimage_core.parity.report import Block, ParityReport
 
 pytestmark = pytest.mark.parity
 diffusers = pytest.importorskip("diffusers")
@@ -255,7 +257,12 @@ def test_a_file_must_have_the_parts_that_are_named(folder):
 
 
 def test_arguments_and_files_that_cannot_be_compared_are_refused(folder, tmp_path):
-    for wrong in ({"against": "comfy"}, {"parts": ["unet"]}, {"steps": -1}):
+    for wrong in (
+        {"against": "comfy"},
+        {"parts": ["unet"]},
+        {"steps": -1},
+        {"steps": 0, "parts": ["latents"]},
+    ):
         with pytest.raises(BadArgument, match=next(iter(wrong))):
             compare_with(folder, **wrong)
     with pytest.raises(BadFile):
@@ -280,3 +287,24 @@ def test_a_number_that_is_not_finite_is_outside_and_null():
     block = Block("layers.0", 1.0, float("nan"), 1e-6, float("inf"))
     assert not block.passes
     assert json.dumps(block.to_json(), allow_nan=False)
+
+
+def test_a_report_of_nothing_does_not_pass():
+    assert not ParityReport("a", "diffusers", {}, ()).passes
+
+
+def test_two_files_of_one_network_are_an_error_and_never_left_out(tmp_path):
+    for name in ("transformer", "text_encoder"):
+        shutil.copy(embedded_files()[name], tmp_path / f"{name}.gguf")
+    shutil.copy(embedded_files()["transformer"], tmp_path / "other.gguf")
+    with pytest.raises(BadFile, match="has 2 files that are a Z-Image transformer"):
+        compare_with(tmp_path)
+
+
+def test_a_peer_that_cannot_be_imported_is_not_said_to_be_missing(monkeypatch):
+    def fail(name):
+        raise ImportError("cannot import name 'x' from 'huggingface_hub'", name="huggingface_hub")
+
+    monkeypatch.setattr(peers, "import_module", fail)
+    with pytest.raises(Unsupported, match=r"diffusers cannot be imported .*huggingface_hub"):
+        peers.library("diffusers", "AutoencoderKL")

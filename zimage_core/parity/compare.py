@@ -25,7 +25,7 @@ from zimage_core.run.loading import class_of, stated_scheduler
 from zimage_core.run.locate import locate
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.weights.card import require
-from zimage_core.weights.components import UNREADABLE, open_component, open_parts
+from zimage_core.weights.components import SEVERAL, UNREADABLE, open_component, open_parts
 from zimage_core.weights.facts import facts
 from zimage_core.weights.folder import component_folder
 from zimage_core.weights.load import load_network
@@ -106,6 +106,8 @@ def _checked(against: str, parts: Sequence[str] | None, steps: int) -> tuple[str
             raise BadArgument(f"parts: got {printable(part, 40)}, wanted some of {', '.join(PARTS)}")
     if type(steps) is not int or not 0 <= steps <= MAX_STEPS:
         raise BadArgument(f"steps: got {printable(repr(steps), 40)}, wanted 0 to {MAX_STEPS}")
+    if parts and "latents" in parts and not steps:
+        raise BadArgument("steps: got 0, which leaves out the part latents; wanted at least 1")
     return tuple(parts) if parts else PARTS
 
 
@@ -114,8 +116,8 @@ def _open(
 ) -> tuple[dict[str, Opened], dict[str, str]]:
     """The components that a checkpoint has, and why others are not compared.
 
-    What the caller named must be there. What is there must be sound: a broken file is an error, never a part
-    that is left out.
+    What the caller named must be there. What is there must be sound and one: a broken file, or two files of
+    one component, is an error and never a part that is left out.
     """
     path, tag = locate(checkpoint)
     networks = [p for p in COMPONENTS if p in wanted or (p == "transformer" and "latents" in wanted)]
@@ -127,7 +129,8 @@ def _open(
         try:
             opened |= open_parts(path, (part,), tag=tag)
         except BadFile as error:
-            if named or component_folder(path, part) or UNREADABLE in error.fault:
+            there = any(word in error.fault for word in (UNREADABLE, SEVERAL))
+            if named or component_folder(path, part) or there:
                 raise
             left_out[part] = error
     if not opened:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage_core.config import AutoencoderConfig, TextEncoderConfig, TransformerConfig
-from zimage_core.errors import Unsupported
+from zimage_core.errors import Unsupported, printable
 from zimage_core.export.configs import of_sizes
 from zimage_core.parity.precision import FLOAT32
 from zimage_core.parity.watching import Place
@@ -71,8 +71,11 @@ def library(name: str, needs: str) -> Any:
     try:
         found = import_module(name)
         getattr(found, needs)
-    except ImportError:
-        raise Unsupported(f"{name} is not installed; pip install -U {name}") from None
+    except ImportError as error:
+        if error.name == name:
+            raise Unsupported(f"{name} is not installed; pip install -U {name}") from None
+        reason = printable(str(error).partition("\n")[0], 120)
+        raise Unsupported(f"{name} cannot be imported ({reason}); pip install -U {name}") from None
     except (AttributeError, RuntimeError):
         version = getattr(import_module(name), "__version__", "of unknown version")
         raise Unsupported(f"{name} {version} has no {needs}; pip install -U {name}") from None

@@ -125,7 +125,7 @@ class ParityReport:
     @property
     def passes(self) -> bool:
         """Whether every block of every component is within tolerance."""
-        return all(component.passes for component in self.components)
+        return bool(self.components) and all(component.passes for component in self.components)
 
     @property
     def first(self) -> tuple[str, str] | None:

@@ -35,6 +35,8 @@ from zimage_core.weights.storage import WAY_ROUND
 
 NAMING = "transformer=, text_encoder= and vae="
 MAX_CONFIG_BYTES = 1 << 20
+SEVERAL = "files that are"
+"""Words by which the message of several files for one component is known."""
 UNREADABLE = "unreadable"
 """Word by which the message of a missing component says that a file in the folder could not be opened."""
 
@@ -277,7 +279,7 @@ class _Survey:
             several = [each for each in several if tag and quant_tag(each.name) == tag.upper()] or several
             if len(several) > 1:
                 names = ", ".join(printable(each.name, 60) for each in several[:6])
-                fault = f"has {len(several)} files that are {WANTED[part][0]}: {names}"
+                fault = f"has {len(several)} {SEVERAL} {WANTED[part][0]}: {names}"
                 raise BadFile(self.folder, fault, _naming(part))
             for each in several:
                 stated = _config_beside(each.file.path)
