@@ -36,6 +36,7 @@ def process() -> NoReturn:
         _drop_output()
         status = status or 1
     if status and ranks.launched():  # a thread of torch's that waits for another rank would keep the process
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(status))  # the error has been shown
         sys.stderr.flush()
         ranks.part()
         os._exit(status)
