@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "preview": {"config", "models", "run", "weights"},
     "control_pipelines": {"control", "pipeline", "run"},
     "parallel": {"models", "nn", "run", "sampling", "weights"},
-    "batch": {"assets", "config", "editing", "files", "memory", "pipeline", "run", "weights"},
+    "batch": {"assets", "config", "cpu", "editing", "files", "memory", "pipeline", "run", "weights"},
     "quantize": {"codebooks", "cpu", "files", "formats", "quant", "weights"},
     "export": {
         "assets", "config", "files", "formats", "memory", "quant", "quantize", "text", "vision", "weights",

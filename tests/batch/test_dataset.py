@@ -215,13 +215,17 @@ def test_progress_is_told_after_each_image(pipe, tmp_path):
 def test_threads_follow_from_the_network_and_are_given_back(tmp_path, monkeypatch):
     from zimage_core.batch.identity import threads_of
     from zimage_core.batch.model import Model
+    from zimage_core.cpu.threads import VARIABLES
 
     known = Model.of({}).survey()
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     assert threads_of(known, None) == 1, "the embedded model is small"
     assert threads_of(known, 3) == 3
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert threads_of(known, None) == 2
+    with monkeypatch.context() as user:
+        user.setenv("OMP_NUM_THREADS", "7")
+        user.setattr(torch, "get_num_threads", lambda: 7)
+        assert threads_of(known, None) == 7
     seen = []
     report = generate_dataset([{"prompt": "a", **SMALL}], tmp_path, threads=THREADS + 1,
                               on_progress=lambda _: seen.append(torch.get_num_threads()))  # fmt: skip

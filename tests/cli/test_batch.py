@@ -7,7 +7,9 @@ import json
 import pytest
 
 from zimage_core.batch import shards
+from zimage_core.batch.dataset import SHARD_SIZE
 from zimage_core.cli import batch
+from zimage_core.cli.main import build_parser
 from zimage_core.errors import NonFinite
 from zimage_core.pipeline import ZImagePipeline
 
@@ -101,5 +103,7 @@ def test_a_wrong_command_is_a_line(zimage, table, tmp_path, monkeypatch, words, 
     assert not (tmp_path / "out").exists()
 
 
-def test_the_formats_are_those_of_the_room():
+def test_the_defaults_of_the_parser_are_those_of_the_room():
     assert batch.FORMATS == shards.FORMATS
+    args = build_parser().parse_args(["batch", "rows.csv", "out"])
+    assert args.shard_size == SHARD_SIZE

@@ -11,6 +11,7 @@ from zimage_core import ZImagePipeline
 from zimage_core.cli import hardware
 from zimage_core.cli.main import build_parser, main
 from zimage_core.cli.model_options import load_pipeline
+from zimage_core.cpu.threads import VARIABLES
 from zimage_core.run import checks
 
 
@@ -92,7 +93,7 @@ def test_threads_wait_asleep_unless_the_user_chose(monkeypatch, chosen):
 def test_a_small_step_takes_one_thread(monkeypatch, words, variable, threads):
     taken = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    for name in hardware.THREADS:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     if variable is not None:
         monkeypatch.setenv(variable, "2")

@@ -18,7 +18,7 @@ from zimage_core.config import AutoencoderConfig, TextEncoderConfig, Transformer
 from zimage_core.models.autoencoder import Autoencoder
 from zimage_core.models.text_encoder import TextEncoder
 from zimage_core.models.transformer import ZImageTransformer
-from zimage_core.parity.precision import FLOAT32, NARROW, WIDE, apart, in_float64
+from zimage_core.parity.precision import FLOAT32, NARROW, WIDE, in_float64
 
 CAPTION_LENGTHS = (1, 5, 32, 70)
 SIDES = {"15 tokens, 17 pads": (6, 10), "32 tokens, no pads": (8, 16), "48 tokens, 16 pads": (12, 16)}
@@ -73,6 +73,18 @@ def compare(component: str, case: str, run: Callable[[], Outputs]) -> list[Diffe
         )
         for place, (theirs, ours) in narrow.items()
     ]
+
+
+def apart(a: Any, b: Any) -> float:
+    """Largest absolute difference of two tensors or arrays of one shape.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    a, b = (torch.as_tensor(x).to(torch.float64) for x in (a, b))
+    if a.shape != b.shape:
+        raise ValueError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
+    return float((a - b).abs().max())
 
 
 def drawn(generator: torch.Generator, *shape: int) -> Tensor:

@@ -111,7 +111,8 @@ def generate_dataset(
             address of a cluster: "HOST:PORT", or "auto" on one of its machines.
         workers: With `ray`: how many workers. Default: as many as the cluster has GPUs, or CPUs for.
         threads: Threads of torch on a CPU, which are part of what decides the last bits of an image. Default:
-            OMP_NUM_THREADS if it is set; 1 for a small network such as the embedded one; else one a core.
+            those of torch if OMP_NUM_THREADS or MKL_NUM_THREADS is set; 1 for a small network such as the
+            embedded one; else those of torch, one a core.
         limit: Draw no more than the first rows of the table.
         skip_bad: Leave rows out that cannot be drawn, and draw the others.
         keep: Columns that are no arguments, and go into the index as they are.

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from zimage_core.assets import embedded_files, embedded_part
 from zimage_core.batch.columns import argument, read_cell
-from zimage_core.batch.model import EDGES, Model, Survey, hash_of, is_small
+from zimage_core.batch.model import EDGES, Model, Survey, hash_of, is_small, nameless
 from zimage_core.batch.rows import Context
 from zimage_core.batch.worker import Spec
 from zimage_core.config import COMPONENTS
+from zimage_core.cpu.threads import chosen
 from zimage_core.errors import BadArgument, Unsupported
 from zimage_core.run import checks
 from zimage_core.weights.load import opened_file
@@ -20,7 +22,6 @@ from zimage_core.weights.load import opened_file
 if TYPE_CHECKING:
     from zimage_core.pipeline import ZImagePipeline
 
-THREADS = "OMP_NUM_THREADS"
 NO_CONTROL = "control_image: it needs a ControlNet for this model; give --controlnet FILE (controlnets=)"
 NO_VISION = (
     "reference_images: this transformer takes text alone; it needs an Omni checkpoint and its vision tower"
@@ -37,10 +38,7 @@ def threads_of(known: Survey, threads: int | None) -> int:
     """Threads of torch: those asked for, else by a rule that does not depend on who calls the workers."""
     if threads is not None:
         return checks.whole("threads", threads, 1, 4096)
-    stated = os.environ.get(THREADS, "")
-    if stated.isdecimal() and 0 < int(stated) <= 4096:
-        return int(stated)
-    return 1 if known.small else os.cpu_count() or 1
+    return 1 if known.small and not chosen() else torch.get_num_threads()
 
 
 def context_of(
@@ -66,14 +64,14 @@ def context_of(
     extras: dict[str, Any] = {"control_image": NO_CONTROL, "reference_images": NO_VISION}
     if pipe is not None:
         nets = [opened_file(net) for net in pipe.controlnets.values()]
-        hashes = [net and _hash(net.file.identity()) for net in nets]
+        hashes = [net and nameless(net.file.identity()) for net in nets]
     else:
         named = model.controlnets or ((EDGES,) if model.embedded else ())
         hashes = [hash_of(embedded_part(net) or net) for net in named]
     if hashes:
         extras["control_image"] = hashes
     if known.limits.vision:
-        extras["reference_images"] = _hash(known.files.get("siglip", {}))
+        extras["reference_images"] = nameless(known.files.get("siglip", {}))
     elif pipe is None and model.embedded:
         extras["reference_images"] = [hash_of(path) for path in embedded_files(omni=True).values()]
     return Context(known.limits, extras, usual, keep=keep)
@@ -90,7 +88,7 @@ def identity_of(spec: Spec, known: Survey, pipe: ZImagePipeline | None) -> dict[
             f"pipe: its {' and '.join(missing)} came from no file, so that images could not be told from "
             "those of another model; save it, and load it from there"
         )
-    hashes = {name: _hash(known.files[name]) for name in COMPONENTS}
+    hashes = {name: nameless(known.files[name]) for name in COMPONENTS}
     device, dtype, compute = spec.model.device.partition(":")[0], spec.model.dtype, spec.model.compute
     if pipe is not None:
         device, dtype, compute = pipe.device.type, str(pipe.dtype).removeprefix("torch."), pipe.compute
@@ -98,11 +96,6 @@ def identity_of(spec: Spec, known: Survey, pipe: ZImagePipeline | None) -> dict[
     if device == "cpu":
         found["threads"] = spec.threads
     loras = () if pipe is None else pipe.loras
-    if active := [(_hash(lora.file) or lora.name, lora.weight) for lora in loras if lora.weight]:
+    if active := [(nameless(lora.file) or lora.name, lora.weight) for lora in loras if lora.weight]:
         found["loras"] = active
     return found
-
-
-def _hash(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Size and hash of a file, without its name."""
-    return {name: value for name, value in identity.items() if name != "name"}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_core.assets import DEFAULT
 from zimage_core.config import COMPONENTS, NATIVE_SIZE, AutoencoderConfig, TransformerConfig
+from zimage_core.cpu.threads import SMALL_STEP
 from zimage_core.errors import BadArgument, WrongModel
 from zimage_core.memory.rates import step_flops
 from zimage_core.run.checks import shown
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
 EDGES = "edges"
 """The ControlNet of the embedded model."""
-SMALL_STEP = 5e9
-"""Operations of a step, at the model's own size, below which a second thread gains nothing: a step of the
-embedded model has 1e9, one of Z-Image at 1024 x 1024 has 6e13."""
 PATHS = ("model", *COMPONENTS, "tokenizer", "siglip")
 
 
@@ -94,8 +92,7 @@ class Model:
         return self.model in (None, DEFAULT) and not self._parts()
 
     def _parts(self) -> dict[str, Any]:
-        names = (*COMPONENTS, "tokenizer", "siglip")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in PATHS[1:] if (value := getattr(self, name)) is not None}
 
     def placed(self) -> Model:
         """The same model with its device decided: the first GPU that torch can use, or the CPU."""
@@ -204,9 +201,14 @@ def hash_of(file: Any) -> dict[str, Any]:
     """
     opened = getattr(file, "file", None) or open_weights(file, mmap=False)
     try:
-        return {name: value for name, value in opened.identity().items() if name != "name"}
+        return nameless(opened.identity())
     finally:
         opened.close()
+
+
+def nameless(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Size and hash of a file, without its name."""
+    return {name: value for name, value in identity.items() if name != "name"}
 
 
 def _absolute(name: str, value: Any) -> str:

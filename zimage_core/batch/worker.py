@@ -41,7 +41,7 @@ class Row:
 
     Args:
         number: Number of the row in the table, from 1.
-        key: Hash of all that decides the image, in hexadecimal; see `batch.keys`.
+        key: Hash of all that decides the image, in hexadecimal; see `batch.rows`.
         call: Arguments of the pipeline's call, with a seed; images are paths.
         loras: Files and weights of the adapters, in their order.
         kept: Further columns that go into the index as they are.

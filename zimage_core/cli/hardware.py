@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 
 WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which a user chooses how threads wait for each other."""
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-SMALL_STEP = 5e9
-"""Operations of a step below which one thread is quicker than several that wait for each other at each
-layer. A step of the embedded model has 1e9, one of Z-Image at 256 x 256 has 5e12."""
 
 
 def wait_passively() -> None:
@@ -62,11 +58,11 @@ def settle_threads(pipeline: ZImagePipeline, args: argparse.Namespace) -> None:
     """Compute on one thread where a step is small. This changes the whole process, so it must be our own."""
     import torch
 
+    from zimage_core.cpu.threads import SMALL_STEP, chosen
     from zimage_core.memory.rates import step_flops
 
     share = ranks.threads()
-    chosen = share is None and any(name in os.environ for name in THREADS)
-    if pipeline.device.type != "cpu" or chosen:
+    if pipeline.device.type != "cpu" or (share is None and chosen()):
         return
     if share is not None:
         torch.set_num_threads(share)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zimage_core.models.vae_tiles import Tile, layout
 from zimage_core.parallel.group import Group
+from zimage_core.parallel.ulysses import evenly
 
 FEWEST = 32 * 32
 """Latents of an image below which each rank decodes it alone: the exchanges would take as long."""
@@ -36,8 +37,7 @@ class Strip:
 
     def __init__(self, group: Group, h: int, w: int, tile: int) -> None:
         self.group = group
-        base, more = divmod(h, group.size)
-        self.rows = [base + (rank < more) for rank in range(group.size)]
+        self.rows = evenly(h, group.size)
         self.above, self.below = int(group.rank > 0), int(group.rank < group.size - 1)
         self._tiles = [layout(rows, w, tile) for rows in self.rows]
 

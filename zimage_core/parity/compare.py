@@ -13,7 +13,7 @@ import torch
 import zimage_core
 from zimage_core.config import COMPONENTS
 from zimage_core.cpu.capability import features
-from zimage_core.errors import BadArgument, BadFile, OverBudget, Unsupported, printable
+from zimage_core.errors import BadArgument, OverBudget, Unsupported, printable
 from zimage_core.files.units import in_bytes
 from zimage_core.memory.page_cache import available
 from zimage_core.parity.blocks import compare_network
@@ -25,7 +25,7 @@ from zimage_core.run.loading import class_of, stated_scheduler
 from zimage_core.run.locate import locate
 from zimage_core.sampling.schedule import FlowMatchEulerScheduler
 from zimage_core.weights.card import require
-from zimage_core.weights.components import SEVERAL, UNREADABLE, open_component, open_parts
+from zimage_core.weights.components import Absent, open_component, open_parts
 from zimage_core.weights.facts import facts
 from zimage_core.weights.folder import component_folder
 from zimage_core.weights.load import load_network
@@ -124,13 +124,12 @@ def _open(
     if not path.is_dir():
         return _in_file(path, networks, named), {}
     opened: dict[str, Opened] = {}
-    left_out: dict[str, BadFile] = {}
+    left_out: dict[str, Absent] = {}
     for part in networks:
         try:
             opened |= open_parts(path, (part,), tag=tag)
-        except BadFile as error:
-            there = any(word in error.fault for word in (UNREADABLE, SEVERAL))
-            if named or component_folder(path, part) or there:
+        except Absent as error:
+            if named or component_folder(path, part):
                 raise
             left_out[part] = error
     if not opened:

@@ -79,15 +79,3 @@ def _named(table: tuple[tuple[Any, str, Any], ...], default: torch.dtype) -> Ite
         torch.set_default_dtype(dtype)
         for owner, name, value in before:
             setattr(owner, name, value)
-
-
-def apart(a: Any, b: Any) -> float:
-    """Largest absolute difference of two tensors or arrays of one shape.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
-    a, b = (torch.as_tensor(x).to(torch.float64) for x in (a, b))
-    if a.shape != b.shape:
-        raise ValueError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
-    return float((a - b).abs().max())

@@ -14,12 +14,9 @@ from zimage_core.text.prompt import MAX_LENGTH
 if TYPE_CHECKING:
     from zimage_core.run.request import Limits
 
-CONTROL_RANGES = {
-    "controlnet_conditioning_scale": (-10.0, 10.0),
-    "control_guidance_start": (0.0, 1.0),
-    "control_guidance_end": (0.0, 1.0),
-}
-"""Numbers that belong to control images, with their ranges; `control.inputs` has them for the run itself."""
+CONTROL_SCALE = "controlnet_conditioning_scale"
+CONTROL_NUMBERS = (CONTROL_SCALE, "control_guidance_start", "control_guidance_end")
+"""Numbers that belong to control images."""
 
 
 def check_numbers(call: Mapping[str, Any]) -> None:
@@ -76,10 +73,15 @@ def check_call(call: Mapping[str, Any], limits: Limits) -> None:
 
 def _check_images(call: Mapping[str, Any]) -> None:
     """Refuse numbers and choices that lack the images they belong to, and combinations without a meaning."""
-    for name, (low, high) in CONTROL_RANGES.items():
-        if name in call and "control_image" not in call:
+    for name in (name for name in CONTROL_NUMBERS if name in call):
+        if "control_image" not in call:
             raise BadArgument(f"{name}: it needs control_image, the image to follow; give both")
-        given = call.get(name, ())
+        low, high = 0.0, 1.0
+        if name == CONTROL_SCALE:
+            from zimage_core.control.inputs import MOST_SCALE
+
+            low, high = -MOST_SCALE, MOST_SCALE
+        given = call[name]
         for each in given if isinstance(given, (list, tuple)) else (given,):
             checks.real(name, each, low, high)
     if "reference_images" not in call:

@@ -35,10 +35,10 @@ from zimage_core.weights.storage import WAY_ROUND
 
 NAMING = "transformer=, text_encoder= and vae="
 MAX_CONFIG_BYTES = 1 << 20
-SEVERAL = "files that are"
-"""Words by which the message of several files for one component is known."""
-UNREADABLE = "unreadable"
-"""Word by which the message of a missing component says that a file in the folder could not be opened."""
+
+
+class Absent(BadFile):
+    """A folder has no file for a component, and none that could not be read."""
 
 
 def open_component(
@@ -279,7 +279,7 @@ class _Survey:
             several = [each for each in several if tag and quant_tag(each.name) == tag.upper()] or several
             if len(several) > 1:
                 names = ", ".join(printable(each.name, 60) for each in several[:6])
-                fault = f"has {len(several)} {SEVERAL} {WANTED[part][0]}: {names}"
+                fault = f"has {len(several)} files that are {WANTED[part][0]}: {names}"
                 raise BadFile(self.folder, fault, _naming(part))
             for each in several:
                 stated = _config_beside(each.file.path)
@@ -289,14 +289,15 @@ class _Survey:
             unknown = [identify_open(each.file) for each in self.opened if each.card.kind == "unknown"]
             packed = [each for each in unknown if each.card.problem.endswith(WAY_ROUND)]
             self.refused += [f"{printable(each.name, 60)} is {each.card.title}" for each in packed]
-            also = f" ({UNREADABLE}: {self.refused[0]})" if self.refused else download.beside(self.folder)
+            also = f" (unreadable: {self.refused[0]})" if self.refused else download.beside(self.folder)
+            kind = BadFile if self.refused else Absent
             if (self.folder / "model_index.json").is_file():
                 hollow = next((self.folder / part for part in missing if (self.folder / part).is_dir()), None)
                 fault = f"has no folder {' and '.join(missing)}{also}"
                 if hollow is not None:
                     fault = f"its folder {hollow.name} holds no model file{download.beside(hollow)}"
-                raise BadFile(self.folder, fault, "download the whole repository")
-            raise BadFile(self.folder, f"has no file that is {kinds}{also}", _naming(missing[0]))
+                raise kind(self.folder, fault, "download the whole repository")
+            raise kind(self.folder, f"has no file that is {kinds}{also}", _naming(missing[0]))
         self._kept |= {id(each.file) for each in found.values()}
         return found
 
